@@ -1,0 +1,144 @@
+"""What a loss refuses, and how it says so: ``TypeError`` for a wrong kind, ``ValueError`` for a wrong shape or value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def unnest(logits: Tensor, mask: Tensor | None, offsets: Tensor | None, features: Tensor | None):
+    """(logits, offsets, features) with a jagged nested tensor taken apart into packed rows and their offsets."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    if not logits.is_nested:
+        return logits, offsets, features
+    if logits.layout != torch.jagged:
+        raise TypeError(f"logits: nested tensors need layout=torch.jagged, got {logits.layout}")
+    if mask is not None or offsets is not None:
+        raise ValueError("logits: a nested tensor brings its own offsets; mask and offsets have to be None")
+    if logits._ragged_idx != 1:
+        raise ValueError(f"logits: the ragged dimension of a nested tensor has to be 1, got {logits._ragged_idx}")
+    if logits.lengths() is not None:
+        raise ValueError("logits: nested tensors with holes (made by narrow) are not supported; call .contiguous()")
+    if features is not None and features.is_nested:
+        features = features.values()
+    return logits.values(), logits.offsets(), features
+
+
+def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offsets: Tensor | None) -> None:
+    """Kinds, shapes and devices of a call (not its values). ``targets=None``: a pooling, which has none."""
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits: expected float32, float64, float16 or bfloat16, got {logits.dtype}")
+    shape, dims = logits.shape, logits.dim()
+    if offsets is not None:
+        if mask is not None:
+            raise ValueError("mask: packed bags (offsets given) have no padding; pass mask or offsets, not both")
+        _check_side("offsets", offsets, logits)
+        if offsets.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"offsets: expected int32 or int64, got {offsets.dtype}")
+        if offsets.dim() != 1 or offsets.shape[0] < 2:
+            raise ValueError(f"offsets: expected shape (N + 1,) with N >= 1, got {tuple(offsets.shape)}")
+        if dims not in (1, 2):
+            raise ValueError(f"logits: with offsets expected shape (T, C) or (T,), got {tuple(shape)}")
+        bags, classes = offsets.shape[0] - 1, 1 if dims == 1 else shape[1]
+    else:
+        if dims < 2:
+            raise ValueError(
+                f"logits: expected (N, C, L), (N, C, H, W), (N, C, D, H, W) or (N, L), or (T, C) or (T,) with offsets; "
+                f"got {tuple(shape)} without offsets"
+            )
+        bags, classes = shape[0], 1 if dims == 2 else shape[1]
+        if mask is not None:
+            _check_side("mask", mask, logits)
+            expected = shape if dims == 2 else shape[:1] + shape[2:]
+            if mask.shape != expected:
+                raise ValueError(f"mask: expected shape {tuple(expected)}, got {tuple(mask.shape)}")
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask: expected torch.bool (True = real instance), got {mask.dtype}")
+    if bags == 0 or classes == 0:
+        raise ValueError(f"logits: expected at least one bag and one class, got shape {tuple(shape)}")
+    if targets is None:
+        return
+    _check_side("targets", targets, logits)
+    if targets.is_complex():
+        raise TypeError(f"targets: expected bool, integer or floating, got {targets.dtype}")
+    tshape = targets.shape
+    if tshape != (bags, classes) and not (classes == 1 and tshape == (bags,)):
+        expected = f"({bags}, {classes})" + (f" or ({bags},)" if classes == 1 else "")
+        hint = "; 2-d logits without offsets are (N, L), one class" if dims == 2 and offsets is None else ""
+        raise ValueError(f"targets: expected shape {expected}, got {tuple(tshape)}{hint}")
+
+
+def _check_side(name: str, value: Tensor, logits: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected on the logits' device {logits.device}, got {value.device}")
+
+
+def looks_at_values(logits: Tensor, check: bool | None) -> bool:
+    """Whether the values of targets and offsets are to be looked at: on a GPU that waits for the device."""
+    if torch.compiler.is_compiling():
+        return False
+    return logits.device.type == "cpu" if check is None else check
+
+
+def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> None:
+    """Targets are 0, 1 or NaN; offsets start at 0, never fall and end at the number of rows."""
+    if targets is not None:
+        wrong = (targets != 0) & (targets != 1) & (targets == targets)
+        if bool(wrong.any()):
+            value = targets[wrong][0].item()
+            hint = ": mark an unknown label with NaN" if value == -1 else ""
+            raise ValueError(f"targets: expected 0, 1 or NaN (unknown), got {value}{hint}")
+    if offsets is not None:
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0:
+            raise ValueError(f"offsets: expected to start at 0, got {first}")
+        steps = offsets.diff()
+        if bool((steps < 0).any()):
+            at = int((steps < 0).nonzero()[0])
+            raise ValueError(
+                f"offsets: expected never to fall, got {int(offsets[at])} before {int(offsets[at + 1])} at index {at}"
+            )
+        if last != rows:
+            raise ValueError(f"offsets: expected to end at the number of rows {rows}, got {last}")
+
+
+def check_settings(delta_l: float, lam: float, mask_weight: float, normalize: str) -> None:
+    if not 0.0 <= delta_l <= 0.5:
+        raise ValueError(f"delta_l: expected 0 <= delta_l <= 0.5, got {delta_l}")
+    if not 0.0 <= lam < math.inf:
+        raise ValueError(f"lam: expected finite and >= 0, got {lam}")
+    if not 0.0 <= mask_weight < math.inf:
+        raise ValueError(f"mask_weight: expected finite and >= 0, got {mask_weight}")
+    if normalize not in ("batch", "bag"):
+        raise ValueError(f"normalize: expected 'batch' or 'bag', got {normalize!r}")
+
+
+def check_class_vector(name: str, value: Tensor, classes: int, logits: Tensor) -> None:
+    """class_weight and pos_weight of a call."""
+    _check_side(name, value, logits)
+    if value.shape != (classes,):
+        raise ValueError(f"{name}: expected shape ({classes},), got {tuple(value.shape)}")
+
+
+def class_vector(name: str, value: object, *, zero: bool) -> Tensor | None:
+    """class_weight (``zero=True``: 0 is allowed) or pos_weight given to a constructor, as a float tensor."""
+    if value is None:
+        return None
+    vector = torch.as_tensor(value)
+    if vector.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {vector.dtype}")
+    vector = vector.detach().to(vector.dtype if vector.dtype == torch.float64 else torch.float32)
+    if vector.dim() != 1 or vector.shape[0] == 0:
+        raise ValueError(f"{name}: expected shape (C,), got {tuple(vector.shape)}")
+    wrong = ~torch.isfinite(vector) | ((vector < 0) if zero else (vector <= 0))
+    if bool(wrong.any()):
+        bound = ">= 0" if zero else "> 0"
+        raise ValueError(f"{name}: expected finite values {bound}, got {vector[wrong][0].item()}")
+    return vector

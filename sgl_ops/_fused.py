@@ -1,0 +1,109 @@
+"""The fused operator: where it is available, and its place in autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ._bags import working_dtype
+from .pooling import (
+    LinearSoftmaxPooling,
+    LSEPooling,
+    MaxPooling,
+    MeanLogitsPooling,
+    MeanPooling,
+    NoisyOrPooling,
+    SoftmaxPooling,
+)
+
+try:
+    from . import _C  # noqa: F401  (importing registers the operators)
+
+    DEVICES: frozenset[str] = frozenset({"cpu"})
+    REASON = ""
+except ImportError as error:
+    DEVICES = frozenset()
+    REASON = str(error)
+
+#: Poolings that ride along in the operator, as csrc/sgl_math.h numbers them; 0 leaves the bag loss to others.
+EXTERNAL = 0
+CODES: dict[type[nn.Module], int] = {
+    MaxPooling: 1,
+    MeanPooling: 2,
+    MeanLogitsPooling: 3,
+    SoftmaxPooling: 4,
+    LinearSoftmaxPooling: 5,
+    LSEPooling: 6,
+    NoisyOrPooling: 7,
+}
+
+#: Numbers that the operator keeps of each bag-class for its backward.
+SAVED_COLUMNS = 16
+
+
+def code_of(pooling: nn.Module) -> tuple[int, float]:
+    """(code, parameter) of a pooling. By exact type: a subclass may have changed what it computes."""
+    code = CODES.get(type(pooling), EXTERNAL)
+    return code, (pooling.r if code == 6 else 1.0)  # type: ignore[return-value]
+
+
+def unavailable(device: torch.device) -> str:
+    """Why there is no fused kernel for ``device``; empty where there is one."""
+    if device.type in DEVICES:
+        return ""
+    if REASON:
+        return f"the extension sgl_ops._C was not built or does not load ({REASON})"
+    return f"there is no fused kernel for {device.type}, only for {', '.join(sorted(DEVICES))}"
+
+
+if DEVICES:
+    _forward = torch.ops.sgl_ops.sgl_forward.default
+    _backward = torch.ops.sgl_ops.sgl_backward.default
+    count_violations = torch.ops.sgl_ops.check_values.default
+
+    @torch.library.register_fake("sgl_ops::sgl_forward")
+    def _forward_fake(logits, targets, mask, offsets, *settings):  # type: ignore[no-untyped-def]
+        dtype = working_dtype(logits.dtype)
+        if offsets is None:
+            bags, classes = logits.shape[0], 1 if logits.dim() == 2 else logits.shape[1]
+        else:
+            bags, classes = offsets.shape[0] - 1, 1 if logits.dim() == 1 else logits.shape[1]
+        new = logits.new_empty
+        return new((), dtype=dtype), new((3,), dtype=dtype), new((bags * classes, SAVED_COLUMNS), dtype=dtype)
+
+    @torch.library.register_fake("sgl_ops::sgl_backward")
+    def _backward_fake(grad_output, logits, *rest):  # type: ignore[no-untyped-def]
+        return torch.empty_like(logits)
+
+
+class _FusedSGL(torch.autograd.Function):
+    """Total and (bag, instance, mask). The backward computes the gradient anew from the logits and the statistics of each
+    bag-class: cheaper than storing a tensor of the logits' size in forward to read, scale and write it again."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, mask, offsets, class_weight, pos_weight, delta_l, lam, mask_weight, code, parameter,
+                per_bag, rescale, weighted):  # type: ignore[no-untyped-def]  # fmt: skip
+        total, parts, saved = _forward(
+            logits, targets, mask, offsets, class_weight, pos_weight, delta_l, lam, mask_weight, code, parameter, per_bag,
+            rescale, weighted,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, mask, offsets, pos_weight, saved)
+        ctx.settings = (delta_l, code, parameter, rescale)
+        ctx.mark_non_differentiable(parts)
+        return total, parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, _grad_parts):  # type: ignore[no-untyped-def]
+        logits, mask, offsets, pos_weight, saved = ctx.saved_tensors
+        grad = _backward(grad_total, logits, mask, offsets, pos_weight, saved, *ctx.settings)
+        return grad, *(None,) * 13
+
+
+def fused_terms(logits: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    """(total, (bag, instance, mask)) by the fused operator; ``arguments`` are those of ``_FusedSGL.forward``."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _FusedSGL.apply(logits, *arguments)  # type: ignore[no-any-return,no-untyped-call]
+    total, parts, _ = _forward(logits, *arguments)
+    return total, parts

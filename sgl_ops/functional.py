@@ -1,0 +1,330 @@
+r"""The losses as functions.
+
+Arguments of every call:
+
+* ``logits``: instance logits, float32, float64, float16 or bfloat16, in one of these layouts. The loss does not depend on it.
+
+  ========= ============================================================ =======================================
+  layout    logits                                                       bags
+  ========= ============================================================ =======================================
+  map       (N, C, H, W), (N, C, D, H, W); any strides, read in place    every position is an instance, or those
+                                                                         of ``mask`` (N, H, W)
+  padded    (N, C, L); of a model that gives (N, L, C):                  ``mask`` (N, L) bool, True = real
+            ``x.transpose(1, 2)``
+  packed    (T, C)                                                       ``offsets`` (N + 1,) int32 or int64
+  nested    jagged nested tensor (N, ragged, C)                          its own offsets
+  one class (N, L) with or without mask, or (T,) with offsets            as above, C = 1
+  ========= ============================================================ =======================================
+
+* ``targets``: bag labels (N, C), or (N,) for one class; bool, integer or floating; 0, 1, or NaN = unknown.
+* ``features``: (N, L, D) or (T, D), for :class:`~sgl_ops.pooling.AttentionPooling` alone.
+* ``check``: whether to look at the *values* of targets and offsets: None does so on the CPU, True always (on CUDA that waits
+  for the device), False never. Kinds and shapes are always checked; while ``torch.compile`` traces, values never are.
+
+A bag-class whose label is unknown, and an empty bag, contribute nothing, whatever their logits hold. No loss here is ever NaN or
+infinite from finite logits. A NaN or infinite logit that takes part makes the loss NaN, and the gradient of its bag-class.
+
+Errors: ``TypeError`` for a wrong kind or dtype, ``ValueError`` for a shape, device or value; both name the argument and the value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _fused, reference
+from ._bags import working_dtype
+from ._checks import check_call, check_class_vector, check_settings, check_values, looks_at_values, unnest
+from .pooling import make_pooling
+
+__all__ = [
+    "SGLTerms",
+    "SelfGuidance",
+    "bag_loss",
+    "bil_loss",
+    "mmm_loss",
+    "self_guidance",
+    "sgl_loss",
+    "sgl_terms",
+]
+
+
+class SGLTerms(NamedTuple):
+    """``total`` = bag + lam instance + mask_weight mask, with gradient; the three terms unweighted and detached. All scalars."""
+
+    total: Tensor
+    bag: Tensor
+    instance: Tensor
+    mask: Tensor
+
+
+class SelfGuidance(NamedTuple):
+    """What the bags teach themselves.
+
+    Attributes:
+        targets: M of Eq. 6, in the layout of the logits: 0, 1, or theta in between.
+        part: int8, in the layout of the logits: 0 negative, 1 ambiguous, 2 positive, -1 takes no part (M = 0 there).
+        alpha: confidence of Eq. 7, (N, C), or (N,) where the logits have no class axis; 1 for a negative bag-class, NaN for one
+            that does not take part.
+        weight: w = 2^(alpha - 1) of Eq. 8, likewise.
+    """
+
+    targets: Tensor
+    part: Tensor
+    alpha: Tensor
+    weight: Tensor
+
+
+def sgl_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
+    delta_l: float = 0.3,
+    lam: float = 1.0,
+    pooling: str | nn.Module = "max",
+    normalize: str = "batch",
+    rescale: bool = True,
+    weighted: bool = True,
+    mask_weight: float = 0.0,
+    class_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    check: bool | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The Self-Guiding Loss, a scalar: see :class:`sgl_ops.SGLLoss` for what it computes and every argument.
+
+    >>> import torch
+    >>> from sgl_ops.functional import sgl_loss
+    >>> logits = torch.tensor([[[-2.0, 0.0, 3.0]], [[-1.0, -3.0, -2.0]]])
+    >>> sgl_loss(logits, torch.tensor([[1], [0]]))
+    tensor(0.8324)
+    """
+    total, _ = _sgl(
+        logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
+        class_weight, pos_weight, check, impl,
+    )  # fmt: skip
+    return total
+
+
+def sgl_terms(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
+    delta_l: float = 0.3,
+    lam: float = 1.0,
+    pooling: str | nn.Module = "max",
+    normalize: str = "batch",
+    rescale: bool = True,
+    weighted: bool = True,
+    mask_weight: float = 0.0,
+    class_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    check: bool | None = None,
+    impl: str = "auto",
+) -> SGLTerms:
+    """:func:`sgl_loss` with its three terms beside it, for logging; ``total.backward()`` works."""
+    total, parts = _sgl(
+        logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
+        class_weight, pos_weight, check, impl,
+    )  # fmt: skip
+    bag, instance, penalty = parts.unbind()
+    return SGLTerms(total, bag, instance, penalty)
+
+
+def _sgl(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    features: Tensor | None,
+    delta_l: float,
+    lam: float,
+    pooling: str | nn.Module,
+    normalize: str,
+    rescale: bool,
+    weighted: bool,
+    mask_weight: float,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    check: bool | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """(total, (bag, instance, mask) detached)."""
+    check_settings(delta_l, lam, mask_weight, normalize)
+    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
+    fused = _use_fused(impl, logits)
+    if class_weight is not None or pos_weight is not None:
+        classes = 1 if logits.dim() == (2 if offsets is None else 1) else logits.shape[1]
+        class_weight = _class_vector("class_weight", class_weight, classes, logits)
+        pos_weight = _class_vector("pos_weight", pos_weight, classes, logits)
+    module = make_pooling(pooling)
+    if not fused:
+        bag, instance, penalty = reference.sgl_terms(
+            logits, targets, mask, offsets, features, delta_l=delta_l, pooling=module, normalize=normalize,
+            rescale=rescale, weighted=weighted, class_weight=class_weight, pos_weight=pos_weight,
+        )  # fmt: skip
+        total = bag + lam * instance + mask_weight * penalty
+        return total, torch.stack((bag.detach(), instance.detach(), penalty.detach()))
+    code, parameter = _fused.code_of(module)
+    total, parts = _fused.fused_terms(
+        logits, targets, mask, offsets, class_weight, pos_weight, delta_l, lam, mask_weight, code, parameter,
+        normalize == "bag", rescale, weighted,
+    )  # fmt: skip
+    if code == _fused.EXTERNAL:
+        instances = reference.read(logits, targets, mask, offsets)
+        bag = reference.bag_term(instances, module, mask, offsets, features, class_weight, pos_weight)
+        total = total + bag
+        parts = torch.cat((bag.detach().reshape(1), parts[1:]))
+    return total, parts
+
+
+def self_guidance(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    delta_l: float = 0.3,
+    rescale: bool = True,
+    weighted: bool = True,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    check: bool | None = None,
+) -> SelfGuidance:
+    """What the bags teach themselves: the ternary targets (Eq. 5, 6) and weights (Eq. 7, 8), to look at and to plot.
+
+    >>> import torch
+    >>> from sgl_ops.functional import self_guidance
+    >>> guidance = self_guidance(torch.tensor([[-3.0, 0.0, -1.0, 2.0]]), torch.tensor([1]))
+    >>> guidance.part
+    tensor([[0, 1, 0, 2]], dtype=torch.int8)
+    >>> guidance.targets
+    tensor([[0.0000, 0.5431, 0.0000, 1.0000]])
+    >>> guidance.alpha, guidance.weight
+    (tensor([0.6119]), tensor([0.7641]))
+    """
+    check_settings(delta_l, 0.0, 0.0, "batch")
+    nested = logits if isinstance(logits, Tensor) and logits.is_nested else None
+    logits, offsets, _ = _validated(logits, targets, mask, offsets, None, check)
+    instances = reference.read(logits.detach(), targets, mask, offsets)
+    bags = instances.bags
+    guidance = reference.guide(instances, delta_l, rescale, weighted)
+    in_layout = [bags.layout(guidance.targets), bags.layout(guidance.part)]
+    if nested is not None:
+        in_layout = [torch.nested.nested_tensor_from_jagged(values, offsets) for values in in_layout]
+    per_bag = [
+        bags.bag_logits(torch.where(instances.labels.takes_part, v, torch.nan))
+        for v in (guidance.alpha, guidance.weight)
+    ]
+    return SelfGuidance(*in_layout, *per_bag)
+
+
+def bag_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
+    pooling: str | nn.Module = "max",
+    class_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    check: bool | None = None,
+) -> Tensor:
+    """The bag loss alone (Eq. 3, 4), a scalar: see :class:`sgl_ops.BagLoss`.
+
+    >>> import torch
+    >>> from sgl_ops.functional import bag_loss
+    >>> bag_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
+    tensor(0.1809)
+    """
+    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
+    instances = reference.read(logits, targets, mask, offsets)
+    classes = instances.labels.y.shape[1]
+    class_weight = _class_vector("class_weight", class_weight, classes, logits)
+    pos_weight = _class_vector("pos_weight", pos_weight, classes, logits)
+    return reference.bag_term(instances, make_pooling(pooling), mask, offsets, features, class_weight, pos_weight)
+
+
+def bil_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
+    pooling: str | nn.Module = "mean",
+    check: bool | None = None,
+) -> Tensor:
+    """The bag-instance loss of Zhou et al. 2017, a scalar: see :class:`sgl_ops.BILLoss`.
+
+    >>> import torch
+    >>> from sgl_ops.functional import bil_loss
+    >>> bil_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
+    tensor(0.4683)
+    """
+    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
+    return reference.bil_loss(logits, targets, mask, offsets, features, pooling=make_pooling(pooling))
+
+
+def mmm_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
+    check: bool | None = None,
+) -> Tensor:
+    """The min-mean-max loss of Morfi & Stowell 2018, a scalar: see :class:`sgl_ops.MMMLoss`. ``features`` is not used.
+
+    >>> import torch
+    >>> from sgl_ops.functional import mmm_loss
+    >>> mmm_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
+    tensor(0.2314)
+    """
+    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
+    return reference.mmm_loss(logits, targets, mask, offsets)
+
+
+def _validated(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    features: Tensor | None,
+    check: bool | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    logits, offsets, features = unnest(logits, mask, offsets, features)
+    check_call(logits, targets, mask, offsets)
+    if looks_at_values(logits, check):
+        # the operator looks in a microsecond; what it finds wrong is put into words here
+        on_cpu = "cpu" in _fused.DEVICES and logits.device.type == "cpu"
+        if not on_cpu or _fused.count_violations(targets, offsets, logits.shape[0]):
+            check_values(targets, offsets, logits.shape[0])
+    return logits, offsets, features
+
+
+def _use_fused(impl: str, logits: Tensor) -> bool:
+    if impl == "reference":
+        return False
+    if impl not in ("auto", "fused"):
+        raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {impl!r}")
+    if logits.device.type in _fused.DEVICES:
+        return True
+    if impl == "fused":
+        raise ValueError(f"impl: 'fused' is not available: {_fused.unavailable(logits.device)}")
+    return False
+
+
+def _class_vector(name: str, value: Tensor | None, classes: int, logits: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    check_class_vector(name, value, classes, logits)
+    return value.detach().to(working_dtype(logits.dtype)).contiguous()

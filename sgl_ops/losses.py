@@ -1,0 +1,254 @@
+"""The losses as modules: they store settings, :mod:`sgl_ops.functional` computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from . import functional
+from ._checks import check_settings, class_vector
+from .functional import SGLTerms
+from .pooling import make_pooling
+
+__all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
+
+
+class SGLLoss(nn.Module):
+    r"""The Self-Guiding Loss (Seibold et al., ACCV 2020): learn from bag labels where in the bag the label is.
+
+    For a bag :math:`i` of instances with logits :math:`x_j`, probabilities :math:`p_j = \sigma(x_j)` and a label :math:`y` per class:
+
+    .. math::
+        \theta_j &= \frac{p_j - \min p}{\max p - \min p} & \text{(Eq. 5)} \\
+        M_j &= 0 \text{ if } \theta_j < \delta_l, \quad 1 \text{ if } \theta_j > 1 - \delta_l, \quad \theta_j \text{ else} & \text{(Eq. 6)} \\
+        \alpha &= \max(\max p - \mathrm{median}\, p,\; 1 - y), \quad w = 2^{\alpha - 1} & \text{(Eq. 7, 8)} \\
+        L_{inst} &= \sum_{k \in \{neg, amb, pos\}} \frac{1}{n_k} \sum_{j \in k} w\, BCE(p_j, M_j) & \text{(Eq. 8)} \\
+        L &= BCE(P, y) + \lambda L_{inst} + \mu L_{mask} & \text{(Eq. 9)}
+
+    with M = 0 and w = 1 in a negative bag, P the pooled probability (averaged over bags and classes with a known label), and
+    :math:`L_{mask}` the mean over those of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`. M, theta, alpha and w are constants: no gradient
+    flows through them. A positive bag whose instances are all alike teaches its instances nothing; an empty part contributes 0.
+
+    Args:
+        delta_l: lower threshold of Eq. 6, in [0, 0.5]; the upper one is 1 - delta_l. The paper's value is 0.3.
+        lam: weight of the instance loss, finite, >= 0. The paper: 1 with max pooling (MNIST-Bags, CIFAR10-Bags), 20 with softmax
+            pooling (ChestX-ray14). May be changed between steps, as may ``mask_weight``.
+        pooling: a name in :data:`sgl_ops.pooling.POOLINGS`, or a module that takes (logits, \*, mask, offsets, features) and gives bag logits.
+        normalize: what :math:`n_k` counts: ``"batch"``, the instances of a part in the whole batch; ``"bag"``, those in a bag-class, whose
+            losses are then averaged.
+        rescale: False takes theta = p (the paper's ablation "No Rescale").
+        weighted: False takes w = 1 (the ablation without weighting).
+        mask_weight: weight mu of the penalty on the mask, finite, >= 0: it keeps found regions small.
+        class_weight: (C,), >= 0: multiplies every term of a class; denominators stay.
+        pos_weight: (C,), > 0: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
+        check: whether to look at the values of targets and offsets; None: on the CPU only. See :mod:`sgl_ops.functional`.
+        impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"`` or ``"reference"``.
+
+    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a float32 scalar (float64 for float64 logits).
+
+    >>> import torch
+    >>> from sgl_ops import SGLLoss
+    >>> criterion = SGLLoss(lam=1.0)
+    >>> logits = torch.zeros(2, 3, 8, 8).normal_(generator=torch.Generator().manual_seed(0)).requires_grad_()
+    >>> labels = torch.tensor([[1, 0, 0], [0, 1, float("nan")]])     # of the last bag, the third label is unknown
+    >>> loss = criterion(logits, labels)
+    >>> loss.backward()
+    >>> logits.grad[1, 2].abs().sum()
+    tensor(0.)
+    >>> terms = criterion.terms(logits, labels)
+    >>> bool(torch.isclose(terms.total, terms.bag + terms.instance))
+    True
+    """
+
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        delta_l: float = 0.3,
+        lam: float = 1.0,
+        pooling: str | nn.Module = "max",
+        normalize: str = "batch",
+        rescale: bool = True,
+        weighted: bool = True,
+        mask_weight: float = 0.0,
+        class_weight: Tensor | Sequence[float] | None = None,
+        pos_weight: Tensor | Sequence[float] | None = None,
+        check: bool | None = None,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        check_settings(delta_l, lam, mask_weight, normalize)
+        if impl not in ("auto", "fused", "reference"):
+            raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {impl!r}")
+        self.delta_l = delta_l
+        self.lam = lam
+        self.pooling = make_pooling(pooling)
+        self.normalize = normalize
+        self.rescale = rescale
+        self.weighted = weighted
+        self.mask_weight = mask_weight
+        self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
+        self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
+        self.check = check
+        self.impl = impl
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar."""
+        return functional._sgl(
+            logits, targets, mask, offsets, features, self.delta_l, self.lam, self.pooling, self.normalize, self.rescale,
+            self.weighted, self.mask_weight, self.class_weight, self.pos_weight, self.check, self.impl,
+        )[0]  # fmt: skip
+
+    def terms(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> SGLTerms:
+        """The loss (``total``, with gradient) and its three terms, unweighted and detached, for logging."""
+        return functional.sgl_terms(
+            logits, targets, mask=mask, offsets=offsets, features=features, delta_l=self.delta_l, lam=self.lam,
+            pooling=self.pooling, normalize=self.normalize, rescale=self.rescale, weighted=self.weighted,
+            mask_weight=self.mask_weight, class_weight=self.class_weight, pos_weight=self.pos_weight, check=self.check,
+            impl=self.impl,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"delta_l={self.delta_l}, lam={self.lam}, normalize={self.normalize!r}, rescale={self.rescale}, "
+            f"weighted={self.weighted}, mask_weight={self.mask_weight}, impl={self.impl!r}"
+        )
+
+
+class BagLoss(nn.Module):
+    r"""The bag loss alone: mean over bags and classes with a known label of :math:`BCE(P, y)` (Eq. 3, 4).
+
+    Args:
+        pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module.
+        class_weight: (C,), >= 0: multiplies every term of a class; the denominator stays.
+        pos_weight: (C,), > 0: multiplies the positive half of the BCE.
+        check: whether to look at the values of targets and offsets; None: on the CPU only.
+
+    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`.
+
+    >>> import torch
+    >>> from sgl_ops import BagLoss
+    >>> BagLoss("max")(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
+    tensor(0.1809)
+    """
+
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        pooling: str | nn.Module = "max",
+        *,
+        class_weight: Tensor | Sequence[float] | None = None,
+        pos_weight: Tensor | Sequence[float] | None = None,
+        check: bool | None = None,
+    ):
+        super().__init__()
+        self.pooling = make_pooling(pooling)
+        self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
+        self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
+        self.check = check
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar."""
+        return functional.bag_loss(
+            logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling,
+            class_weight=self.class_weight, pos_weight=self.pos_weight, check=self.check,
+        )  # fmt: skip
+
+
+class BILLoss(nn.Module):
+    r"""The bag-instance loss of Zhou et al. 2017: instances against their own rounded probabilities.
+
+    With :math:`s_j = [p_j > 0.5]\, y`, :math:`r = \mathrm{mean}_j BCE(p_j, s_j)` and :math:`b = BCE(P, y)`: a positive bag-class gives
+    :math:`b + (\mathrm{stop\_gradient}(b) - r)^2`, a negative one :math:`r`; the loss is their mean.
+
+    Args:
+        pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module (the authors of SGL: ``"mean_logits"``).
+        check: whether to look at the values of targets and offsets; None: on the CPU only.
+
+    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`.
+
+    >>> import torch
+    >>> from sgl_ops import BILLoss
+    >>> BILLoss()(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
+    tensor(0.4683)
+    """
+
+    def __init__(self, pooling: str | nn.Module = "mean", *, check: bool | None = None):
+        super().__init__()
+        self.pooling = make_pooling(pooling)
+        self.check = check
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar."""
+        return functional.bil_loss(
+            logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling, check=self.check
+        )
+
+
+class MMMLoss(nn.Module):
+    r"""The min-mean-max loss of Morfi & Stowell 2018: :math:`(BCE(\max p, y) + BCE(\min p, 0) + BCE(\mathrm{mean}\, p, y / 2)) / 3`,
+    averaged over bags and classes with a known label.
+
+    Args:
+        check: whether to look at the values of targets and offsets; None: on the CPU only.
+
+    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`; ``features`` is accepted and not used.
+
+    >>> import torch
+    >>> from sgl_ops import MMMLoss
+    >>> MMMLoss()(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
+    tensor(0.2314)
+    """
+
+    def __init__(self, *, check: bool | None = None):
+        super().__init__()
+        self.check = check
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar."""
+        return functional.mmm_loss(logits, targets, mask=mask, offsets=offsets, check=self.check)

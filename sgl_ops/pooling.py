@@ -1,0 +1,347 @@
+r"""Pooling: from the logits of a bag's instances to the logit of the bag (Eq. 3).
+
+Every module here takes instance logits in any layout and returns **bag logits** :math:`z = \log P - \log(1 - P)`, where
+:math:`P` pools the instance probabilities :math:`p_j = \sigma(x_j)`; :math:`q_j = 1 - p_j`. Bag logits go into
+``BCEWithLogitsLoss``; ``torch.sigmoid`` makes them bag probabilities. They are worked out in log space, so that they and
+their gradients are right and finite for every finite logit, also where :math:`P` itself would round to 0 or 1.
+
+============================== ======================= ==========================================================
+module                         name                    P
+============================== ======================= ==========================================================
+:class:`MaxPooling`            ``max``                 max p
+:class:`MeanPooling`           ``mean``                mean p
+:class:`MeanLogitsPooling`     ``mean_logits``         sigmoid(mean x)
+:class:`SoftmaxPooling`        ``softmax``             sum p e^p / sum e^p
+:class:`LinearSoftmaxPooling`  ``linear_softmax``      sum p^2 / sum p
+:class:`LSEPooling`            ``lse``                 (1/r) log mean e^(r p)
+:class:`NoisyOrPooling`        ``noisy_or``            1 - prod (1 - p)
+:class:`GeneralizedMeanPooling` ``generalized_mean``   (mean p^r)^(1/r), r fixed or learned per class
+:class:`AutoPooling`                                   sum p e^(a p) / sum e^(a p), a learned per class
+:class:`AttentionPooling`                              sum a_j p_j, a from instance features
+============================== ======================= ==========================================================
+
+Arguments of every ``forward`` (logits, \*, mask, offsets, features):
+
+* ``logits``: (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, L) for one class; with ``offsets`` (T, C) or (T,); or a jagged
+  nested tensor (N, ragged, C). float32, float64, float16 or bfloat16.
+* ``mask``: bool, (N, L) or (N, H, W), …; True = real instance. Not together with ``offsets``.
+* ``offsets``: int32 or int64, (N + 1,); bag i is rows ``offsets[i]`` to ``offsets[i + 1]``.
+* ``features``: (N, L, D) or (T, D), for :class:`AttentionPooling` alone (a map is flattened, L = H W).
+
+Returns (N, C), or (N,) where the logits have no class axis; float32, or float64 for float64 logits. An empty bag gives NaN
+and gradient 0; a bag that holds a NaN or infinite logit gives NaN, and NaN as its gradient.
+
+>>> import torch
+>>> from sgl_ops.pooling import MaxPooling, SoftmaxPooling
+>>> logits = torch.tensor([[[-2.0, 0.0, 3.0]]])                 # one bag, one class, three instances
+>>> MaxPooling()(logits)
+tensor([[3.]])
+>>> torch.sigmoid(SoftmaxPooling()(logits))
+tensor([[0.6387]])
+>>> MaxPooling()(torch.tensor([1.0, 5.0, -1.0]), offsets=torch.tensor([0, 2, 3]))   # two bags of one class, packed
+tensor([ 5., -1.])
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._bags import Bags, bags_of
+from ._checks import check_call, unnest
+
+__all__ = [
+    "POOLINGS",
+    "AttentionPooling",
+    "AutoPooling",
+    "GeneralizedMeanPooling",
+    "LSEPooling",
+    "LinearSoftmaxPooling",
+    "MaxPooling",
+    "MeanLogitsPooling",
+    "MeanPooling",
+    "MinPooling",
+    "NoisyOrPooling",
+    "Pooling",
+    "SoftmaxPooling",
+    "make_pooling",
+]
+
+
+class Pooling(nn.Module):
+    """Base of the pooling modules. A subclass defines ``pool``; layouts, empty and broken bags are dealt with here."""
+
+    def forward(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Bag logits of instance logits: see the module's documentation for shapes."""
+        logits, offsets, features = unnest(logits, mask, offsets, features)
+        check_call(logits, None, mask, offsets)
+        bags = bags_of(logits, mask, offsets)
+        z = self.pool(bags, bags.screen(bags.instances(logits)), features)
+        return bags.bag_logits(torch.where(bags.size > 0, z, torch.nan))
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        """Bag logits (N, C) of instances ``x``; anything finite for an empty bag."""
+        raise NotImplementedError
+
+
+class MaxPooling(Pooling):
+    """P = max p, so z = max x. Tied maxima share the gradient equally."""
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        return bags.tied_max(x)
+
+
+class MinPooling(Pooling):
+    """P = min p, so z = min x (a part of :class:`~sgl_ops.MMMLoss`). Tied minima share the gradient equally."""
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        return -bags.tied_max(-x)
+
+
+class MeanPooling(Pooling):
+    """P = mean p."""
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        return _weighted(bags, x, torch.zeros_like(x))
+
+
+class MeanLogitsPooling(Pooling):
+    """P = sigmoid(mean x), so z = mean x: what the authors' code calls mean pooling."""
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        return bags.mean(x)
+
+
+class SoftmaxPooling(Pooling):
+    """P = sum p e^p / sum e^p: the paper's choice for chest X-rays. The weights lie between 1 and e: nearly a mean."""
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        return _weighted(bags, x, torch.sigmoid(x))
+
+
+class LinearSoftmaxPooling(Pooling):
+    """P = sum p^2 / sum p."""
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        return _weighted(bags, x, F.logsigmoid(x))
+
+
+class LSEPooling(Pooling):
+    """P = (1/r) log mean e^(r p): from the mean (r near 0) to the maximum (r large).
+
+    Args:
+        r: sharpness, > 0.
+    """
+
+    def __init__(self, r: float = 10.0):
+        super().__init__()
+        self.r = _positive("r", r)
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        # P from mean(e^(rp) - 1) keeps its relative accuracy near 0, Q = 1 - P from mean(1 - e^(-rq)) near 1.
+        r, log_r = self.r, math.log(self.r)
+        p, q = torch.sigmoid(x), torch.sigmoid(-x)
+        log_n = torch.log(bags.size.clamp(min=1).to(x.dtype))
+        rise = r * p + _log1mexp(r * p, log_r + F.logsigmoid(x))  # log(e^(rp) - 1)
+        log_p = _log_softplus(bags.logsumexp(rise) - log_n) - log_r
+        fall = bags.logsumexp(_log1mexp(r * q, log_r + F.logsigmoid(-x))) - log_n  # log mean(1 - e^(-rq))
+        # fall is of use until 1 - e^fall cancels; from there on Q is so large that 1 - P does not
+        near_one = (log_p.detach() > -math.log(2.0)) & (fall.detach() < -0.01)
+        log_q = _log_neg_log1p_neg_exp(torch.where(near_one, fall, -1.0)) - log_r
+        log_p = torch.where(near_one, -1.0, log_p)
+        return torch.where(near_one, torch.log1p(-torch.exp(log_q)) - log_q, log_p - torch.log1p(-torch.exp(log_p)))
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}"
+
+
+class NoisyOrPooling(Pooling):
+    """P = 1 - prod (1 - p): at least one instance is positive, all independent."""
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        # -log(1 - P) = t = sum softplus(x), so z = log(e^t - 1)
+        t = bags.sum(-F.logsigmoid(-x))
+        log_t = bags.logsumexp(_log_softplus(x))
+        # t itself underflows where log t does not; an empty sum has neither
+        return t + _log1mexp(torch.where(bags.size > 0, t, 1.0), torch.where(bags.size > 0, log_t, 0.0))
+
+
+class GeneralizedMeanPooling(Pooling):
+    """P = (mean p^r)^(1/r): the mean at r = 1, towards the maximum for large r.
+
+    Args:
+        r: exponent, > 0 (where it is learned: its start).
+        num_classes: given, r is learned, one per class, through ``log_r`` (C,), so that it stays positive.
+    """
+
+    def __init__(self, r: float = 1.0, *, num_classes: int | None = None):
+        super().__init__()
+        start = _positive("r", r)
+        self.fixed_r = start if num_classes is None else None
+        self.log_r = (
+            None if num_classes is None else nn.Parameter(torch.full((_classes(num_classes),), math.log(start)))
+        )
+
+    @property
+    def r(self) -> float | Tensor:
+        """The exponent: a number where it is fixed, (C,) where it is learned."""
+        if self.log_r is None:
+            assert self.fixed_r is not None
+            return self.fixed_r
+        return torch.exp(self.log_r)
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        if self.log_r is None:
+            log_r = x.new_full((x.shape[1],), math.log(self.r))  # type: ignore[arg-type]
+        else:
+            _match_classes("log_r", self.log_r, x)
+            log_r = self.log_r.to(x.dtype)
+        r = torch.exp(log_r)
+        log_p = F.logsigmoid(x)
+        log_n = torch.log(bags.size.clamp(min=1).to(x.dtype))
+        # z = -log(e^t - 1) with t = -log P: from mean p^r, or, where that is near 1, from mean(1 - p^r)
+        log_mean = bags.logsumexp(bags.per_class(r) * log_p) - log_n
+        loss = _log1mexp(-bags.per_class(r) * log_p, bags.per_class(log_r) + _log_softplus(-x))
+        log_gap = bags.logsumexp(loss) - log_n
+        near_one = log_gap.detach() < -math.log(2.0)
+        log_t_one = _log_neg_log1p_neg_exp(torch.where(near_one, log_gap, -1.0)) - log_r
+        t_far = -torch.where(near_one | (bags.size == 0), -1.0, log_mean) / r
+        log_t = torch.where(near_one, log_t_one, torch.log(t_far))
+        t = torch.where(near_one, torch.exp(log_t_one), t_far)
+        return -t - _log1mexp(t, log_t)
+
+    def extra_repr(self) -> str:
+        return f"r={self.fixed_r}" if self.log_r is None else f"num_classes={self.log_r.shape[0]}"
+
+
+class AutoPooling(Pooling):
+    """P = sum p e^(a p) / sum e^(a p): a learned per class (McFee et al. 2018): 0 is the mean, 1 softmax pooling.
+
+    Args:
+        num_classes: C.
+        a: where every class starts.
+    """
+
+    def __init__(self, num_classes: int, a: float = 1.0):
+        super().__init__()
+        self.a = nn.Parameter(torch.full((_classes(num_classes),), float(a)))
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        _match_classes("a", self.a, x)
+        return _weighted(bags, x, bags.per_class(self.a.to(x.dtype)) * torch.sigmoid(x))
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.a.shape[0]}"
+
+
+class AttentionPooling(Pooling):
+    r"""P = sum a_j p_j with a = softmax over the bag of w^T tanh(V f_j) (Ilse et al. 2018), shared by the classes.
+
+    Args:
+        in_features: D, length of an instance's feature vector.
+        hidden_features: rows of V.
+        gated: w^T (tanh(V f_j) \* sigmoid(U f_j)) instead.
+
+    >>> import torch
+    >>> from sgl_ops.pooling import AttentionPooling
+    >>> pool = AttentionPooling(16)
+    >>> pool(torch.zeros(2, 3, 5), features=torch.randn(2, 5, 16)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, in_features: int, hidden_features: int = 128, *, gated: bool = False):
+        super().__init__()
+        self.tanh_layer = nn.Linear(in_features, hidden_features)
+        self.gate_layer = nn.Linear(in_features, hidden_features) if gated else None
+        self.score_layer = nn.Linear(hidden_features, 1)
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        if features is None:
+            raise ValueError("features: attention pooling needs instance features, got None")
+        expected = (*bags.instance_shape, self.tanh_layer.in_features)
+        if tuple(features.shape) != expected:
+            raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
+        features = bags.features(features)
+        hidden = torch.tanh(self.tanh_layer(features))
+        if self.gate_layer is not None:
+            hidden = hidden * torch.sigmoid(self.gate_layer(features))
+        score = self.score_layer(hidden).to(x.dtype)  # (N, L, 1) or (T, 1)
+        # the softmax's denominator is the same in P and in 1 - P: it cancels in the logit
+        return _weighted(bags, x, score.transpose(1, 2) if score.dim() == 3 else score)
+
+
+#: The poolings that a name stands for: those without parameters.
+POOLINGS: dict[str, type[Pooling]] = {
+    "max": MaxPooling,
+    "mean": MeanPooling,
+    "mean_logits": MeanLogitsPooling,
+    "softmax": SoftmaxPooling,
+    "linear_softmax": LinearSoftmaxPooling,
+    "lse": LSEPooling,
+    "noisy_or": NoisyOrPooling,
+    "generalized_mean": GeneralizedMeanPooling,
+}
+
+
+def make_pooling(pooling: str | nn.Module) -> nn.Module:
+    """The module that ``pooling=`` means: one of :data:`POOLINGS` by its name, or the module itself."""
+    if isinstance(pooling, nn.Module):
+        return pooling
+    if not isinstance(pooling, str):
+        raise TypeError(f"pooling: expected a name or a module, got {type(pooling).__name__}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, or a module, got {pooling!r}")
+    return POOLINGS[pooling]()
+
+
+def _weighted(bags: Bags, x: Tensor, log_weight: Tensor) -> Tensor:
+    """z of P = sum w p / sum w: log sum w p - log sum w q, as 1 - P = sum w q / sum w."""
+    return bags.logsumexp(log_weight + F.logsigmoid(x)) - bags.logsumexp(log_weight + F.logsigmoid(-x))
+
+
+def _log1mexp(t: Tensor, log_t: Tensor) -> Tensor:
+    """log(1 - e^-t) for t > 0 whose logarithm is known, also where t underflows."""
+    small = t.detach() < 1e-2
+    series = log_t - t / 2 + t * t / 24 - t * t * t * t / 2880
+    return torch.where(small, series, torch.log(-torch.expm1(-torch.where(small, 1.0, t))))
+
+
+def _log_softplus(x: Tensor) -> Tensor:
+    """log(log(1 + e^x)), which is x - e^x / 2 where e^x is tiny."""
+    small = x.detach() < -20.0
+    series = x - torch.exp(torch.where(small, x, -1.0)) / 2
+    return torch.where(small, series, torch.log(-F.logsigmoid(-torch.where(small, 0.0, x))))
+
+
+def _log_neg_log1p_neg_exp(x: Tensor) -> Tensor:
+    """log(-log(1 - e^x)) for x < 0, which is x + e^x / 2 where e^x is tiny."""
+    small = x.detach() < -20.0
+    series = x + torch.exp(torch.where(small, x, -1.0)) / 2
+    return torch.where(small, series, torch.log(-torch.log1p(-torch.exp(torch.where(small, -1.0, x)))))
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name}: expected finite and > 0, got {value}")
+    return float(value)
+
+
+def _classes(num_classes: int) -> int:
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    return num_classes
+
+
+def _match_classes(name: str, parameter: Tensor, x: Tensor) -> None:
+    if parameter.shape[0] != x.shape[1]:
+        raise ValueError(f"logits: expected {parameter.shape[0]} classes as {name} has, got {x.shape[1]}")

@@ -1,0 +1,227 @@
+"""The losses in plain PyTorch, as the equations read: every device, every dtype; the oracle of the fused operator.
+
+Equation numbers are those of Seibold et al., "Self-Guided Multiple Instance Learning for Weakly Supervised Disease
+Classification and Localization in Chest Radiographs", ACCV 2020.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._bags import Bags, bags_of, working_dtype
+from .pooling import MaxPooling, MeanPooling, MinPooling
+
+NEGATIVE, AMBIGUOUS, POSITIVE, NO_PART = 0, 1, 2, -1
+
+
+class Labels(NamedTuple):
+    """Bag labels of the bag-classes: all (N, C)."""
+
+    takes_part: Tensor  # bool: the label is known and the bag has an instance
+    positive: Tensor  # bool, among those
+    y: Tensor  # 0 or 1 as a number, 0 for what does not take part
+    count: Tensor  # (), how many take part
+
+
+class Guidance(NamedTuple):
+    """What the bags teach themselves, constants: ``targets`` and ``part`` per instance, the others (N, C)."""
+
+    targets: Tensor
+    part: Tensor
+    alpha: Tensor
+    weight: Tensor
+
+
+class Instances(NamedTuple):
+    """The logits of a call, ready for arithmetic."""
+
+    bags: Bags
+    labels: Labels
+    x: Tensor  # 0 with no gradient in what does not take part; NaN throughout a bag-class that holds a NaN or inf
+
+
+def read(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Instances:
+    bags = bags_of(logits, mask, offsets)
+    labels = _labels(bags, targets, working_dtype(logits.dtype))
+    # what takes no part is left out before any arithmetic: 0 * NaN is NaN
+    x = torch.where(bags.spread(labels.takes_part), bags.instances(logits), 0.0)
+    return Instances(bags, labels, bags.screen(x))
+
+
+def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype) -> Labels:
+    targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
+    takes_part = (targets == targets) & (bags.size > 0)
+    positive = takes_part & (targets != 0)
+    return Labels(takes_part, positive, positive.to(dtype), takes_part.sum())
+
+
+def bce(x: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
+    """(1 - t) softplus(x) + pos_weight t softplus(-x): binary cross-entropy from logits, no cancellation, no epsilon."""
+    # softplus(x) = -logsigmoid(-x); F.softplus becomes x above a threshold, which float64 can see
+    positive = -target * F.logsigmoid(x)
+    if pos_weight is not None:
+        positive = pos_weight * positive
+    return positive - (1 - target) * F.logsigmoid(-x)
+
+
+def rescaled(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """theta = (p - min p) / (max p - min p) of Eq. 5 from logits, with p = sigmoid(x).
+
+    sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)) keeps its relative accuracy where the sigmoid saturates:
+    theta = [sigmoid(x) / sigmoid(high)] [-expm1(low - x)] / [-expm1(low - high)]; exactly 0 at ``low`` and 1 at ``high``.
+    """
+    saturated = torch.exp(x - high) * (1 + torch.exp(high)) / (1 + torch.exp(x))
+    ratio = torch.where(high <= 0, saturated, (1 + torch.exp(-high)) / (1 + torch.exp(-x)))
+    return (ratio * (torch.expm1(low - x) / torch.expm1(low - high))).clamp(max=1.0)
+
+
+def guide(instances: Instances, delta_l: float, rescale: bool, weighted: bool) -> Guidance:
+    """Ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of every bag-class."""
+    bags, labels, x = instances.bags, instances.labels, instances.x.detach()
+    low, high = bags.min(x), bags.max(x)
+    theta = rescaled(x, bags.spread(low), bags.spread(high)) if rescale else torch.sigmoid(x)
+    part = torch.where(theta < delta_l, NEGATIVE, torch.where(theta > 1.0 - delta_l, POSITIVE, AMBIGUOUS))
+    part = torch.where(bags.spread(labels.positive), part, NEGATIVE)
+    takes_part = labels.takes_part
+    if rescale:  # all alike: there is no ranking to learn from
+        takes_part = takes_part & ~(labels.positive & (low == high))
+    part = torch.where(bags.spread(takes_part), part, NO_PART)
+    part = bags.fill(part, NO_PART).to(torch.int8)
+    ternary = torch.where(part == POSITIVE, 1.0, torch.where(part == AMBIGUOUS, theta, 0.0))
+    alpha = torch.where(labels.positive, torch.sigmoid(high) - torch.sigmoid(bags.median(x)), 1.0)
+    weight = torch.exp2(alpha - 1) if weighted else torch.ones_like(alpha)
+    return Guidance(ternary.to(x.dtype), part, alpha, weight)
+
+
+def bag_term(
+    instances: Instances,
+    pooling: nn.Module,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    features: Tensor | None,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> Tensor:
+    """L_bag (Eq. 3, 4): mean over the bag-classes that take part of BCE(P, y)."""
+    z = pooled(instances, pooling, mask, offsets, features)
+    return mean_over_bag_classes(instances, bce(z, instances.labels.y, pos_weight), class_weight)
+
+
+def pooled(
+    instances: Instances, pooling: nn.Module, mask: Tensor | None, offsets: Tensor | None, features: Tensor | None
+) -> Tensor:
+    """Bag logits (N, C) of the bag-classes that take part, 0 with no gradient elsewhere."""
+    bags, labels = instances.bags, instances.labels
+    if features is not None:
+        wanted = labels.takes_part.any(1, keepdim=True)
+        wanted = bags.spread(wanted)
+        wanted = wanted.transpose(1, 2) if wanted.dim() == 3 else wanted
+        features = torch.where(wanted, features, 0.0)
+    z = pooling(bags.layout(instances.x), mask=mask, offsets=offsets, features=features)
+    return torch.where(labels.takes_part, z.reshape(labels.y.shape), 0.0)
+
+
+def mean_over_bag_classes(instances: Instances, loss: Tensor, class_weight: Tensor | None = None) -> Tensor:
+    """Mean over the bag-classes that take part of ``loss`` (N, C); class weights leave the denominator alone."""
+    labels = instances.labels
+    weighted = loss if class_weight is None else class_weight * loss
+    return torch.where(labels.takes_part, weighted, 0.0).sum() / labels.count.clamp(min=1)
+
+
+def instance_term(
+    instances: Instances,
+    guidance: Guidance,
+    normalize: str,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> Tensor:
+    """L_inst (Eq. 8): weighted BCE against the ternary targets, each of the three parts normalized by its own count."""
+    bags, x = instances.bags, instances.x
+    loss = bce(x, guidance.targets, None if pos_weight is None else bags.per_class(pos_weight))
+    total = x.new_zeros(())
+    for part in (NEGATIVE, AMBIGUOUS, POSITIVE):
+        inside = guidance.part == part
+        summed = guidance.weight * bags.sum(torch.where(inside, loss, 0.0))
+        summed = torch.where(instances.labels.takes_part, summed, 0.0)
+        number = bags.count(inside)
+        if normalize == "batch":
+            summed = summed if class_weight is None else class_weight * summed
+            total = total + summed.sum() / number.sum().clamp(min=1)
+        else:
+            total = total + mean_over_bag_classes(instances, summed / number.clamp(min=1), class_weight)
+    return total
+
+
+def mask_term(instances: Instances, guidance: Guidance, class_weight: Tensor | None) -> Tensor:
+    """L_mask (Sec. 3.3): mean over the bag-classes of sqrt(mean (p [M > 0])^2), in log space: a root of 0 has no gradient."""
+    bags = instances.bags
+    kept = guidance.targets > 0
+    log_n = torch.log(bags.size.clamp(min=1).to(instances.x.dtype))
+    log_root = (bags.logsumexp(2 * F.logsigmoid(instances.x), kept) - log_n) / 2
+    root = torch.where(bags.count(kept) > 0, torch.exp(log_root), 0.0)
+    return mean_over_bag_classes(instances, root, class_weight)
+
+
+class Terms(NamedTuple):
+    """The three terms of Eq. 9, each with its gradient."""
+
+    bag: Tensor
+    instance: Tensor
+    mask: Tensor
+
+
+def sgl_terms(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    features: Tensor | None,
+    *,
+    delta_l: float,
+    pooling: nn.Module,
+    normalize: str,
+    rescale: bool,
+    weighted: bool,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+) -> Terms:
+    instances = read(logits, targets, mask, offsets)
+    guidance = guide(instances, delta_l, rescale, weighted)
+    return Terms(
+        bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight),
+        instance_term(instances, guidance, normalize, class_weight, pos_weight),
+        mask_term(instances, guidance, class_weight),
+    )
+
+
+def bil_loss(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    features: Tensor | None,
+    *,
+    pooling: nn.Module,
+) -> Tensor:
+    """Bag-instance loss (Zhou et al. 2017): instances against their own rounded probabilities."""
+    instances = read(logits, targets, mask, offsets)
+    bags, labels, x = instances.bags, instances.labels, instances.x
+    pseudo = ((x.detach() > 0) & bags.spread(labels.positive)).to(x.dtype)
+    instance = bags.mean(bce(x, pseudo))
+    bag = bce(pooled(instances, pooling, mask, offsets, features), labels.y)
+    positive = bag + (bag.detach() - instance) ** 2
+    return mean_over_bag_classes(instances, torch.where(labels.positive, positive, instance))
+
+
+def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """Min-mean-max loss (Morfi & Stowell 2018)."""
+    instances = read(logits, targets, mask, offsets)
+    y = instances.labels.y
+    loss = torch.zeros_like(y)
+    for pooling, target in ((MaxPooling(), y), (MinPooling(), torch.zeros_like(y)), (MeanPooling(), y / 2)):
+        loss = loss + bce(pooled(instances, pooling, mask, offsets, None), target) / 3
+    return mean_over_bag_classes(instances, loss)
