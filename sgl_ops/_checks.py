@@ -1,8 +1,9 @@
-"""What a loss refuses, and how it says so: ``TypeError`` for a wrong kind, ``ValueError`` for a wrong shape or value."""
+"""What a loss refuses, and how: ``TypeError`` for a wrong kind, ``ValueError`` for a wrong shape or value."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def unnest(logits: Tensor, mask: Tensor | None, offsets: Tensor | None, features: Tensor | None):
+def unnest(
+    logits: Tensor, mask: Tensor | None, offsets: Tensor | None, features: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logits, offsets, features) with a jagged nested tensor taken apart into packed rows and their offsets."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
@@ -20,13 +23,14 @@ def unnest(logits: Tensor, mask: Tensor | None, offsets: Tensor | None, features
         raise TypeError(f"logits: nested tensors need layout=torch.jagged, got {logits.layout}")
     if mask is not None or offsets is not None:
         raise ValueError("logits: a nested tensor brings its own offsets; mask and offsets have to be None")
-    if logits._ragged_idx != 1:
-        raise ValueError(f"logits: the ragged dimension of a nested tensor has to be 1, got {logits._ragged_idx}")
-    if logits.lengths() is not None:
+    nested: Any = logits  # what torch.jagged adds to Tensor is not typed
+    if nested._ragged_idx != 1:
+        raise ValueError(f"logits: the ragged dimension of a nested tensor has to be 1, got {nested._ragged_idx}")
+    if nested.lengths() is not None:
         raise ValueError("logits: nested tensors with holes (made by narrow) are not supported; call .contiguous()")
     if features is not None and features.is_nested:
         features = features.values()
-    return logits.values(), logits.offsets(), features
+    return nested.values(), nested.offsets(), features
 
 
 def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offsets: Tensor | None) -> None:
@@ -48,7 +52,7 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
     else:
         if dims < 2:
             raise ValueError(
-                f"logits: expected (N, C, L), (N, C, H, W), (N, C, D, H, W) or (N, L), or (T, C) or (T,) with offsets; "
+                "logits: expected (N, C, L), (N, C, H, W), (N, C, D, H, W) or (N, L), or (T, C) or (T,) with offsets; "
                 f"got {tuple(shape)} without offsets"
             )
         bags, classes = shape[0], 1 if dims == 2 else shape[1]
@@ -68,9 +72,9 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
         raise TypeError(f"targets: expected bool, integer or floating, got {targets.dtype}")
     tshape = targets.shape
     if tshape != (bags, classes) and not (classes == 1 and tshape == (bags,)):
-        expected = f"({bags}, {classes})" + (f" or ({bags},)" if classes == 1 else "")
+        allowed = f"({bags}, {classes})" + (f" or ({bags},)" if classes == 1 else "")
         hint = "; 2-d logits without offsets are (N, L), one class" if dims == 2 and offsets is None else ""
-        raise ValueError(f"targets: expected shape {expected}, got {tuple(tshape)}{hint}")
+        raise ValueError(f"targets: expected shape {allowed}, got {tuple(tshape)}{hint}")
 
 
 def _check_side(name: str, value: Tensor, logits: Tensor) -> None:

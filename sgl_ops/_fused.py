@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -18,7 +20,7 @@ from .pooling import (
 )
 
 try:
-    from . import _C  # noqa: F401  (importing registers the operators)
+    importlib.import_module("sgl_ops._C")  # importing it registers the operators
 
     DEVICES: frozenset[str] = frozenset({"cpu"})
     REASON = ""
@@ -78,15 +80,20 @@ if DEVICES:
 
 
 class _FusedSGL(torch.autograd.Function):
-    """Total and (bag, instance, mask). The backward computes the gradient anew from the logits and the statistics of each
-    bag-class: cheaper than storing a tensor of the logits' size in forward to read, scale and write it again."""
+    """Total and (bag, instance, mask).
+
+    The backward computes the gradient anew from the logits and the statistics of each bag-class: cheaper than storing
+    a tensor of the logits' size in forward to read, scale and write it again.
+    """
 
     @staticmethod
-    def forward(ctx, logits, targets, mask, offsets, class_weight, pos_weight, delta_l, lam, mask_weight, code, parameter,
-                per_bag, rescale, weighted):  # type: ignore[no-untyped-def]  # fmt: skip
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, logits, targets, mask, offsets, class_weight, pos_weight,
+        delta_l, lam, mask_weight, code, parameter, per_bag, rescale, weighted,
+    ):  # fmt: skip
         total, parts, saved = _forward(
-            logits, targets, mask, offsets, class_weight, pos_weight, delta_l, lam, mask_weight, code, parameter, per_bag,
-            rescale, weighted,
+            logits, targets, mask, offsets, class_weight, pos_weight,
+            delta_l, lam, mask_weight, code, parameter, per_bag, rescale, weighted,
         )  # fmt: skip
         ctx.save_for_backward(logits, mask, offsets, pos_weight, saved)
         ctx.settings = (delta_l, code, parameter, rescale)

@@ -2,7 +2,8 @@ r"""The losses as functions.
 
 Arguments of every call:
 
-* ``logits``: instance logits, float32, float64, float16 or bfloat16, in one of these layouts. The loss does not depend on it.
+* ``logits``: instance logits, float32, float64, float16 or bfloat16, in one of these layouts, on which the loss does
+  not depend:
 
   ========= ============================================================ =======================================
   layout    logits                                                       bags
@@ -18,13 +19,15 @@ Arguments of every call:
 
 * ``targets``: bag labels (N, C), or (N,) for one class; bool, integer or floating; 0, 1, or NaN = unknown.
 * ``features``: (N, L, D) or (T, D), for :class:`~sgl_ops.pooling.AttentionPooling` alone.
-* ``check``: whether to look at the *values* of targets and offsets: None does so on the CPU, True always (on CUDA that waits
-  for the device), False never. Kinds and shapes are always checked; while ``torch.compile`` traces, values never are.
+* ``check``: whether to look at the *values* of targets and offsets: None does so on the CPU, True always (on CUDA that
+  waits for the device), False never. Kinds and shapes are always checked; while ``torch.compile`` traces, values never.
 
-A bag-class whose label is unknown, and an empty bag, contribute nothing, whatever their logits hold. No loss here is ever NaN or
-infinite from finite logits. A NaN or infinite logit that takes part makes the loss NaN, and the gradient of its bag-class.
+A bag-class whose label is unknown, and an empty bag, contribute nothing, whatever their logits hold. No loss here is
+ever NaN or infinite from finite logits. A NaN or infinite logit that takes part makes the loss NaN, and the gradient of
+its bag-class.
 
-Errors: ``TypeError`` for a wrong kind or dtype, ``ValueError`` for a shape, device or value; both name the argument and the value.
+Errors: ``TypeError`` for a wrong kind or dtype, ``ValueError`` for a shape, device or value; both name the argument and
+the value.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ __all__ = [
 
 
 class SGLTerms(NamedTuple):
-    """``total`` = bag + lam instance + mask_weight mask, with gradient; the three terms unweighted and detached. All scalars."""
+    """Scalars: ``total`` = bag + lam instance + mask_weight mask, with gradient; the terms detached, unweighted."""
 
     total: Tensor
     bag: Tensor
@@ -66,8 +69,8 @@ class SelfGuidance(NamedTuple):
     Attributes:
         targets: M of Eq. 6, in the layout of the logits: 0, 1, or theta in between.
         part: int8, in the layout of the logits: 0 negative, 1 ambiguous, 2 positive, -1 takes no part (M = 0 there).
-        alpha: confidence of Eq. 7, (N, C), or (N,) where the logits have no class axis; 1 for a negative bag-class, NaN for one
-            that does not take part.
+        alpha: confidence of Eq. 7, (N, C), or (N,) where the logits have no class axis; 1 for a negative bag-class, NaN
+            for one that does not take part.
         weight: w = 2^(alpha - 1) of Eq. 8, likewise.
     """
 

@@ -17,41 +17,44 @@ __all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
 class SGLLoss(nn.Module):
     r"""The Self-Guiding Loss (Seibold et al., ACCV 2020): learn from bag labels where in the bag the label is.
 
-    For a bag :math:`i` of instances with logits :math:`x_j`, probabilities :math:`p_j = \sigma(x_j)` and a label :math:`y` per class:
+    For a bag of instances with logits :math:`x_j`, probabilities :math:`p_j = \sigma(x_j)` and a label y per class:
 
     .. math::
         \theta_j &= \frac{p_j - \min p}{\max p - \min p} & \text{(Eq. 5)} \\
-        M_j &= 0 \text{ if } \theta_j < \delta_l, \quad 1 \text{ if } \theta_j > 1 - \delta_l, \quad \theta_j \text{ else} & \text{(Eq. 6)} \\
+        M_j &= 0 \text{ if } \theta_j < \delta_l,
+            \quad 1 \text{ if } \theta_j > 1 - \delta_l, \quad \theta_j \text{ else} & \text{(Eq. 6)} \\
         \alpha &= \max(\max p - \mathrm{median}\, p,\; 1 - y), \quad w = 2^{\alpha - 1} & \text{(Eq. 7, 8)} \\
         L_{inst} &= \sum_{k \in \{neg, amb, pos\}} \frac{1}{n_k} \sum_{j \in k} w\, BCE(p_j, M_j) & \text{(Eq. 8)} \\
         L &= BCE(P, y) + \lambda L_{inst} + \mu L_{mask} & \text{(Eq. 9)}
 
-    with M = 0 and w = 1 in a negative bag, P the pooled probability (averaged over bags and classes with a known label), and
-    :math:`L_{mask}` the mean over those of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`. M, theta, alpha and w are constants: no gradient
-    flows through them. A positive bag whose instances are all alike teaches its instances nothing; an empty part contributes 0.
+    with M = 0 and w = 1 in a negative bag, P the pooled probability, BCE(P, y) averaged over the bags and classes with
+    a known label, and :math:`L_{mask}` the mean over those of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`
+    (Sec. 3.3). M, theta, alpha and w are constants: no gradient flows through them. A positive bag whose instances are
+    all alike teaches its instances nothing; an empty part contributes 0.
 
     Args:
         delta_l: lower threshold of Eq. 6, in [0, 0.5]; the upper one is 1 - delta_l. The paper's value is 0.3.
-        lam: weight of the instance loss, finite, >= 0. The paper: 1 with max pooling (MNIST-Bags, CIFAR10-Bags), 20 with softmax
-            pooling (ChestX-ray14). May be changed between steps, as may ``mask_weight``.
-        pooling: a name in :data:`sgl_ops.pooling.POOLINGS`, or a module that takes (logits, \*, mask, offsets, features) and gives bag logits.
-        normalize: what :math:`n_k` counts: ``"batch"``, the instances of a part in the whole batch; ``"bag"``, those in a bag-class, whose
-            losses are then averaged.
+        lam: weight of the instance loss, finite, >= 0. The paper: 1 with max pooling (MNIST-Bags, CIFAR10-Bags), 20
+            with softmax pooling (ChestX-ray14). May be changed between steps, as may ``mask_weight``.
+        pooling: a name in :data:`sgl_ops.pooling.POOLINGS`, or a module that takes
+            (logits, \*, mask, offsets, features) and gives bag logits.
+        normalize: what :math:`n_k` counts: ``"batch"``, the instances of a part in the whole batch; ``"bag"``, those in
+            a bag-class, whose losses are then averaged.
         rescale: False takes theta = p (the paper's ablation "No Rescale").
         weighted: False takes w = 1 (the ablation without weighting).
-        mask_weight: weight mu of the penalty on the mask, finite, >= 0: it keeps found regions small.
+        mask_weight: weight mu of the penalty on the mask, finite, >= 0: it keeps what is found small.
         class_weight: (C,), >= 0: multiplies every term of a class; denominators stay.
         pos_weight: (C,), > 0: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
-        check: whether to look at the values of targets and offsets; None: on the CPU only. See :mod:`sgl_ops.functional`.
-        impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"`` or ``"reference"``.
+        check: whether to look at the values of targets and offsets; None: on the CPU only.
+        impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"``, ``"reference"``.
 
-    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a float32 scalar (float64 for float64 logits).
+    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a scalar, float32 (float64 for float64).
 
     >>> import torch
     >>> from sgl_ops import SGLLoss
     >>> criterion = SGLLoss(lam=1.0)
-    >>> logits = torch.zeros(2, 3, 8, 8).normal_(generator=torch.Generator().manual_seed(0)).requires_grad_()
-    >>> labels = torch.tensor([[1, 0, 0], [0, 1, float("nan")]])     # of the last bag, the third label is unknown
+    >>> logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+    >>> labels = torch.tensor([[1, 0, 0], [0, 1, float("nan")]])     # the third label of the last bag is unknown
     >>> loss = criterion(logits, labels)
     >>> loss.backward()
     >>> logits.grad[1, 2].abs().sum()
@@ -106,8 +109,8 @@ class SGLLoss(nn.Module):
     ) -> Tensor:
         """The loss, a scalar."""
         return functional._sgl(
-            logits, targets, mask, offsets, features, self.delta_l, self.lam, self.pooling, self.normalize, self.rescale,
-            self.weighted, self.mask_weight, self.class_weight, self.pos_weight, self.check, self.impl,
+            logits, targets, mask, offsets, features, self.delta_l, self.lam, self.pooling, self.normalize,
+            self.rescale, self.weighted, self.mask_weight, self.class_weight, self.pos_weight, self.check, self.impl,
         )[0]  # fmt: skip
 
     def terms(
@@ -187,8 +190,8 @@ class BagLoss(nn.Module):
 class BILLoss(nn.Module):
     r"""The bag-instance loss of Zhou et al. 2017: instances against their own rounded probabilities.
 
-    With :math:`s_j = [p_j > 0.5]\, y`, :math:`r = \mathrm{mean}_j BCE(p_j, s_j)` and :math:`b = BCE(P, y)`: a positive bag-class gives
-    :math:`b + (\mathrm{stop\_gradient}(b) - r)^2`, a negative one :math:`r`; the loss is their mean.
+    With :math:`s_j = [p_j > 0.5]\, y`, :math:`r = \mathrm{mean}_j BCE(p_j, s_j)` and :math:`b = BCE(P, y)`: a positive
+    bag-class gives :math:`b + (\mathrm{stop\_gradient}(b) - r)^2`, a negative one :math:`r`; the loss is their mean.
 
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module (the authors of SGL: ``"mean_logits"``).
@@ -223,8 +226,9 @@ class BILLoss(nn.Module):
 
 
 class MMMLoss(nn.Module):
-    r"""The min-mean-max loss of Morfi & Stowell 2018: :math:`(BCE(\max p, y) + BCE(\min p, 0) + BCE(\mathrm{mean}\, p, y / 2)) / 3`,
-    averaged over bags and classes with a known label.
+    r"""The min-mean-max loss of Morfi & Stowell 2018, averaged over bags and classes with a known label:
+
+    :math:`(BCE(\max p, y) + BCE(\min p, 0) + BCE(\mathrm{mean}\, p, y / 2)) / 3`.
 
     Args:
         check: whether to look at the values of targets and offsets; None: on the CPU only.

@@ -1,35 +1,36 @@
 r"""Pooling: from the logits of a bag's instances to the logit of the bag (Eq. 3).
 
-Every module here takes instance logits in any layout and returns **bag logits** :math:`z = \log P - \log(1 - P)`, where
-:math:`P` pools the instance probabilities :math:`p_j = \sigma(x_j)`; :math:`q_j = 1 - p_j`. Bag logits go into
-``BCEWithLogitsLoss``; ``torch.sigmoid`` makes them bag probabilities. They are worked out in log space, so that they and
-their gradients are right and finite for every finite logit, also where :math:`P` itself would round to 0 or 1.
+Every module here takes instance logits in any layout and returns **bag logits**
+:math:`z = \log P - \log(1 - P)`, where :math:`P` pools the instance probabilities
+:math:`p_j = \sigma(x_j)`; :math:`q_j = 1 - p_j`. Bag logits go into ``BCEWithLogitsLoss``;
+``torch.sigmoid`` makes them bag probabilities. They are worked out in log space, so that they and their gradients are
+right and finite for every finite logit, also where :math:`P` itself would round to 0 or 1.
 
-============================== ======================= ==========================================================
-module                         name                    P
-============================== ======================= ==========================================================
-:class:`MaxPooling`            ``max``                 max p
-:class:`MeanPooling`           ``mean``                mean p
-:class:`MeanLogitsPooling`     ``mean_logits``         sigmoid(mean x)
-:class:`SoftmaxPooling`        ``softmax``             sum p e^p / sum e^p
-:class:`LinearSoftmaxPooling`  ``linear_softmax``      sum p^2 / sum p
-:class:`LSEPooling`            ``lse``                 (1/r) log mean e^(r p)
-:class:`NoisyOrPooling`        ``noisy_or``            1 - prod (1 - p)
-:class:`GeneralizedMeanPooling` ``generalized_mean``   (mean p^r)^(1/r), r fixed or learned per class
-:class:`AutoPooling`                                   sum p e^(a p) / sum e^(a p), a learned per class
-:class:`AttentionPooling`                              sum a_j p_j, a from instance features
-============================== ======================= ==========================================================
+================================ ==================== ===================================================
+module                           name                 P
+================================ ==================== ===================================================
+:class:`MaxPooling`              ``max``              max p
+:class:`MeanPooling`             ``mean``             mean p
+:class:`MeanLogitsPooling`       ``mean_logits``      sigmoid(mean x)
+:class:`SoftmaxPooling`          ``softmax``          sum p e^p / sum e^p
+:class:`LinearSoftmaxPooling`    ``linear_softmax``   sum p^2 / sum p
+:class:`LSEPooling`              ``lse``              (1/r) log mean e^(r p), r = 10
+:class:`NoisyOrPooling`          ``noisy_or``         1 - prod (1 - p)
+:class:`GeneralizedMeanPooling`  ``generalized_mean`` (mean p^r)^(1/r), r = 1, fixed or learned per class
+:class:`AutoPooling`             \                    sum p e^(a p) / sum e^(a p), a learned per class
+:class:`AttentionPooling`        \                    sum a_j p_j, a from instance features
+================================ ==================== ===================================================
 
 Arguments of every ``forward`` (logits, \*, mask, offsets, features):
 
-* ``logits``: (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, L) for one class; with ``offsets`` (T, C) or (T,); or a jagged
-  nested tensor (N, ragged, C). float32, float64, float16 or bfloat16.
+* ``logits``: (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, L) for one class; with ``offsets`` (T, C) or (T,); or a
+  jagged nested tensor (N, ragged, C). float32, float64, float16 or bfloat16.
 * ``mask``: bool, (N, L) or (N, H, W), …; True = real instance. Not together with ``offsets``.
 * ``offsets``: int32 or int64, (N + 1,); bag i is rows ``offsets[i]`` to ``offsets[i + 1]``.
 * ``features``: (N, L, D) or (T, D), for :class:`AttentionPooling` alone (a map is flattened, L = H W).
 
-Returns (N, C), or (N,) where the logits have no class axis; float32, or float64 for float64 logits. An empty bag gives NaN
-and gradient 0; a bag that holds a NaN or infinite logit gives NaN, and NaN as its gradient.
+Returns (N, C), or (N,) where the logits have no class axis; float32, or float64 for float64 logits. An empty bag gives
+NaN and gradient 0; a bag that holds a NaN or infinite logit gives NaN, and NaN as its gradient.
 
 >>> import torch
 >>> from sgl_ops.pooling import MaxPooling, SoftmaxPooling
@@ -186,27 +187,24 @@ class GeneralizedMeanPooling(Pooling):
 
     def __init__(self, r: float = 1.0, *, num_classes: int | None = None):
         super().__init__()
-        start = _positive("r", r)
-        self.fixed_r = start if num_classes is None else None
+        self.start = _positive("r", r)
         self.log_r = (
-            None if num_classes is None else nn.Parameter(torch.full((_classes(num_classes),), math.log(start)))
+            None if num_classes is None else nn.Parameter(torch.full((_classes(num_classes),), math.log(self.start)))
         )
 
     @property
     def r(self) -> float | Tensor:
         """The exponent: a number where it is fixed, (C,) where it is learned."""
-        if self.log_r is None:
-            assert self.fixed_r is not None
-            return self.fixed_r
-        return torch.exp(self.log_r)
+        return self.start if self.log_r is None else torch.exp(self.log_r)
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         if self.log_r is None:
-            log_r = x.new_full((x.shape[1],), math.log(self.r))  # type: ignore[arg-type]
+            r = x.new_full((x.shape[1],), self.start)
+            log_r = torch.log(r)
         else:
             _match_classes("log_r", self.log_r, x)
             log_r = self.log_r.to(x.dtype)
-        r = torch.exp(log_r)
+            r = torch.exp(log_r)
         log_p = F.logsigmoid(x)
         log_n = torch.log(bags.size.clamp(min=1).to(x.dtype))
         # z = -log(e^t - 1) with t = -log P: from mean p^r, or, where that is near 1, from mean(1 - p^r)
@@ -221,7 +219,7 @@ class GeneralizedMeanPooling(Pooling):
         return -t - _log1mexp(t, log_t)
 
     def extra_repr(self) -> str:
-        return f"r={self.fixed_r}" if self.log_r is None else f"num_classes={self.log_r.shape[0]}"
+        return f"r={self.start}" if self.log_r is None else f"num_classes={self.log_r.shape[0]}"
 
 
 class AutoPooling(Pooling):

@@ -24,7 +24,7 @@ class Labels(NamedTuple):
     takes_part: Tensor  # bool: the label is known and the bag has an instance
     positive: Tensor  # bool, among those
     y: Tensor  # 0 or 1 as a number, 0 for what does not take part
-    count: Tensor  # (), how many take part
+    participants: Tensor  # (), how many take part
 
 
 class Guidance(NamedTuple):
@@ -60,7 +60,7 @@ def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype) -> Labels:
 
 
 def bce(x: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
-    """(1 - t) softplus(x) + pos_weight t softplus(-x): binary cross-entropy from logits, no cancellation, no epsilon."""
+    """Binary cross-entropy from logits, (1 - t) softplus(x) + pos_weight t softplus(-x): exact, no epsilon."""
     # softplus(x) = -logsigmoid(-x); F.softplus becomes x above a threshold, which float64 can see
     positive = -target * F.logsigmoid(x)
     if pos_weight is not None:
@@ -71,8 +71,9 @@ def bce(x: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
 def rescaled(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """theta = (p - min p) / (max p - min p) of Eq. 5 from logits, with p = sigmoid(x).
 
-    sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)) keeps its relative accuracy where the sigmoid saturates:
-    theta = [sigmoid(x) / sigmoid(high)] [-expm1(low - x)] / [-expm1(low - high)]; exactly 0 at ``low`` and 1 at ``high``.
+    sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)) keeps its relative accuracy where the sigmoid
+    saturates: theta = [sigmoid(x) / sigmoid(high)] [-expm1(low - x)] / [-expm1(low - high)], which is exactly 0 at
+    ``low`` and exactly 1 at ``high``.
     """
     saturated = torch.exp(x - high) * (1 + torch.exp(high)) / (1 + torch.exp(x))
     ratio = torch.where(high <= 0, saturated, (1 + torch.exp(-high)) / (1 + torch.exp(-x)))
@@ -129,7 +130,7 @@ def mean_over_bag_classes(instances: Instances, loss: Tensor, class_weight: Tens
     """Mean over the bag-classes that take part of ``loss`` (N, C); class weights leave the denominator alone."""
     labels = instances.labels
     weighted = loss if class_weight is None else class_weight * loss
-    return torch.where(labels.takes_part, weighted, 0.0).sum() / labels.count.clamp(min=1)
+    return torch.where(labels.takes_part, weighted, 0.0).sum() / labels.participants.clamp(min=1)
 
 
 def instance_term(
@@ -157,7 +158,10 @@ def instance_term(
 
 
 def mask_term(instances: Instances, guidance: Guidance, class_weight: Tensor | None) -> Tensor:
-    """L_mask (Sec. 3.3): mean over the bag-classes of sqrt(mean (p [M > 0])^2), in log space: a root of 0 has no gradient."""
+    """L_mask (Sec. 3.3): mean over the bag-classes of sqrt(mean (p [M > 0])^2).
+
+    In log space: where p^2 underflows, the root of 0 would have an infinite gradient.
+    """
     bags = instances.bags
     kept = guidance.targets > 0
     log_n = torch.log(bags.size.clamp(min=1).to(instances.x.dtype))
