@@ -48,7 +48,7 @@ class SGLLoss(nn.Module):
         check: whether to look at the values of targets and offsets; None: on the CPU only.
         impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"``, ``"reference"``.
 
-    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a scalar, float32 (float64 for float64).
+    Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a float32 (or float64) scalar.
 
     >>> import torch
     >>> from sgl_ops import SGLLoss

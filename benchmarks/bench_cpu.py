@@ -1,0 +1,126 @@
+"""Forward + backward of SGLLoss on the CPU beside what people would otherwise run.
+
+    python benchmarks/bench_cpu.py [--quick] [--json FILE]
+
+Every contender runs in the same process, in turn, round after round; a figure is the median over the rounds, its spread
+the interquartile range, and a ratio is the median of the rounds' ratios, so that a slow phase of the machine strikes all
+alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from baselines import bce_all_instances, eager_sgl
+from torch import Tensor
+
+from sgl_ops import SGLLoss
+
+CASES = [
+    # (N, C, L), share of positive labels, what it stands for
+    ((32, 14, 256), 0.05, "chest X-ray map"),
+    ((32, 14, 4096), 0.05, "fine map"),
+    ((32, 14, 4096), 0.5, "fine map"),
+    ((64, 527, 64), 0.05, "sound events"),
+    ((8, 4, 8192), 0.5, "slides"),
+    ((64, 1, 50), 0.5, "MNIST-Bags"),
+]
+
+
+def step(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> None:
+    logits.grad = None
+    loss(logits, targets).backward()
+
+
+def timed(run: Callable[[], None], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(shape: tuple[int, int, int], share: float, rounds: int, compiled: bool) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator).mul_(2).requires_grad_()
+    targets = (torch.rand(shape[:2], generator=generator) < share).float()
+    targets[0, 0] = 1.0  # at least one positive bag-class, whatever the share
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "sgl_ops": SGLLoss(impl="fused"),
+        "eager": eager_sgl,
+        "bce": bce_all_instances,
+    }
+    if compiled:
+        torch._dynamo.reset()
+        losses["compiled"] = torch.compile(eager_sgl)
+    expected = eager_sgl(logits, targets)
+    torch.testing.assert_close(losses["sgl_ops"](logits, targets), expected, rtol=1e-4, atol=1e-5)
+    calls = {}
+    for name, loss in losses.items():
+        for _ in range(5):
+            step(loss, logits, targets)
+        once = timed(lambda loss=loss: step(loss, logits, targets), 3)
+        calls[name] = max(1, int(0.02 / once))
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for _ in range(rounds):
+        for name, loss in losses.items():
+            times[name].append(timed(lambda loss=loss: step(loss, logits, targets), calls[name]))
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+    return {
+        "shape": shape,
+        "positives": share,
+        "median_us": {name: round(statistics.median(values) * 1e6, 1) for name, values in times.items()},
+        "iqr_us": {name: round((q[2] - q[0]) * 1e6, 1) for name, q in quartiles.items()},
+        "ratio": {
+            name: round(statistics.median(a / b for a, b in zip(times[name], times["sgl_ops"], strict=True)), 2)
+            for name in losses
+            if name != "sgl_ops"
+        },
+    }
+
+
+def machine() -> dict[str, object]:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "simd": torch.ops.sgl_ops.cpu_level(),
+        "torch": torch.__version__,
+        "commit": commit.strip(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds and no torch.compile")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    args = parser.parse_args()
+    rounds = 5 if args.quick else 25
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'(N, C, L)':>16} {'pos':>5} {'ours us':>9} {'eager':>8} {'compiled':>9} {'bce':>7}   times ours")
+    results = []
+    for shape, share, what in CASES:
+        row = measure(shape, share, rounds, compiled=not args.quick)
+        results.append({"what": what, **row})
+        ratio = row["ratio"]
+        cells = (f"{ratio['eager']:8.2f}", f"{ratio.get('compiled', float('nan')):9.2f}", f"{ratio['bce']:7.2f}")
+        print(f"{shape!s:>16} {share:5.0%} {row['median_us']['sgl_ops']:9.1f} {' '.join(cells)}   {what}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": about, "rounds": rounds, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

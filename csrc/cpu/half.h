@@ -1,0 +1,54 @@
+// float16 and bfloat16 as bit patterns, to and from float without a branch or a table, so that loops vectorize.
+#pragma once
+
+#include "../sgl_math.h"
+
+namespace sgl {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+SGL_HD float read_as(float, float v) { return v; }
+SGL_HD double read_as(double, double v) { return v; }
+
+SGL_HD float read_as(float, BFloat16 v) {
+  return bits_of<float>(static_cast<uint32_t>(v.bits) << 16);
+}
+
+SGL_HD float read_as(float, Half v) {
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+  // exponents are biased by 15, in floats by 127; the product brings subnormals into place, too
+  const float finite = bits_of<float>(magnitude) * bits_of<float>((127u + 112u) << 23);
+  const uint32_t special = magnitude | 0x7f800000u;
+  const uint32_t bits = magnitude >= (31u << 23) ? special : bits_of<uint32_t>(finite);
+  return bits_of<float>(bits | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
+}
+
+SGL_HD void write_as(float* to, float v) { *to = v; }
+SGL_HD void write_as(double* to, double v) { *to = v; }
+
+SGL_HD void write_as(BFloat16* to, float v) {
+  const uint32_t bits = bits_of<uint32_t>(v);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to->bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+}
+
+SGL_HD void write_as(Half* to, float v) {
+  const uint32_t bits = bits_of<uint32_t>(v);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // to nearest, ties to even: the carry of the mantissa runs into the exponent, and on to infinity
+  const uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // beside 0.5 the last bit of a float is worth as much as that of a subnormal half
+  const uint32_t subnormal = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - (126u << 23);
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  const uint32_t bounded = magnitude >= (143u << 23) ? 0x7c00u : finite;
+  const uint32_t result = magnitude > 0x7f800000u ? 0x7e00u : bounded;
+  to->bits = static_cast<uint16_t>(result | (bits >> 16 & 0x8000u));
+}
+
+}  // namespace sgl

@@ -1,0 +1,100 @@
+// Where the instances of a bag-class lie in memory, in every layout: maps, padded and packed bags, any strides.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace sgl {
+
+// One dimension of the instances of a bag, with what a step in it means in the logits, the mask and the gradient.
+struct Dimension {
+  int64_t size, logits, mask, grad;
+};
+
+struct Layout {
+  int64_t bags = 0, classes = 0;
+  // steps from bag to bag (packed: from row to row) and from class to class
+  int64_t logits_bag = 0, logits_class = 0, mask_bag = 0, grad_bag = 0, grad_class = 0;
+  std::vector<Dimension> dimensions;  // dense: outermost first, at least one; packed: one, its size set per bag
+  std::vector<int64_t> starts;  // packed: N + 1 offsets, clamped into the logits; empty where bags are dense
+  int64_t longest = 0;  // most instances of a bag
+
+  bool packed() const { return !starts.empty(); }
+};
+
+// Neighbouring dimensions that one step walks through become one, and those of size 1 go: a contiguous map is a row.
+inline std::vector<Dimension> collapse(const std::vector<Dimension>& all) {
+  std::vector<Dimension> kept;
+  for (const Dimension& d : all) {
+    if (d.size == 1) continue;
+    if (!kept.empty()) {
+      Dimension& outer = kept.back();
+      if (outer.logits == d.size * d.logits && outer.mask == d.size * d.mask && outer.grad == d.size * d.grad) {
+        outer = {outer.size * d.size, d.logits, d.mask, d.grad};
+        continue;
+      }
+    }
+    kept.push_back(d);
+  }
+  if (kept.empty()) kept.push_back({1, 1, 1, 1});
+  return kept;
+}
+
+// The instances of one bag-class.
+struct Instances {
+  const Dimension* dimensions;
+  int count;  // of dimensions
+  int64_t inner;  // size of the last dimension
+  int64_t logits, mask, grad;  // where the first instance lies
+  int64_t positions;  // instances and padding together
+};
+
+inline Instances instances_of(const Layout& layout, int64_t bag, int64_t cls) {
+  Instances r;
+  r.dimensions = layout.dimensions.data();
+  r.count = static_cast<int>(layout.dimensions.size());
+  const int64_t first = layout.packed() ? layout.starts[bag] : bag;
+  r.logits = first * layout.logits_bag + cls * layout.logits_class;
+  r.mask = first * layout.mask_bag;
+  r.grad = first * layout.grad_bag + cls * layout.grad_class;
+  if (layout.packed()) {
+    r.inner = r.positions = layout.starts[bag + 1] - first;
+  } else {
+    r.inner = layout.dimensions.back().size;
+    r.positions = layout.longest;
+  }
+  return r;
+}
+
+// Visits the runs along the last dimension, in row-major order of the instances.
+class Runs {
+ public:
+  explicit Runs(const Instances& r)
+      : logits(r.logits), mask(r.mask), grad(r.grad), instances_(r), done_(r.positions == 0) {}
+
+  bool done() const { return done_; }
+
+  void next() {
+    for (int d = instances_.count - 2; d >= 0; --d) {
+      const Dimension& dim = instances_.dimensions[d];
+      logits += dim.logits;
+      mask += dim.mask;
+      grad += dim.grad;
+      if (++index_[d] < dim.size) return;
+      logits -= dim.size * dim.logits;
+      mask -= dim.size * dim.mask;
+      grad -= dim.size * dim.grad;
+      index_[d] = 0;
+    }
+    done_ = true;
+  }
+
+  int64_t logits, mask, grad;  // where the run starts
+
+ private:
+  const Instances& instances_;
+  bool done_;
+  int64_t index_[64] = {};  // torch has at most 64 dimensions
+};
+
+}  // namespace sgl

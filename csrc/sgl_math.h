@@ -1,0 +1,354 @@
+// The arithmetic of the Self-Guiding Loss for one instance and one bag-class, shared by every device.
+//
+// Scalar and branch-free where it is called per instance (ternaries, no early return): a loop over instances around
+// these functions is a vector loop. No torch here. Equation numbers: Seibold et al., ACCV 2020.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define SGL_HD __host__ __device__ __forceinline__
+#else
+// always: a call left standing would run with the instruction set of the baseline, whoever calls
+#define SGL_HD inline __attribute__((always_inline))
+#endif
+
+namespace sgl {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// exp, log1p and expm1. float: own polynomials, at most 3 ulp, and no call, so that loops vectorize. double: libm.
+
+template <class To, class From>
+SGL_HD To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To result;
+  std::memcpy(&result, &value, sizeof(result));
+  return result;
+}
+
+// x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two pieces, so that n times the first is exact
+struct ReducedExponent {
+  float r;
+  int32_t n;
+};
+
+SGL_HD ReducedExponent reduce_exponent(float x) {
+  const float round = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction, rounded to nearest
+  const float shifted = x * 1.44269504088896341f + round;
+  const float n = shifted - round;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  return {r, static_cast<int32_t>(bits_of<uint32_t>(shifted) - bits_of<uint32_t>(round))};
+}
+
+// e^r - 1 for |r| <= ln 2 / 2
+SGL_HD float expm1_polynomial(float r) {
+  float s = 0.0013814559f;
+  s = s * r + 0.0083687352f;
+  s = s * r + 0.0416683890f;
+  s = s * r + 0.1666652113f;
+  s = s * r + 0.4999999404f;
+  return s * (r * r) + r;
+}
+
+// 2^n for -126 <= n <= 127; unsigned: for a NaN the exponent is anything
+SGL_HD float power_of_two(int32_t n) {
+  return bits_of<float>((static_cast<uint32_t>(n) + 127u) << 23);
+}
+
+SGL_HD float exp(float x) {
+  x = x > 89.0f ? 89.0f : x;  // inf
+  x = x < -105.0f ? -105.0f : x;  // 0
+  const ReducedExponent e = reduce_exponent(x);
+  // 2^n in two factors: as one it leaves the range of floats where the result does not yet
+  const int32_t half = e.n >> 1;
+  return (expm1_polynomial(e.r) + 1.0f) * power_of_two(half) * power_of_two(e.n - half);
+}
+
+// e^x - 1 for x <= 0
+SGL_HD float expm1_negative(float x) {
+  x = x < -40.0f ? -40.0f : x;  // -1
+  const ReducedExponent e = reduce_exponent(x);
+  const float scale = power_of_two(e.n);
+  return expm1_polynomial(e.r) * scale + (scale - 1.0f);
+}
+
+// log(1 + u) for 0 <= u <= 1, from f = u, or f = (1 + u) / 2 - 1 where 1 + u > sqrt 2: both exact
+SGL_HD float log1p_unit(float u) {
+  const bool low = u < 0.41421356f;
+  const float f = low ? u : (u - 1.0f) * 0.5f;
+  float s = -0.0763449669f;
+  s = s * f + 0.1276157647f;
+  s = s * f - 0.1316018254f;
+  s = s * f + 0.1420175731f;
+  s = s * f - 0.1662335694f;
+  s = s * f + 0.2000122666f;
+  s = s * f - 0.2500081956f;
+  s = s * f + 0.3333333135f;
+  const float square = f * f;
+  s = s * (f * square) - square * 0.5f + f;
+  return low ? s : s + 0.693147181f;
+}
+
+SGL_HD double exp(double x) { return std::exp(x); }
+SGL_HD double expm1_negative(double x) { return std::expm1(x); }
+SGL_HD double log1p_unit(double u) { return std::log1p(u); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Probabilities
+
+enum Pooling : int64_t {
+  kNone = 0,  // the bag loss is someone else's
+  kMax = 1,
+  kMean = 2,
+  kMeanLogits = 3,
+  kSoftmax = 4,
+  kLinearSoftmax = 5,
+  kLSE = 6,
+  kNoisyOr = 7,
+};
+
+// A bag-class whose every p (or every 1 - p, or p (1 - p)) is tiny has them multiplied by a power of e that makes the
+// largest about 1: sums then neither underflow nor lose digits. All 0, so no scaling, in any other bag-class.
+template <class T>
+struct Scale {
+  T p, q, pq;  // p is multiplied by e^-p, 1 - p by e^q, p (1 - p) by e^pq
+  bool any;
+};
+
+// e^-40: below the rounding of double beside 1, far above the smallest float
+template <class T>
+SGL_HD Scale<T> scale_of(T low, T high, T nearest_to_zero, int64_t pooling) {
+  const T far = T(40);
+  const bool any = high < -far || low > far || (pooling == kLinearSoftmax && nearest_to_zero > far);
+  if (!any) return {T(0), T(0), T(0), false};
+  return {high < T(0) ? high : T(0), low > T(0) ? low : T(0), nearest_to_zero, true};
+}
+
+template <class T>
+struct Probability {
+  T u;  // e^-|x|
+  T p, q;  // sigmoid(x), sigmoid(-x): 1 - p would have no digits left where p is near 1
+  T scaled_p, scaled_q, scaled_pq;
+};
+
+template <bool scaled, class T>
+SGL_HD Probability<T> probability(T x, const Scale<T>& scale) {
+  const T magnitude = x < T(0) ? -x : x;
+  const T u = exp(-magnitude);
+  const T larger = T(1) / (T(1) + u);
+  const T smaller = u * larger;
+  const bool positive = x >= T(0);
+  Probability<T> o;
+  o.u = u;
+  o.p = positive ? larger : smaller;
+  o.q = positive ? smaller : larger;
+  if (scaled) {
+    o.scaled_p = exp((positive ? T(0) : x) - scale.p) * larger;
+    o.scaled_q = exp(scale.q - (positive ? x : T(0))) * larger;
+    o.scaled_pq = exp(scale.pq - magnitude) * larger * larger;
+  } else {
+    o.scaled_p = o.p;
+    o.scaled_q = o.q;
+    o.scaled_pq = smaller * larger;
+  }
+  return o;
+}
+
+// log(1 + e^x) from u = e^-|x|; softplus(-x) is -log p, softplus(x) is -log(1 - p)
+template <class T>
+SGL_HD T softplus(T x, T u) {
+  return (x > T(0) ? x : T(0)) + log1p_unit(u);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Self-guidance of a positive bag-class (Eq. 5, 6)
+
+template <class T>
+struct Guide {
+  T low, high;  // extreme logits
+  T inverse_p_high;  // 1 / p at high, scaled as p is
+  T span;  // expm1(low - high)
+  T delta_l, delta_h;
+};
+
+// rescale = false takes theta = p: that is rescaling between the logits -inf and inf, p = 0 and p = 1, and as such costs
+// the loops no branch.
+template <class T>
+SGL_HD Guide<T> guide_of(T low, T high, const Scale<T>& scale, double delta_l, bool rescale) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  const T delta_h = static_cast<T>(1.0 - delta_l);
+  if (!rescale) return {-infinity, infinity, exp(scale.p), T(-1), static_cast<T>(delta_l), delta_h};
+  const T p_high = (scale.any ? probability<true>(high, scale) : probability<false>(high, scale)).scaled_p;
+  return {low, high, T(1) / p_high, expm1_negative(low - high), static_cast<T>(delta_l), delta_h};
+}
+
+// theta = (p - min p) / (max p - min p) (Eq. 5). Differences of probabilities lose their digits where the sigmoid
+// saturates; sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)) does not, so
+// theta = [p / max p] [expm1(min x - x) / expm1(min x - max x)].
+template <class T>
+SGL_HD T theta_of(T x, const Probability<T>& o, const Guide<T>& g) {
+  // the quotient first: with instances very nearly alike, 1 / span is infinite
+  const T rise = expm1_negative(g.low - x) / g.span;
+  const T theta = (o.scaled_p * g.inverse_p_high) * rise;
+  return (theta > T(1)) | (x == g.high) ? T(1) : theta;
+}
+
+// M (Eq. 6): 0 negative, 1 positive, theta ambiguous. The parts are numbers, 1 for the one that the instance is in: as
+// conditions they make compilers branch around the arithmetic of each part, and loops stay scalar.
+template <class T>
+struct Target {
+  T m;
+  T negative, ambiguous, positive;
+};
+
+template <class T>
+SGL_HD Target<T> target_of(T theta, const Guide<T>& g) {
+  const T negative = theta < g.delta_l ? T(1) : T(0);
+  const T positive = theta > g.delta_h ? T(1) : T(0);
+  const T ambiguous = (T(1) - negative) - positive;
+  return {positive + ambiguous * theta, negative, ambiguous, positive};
+}
+
+// BCE from logits, (1 - M) softplus(x) + pos_weight M softplus(-x): no cancellation, no epsilon
+template <class T>
+SGL_HD T bce(T x, const Probability<T>& o, T m, T pos_weight) {
+  const T log1p_u = log1p_unit(o.u);
+  const T above = x > T(0) ? x : T(0);
+  const T below = x > T(0) ? T(0) : -x;
+  return (T(1) - m) * (above + log1p_u) + pos_weight * m * (below + log1p_u);
+}
+
+// d bce / dx = p - M where pos_weight is 1: exactly 0 where M = p, and with all its digits where M = 1 and p nearly so
+template <class T>
+SGL_HD T bce_slope(const Probability<T>& o, T m, T pos_weight) {
+  const T certain = -pos_weight * o.q;
+  const T other = (o.p - m) + (T(1) - pos_weight) * (m * o.q);
+  return m == T(1) ? certain : other;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pooling: bag logit z = log P - log(1 - P) from up to three sums over the instances (Eq. 3, 4), and dz/dx from two
+// numbers of the bag-class. Weighted means share z = log sum w p - log sum w q, as 1 - P = sum w q / sum w.
+
+template <class T>
+struct PoolingSettings {
+  T parameter;
+  T high;  // largest logit
+  T p_reference;  // softmax: p where the weight e^(a p) is largest; weights are relative to it
+  T q_high;  // lse: q of the largest logit
+};
+
+template <class T>
+SGL_HD PoolingSettings<T> pooling_settings(T low, T high, double parameter) {
+  const Scale<T> none{T(0), T(0), T(0), false};
+  const Probability<T> at_low = probability<false>(low, none), at_high = probability<false>(high, none);
+  return {static_cast<T>(parameter), high, parameter >= 0 ? at_high.p : at_low.p, at_high.q};
+}
+
+template <class T>
+struct PoolingTerms {
+  T a, b, c;
+};
+
+// how much e^(r p) falls short of the largest, as r (q - min q) >= 0
+template <class T>
+SGL_HD T lse_shortfall(const Probability<T>& o, const PoolingSettings<T>& s) {
+  const T d = o.q - s.q_high;
+  return s.parameter * (d > T(0) ? d : T(0));
+}
+
+template <int64_t pooling, bool scaled, class T>
+SGL_HD PoolingTerms<T> pooling_terms(T x, const Probability<T>& o, const Scale<T>& scale, const PoolingSettings<T>& s) {
+  if (pooling == kMax) return {x == s.high ? T(1) : T(0), T(0), T(0)};
+  if (pooling == kMean) return {o.scaled_p, o.scaled_q, T(0)};
+  if (pooling == kMeanLogits) return {x, T(0), T(0)};
+  if (pooling == kSoftmax) {
+    const T weight = exp(s.parameter * (o.p - s.p_reference));
+    return {weight * o.scaled_p, weight * o.scaled_q, T(0)};
+  }
+  if (pooling == kLinearSoftmax) return {o.scaled_p * o.scaled_p, o.scaled_pq, T(0)};
+  if (pooling == kLSE) {
+    if (scaled) return {o.scaled_p, o.scaled_q, T(0)};  // r p (or r q) is tiny: the mean
+    const T shortfall = lse_shortfall(o, s);
+    const T weight = exp(-shortfall);
+    return {-weight * expm1_negative(-s.parameter * o.p), weight, -expm1_negative(-shortfall)};
+  }
+  // noisy_or: -log(1 - p), which is p where p is tiny
+  if (scaled && scale.p < T(0)) return {o.scaled_p, T(0), T(0)};
+  return {softplus(x, o.u), T(0), T(0)};
+}
+
+struct BagLogit {
+  double z;
+  double slope1, slope2;  // what pooling_slope needs of the bag-class
+};
+
+SGL_HD BagLogit finish_pooling(
+    int64_t pooling, double a, double b, double c, int64_t count, double high, const Scale<double>& scale,
+    double parameter, double p_high, double q_high) {
+  const double n = static_cast<double>(count);
+  switch (pooling) {
+    case kMax:
+      return {high, 1 / a, 0};
+    case kMean:
+    case kSoftmax:
+      return {std::log(a) + scale.p - std::log(b) + scale.q, 1 / a, 1 / b};
+    case kMeanLogits:
+      return {a / n, 1 / n, 0};
+    case kLinearSoftmax:
+      return {std::log(a) + 2 * scale.p - std::log(b) + scale.pq, 1 / a, 1 / b};
+    case kLSE: {
+      if (scale.p < 0) return {std::log(a / n) + scale.p, 1 / a, 0};
+      if (scale.q > 0) return {scale.q - std::log(b / n), 0, 1 / b};
+      // With weights e^(r (p - max p)): P = max p + log(mean weight) / r cancels where P is small, and
+      // P = log1p(mean(e^(rp) - 1)) / r is used there; Q = 1 - P = min q - log(mean weight) / r never cancels.
+      const double loss = c / n < 0.5 ? -std::log1p(-c / n) : -std::log(b / n);
+      const double largest = parameter * p_high;
+      const double log_mean =
+          largest > 1 ? largest + std::log(a / n + std::exp(-largest)) : std::log1p(a / n * std::exp(largest));
+      double p = log_mean / parameter, q = q_high + loss / parameter;
+      double z;
+      if (p < 0.5) {
+        q = 1 - p;
+        z = std::log(p) - std::log1p(-p);
+      } else {
+        p = 1 - q;
+        z = std::log1p(-q) - std::log(q);
+      }
+      return {z, 1 / (b * p * q), 0};
+    }
+    case kNoisyOr: {
+      // a = -log(1 - P), scaled as p is
+      if (scale.p < 0) return {std::log(a) + scale.p, 1 / a, 0};
+      const double p = -std::expm1(-a);
+      return {a + std::log(p), 1 / p, 0};
+    }
+    default:
+      return {0, 0, 0};
+  }
+}
+
+// dz/dx
+template <int64_t pooling, bool scaled, class T>
+SGL_HD T pooling_slope(T x, const Probability<T>& o, const PoolingSettings<T>& s, T slope1, T slope2) {
+  if (pooling == kMax) return x == s.high ? slope1 : T(0);
+  if (pooling == kMeanLogits) return slope1;
+  if (pooling == kMean) return o.scaled_p * o.q * slope1 + o.p * o.scaled_q * slope2;
+  if (pooling == kSoftmax) {
+    const T ap = s.parameter * o.p, aq = s.parameter * o.q;
+    return exp(s.parameter * (o.p - s.p_reference)) *
+        (o.scaled_p * o.q * (T(1) + ap) * slope1 + o.p * o.scaled_q * (T(1) - aq) * slope2);
+  }
+  if (pooling == kLinearSoftmax)
+    return T(2) * o.scaled_p * o.scaled_p * o.q * slope1 - o.scaled_pq * (o.q - o.p) * slope2;
+  if (pooling == kLSE) {
+    if (scaled) return o.scaled_p * o.q * slope1 + o.p * o.scaled_q * slope2;
+    return exp(-lse_shortfall(o, s)) * (o.p * o.q) * slope1;
+  }
+  return o.scaled_p * slope1;  // noisy_or
+}
+
+}  // namespace sgl

@@ -1,0 +1,128 @@
+"""The CPU kernels at every instruction set: the accuracy of their own functions, and the same loss from each level."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+pytest.importorskip("sgl_ops._C", reason="the extension sgl_ops._C is not built", exc_type=ImportError)
+
+LEVELS = ["baseline", "avx2", "avx512"]
+
+# What a subprocess runs: SGL_OPS_CPU is read once, so that each level needs a process of its own.
+REPORT = """
+import sys
+import torch
+import sgl_ops
+ops = torch.ops.sgl_ops
+inputs = torch.load(sys.argv[1])
+result = {"level": ops.cpu_level()}
+for function, x in inputs["math"].items():
+    result[function] = ops._math(x, function)
+    result[function, "special"] = ops._math(torch.tensor([torch.nan, torch.inf, -torch.inf]), function)
+for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    for pooling in ("max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or"):
+        for impl in ("fused", "reference"):
+            logits = inputs["logits"].to(dtype)
+            # the reference computes in float64 from what the fused operator reads
+            x = logits.clone() if impl == "fused" else logits.to(torch.float64, copy=True)
+            x.requires_grad_()
+            loss = sgl_ops.functional.sgl_loss(
+                x, inputs["targets"], mask=inputs["mask"], pooling=pooling, mask_weight=0.5, impl=impl
+            )
+            loss.backward()
+            result[dtype, pooling, impl] = (loss.detach().double(), x.grad.double())
+torch.save(result, sys.argv[2])
+"""
+
+
+def math_inputs() -> dict[str, torch.Tensor]:
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30, 1e-8, -1e-8, -88.5, -87.0, -20.0, -0.34657359])
+    # an odd size, so that loops have a tail
+    exp = torch.cat([torch.linspace(-104.5, 89.5, 400_001), special])
+    log1p = torch.cat([torch.linspace(0.0, 1.0, 400_001), torch.logspace(-44, 0, 10_001)])
+    expm1 = torch.cat([torch.linspace(-110.0, 0.0, 400_001), -torch.logspace(-44, 0, 10_001), special[special <= 0]])
+    return {"exp": exp, "log1p": log1p, "expm1": expm1}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("levels")
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 5, 61) * 3
+    logits[0, 0] -= 60  # scaled bag-classes
+    logits[0, 1] += 60
+    logits[0, 2, 0, :40] = 7e3
+    logits[1, 1] = 0.25  # all alike
+    inputs = {
+        "math": math_inputs(),
+        "logits": logits,
+        "targets": torch.tensor([[1.0, 1, 1], [0, 1, 0], [1, 0, float("nan")], [0, 1, 1]]),
+        "mask": torch.rand(4, 5, 61) > 0.2,
+    }
+    inputs["mask"][1, 0, 0] = True
+    torch.save(inputs, folder / "inputs.pt")
+
+    @cache
+    def run(level: str) -> dict:
+        out = folder / f"{level}.pt"
+        subprocess.run(
+            [sys.executable, "-c", REPORT, str(folder / "inputs.pt"), str(out)],
+            env={**os.environ, "SGL_OPS_CPU": level},
+            check=True,
+        )
+        result = torch.load(out)
+        if result["level"] != level:
+            pytest.skip(f"this machine has no {level}, only {result['level']}")
+        return result
+
+    return run
+
+
+def ulp_error(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    rounded = exact.to(torch.float32)
+    above = torch.nextafter(rounded.abs(), torch.tensor(torch.inf))
+    return (y.double() - exact).abs() / (above.double() - rounded.abs().double())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("function", ["exp", "log1p", "expm1"])
+def test_functions_are_within_3_ulp(report, level, function):
+    x, y = math_inputs()[function], report(level)[function]
+    exact = getattr(torch, function)(x.double())
+    finite = exact.abs() <= torch.finfo(torch.float32).max
+    assert torch.isfinite(y[finite]).all()
+    assert ulp_error(y[finite], exact[finite]).max() <= 3
+    assert (y[~finite] == torch.inf).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_functions_at_nan_and_infinity(report, level):
+    exp = report(level)["exp", "special"]
+    assert exp[0].isnan()
+    assert exp[1:].tolist() == [torch.inf, 0.0]
+    expm1 = report(level)["expm1", "special"]  # made for arguments <= 0
+    assert expm1[0].isnan()
+    assert expm1[2] == -1.0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pooling", ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_every_level_gives_the_reference(report, level, pooling, dtype):
+    result = report(level)
+    loss, grad = result[dtype, pooling, "fused"]
+    expected_loss, expected_grad = result[dtype, pooling, "reference"]
+    working = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    assert abs(loss - expected_loss) <= 20 * working * abs(expected_loss)
+    # rounded once to the dtype; half a step of its smallest number where that underflows
+    limits = torch.finfo(dtype)
+    rounding = (limits.eps * expected_grad.abs() + limits.smallest_normal * limits.eps) / 2
+    # p - M cancels: what is lost is measured by the terms, of which the largest gradient of the bag-class tells the size
+    # (below 1e-30 nothing is asked for: float32 ends there). In float64 the reference rounds as well.
+    terms = expected_grad.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)
+    factor = 64 if dtype == torch.float64 else 16
+    assert ((grad - expected_grad).abs() <= rounding + factor * working * terms).all()
