@@ -40,8 +40,8 @@ CODES: dict[type[nn.Module], int] = {
     NoisyOrPooling: 7,
 }
 
-#: Numbers that the operator keeps of each bag-class for its backward.
-SAVED_COLUMNS = 16
+#: Numbers that the operator keeps of each bag-class for its backward: kColumns in csrc/cpu/kernels.h.
+SAVED_COLUMNS = 11
 
 
 def code_of(pooling: nn.Module) -> tuple[int, float]:

@@ -291,8 +291,8 @@ void save(const BagClass& b, const Batch& batch, double class_weight, const Sett
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(
-    const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& mask, const Layout& layout,
-    const std::optional<Tensor>& class_weights, Problem<T>& problem, const Settings& settings) {
+    const Tensor& logits, const Tensor& targets, const Layout& layout, const std::optional<Tensor>& class_weights,
+    const Problem<T>& problem, const Settings& settings) {
   const int64_t units = layout.bags * layout.classes;
   const T* class_weight = class_vector<T>(class_weights, "class_weight", layout.classes);
   const std::vector<Label> labels = labels_of(targets, layout);
@@ -348,13 +348,13 @@ std::tuple<Tensor, Tensor, Tensor> sgl_forward(
   const Layout layout = layout_of(logits, mask, offsets, nullptr);
   const Settings settings{lam, mask_weight, per_bag};
   if (type_of(logits) == Type::kDouble) {
-    Problem<double> problem = problem_of<double>(
+    const Problem<double> problem = problem_of<double>(
         logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, weighted);
-    return forward_as(logits, targets, mask, layout, class_weight, problem, settings);
+    return forward_as(logits, targets, layout, class_weight, problem, settings);
   }
-  Problem<float> problem =
+  const Problem<float> problem =
       problem_of<float>(logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, weighted);
-  return forward_as(logits, targets, mask, layout, class_weight, problem, settings);
+  return forward_as(logits, targets, layout, class_weight, problem, settings);
 }
 
 template <class T>

@@ -1,0 +1,85 @@
+"""Drawing bags: which instances lie together in a bag, and which of them are positive."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Bags(NamedTuple):
+    """N bags of T instances altogether; bag i is ``index[offsets[i]:offsets[i + 1]]``."""
+
+    index: Tensor  # (T,) int64: where the instance's image is
+    positive: Tensor  # (T,) bool: the instance is of the target class; never shown to a network
+    offsets: Tensor  # (N + 1,) int64
+    labels: Tensor  # (N,) float32: 1 where the bag has a positive instance
+
+
+def draw_bags(
+    pool: np.ndarray,
+    is_target: np.ndarray,
+    count: int,
+    size: float,
+    size_std: float,
+    rng: np.random.Generator,
+) -> Bags:
+    """``count`` bags of the images ``pool``, half of them positive, in random order.
+
+    A bag's size is drawn from a normal distribution and rounded, at least 1. The instances of a bag are drawn at
+    random: a positive bag has as many targets as chance gives, under the condition that there is one; a negative bag is
+    drawn from the other images. A bag holds an image twice only where there are too few images for it.
+
+    Args:
+        pool: (n,), indices of the images that may be drawn.
+        is_target: bool, for every image that ``pool`` may name.
+    """
+    targets, others = pool[is_target[pool]], pool[~is_target[pool]]
+    for kind, images in (("of the target class", targets), ("of another class", others)):
+        if len(images) == 0:
+            raise ValueError(f"data: expected at least one image {kind} among the {len(pool)} to draw bags from")
+    if count < 1:
+        raise ValueError(f"count: expected at least 1 bag, got {count}")
+    sizes = np.maximum(1, np.rint(rng.normal(size, size_std, count))).astype(np.int64)
+    labels = rng.permutation(np.arange(count) % 2 == 0)
+    rate = len(targets) / len(pool)
+    index, positive = [], []
+    for length, label in zip(sizes, labels, strict=True):
+        number = _at_least_one(length, rate, rng) if label else 0
+        bag = np.concatenate((_choose(targets, number, rng), _choose(others, length - number, rng)))
+        order = rng.permutation(length)
+        index.append(bag[order])
+        positive.append((np.arange(length) < number)[order])
+    return Bags(
+        torch.from_numpy(np.concatenate(index).astype(np.int64)),
+        torch.from_numpy(np.concatenate(positive)),
+        torch.from_numpy(np.concatenate(([0], np.cumsum(sizes)))),
+        torch.from_numpy(labels.astype(np.float32)),
+    )
+
+
+def take(bags: Bags, which: Tensor) -> Bags:
+    """The bags ``which``, in that order."""
+    lengths = bags.offsets.diff()[which]
+    offsets = torch.cat((bags.offsets.new_zeros(1), lengths.cumsum(0)))
+    shift = (bags.offsets[which] - offsets[:-1]).repeat_interleave(lengths)
+    rows = torch.arange(len(shift), device=shift.device) + shift
+    return Bags(bags.index[rows], bags.positive[rows], offsets, bags.labels[which])
+
+
+def to_device(bags: Bags, device: torch.device) -> Bags:
+    return Bags(*(part.to(device) for part in bags))
+
+
+def _choose(images: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.choice(images, number, replace=number > len(images))
+
+
+def _at_least_one(trials: int, rate: float, rng: np.random.Generator) -> int:
+    """A binomial number under the condition that it is not 0."""
+    # the first success among those that fail to be none comes at trial `first`; what follows it is free
+    u = rng.random() * -np.expm1(trials * np.log1p(-rate))
+    first = min(int(np.log1p(-u) / np.log1p(-rate)) + 1, trials)
+    return 1 + int(rng.binomial(trials - first, rate))

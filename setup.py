@@ -1,0 +1,132 @@
+"""Builds the extension sgl_ops._C; everything else about the package is in pyproject.toml.
+
+SGL_OPS_BUILD=auto  compile; where that fails, say so and go on as a pure-Python package (the default)
+SGL_OPS_BUILD=1     compile; a failure is an error
+SGL_OPS_BUILD=0     never compile
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+BUILD = os.environ.get("SGL_OPS_BUILD", "auto")
+if BUILD not in ("auto", "1", "0"):
+    raise SystemExit(f"SGL_OPS_BUILD: expected auto, 1 or 0, got {BUILD!r}")
+
+# Free-threaded Pythons have no limited API.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+# -ffast-math is not among them: a library linked with it sets flush-to-zero for the whole process.
+COMPILE_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    f"-ffile-prefix-map={Path.cwd()}=.",
+]
+
+
+def torch_folder() -> Path:
+    """The installed torch, found without the seconds that importing it takes: only headers and libraries are needed."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("torch is not installed where the package is built")
+    return Path(spec.origin).parent
+
+
+class BuildExtension(build_ext):
+    """build_ext that compiles in parallel, only what has changed, and can do without a compiler."""
+
+    def run(self) -> None:
+        if BUILD == "0":
+            self.leave_out()
+            return
+        try:
+            super().run()
+        except Exception as error:  # no compiler, no torch, a compiler that is too old, ...
+            if BUILD == "1":
+                raise
+            print(
+                f"sgl-ops: the extension could not be built ({type(error).__name__}: {error}). Installing the pure-Python "
+                "package: the same results, slower. SGL_OPS_BUILD=1 turns this into an error.",
+                file=sys.stderr,
+            )
+            self.leave_out()
+
+    def leave_out(self) -> None:
+        """Make the distribution a pure-Python one, also where an earlier build left its extension."""
+        for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        self.extensions = self.distribution.ext_modules = []
+
+    def build_extensions(self) -> None:
+        torch = torch_folder()
+        for extension in self.extensions:
+            extension.include_dirs.append(str(torch / "include"))
+            extension.library_dirs.append(str(torch / "lib"))
+            extension.extra_compile_args.append(f"-ffile-prefix-map={torch}=torch")
+        compile_some = self.compiler.compile
+
+        def compile_all(sources: list[str], output_dir: str, depends: list[str], **options: Any) -> list[str]:
+            def compile_one(source: str) -> list[str]:
+                (target,) = self.compiler.object_filenames([source], output_dir=output_dir)
+                if not self.force and newer_than(target, [source, *depends]):
+                    return [target]
+                return compile_some([source], output_dir=output_dir, **options)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return sum(pool.map(compile_one, sources), [])
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
+
+
+class BuildWheel(bdist_wheel):
+    """bdist_wheel that contains what is there now, tagged as what was built."""
+
+    def run(self) -> None:
+        # left by an earlier build, modules that were renamed or removed would go into the wheel
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+def newer_than(target: str, sources: list[str]) -> bool:
+    return os.path.exists(target) and os.path.getmtime(target) > max(map(os.path.getmtime, sources))
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "sgl_ops._C",
+            sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+            depends=[*glob("csrc/**/*.h", recursive=True), "setup.py"],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the oldest torch that loads it: 2.10
+                *([("Py_LIMITED_API", "0x030A0000")] if LIMITED_API else []),
+            ],
+            extra_compile_args=COMPILE_FLAGS,
+            libraries=["torch_cpu"],
+            language="c++",
+            py_limited_api=LIMITED_API,
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": BuildWheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
+)
