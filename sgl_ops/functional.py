@@ -177,6 +177,9 @@ def _sgl(
         total = bag + lam * instance + mask_weight * penalty
         return total, torch.stack((bag.detach(), instance.detach(), penalty.detach()))
     code, parameter = _fused.code_of(module)
+    if code == _fused.EXTERNAL:
+        # two gradients meet in the logits, and their sum is to be rounded once, to the dtype that was given
+        logits = logits.to(working_dtype(logits.dtype))
     total, parts = _fused.fused_terms(
         logits, targets, mask, offsets, class_weight, pos_weight, delta_l, lam, mask_weight, code, parameter,
         normalize == "bag", rescale, weighted,

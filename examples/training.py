@@ -1,0 +1,205 @@
+"""Training a network on bags of images with one of the losses: the loop, its checkpoints, and what it reports.
+
+Plain functions that the examples share. A configuration is a flat dict of what decides a result; the same
+configuration and seed give the same result bit for bit on the CPU, also over an interruption.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bags import Bags, take
+from metrics import auc, iou, iou_pooled
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
+from sgl_ops.pooling import POOLINGS, make_pooling
+
+LOSSES = ("sgl", "bag", "bil", "mmm")
+DEFAULT_POOLING = {"sgl": "max", "bag": "max", "bil": "mean", "mmm": "max"}
+METRICS = ("auc", "iou", "iou_pooled")
+
+Config = dict[str, Any]
+
+
+def make_criterion(config: Config) -> nn.Module:
+    pooling = config["pooling"]
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if config["loss"] == "sgl":
+        return SGLLoss(
+            delta_l=config["delta_l"],
+            lam=config["lam"],
+            pooling=pooling,
+            rescale=config["rescale"],
+            weighted=config["weighted"],
+        )
+    if config["loss"] == "bag":
+        return BagLoss(pooling=pooling)
+    if config["loss"] == "bil":
+        return BILLoss(pooling=pooling)
+    if config["loss"] == "mmm":
+        return MMMLoss()
+    raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {config['loss']!r}")
+
+
+def instance_logits(model: nn.Module, images: Tensor, index: Tensor, batch_size: int = 4096) -> Tensor:
+    """Logits (T,) of the images ``index`` (T,), without gradient; every image goes through the network once."""
+    unique, where = index.unique(return_inverse=True)
+    with torch.inference_mode():
+        return torch.cat([model(images[some]).reshape(-1) for some in unique.split(batch_size)])[where]
+
+
+def measure(logits: Tensor, bags: Bags, pooling: str) -> dict[str, float]:
+    """AUC of the bags and the two IoUs of their instances at p > 0.5, of instance logits (T,)."""
+    scores = make_pooling(pooling)(logits, offsets=bags.offsets)
+    found, positive, offsets = (x.cpu().numpy() for x in (logits > 0, bags.positive, bags.offsets))
+    return {
+        "auc": auc(scores.cpu().numpy(), bags.labels.cpu().numpy()),
+        "iou": iou(found, positive, offsets),
+        "iou_pooled": iou_pooled(found, positive, offsets),
+    }
+
+
+def train_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    bags: Bags,
+    batch_size: int,
+    order: Tensor,
+) -> float:
+    """One pass over the bags in ``order``; the mean loss of a bag."""
+    total = 0.0
+    for which in order.split(batch_size):
+        batch = take(bags, which)
+        logits = model(images[batch.index]).reshape(-1)
+        loss = criterion(logits, batch.labels, offsets=batch.offsets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach()) * len(which)
+    return total / len(order)
+
+
+def train_run(
+    make_model: Callable[[], nn.Module],
+    config: Config,
+    seed: int,
+    images: dict[str, Tensor],
+    bags: dict[str, Bags],
+    checkpoint: Path,
+    resume: bool,
+) -> tuple[dict[str, Any], list[dict[str, float]], nn.Module]:
+    """Trains one network and tests it.
+
+    ``images`` and ``bags`` have the keys train, val and test. The test bags are looked at twice, when all is over: with
+    the network of the last epoch, and with that of the epoch of the highest validation AUC (ties: the lowest loss).
+
+    Returns:
+        its entry in metrics.json, the history (one row per epoch), and the network of the last epoch.
+    """
+    torch.manual_seed(seed)
+    device = bags["train"].labels.device
+    model = make_model().to(device)
+    criterion = make_criterion(config).to(device)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config["lr"], betas=(0.9, 0.999), weight_decay=config["weight_decay"]
+    )
+    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None}
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["config"] != config:
+            different = [key for key in config if state["config"].get(key) != config[key]]
+            raise ValueError(f"resume: {checkpoint} was trained with another {', '.join(different)}")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    progress = tqdm(
+        range(state["epoch"] + 1, config["epochs"] + 1),
+        desc=f"{config['loss']} ({config['pooling']}) seed {seed}",
+        initial=state["epoch"],
+        total=config["epochs"],
+        disable=None,
+        mininterval=0.5,
+    )
+    for epoch in progress:
+        # drawn anew from seed and epoch, so that a checkpoint need not hold the generator's state
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(len(bags["train"].labels), generator=generator).to(device)
+        model.train()
+        loss = train_epoch(model, criterion, optimizer, images["train"], bags["train"], config["batch_size"], order)
+        model.eval()
+        logits = instance_logits(model, images["val"], bags["val"].index)
+        val_loss = float(criterion(logits, bags["val"].labels, offsets=bags["val"].offsets))
+        validation = measure(logits, bags["val"], config["pooling"])
+        row = {"epoch": epoch, "loss": loss, "val_loss": val_loss} | {f"val_{k}": v for k, v in validation.items()}
+        state["history"].append(row)
+        merit = (validation["auc"], -val_loss)
+        if state["best"] is None or merit > tuple(state["best"]["merit"]):
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            state["best"] = {"merit": list(merit), "epoch": epoch, "model": weights}
+        state |= {
+            "epoch": epoch,
+            "config": config,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        save_atomically(state, checkpoint)
+        progress.set_postfix(loss=f"{loss:.3f}", val_auc=f"{validation['auc']:.3f}")
+    progress.close()
+    best = make_model().to(device)
+    best.load_state_dict(state["best"]["model"])
+    model.eval()
+    best.eval()
+    entry = {"seed": seed, "epoch": state["epoch"]}
+    for name, network in (("last", model), ("best_val", best)):
+        logits = instance_logits(network, images["test"], bags["test"].index)
+        entry[name] = measure(logits, bags["test"], config["pooling"])
+    entry["best_val"]["epoch"] = state["best"]["epoch"]
+    return entry, state["history"], model
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """A file that is either the old one or the new one, whenever the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, and worst and best where there are several runs, of the metrics of the last and of the best_val networks."""
+    kinds: dict[str, Callable[[list[float]], float]] = {"mean": lambda v: float(np.mean(v))}
+    if len(runs) > 1:
+        kinds |= {"worst": min, "best": max}
+    return {
+        kind: {
+            which: {name: of([run[which][name] for run in runs]) for name in METRICS} for which in ("last", "best_val")
+        }
+        for kind, of in kinds.items()
+    }
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def write_history(histories: dict[int, list[dict[str, float]]], path: Path) -> None:
+    """One row per seed and epoch."""
+    with path.open("w", newline="") as file:
+        names = ["seed", *next(iter(histories.values()))[0]]
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for seed, rows in histories.items():
+            writer.writerows({"seed": seed} | row for row in rows)
