@@ -127,7 +127,7 @@ class SoftmaxPooling(Pooling):
     """P = sum p e^p / sum e^p: the paper's choice for chest X-rays. The weights lie between 1 and e: nearly a mean."""
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
-        return _weighted(bags, x, torch.sigmoid(x))
+        return _weighted(bags, x, _sigmoid(x))
 
 
 class LinearSoftmaxPooling(Pooling):
@@ -151,7 +151,7 @@ class LSEPooling(Pooling):
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         # P from mean(e^(rp) - 1) keeps its relative accuracy near 0, Q = 1 - P from mean(1 - e^(-rq)) near 1.
         r, log_r = self.r, math.log(self.r)
-        p, q = torch.sigmoid(x), torch.sigmoid(-x)
+        p, q = _sigmoid(x), _sigmoid(-x)
         log_n = torch.log(bags.size.clamp(min=1).to(x.dtype))
         rise = r * p + _log1mexp(r * p, log_r + F.logsigmoid(x))  # log(e^(rp) - 1)
         log_p = _log_softplus(bags.logsumexp(rise) - log_n) - log_r
@@ -236,7 +236,7 @@ class AutoPooling(Pooling):
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         _match_classes("a", self.a, x)
-        return _weighted(bags, x, bags.per_class(self.a.to(x.dtype)) * torch.sigmoid(x))
+        return _weighted(bags, x, bags.per_class(self.a.to(x.dtype)) * _sigmoid(x))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.a.shape[0]}"
@@ -307,11 +307,18 @@ def _weighted(bags: Bags, x: Tensor, log_weight: Tensor) -> Tensor:
     return bags.logsumexp(log_weight + F.logsigmoid(x)) - bags.logsumexp(log_weight + F.logsigmoid(-x))
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    """p, with a derivative p (1 - p) that does not become 0 where p rounds to 1."""
+    return torch.exp(F.logsigmoid(x))
+
+
 def _log1mexp(t: Tensor, log_t: Tensor) -> Tensor:
     """log(1 - e^-t) for t > 0 whose logarithm is known, also where t underflows."""
-    small = t.detach() < 1e-2
+    small, large = t.detach() < 1e-2, t.detach() > 1.0
     series = log_t - t / 2 + t * t / 24 - t * t * t * t / 2880
-    return torch.where(small, series, torch.log(-torch.expm1(-torch.where(small, 1.0, t))))
+    # two forms of one value, as autograd takes e^-t from the rounded expm1(-t): nothing is left of it where t is large
+    middle = torch.log(-torch.expm1(-torch.where(small | large, 1.0, t)))
+    return torch.where(small, series, torch.where(large, torch.log1p(-torch.exp(-torch.where(large, t, 1.0))), middle))
 
 
 def _log_softplus(x: Tensor) -> Tensor:
