@@ -1,0 +1,83 @@
+"""Batches of bags of unequal size, and the same batch in every layout."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """``logits[i]`` (C, L_i) float64 of bag i, ``labels`` (N, C) float64 with NaN for unknown."""
+
+    logits: list[Tensor]
+    labels: Tensor
+
+    @property
+    def as_lists(self) -> tuple[list, list]:
+        """For the oracle."""
+        labels = [[None if math.isnan(y) else int(y) for y in row] for row in self.labels.tolist()]
+        return [bag.tolist() for bag in self.logits], labels
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Rounded to ``dtype``, still held in float64."""
+        return Batch([bag.to(dtype).double() for bag in self.logits], self.labels)
+
+
+def random_batch(sizes, classes=2, *, scale=2.0, shift=0.0, positives=0.5, unknown=0.0, seed=0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(classes, size, generator=g, dtype=torch.float64) * scale + shift for size in sizes]
+    labels = (torch.rand(len(sizes), classes, generator=g) < positives).double()
+    labels[torch.rand(len(sizes), classes, generator=g) < unknown] = math.nan
+    return Batch(logits, labels)
+
+
+def near_threshold(batch: Batch, delta_l: float, rescale: bool = True) -> bool:
+    """Whether a theta lies so close to a threshold that rounding decides: there the loss jumps."""
+    for bag in batch.logits:
+        if bag.shape[1] == 0:
+            continue
+        p = torch.sigmoid(bag)
+        low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)
+        theta = (p - low) / (high - low).clamp(min=1e-300) if rescale else p
+        inner = (bag != bag.amin(1, keepdim=True)) & (bag != bag.amax(1, keepdim=True)) if rescale else True
+        for delta in (delta_l, 1 - delta_l):
+            if (((theta - delta).abs() < 1e-5) & inner).any():
+                return True
+    return False
+
+
+def padded(batch: Batch, dtype=torch.float64, padding=math.nan) -> tuple[Tensor, dict]:
+    """(N, C, L) with a mask; the padding holds ``padding``. Real instances lie scattered, not at the front."""
+    longest = max(bag.shape[1] for bag in batch.logits) + 2
+    logits = torch.full((len(batch.logits), batch.labels.shape[1], longest), padding, dtype=dtype)
+    mask = torch.zeros(len(batch.logits), longest, dtype=torch.bool)
+    g = torch.Generator().manual_seed(1)
+    for i, bag in enumerate(batch.logits):
+        where = torch.randperm(longest, generator=g)[: bag.shape[1]].sort().values
+        logits[i, :, where] = bag.to(dtype)
+        mask[i, where] = True
+    return logits, {"mask": mask}
+
+
+def packed(batch: Batch, dtype=torch.float64) -> tuple[Tensor, dict]:
+    sizes = torch.tensor([0] + [bag.shape[1] for bag in batch.logits])
+    return torch.cat([bag.T for bag in batch.logits]).to(dtype).contiguous(), {"offsets": sizes.cumsum(0)}
+
+
+def bags_of(gradient: Tensor, call: dict) -> list[Tensor]:
+    """The (C, L_i) of each bag, of a gradient in the layout of padded() or packed()."""
+    if "offsets" in call:
+        return [part.T for part in gradient.tensor_split(call["offsets"][1:-1])]
+    return [gradient[i][:, call["mask"][i]] for i in range(len(gradient))]
+
+
+def run(loss, batch: Batch, make=packed, dtype=torch.float64, grad_output=1.0, **call):
+    """(value, gradient by bag) of a loss module or function."""
+    logits, layout = make(batch, dtype)
+    logits.requires_grad_()
+    value = loss(logits, batch.labels, **layout, **call)
+    (value * grad_output).backward()
+    return value.detach(), [g.double() for g in bags_of(logits.grad, layout)]

@@ -1,0 +1,177 @@
+"""One loss, whatever the layout: value and gradient do not depend on how the bags lie in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import packed, padded, random_batch, run
+
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
+from sgl_ops.functional import self_guidance
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def value_and_gradient(loss, logits, targets, **call):
+    x = logits.detach().requires_grad_()
+    value = loss(x, targets, **call)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def compare(impl, got, expected):
+    # the fused operator brings every layout into the same rows: the same bits; the reference sums in another order
+    if impl == "fused":
+        assert torch.equal(got, expected)
+    else:
+        eps = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got, expected, rtol=32 * eps, atol=32 * eps * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pooling", ["max", "softmax", "lse", "generalized_mean"])
+def test_padded_and_packed(impl, dtype, pooling):
+    if impl == "fused" and pooling == "generalized_mean":
+        pytest.skip("a pooling outside of the operator sums in the order of the layout")
+    batch = random_batch([3, 17, 0, 1, 40], classes=3, unknown=0.2).to(dtype)
+    loss = SGLLoss(impl=impl, pooling=pooling, mask_weight=0.3)
+    value, gradient = run(loss, batch, packed, dtype)
+    value2, gradient2 = run(loss, batch, padded, dtype)
+    compare(impl, value2, value)
+    for one, two in zip(gradient, gradient2, strict=True):
+        assert one.shape == two.shape
+        if one.numel():
+            compare(impl, two.to(dtype), one.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_are_read_in_place(impl, dtype):
+    logits = torch.randn(3, 4, 6, 8).to(dtype)
+    targets = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]])
+    loss = SGLLoss(impl=impl, mask_weight=0.3, pooling="mean")
+    value, gradient = value_and_gradient(loss, logits, targets)
+    big = torch.randn(3, 9, 8, 20).to(dtype)
+    sliced = big[:, 1::2, 1:7, ::2][:, :, :, 1:9]
+    sliced.copy_(logits)
+    variants = {
+        "channels_last": logits.to(memory_format=torch.channels_last),
+        "flat": logits.flatten(2),
+        "transposed": logits.flatten(2).transpose(1, 2).contiguous().transpose(1, 2),
+        "sliced": sliced,
+        "5-d": logits.reshape(3, 4, 2, 3, 8),
+        "columns first": logits.transpose(2, 3).contiguous().transpose(2, 3),
+    }
+    for name, variant in variants.items():
+        before = variant.clone()
+        value2, gradient2 = value_and_gradient(loss, variant, targets)
+        assert gradient2.shape == variant.shape, name
+        compare(impl, value2, value)
+        compare(impl, gradient2.reshape(gradient.shape), gradient)
+        assert torch.equal(variant, before), name
+
+
+def test_expanded_logits(impl):
+    row = torch.randn(1, 3, 10)
+    loss = SGLLoss(impl=impl)
+    targets = torch.tensor([[1, 0, 1], [0, 1, 1]])
+    expected = value_and_gradient(loss, row.repeat(2, 1, 1), targets)
+    for got, want in zip(value_and_gradient(loss, row.expand(2, 3, 10), targets), expected, strict=True):
+        compare(impl, got, want)
+
+
+def test_masked_map(impl):
+    logits, mask = torch.randn(2, 3, 5, 7), torch.rand(2, 5, 7) < 0.5
+    targets = torch.tensor([[1, 0, 1], [1, 1, 0]])
+    loss = SGLLoss(impl=impl)
+    value, gradient = value_and_gradient(loss, logits, targets, mask=mask)
+    value2, gradient2 = value_and_gradient(loss, logits.flatten(2), targets, mask=mask.flatten(1))
+    compare(impl, value2, value)
+    compare(impl, gradient2.reshape(gradient.shape), gradient)
+    assert (gradient[~mask.unsqueeze(1).expand_as(gradient)] == 0).all()
+    transposed = mask.transpose(1, 2).contiguous().transpose(1, 2)
+    compare(impl, value_and_gradient(loss, logits, targets, mask=transposed)[1], gradient)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_one_class(impl, index):
+    logits = torch.randn(3, 8)
+    targets = torch.tensor([1, 0, 1])
+    loss = SGLLoss(impl=impl)
+    value, gradient = value_and_gradient(loss, logits.unsqueeze(1), targets.unsqueeze(1))
+    offsets = torch.arange(0, 25, 8, dtype=index)
+    for x, y, call in (
+        (logits, targets, {}),
+        (logits, targets.unsqueeze(1), {}),
+        (logits, targets, {"mask": torch.ones(3, 8, dtype=torch.bool)}),
+        (logits.flatten(), targets, {"offsets": offsets}),
+        (logits.flatten().unsqueeze(1), targets, {"offsets": offsets}),
+    ):
+        value2, gradient2 = value_and_gradient(loss, x, y, **call)
+        compare(impl, value2, value)
+        compare(impl, gradient2.reshape(3, 1, 8), gradient)
+
+
+def test_nested(impl):
+    batch = random_batch([3, 7, 2], classes=2, positives=0.6)
+    rows = [bag.T.contiguous() for bag in batch.logits]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    value, gradient = run(SGLLoss(impl=impl), batch, packed)
+    loss = SGLLoss(impl=impl)(nested, batch.labels)
+    loss.backward()
+    compare(impl, loss.detach(), value)
+    for got, want in zip(nested.grad.unbind(), gradient, strict=True):
+        compare(impl, got.T.contiguous(), want.contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float16, torch.float64])
+def test_targets_of_any_dtype(impl, dtype):
+    logits = torch.randn(3, 2, 5)
+    targets = torch.tensor([[1, 0], [0, 1], [1, 1]])
+    loss = SGLLoss(impl=impl)
+    assert torch.equal(loss(logits, targets.to(dtype)), loss(logits, targets.float()))
+    across = targets.to(dtype).T.contiguous().T
+    assert torch.equal(loss(logits, across), loss(logits, targets.float()))
+
+
+def test_order_of_instances(impl):
+    logits, targets = torch.randn(3, 2, 70, dtype=torch.float64), torch.tensor([[1, 0], [0, 1], [1, 1]])
+    loss = SGLLoss(impl=impl, pooling="softmax", mask_weight=0.5)
+    value, gradient = value_and_gradient(loss, logits, targets)
+    order = torch.randperm(70)
+    value2, gradient2 = value_and_gradient(loss, logits[..., order], targets)
+    torch.testing.assert_close(value2, value, rtol=1e-14, atol=0)
+    torch.testing.assert_close(gradient2, gradient[..., order], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e30])
+@pytest.mark.parametrize("make_loss", [SGLLoss, BagLoss, BILLoss, MMMLoss])
+def test_what_takes_no_part_may_hold_anything(make_loss, garbage):
+    batch = random_batch([4, 9, 0], classes=2, positives=0.6)
+    expected, gradient = run(make_loss(), batch, packed)
+    logits, call = padded(batch, padding=garbage)
+    value, got = value_and_gradient(make_loss(), logits, batch.labels, **call)
+    torch.testing.assert_close(value, expected)
+    assert (got[~call["mask"].unsqueeze(1).expand_as(got)] == 0).all()
+    unknown = batch.labels.clone()
+    unknown[1] = float("nan")
+    logits[1] = garbage
+    value, got = value_and_gradient(make_loss(), logits, unknown, **call)
+    assert value.isfinite()
+    assert (got[1] == 0).all()
+    assert got[0][:, call["mask"][0]].isfinite().all()
+
+
+def test_guidance_lies_as_the_logits_do():
+    batch = random_batch([3, 6, 0], classes=2, positives=1.0)
+    flat, call = packed(batch)
+    by_row = self_guidance(flat, batch.labels, **call)
+    logits, call = padded(batch)
+    by_bag = self_guidance(logits, batch.labels, **call)
+    for name in ("targets", "part"):
+        dense = getattr(by_bag, name)
+        assert dense.shape == logits.shape
+        assert torch.equal(torch.cat([dense[i][:, call["mask"][i]].T for i in range(3)]), getattr(by_row, name))
+        assert (dense.movedim(1, 2)[~call["mask"]] == (0 if name == "targets" else -1)).all()
+    torch.testing.assert_close(by_bag.alpha, by_row.alpha, equal_nan=True)
+    torch.testing.assert_close(by_bag.weight, by_row.weight, equal_nan=True)
+    assert by_bag.alpha[2].isnan().all()

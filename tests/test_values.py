@@ -1,0 +1,163 @@
+"""Values and gradients of every loss against the oracle."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from batches import Batch, near_threshold, packed, padded, random_batch, run
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
+
+POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean"]
+# what the loss and its gradient may be off, in units of the rounding of the arithmetic; float64 has 2e-16
+UNITS = 64
+
+
+def working_eps(dtype: torch.dtype) -> float:
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def assert_equal(value, gradient, expected_value, expected_gradient, dtype, units=UNITS):
+    eps = units * working_eps(dtype)
+    assert abs(float(value) - float(expected_value)) <= eps * (abs(float(expected_value)) + 1e-30)
+    limits = torch.finfo(dtype)
+    for got, want in zip(gradient, expected_gradient, strict=True):
+        want = torch.tensor([[float(v) for v in row] for row in want], dtype=torch.float64).reshape(got.shape)
+        rounding = (limits.eps * want.abs() + limits.smallest_normal * limits.eps) / 2
+        # p - M cancels: what may be off is measured by the largest gradient of the bag-class
+        size = want.abs().amax(1, keepdim=True) if want.shape[1] else want
+        assert ((got - want).abs() <= rounding + eps * size).all(), (got - want, want)
+
+
+def check_sgl(batch: Batch, impl: str, dtype=torch.float64, make=packed, **options):
+    batch = batch.to(dtype)
+    logits, labels = batch.as_lists
+    expected, gradient = oracle.sgl(logits, labels, **options)
+    vectors = {k: torch.tensor(options[k]) for k in ("class_weight", "pos_weight") if options.get(k)}
+    criterion = SGLLoss(impl=impl, **(options | vectors))
+    value, got = run(criterion, batch, make, dtype)
+    assert_equal(value, got, expected[0], gradient, dtype)
+    layout_logits, call = make(batch, dtype)
+    for name, got_term, want_term in zip(
+        ("total", "bag", "instance", "mask"), criterion.terms(layout_logits, batch.labels, **call), expected, strict=True
+    ):
+        assert float(got_term) == pytest.approx(float(want_term), rel=UNITS * working_eps(dtype), abs=1e-30), name
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_sgl_by_pooling_and_dtype(impl, pooling, dtype):
+    batch = random_batch([7, 1, 18, 4], classes=3, unknown=0.2, seed=3)
+    assert not near_threshold(batch.to(dtype), 0.3)
+    check_sgl(batch, impl, dtype, pooling=pooling, mask_weight=0.5, lam=2.0)
+
+
+@pytest.mark.parametrize("normalize", ["batch", "bag"])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("vectors", [{}, {"class_weight": [0.5, 0.0, 3.0], "pos_weight": [2.0, 0.25, 7.0]}])
+def test_sgl_by_option(impl, normalize, rescale, weighted, vectors):
+    batch = random_batch([5, 12, 3], classes=3, seed=5)
+    assert not near_threshold(batch, 0.2, rescale)
+    check_sgl(
+        batch, impl, normalize=normalize, rescale=rescale, weighted=weighted, delta_l=0.2, lam=3.0, mask_weight=2.0,
+        **vectors,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [packed, padded])
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_bags_with_empty_ones(impl, make, seed):
+    check_sgl(random_batch([0, 3, 1, 0, 33, 2], unknown=0.3, seed=seed), impl, make=make, pooling="mean")
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 15, 16, 17, 255, 256, 257, 300])
+def test_sizes_round_the_width_of_the_kernel(impl, size):
+    batch = random_batch([size], classes=1, positives=1.0, seed=size)
+    if not near_threshold(batch, 0.3):
+        check_sgl(batch, impl, torch.float32 if size % 2 else torch.float64)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("shift", [-50.0, 50.0])
+def test_saturated_logits(impl, pooling, shift):
+    """Where p or 1 - p is 1e-22 the float loss still has its digits."""
+    batch = random_batch([6, 9], classes=2, shift=shift, seed=2)
+    with oracle.mp.workdps(300):  # noisy_or: 1 - P is e^-450
+        check_sgl(batch, impl, torch.float32, pooling=pooling, mask_weight=0.5)
+
+
+@pytest.mark.parametrize("delta_l", [0.0, 0.5])
+def test_extreme_thresholds(impl, delta_l):
+    batch = random_batch([9, 8], classes=2, positives=1.0, seed=4)
+    check_sgl(batch, impl, delta_l=delta_l)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    classes=st.integers(1, 3),
+    seed=st.integers(0, 2**20),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    shift=st.sampled_from([-10.0, 0.0, 10.0]),
+    delta_l=st.sampled_from([0.1, 0.3, 0.45]),
+    pooling=st.sampled_from(POOLINGS),
+    normalize=st.sampled_from(["batch", "bag"]),
+    mask_weight=st.sampled_from([0.0, 1.0]),
+    rounded=st.booleans(),
+    make=st.sampled_from([packed, padded]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_anything(impl, sizes, classes, seed, scale, shift, delta_l, pooling, normalize, mask_weight, rounded, make, dtype):
+    batch = random_batch(sizes, classes, scale=scale, shift=shift, unknown=0.2, seed=seed)
+    if rounded:  # ties
+        batch = Batch([bag.round() for bag in batch.logits], batch.labels)
+    assume(not near_threshold(batch.to(dtype), delta_l))
+    check_sgl(
+        batch, impl, dtype, make, pooling=pooling, normalize=normalize, mask_weight=mask_weight, delta_l=delta_l
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("seed", range(3))
+def test_compared_losses(dtype, seed):
+    batch = random_batch([5, 0, 1, 12], classes=2, unknown=0.2, seed=seed).to(dtype)
+    logits, labels = batch.as_lists
+    for pooling in POOLINGS:
+        expected = oracle.bag_loss(logits, labels, pooling=pooling)
+        assert_equal(*run(BagLoss(pooling=pooling), batch, dtype=dtype), *expected, dtype)
+        expected = oracle.bil(logits, labels, pooling=pooling)
+        assert_equal(*run(BILLoss(pooling=pooling), batch, dtype=dtype), *expected, dtype)
+    assert_equal(*run(MMMLoss(), batch, dtype=dtype), *oracle.mmm(logits, labels), dtype)
+
+
+def test_tied_extremes_share_the_gradient(impl):
+    logits = torch.tensor([[2.0, 2.0, -1.0, -1.0]], dtype=torch.float64)
+    for loss, name, options in ((SGLLoss(lam=0.0, impl=impl), "sgl", {"lam": 0.0}), (MMMLoss(), "mmm", {})):
+        x = logits.clone().requires_grad_()
+        loss(x, torch.tensor([1])).backward()
+        result = getattr(oracle, name)([logits.tolist()], [[1]], **options)
+        assert x.grad[0].tolist() == pytest.approx([float(g) for g in result[1][0][0]], rel=1e-12)
+
+
+def test_plain_bce_where_nothing_is_guided(impl):
+    """A batch of negative bags is plain BCE against 0, over instances and over maxima."""
+    logits = torch.randn(4, 3, 10, dtype=torch.float64)
+    loss = SGLLoss(impl=impl)(logits, torch.zeros(4, 3))
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = bce(logits, torch.zeros_like(logits)) + bce(logits.amax(2), torch.zeros(4, 3, dtype=torch.float64))
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+
+
+def test_worked_by_hand(impl):
+    """p = 0.1, 0.2, 0.9, positive: theta = 0, 1/8, 1, so M = 0, 0, 1; alpha = 0.9 - 0.2, w = 2^-0.3."""
+    p = torch.tensor([[0.1, 0.2, 0.9]], dtype=torch.float64)
+    terms = SGLLoss(mask_weight=1.0, impl=impl).terms(torch.logit(p), torch.tensor([1]))
+    w = 2 ** (-0.3)
+    negative, positive = -w * (torch.log(torch.tensor(0.9)) + torch.log(torch.tensor(0.8))) / 2, -w * torch.log(p[0, 2])
+    assert float(terms.instance) == pytest.approx(float(negative + positive), rel=1e-6)
+    assert float(terms.bag) == pytest.approx(float(-torch.log(p[0, 2])), rel=1e-12)
+    assert float(terms.mask) == pytest.approx((0.9**2 / 3) ** 0.5, rel=1e-12)
