@@ -6,7 +6,6 @@ import importlib
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ._bags import working_dtype
 from .pooling import (
@@ -101,11 +100,29 @@ class _FusedSGL(torch.autograd.Function):
         return total, parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total, _grad_parts):  # type: ignore[no-untyped-def]
         logits, mask, offsets, pos_weight, saved = ctx.saved_tensors
-        grad = _backward(grad_total, logits, mask, offsets, pos_weight, saved, *ctx.settings)
+        with torch.no_grad():
+            grad = _backward(grad_total, logits, mask, offsets, pos_weight, saved, *ctx.settings)
+        if torch.is_grad_enabled():  # create_graph=True
+            grad = _Once.apply(grad, logits, grad_total)
         return grad, *(None,) * 13
+
+
+class _Once(torch.autograd.Function):
+    """The gradient, linked to what it depends on so that its own derivative is an error.
+
+    torch's once_differentiable leaves the gradient unlinked where grad_output needs no gradient, which is the rule for
+    a loss: a gradient penalty would be constant, in silence.
+    """
+
+    @staticmethod
+    def forward(ctx, grad, _logits, _grad_total):  # type: ignore[no-untyped-def]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _grad):  # type: ignore[no-untyped-def]
+        raise RuntimeError("the fused Self-Guiding Loss has no second derivative; impl='reference' has one")
 
 
 def fused_terms(logits: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:

@@ -173,9 +173,12 @@ def test_second_derivative_is_refused_by_the_fused_path_only():
 def test_second_derivative_of_the_fused_path_is_an_error():
     logits = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
     loss = SGLLoss(impl="fused")(logits, torch.tensor([[1], [0]]))
+    (expected,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    assert torch.equal(gradient, expected)
+    # a gradient penalty, which must not be left out in silence
+    with pytest.raises(RuntimeError, match="second derivative.*impl='reference'"):
+        (loss + gradient.square().sum()).backward()
 
 
 def test_bitwise_repeatable_in_deterministic_mode(impl):

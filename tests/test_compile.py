@@ -1,0 +1,128 @@
+"""The operator under the dispatcher's checks, torch.compile, export, autocast and a gradient scaler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import needs_kernel
+
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
+
+CODES = [0, *sorted(_fused.CODES.values())]
+
+
+def operands(layout: str, dtype=torch.float32):
+    targets = torch.tensor([[1.0, 0.0], [float("nan"), 1.0], [0.0, 1.0]])
+    if layout == "packed":
+        return torch.randn(12, 2, dtype=dtype), targets, None, torch.tensor([0, 5, 5, 12])
+    logits = torch.randn(3, 2, 4, 5, dtype=dtype)
+    if layout == "channels_last":
+        return logits.to(memory_format=torch.channels_last), targets, None, None
+    return logits, targets, (torch.rand(3, 4, 5) < 0.7 if layout == "masked" else None), None
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["map", "channels_last", "masked", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(layout, dtype):
+    logits, targets, mask, offsets = operands(layout, dtype)
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.tensor([1.0, 2.0], dtype=working)
+    forward = (logits, targets, mask, offsets, weight, weight, 0.3, 1.0, 0.5, 4, 1.0, False, True, True)
+    torch.library.opcheck(torch.ops.sgl_ops.sgl_forward.default, forward)
+    _, _, saved = torch.ops.sgl_ops.sgl_forward(*forward)
+    assert saved.shape[1] == _fused.SAVED_COLUMNS
+    backward = (torch.tensor(1.0, dtype=working), logits, mask, offsets, weight, saved, 0.3, 4, 1.0, True)
+    torch.library.opcheck(torch.ops.sgl_ops.sgl_backward.default, backward)
+
+
+@pytest.mark.parametrize("layout", ["map", "packed"])
+@pytest.mark.parametrize("name", ["sgl", "sgl with another pooling", "bag", "bil", "mmm"])
+def test_compiles_in_one_graph(impl, layout, name):
+    if impl == "fused" and name in ("bag", "bil", "mmm"):
+        pytest.skip("no kernel of its own")
+    torch._dynamo.reset()
+    loss = {
+        "sgl": SGLLoss(impl=impl, mask_weight=0.5),
+        "sgl with another pooling": SGLLoss(impl=impl, pooling="generalized_mean"),
+        "bag": BagLoss(),
+        "bil": BILLoss(),
+        "mmm": MMMLoss(),
+    }[name]
+    logits, targets, mask, offsets = operands(layout)
+
+    def step(x):
+        return loss(x * 1.5, targets, mask=mask, offsets=offsets)
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        x = logits.clone().requires_grad_()
+        value = run(x)
+        value.backward()
+        results.append((value.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@needs_kernel
+def test_compiles_with_dynamic_shapes():
+    torch._dynamo.reset()
+    loss = SGLLoss(impl="fused")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n, length in ((3, 10), (4, 21), (2, 33)):
+        x, y = torch.randn(n, 2, length, requires_grad=True), torch.randint(0, 2, (n, 2))
+        value = compiled(x, y)
+        value.backward()
+        torch.testing.assert_close(value, loss(x, y))
+
+
+def test_exports(impl):
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = SGLLoss(impl=impl, check=False)
+
+        def forward(self, x, y):
+            return self.loss(x, y)
+
+    x, y = torch.randn(3, 2, 10), torch.randint(0, 2, (3, 2))
+    program = torch.export.export(Step(), (x, y))
+    torch.testing.assert_close(program.module()(x, y), Step()(x, y))
+
+
+def test_autocast_and_gradient_scaler(impl):
+    model = torch.nn.Conv2d(1, 2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    images, targets = torch.randn(4, 1, 10, 10), torch.randint(0, 2, (4, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images)
+        loss = SGLLoss(impl=impl)(logits, targets)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    before = model.weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    assert model.weight.isfinite().all()
+    assert not torch.equal(before, model.weight)
+
+
+def test_gradient_scaler_sees_a_bad_logit(impl):
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    logits = torch.randn(3, 2, 9)
+    logits[0, 1, 4] = float("inf")
+    scaler.scale(SGLLoss(impl=impl, lam=0.0)(logits * weight, torch.ones(3, 2))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.item() == 1.0
+    assert scaler.get_scale() < 1024.0
+
+
+def test_functional_call(impl):
+    model = torch.nn.Conv1d(1, 2, 3)
+    x, y = torch.randn(3, 1, 12), torch.randint(0, 2, (3, 2))
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    SGLLoss(impl=impl)(torch.func.functional_call(model, parameters, (x,)), y).backward()
+    assert all(p.grad is not None for p in parameters.values())
