@@ -51,11 +51,21 @@ def make_criterion(config: Config) -> nn.Module:
     raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {config['loss']!r}")
 
 
-def instance_logits(model: nn.Module, images: Tensor, index: Tensor, batch_size: int = 4096) -> Tensor:
+def forward(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
+    """Logits (T,) of the images ``index`` (T,).
+
+    On the CPU a few at a time: activations that fit into the cache, and into memory that need not be mapped anew in
+    every step, make a small network nearly twice as fast.
+    """
+    some = 256 if images.device.type == "cpu" else len(index)
+    return torch.cat([model(images[part]).reshape(-1) for part in index.split(max(some, 1))])
+
+
+def instance_logits(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
     """Logits (T,) of the images ``index`` (T,), without gradient; every image goes through the network once."""
     unique, where = index.unique(return_inverse=True)
     with torch.inference_mode():
-        return torch.cat([model(images[some]).reshape(-1) for some in unique.split(batch_size)])[where]
+        return forward(model, images, unique)[where]
 
 
 def measure(logits: Tensor, bags: Bags, pooling: str) -> dict[str, float]:
@@ -82,7 +92,7 @@ def train_epoch(
     total = 0.0
     for which in order.split(batch_size):
         batch = take(bags, which)
-        logits = model(images[batch.index]).reshape(-1)
+        logits = forward(model, images, batch.index)
         loss = criterion(logits, batch.labels, offsets=batch.offsets)
         optimizer.zero_grad()
         loss.backward()
