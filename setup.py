@@ -62,8 +62,8 @@ class BuildExtension(build_ext):
             if BUILD == "1":
                 raise
             print(
-                f"sgl-ops: the extension could not be built ({type(error).__name__}: {error}). Installing the pure-Python "
-                "package: the same results, slower. SGL_OPS_BUILD=1 turns this into an error.",
+                f"sgl-ops: the extension could not be built ({type(error).__name__}: {error}). Installing the "
+                "pure-Python package: the same results, slower. SGL_OPS_BUILD=1 turns this into an error.",
                 file=sys.stderr,
             )
             self.leave_out()
@@ -90,7 +90,7 @@ class BuildExtension(build_ext):
                 return compile_some([source], output_dir=output_dir, **options)
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return sum(pool.map(compile_one, sources), [])
+                return [target for targets in pool.map(compile_one, sources) for target in targets]
 
         self.compiler.compile = compile_all
         super().build_extensions()

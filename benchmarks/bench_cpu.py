@@ -2,9 +2,9 @@
 
     python benchmarks/bench_cpu.py [--quick] [--json FILE]
 
-Every contender runs in the same process, in turn, round after round; a figure is the median over the rounds, its spread
-the interquartile range, and a ratio is the median of the rounds' ratios, so that a slow phase of the machine strikes all
-alike.
+Every contender runs in the same process, in turn, round after round; a figure is the median over the rounds, its
+spread the interquartile range, and a ratio is the median of the rounds' ratios, so that a slow phase of the machine
+strikes all alike.
 """
 
 from __future__ import annotations

@@ -25,13 +25,13 @@ class Instances(NamedTuple):
     test_classes: np.ndarray
 
 
-def load_instances(data: str, data_dir: str, seed: int) -> Instances:
+def load_instances(data: str, data_dir: str) -> Instances:
     """Instances of ``data``: ``"digits"``, ``"mnist"`` (of ``data_dir``), or the path of an .npz file.
 
     An .npz holds x_train (n, height, width) or (n, height, width, channels), y_train (n,), x_test and y_test.
     """
     if data == "digits":
-        arrays = _digits(seed)
+        arrays = _digits()
     elif data == "mnist":
         arrays = _mnist(Path(data_dir))
     elif data.endswith(".npz"):
@@ -60,11 +60,11 @@ def import_torchvision() -> types.ModuleType:
     return torchvision
 
 
-def _digits(seed: int) -> tuple[np.ndarray, ...]:
+def _digits() -> tuple[np.ndarray, ...]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.images))
+    order = np.random.default_rng(0).permutation(len(digits.images))
     train, test = order[: len(order) * 3 // 4], order[len(order) * 3 // 4 :]
     return digits.images[train], digits.target[train], digits.images[test], digits.target[test]
 
@@ -96,7 +96,8 @@ def _npz(path: Path) -> tuple[np.ndarray, ...]:
     for kind, x, y in (("train", *arrays[:2]), ("test", *arrays[2:])):
         if x.ndim not in (3, 4) or x.shape[0] == 0 or x.dtype.kind not in "uifb":
             raise ValueError(
-                f"x_{kind}: expected numbers (n, height, width) or (n, height, width, channels), got {x.dtype} {x.shape}"
+                f"x_{kind}: expected numbers (n, height, width) or (n, height, width, channels), "
+                f"got {x.dtype} {x.shape}"
             )
         if y.shape != x.shape[:1] or y.dtype.kind not in "ui":
             raise ValueError(f"y_{kind}: expected {x.shape[0]} integers, one per image, got {y.dtype} {y.shape}")

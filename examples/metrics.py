@@ -1,4 +1,4 @@
-"""What is measured of a trained network: of whole bags (AUC) and of their instances (IoU). Plain arrays in, numbers out."""
+"""What is measured of a trained network: of whole bags (AUC) and of their instances (IoU)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def draw_bag(axes, images: np.ndarray, probability: np.ndarray, positive: np.nda
         spine.set_visible(False)
 
 
-def draw_bags(panels: list[tuple[np.ndarray, np.ndarray, np.ndarray, str]], columns: int, heading: str, path: Path) -> None:
+def draw_bags(
+    panels: list[tuple[np.ndarray, np.ndarray, np.ndarray, str]], columns: int, heading: str, path: Path
+) -> None:
     """Panels (images, probability, positive, title) in ``columns``, under one heading and legend."""
     rows = -(-len(panels) // columns)
     lines = max(-(-min(len(panel[1]), SHOWN) // COLUMNS) for panel in panels)

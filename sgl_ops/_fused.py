@@ -105,7 +105,7 @@ class _FusedSGL(torch.autograd.Function):
         with torch.no_grad():
             grad = _backward(grad_total, logits, mask, offsets, pos_weight, saved, *ctx.settings)
         if torch.is_grad_enabled():  # create_graph=True
-            grad = _Once.apply(grad, logits, grad_total)
+            grad = _Once.apply(grad, logits, grad_total)  # type: ignore[no-untyped-call]
         return grad, *(None,) * 13
 
 

@@ -121,8 +121,8 @@ def test_every_level_gives_the_reference(report, level, pooling, dtype):
     # rounded once to the dtype; half a step of its smallest number where that underflows
     limits = torch.finfo(dtype)
     rounding = (limits.eps * expected_grad.abs() + limits.smallest_normal * limits.eps) / 2
-    # p - M cancels: what is lost is measured by the terms, of which the largest gradient of the bag-class tells the size
-    # (below 1e-30 nothing is asked for: float32 ends there). In float64 the reference rounds as well.
+    # p - M cancels: what is lost is measured by the terms, of which the largest gradient of the bag-class tells the
+    # size (below 1e-30 nothing is asked for: float32 ends there). In float64 the reference rounds as well.
     terms = expected_grad.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)
     factor = 64 if dtype == torch.float64 else 16
     assert ((grad - expected_grad).abs() <= rounding + factor * working * terms).all()

@@ -90,7 +90,8 @@ def test_empty_bags_and_empty_batches_of_instances(make):
     value, gradient = value_and_gradient(make("mean"), torch.randn(3, 2), torch.ones(3, 2), offsets=offsets)
     assert value.isfinite()
     assert gradient.isfinite().all()
-    value, gradient = value_and_gradient(make("mean"), torch.zeros(0, 2), torch.ones(1, 2), offsets=torch.tensor([0, 0]))
+    nothing = torch.zeros(0, 2)
+    value, gradient = value_and_gradient(make("mean"), nothing, torch.ones(1, 2), offsets=torch.tensor([0, 0]))
     assert value == 0
     assert gradient.shape == (0, 2)
     value, gradient = value_and_gradient(make("mean"), torch.zeros(2, 3, 0), torch.ones(2, 3))
@@ -177,7 +178,7 @@ def test_second_derivative_of_the_fused_path_is_an_error():
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     assert torch.equal(gradient, expected)
     # a gradient penalty, which must not be left out in silence
-    with pytest.raises(RuntimeError, match="second derivative.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"second derivative.*impl='reference'"):
         (loss + gradient.square().sum()).backward()
 
 

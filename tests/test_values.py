@@ -41,9 +41,8 @@ def check_sgl(batch: Batch, impl: str, dtype=torch.float64, make=packed, **optio
     value, got = run(criterion, batch, make, dtype)
     assert_equal(value, got, expected[0], gradient, dtype)
     layout_logits, call = make(batch, dtype)
-    for name, got_term, want_term in zip(
-        ("total", "bag", "instance", "mask"), criterion.terms(layout_logits, batch.labels, **call), expected, strict=True
-    ):
+    terms = criterion.terms(layout_logits, batch.labels, **call)
+    for name, got_term, want_term in zip(terms._fields, terms, expected, strict=True):
         assert float(got_term) == pytest.approx(float(want_term), rel=UNITS * working_eps(dtype), abs=1e-30), name
 
 
@@ -111,7 +110,9 @@ def test_extreme_thresholds(impl, delta_l):
     make=st.sampled_from([packed, padded]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-def test_anything(impl, sizes, classes, seed, scale, shift, delta_l, pooling, normalize, mask_weight, rounded, make, dtype):
+def test_anything(
+    impl, sizes, classes, seed, scale, shift, delta_l, pooling, normalize, mask_weight, rounded, make, dtype
+):
     batch = random_batch(sizes, classes, scale=scale, shift=shift, unknown=0.2, seed=seed)
     if rounded:  # ties
         batch = Batch([bag.round() for bag in batch.logits], batch.labels)

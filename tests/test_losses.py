@@ -1,0 +1,196 @@
+"""The modules and functions as a user meets them: settings, errors, state, logging."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import needs_kernel
+
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, SGLTerms, functional
+from sgl_ops.pooling import AutoPooling, MaxPooling
+
+EVERY = [SGLLoss, BagLoss, BILLoss, MMMLoss]
+X, Y = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 0], [0, 1], [1, 1]])
+FLAT = X.transpose(1, 2).reshape(15, 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("delta_l", -0.1), ("delta_l", 0.6), ("delta_l", math.nan), ("lam", -1.0), ("lam", math.inf),
+        ("mask_weight", -1.0), ("mask_weight", math.nan), ("normalize", "instance"), ("pooling", "mode"),
+        ("impl", "fast"),
+    ],
+)  # fmt: skip
+def test_bad_settings(setting, value):
+    with pytest.raises(ValueError, match=f"{setting}.*{value}"):
+        SGLLoss(**{setting: value})(X, Y)
+    with pytest.raises(ValueError, match=f"{setting}.*{value}"):
+        functional.sgl_loss(X, Y, **{setting: value})
+
+
+CALLS = {
+    "integer logits": (TypeError, "logits.*int64", lambda f: f(X.long(), Y)),
+    "no tensor": (TypeError, "logits.*list", lambda f: f([[1.0]], Y)),
+    "a list of targets": (TypeError, "targets.*list", lambda f: f(X, [[1, 0]])),
+    "complex targets": (TypeError, "targets.*complex", lambda f: f(X, Y.to(torch.complex64))),
+    "one bag too few": (ValueError, r"targets.*\(2, 2\)", lambda f: f(X, Y[:2])),
+    "classes missing": (ValueError, r"targets.*\(3,\)", lambda f: f(X, Y[:, 0])),
+    "no bag": (ValueError, "logits.*0", lambda f: f(X[:0], Y[:0])),
+    "no class": (ValueError, "logits.*0", lambda f: f(X[:, :0], Y[:, :0])),
+    "a scalar": (ValueError, "logits", lambda f: f(X[0, 0, 0], Y)),
+    "one dimension without offsets": (ValueError, "logits.*offsets", lambda f: f(X[:, 0, 0], Y[:, 0])),
+    "minus one": (ValueError, "targets.*-1.*NaN", lambda f: f(X, Y * 2 - 1)),
+    "a soft label": (ValueError, "targets.*0.5", lambda f: f(X, Y * 0.5)),
+    "infinite target": (ValueError, "targets.*inf", lambda f: f(X, Y * math.inf)),
+    "mask of floats": (TypeError, "mask.*float32", lambda f: f(X, Y, mask=torch.ones(3, 5))),
+    "mask of another shape": (ValueError, r"mask.*\(3, 4\)", lambda f: f(X, Y, mask=torch.ones(3, 4).bool())),
+    "mask with classes": (ValueError, r"mask.*\(3, 2, 5\)", lambda f: f(X, Y, mask=torch.ones(3, 2, 5).bool())),
+    "mask and offsets": (
+        ValueError, "mask.*offsets|offsets.*mask",
+        lambda f: f(FLAT, Y, mask=torch.ones(15).bool(), offsets=torch.tensor([0, 5, 9, 15])),
+    ),
+    "float offsets": (TypeError, "offsets.*float32", lambda f: f(FLAT, Y, offsets=torch.tensor([0.0, 5, 9, 15]))),
+    "offsets of another length": (ValueError, "targets|offsets", lambda f: f(FLAT, Y, offsets=torch.tensor([0, 15]))),
+    "offsets start late": (ValueError, "offsets.*1", lambda f: f(FLAT, Y, offsets=torch.tensor([1, 5, 9, 15]))),
+    "offsets fall": (ValueError, "offsets", lambda f: f(FLAT, Y, offsets=torch.tensor([0, 9, 5, 15]))),
+    "offsets end early": (ValueError, "offsets.*15", lambda f: f(FLAT, Y, offsets=torch.tensor([0, 5, 9, 14]))),
+    "offsets end late": (ValueError, "offsets.*15", lambda f: f(FLAT, Y, offsets=torch.tensor([0, 5, 9, 16]))),
+    "offsets for maps": (ValueError, "logits", lambda f: f(X, Y, offsets=torch.tensor([0, 5, 9, 15]))),
+    "another device": (ValueError, "targets.*meta", lambda f: f(X, Y.to("meta"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", EVERY)
+@pytest.mark.parametrize("call", CALLS)
+def test_bad_calls(make, call):
+    kind, message, run = CALLS[call]
+    with pytest.raises(kind, match=message):
+        run(make())
+
+
+@pytest.mark.parametrize("call", [name for name, (_, message, _) in CALLS.items() if "offsets" not in message])
+def test_bad_calls_of_self_guidance(call):
+    kind, message, run = CALLS[call]
+    with pytest.raises(kind, match=message):
+        run(functional.self_guidance)
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_check_false_does_not_look_at_values(make):
+    for check in (None, True):
+        with pytest.raises(ValueError, match="targets"):
+            make(check=check)(X, Y * 2)
+    unchecked, checked = make(check=False), make()
+    torch.testing.assert_close(unchecked(X, Y * 2), checked(X, Y))
+    # and offsets that lie are no danger to memory
+    for offsets in ([5, 3, 900, 2**40], [-7, -3, 4, 15]):
+        if make is SGLLoss:
+            make(check=False)(FLAT, Y, offsets=torch.tensor(offsets))
+
+
+def test_class_vectors():
+    for name in ("class_weight", "pos_weight"):
+        for value, kind in (
+            (torch.ones(3), ValueError),
+            (torch.ones(2, 1), ValueError),
+            (torch.tensor([1.0, -1.0]), ValueError),
+            (torch.tensor([1.0, math.nan]), ValueError),
+        ):
+            with pytest.raises(kind, match=name):
+                SGLLoss(**{name: value})(X, Y)
+    with pytest.raises(ValueError, match="pos_weight"):
+        SGLLoss(pos_weight=torch.tensor([0.0, 1.0]))(X, Y)
+        with pytest.raises(TypeError, match=name):
+            functional.sgl_loss(X, Y, **{name: [1.0, 1.0]})
+    assert SGLLoss(class_weight=torch.tensor([0.0, 0.0]))(X, Y) == 0
+
+
+def test_state(impl):
+    criterion = SGLLoss(class_weight=torch.tensor([1.0, 2.0]), pooling=AutoPooling(2), impl=impl)
+    assert criterion.double().class_weight.dtype == torch.float64
+    criterion.float()
+    expected = criterion(X, Y)
+    for again in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        torch.testing.assert_close(again(X, Y), expected)
+    other = SGLLoss(class_weight=torch.tensor([5.0, 5.0]), pooling=AutoPooling(2, a=3.0), impl=impl)
+    other.load_state_dict(criterion.state_dict())
+    torch.testing.assert_close(other(X, Y), expected)
+    text = repr(SGLLoss(delta_l=0.25, lam=20.0, pooling="softmax"))
+    for part in ("delta_l=0.25", "lam=20.0", "Softmax"):
+        assert part in text
+    assert isinstance(SGLLoss().pooling, MaxPooling)
+
+
+def test_terms(impl):
+    x = X.clone().requires_grad_()
+    criterion = SGLLoss(lam=20.0, mask_weight=0.5, impl=impl)
+    terms = criterion.terms(x, Y)
+    assert isinstance(terms, SGLTerms)
+    torch.testing.assert_close(terms.total, terms.bag + 20 * terms.instance + 0.5 * terms.mask)
+    assert torch.equal(terms.total, criterion(x, Y))
+    assert terms.total.requires_grad
+    assert not (terms.bag.requires_grad or terms.instance.requires_grad or terms.mask.requires_grad)
+    terms.total.backward()
+    assert x.grad.abs().sum() > 0
+    torch.testing.assert_close(functional.sgl_terms(X, Y, lam=20.0, mask_weight=0.5, impl=impl).total, terms.total)
+
+
+def test_settings_may_change_between_steps(impl):
+    criterion = SGLLoss(impl=impl)
+    for lam in (0.0, 1.0, 20.0):
+        criterion.lam = lam
+        torch.testing.assert_close(criterion(X, Y), SGLLoss(lam=lam, impl=impl)(X, Y))
+    criterion.lam = -1.0
+    with pytest.raises(ValueError, match="lam"):
+        criterion(X, Y)
+
+
+def test_settings_are_by_keyword():
+    for make in EVERY:
+        with pytest.raises(TypeError):
+            make(0.3)
+
+
+def test_impl():
+    torch.testing.assert_close(SGLLoss(impl="auto")(X, Y), SGLLoss(impl="reference")(X, Y))
+    with pytest.raises(ValueError, match=r"'fused' is not available.*meta"):
+        SGLLoss(impl="fused")(X.to("meta"), Y.to("meta"))
+
+
+@needs_kernel
+def test_auto_is_fused_where_there_is_a_kernel():
+    x = X.clone().requires_grad_()
+    assert "FusedSGL" in type(SGLLoss()(x, Y).grad_fn).__name__
+    assert "FusedSGL" not in type(SGLLoss(impl="reference")(x, Y).grad_fn).__name__
+
+
+def test_poolings_of_users(impl):
+    class Middle(torch.nn.Module):
+        def forward(self, logits, *, mask=None, offsets=None, features=None):
+            return logits.flatten(2).mean(2)
+
+    torch.testing.assert_close(SGLLoss(pooling=Middle(), impl=impl)(X, Y), SGLLoss(pooling="mean_logits")(X, Y))
+
+
+def test_it_teaches():
+    """A linear network told only which bags hold a bright instance finds the bright instances."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 20, 4)
+    bright = torch.rand(64, 20) < 0.1
+    bright[32:] = False
+    bright[:32, 0] = True
+    x[..., 0] += 6.0 * bright
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    criterion = SGLLoss()
+    for _ in range(200):
+        optimizer.zero_grad()
+        criterion(model(x).squeeze(2), bright.any(1)).backward()
+        optimizer.step()
+    found = model(x).squeeze(2) > 0
+    assert (found & bright).sum() / (found | bright).sum() > 0.9

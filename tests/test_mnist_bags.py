@@ -1,0 +1,196 @@
+"""The MNIST-Bags example: drawing bags, metrics, training, resuming, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import instances
+import numpy as np
+import pytest
+import torch
+import train_mnist_bags as example
+import training
+from bags import draw_bags, take
+from metrics import auc, iou, iou_pooled
+
+SMALL = ["--bags", "6", "--val-bags", "4", "--test-bags", "8", "--bag-size", "6", "--batch-size", "4"]
+
+
+def draw(count=200, size=10.0, std=3.0, seed=0):
+    is_target = np.arange(500) % 10 == 9
+    pool = np.arange(100, 400)
+    return draw_bags(pool, is_target, count, size, std, np.random.default_rng(seed)), is_target, pool
+
+
+def test_bags_are_what_they_say():
+    bags, is_target, pool = draw()
+    assert len(bags.labels) == 200
+    assert bags.labels.sum() == 100
+    assert np.isin(bags.index.numpy(), pool).all()
+    assert (bags.positive.numpy() == is_target[bags.index.numpy()]).all()
+    for i in range(200):
+        inside = slice(int(bags.offsets[i]), int(bags.offsets[i + 1]))
+        assert bool(bags.positive[inside].any()) == bool(bags.labels[i])
+        assert len(bags.index[inside].unique()) == inside.stop - inside.start  # no image twice
+    sizes = bags.offsets.diff().double()
+    assert abs(float(sizes.mean()) - 10) < 1
+    assert 2 < float(sizes.std()) < 4
+    # at a rate of 0.1 a positive bag of 10 holds 10 * 0.1 / (1 - 0.9^10) = 1.54 targets on average
+    assert 1.3 < float(bags.positive.sum()) / 100 < 1.8
+
+
+def test_bags_are_reproducible_and_at_least_one_instance():
+    one, two, other = draw(seed=1)[0], draw(seed=1)[0], draw(seed=2)[0]
+    assert torch.equal(one.index, two.index)
+    assert not torch.equal(one.index[:50], other.index[:50])
+    assert draw(size=1.0, std=5.0)[0].offsets.diff().min() == 1
+    with pytest.raises(ValueError, match="target class"):
+        draw_bags(np.arange(5), np.zeros(5, bool), 2, 3, 0, np.random.default_rng(0))
+
+
+def test_take_keeps_bags_together():
+    bags, *_ = draw(count=5)
+    some = take(bags, torch.tensor([3, 0, 3]))
+    for k, i in enumerate((3, 0, 3)):
+        here, there = slice(*some.offsets[k : k + 2].tolist()), slice(*bags.offsets[i : i + 2].tolist())
+        assert torch.equal(some.index[here], bags.index[there])
+        assert torch.equal(some.positive[here], bags.positive[there])
+        assert some.labels[k] == bags.labels[i]
+
+
+def test_metrics_by_hand():
+    offsets = np.array([0, 3, 6, 8])
+    positive = np.array([1, 1, 0, 0, 0, 0, 0, 0], bool)
+    found = np.array([1, 0, 1, 0, 0, 0, 1, 0], bool)
+    # bag 0: 1 of 3; bag 1: nothing found, nothing to find; bag 2: found where there is nothing
+    assert iou(found, positive, offsets) == pytest.approx((1 / 3 + 0) / 2)
+    assert iou_pooled(found, positive, offsets, batch_size=64) == pytest.approx(1 / 4)
+    assert iou_pooled(found, positive, offsets, batch_size=2) == pytest.approx((1 / 3 + 0) / 2)
+    assert np.isnan(iou(found & False, positive & False, offsets))
+    assert auc(np.array([0.1, 0.4, 0.3]), np.array([0, 1, 0])) == 1
+    assert np.isnan(auc(np.array([0.1, 0.4]), np.array([1, 1])))
+
+
+def test_splits_share_no_image():
+    data = instances.load_instances("digits", "", 0)
+    config = example.configs_of(example.parse(SMALL))["sgl"]
+    images, bags = example.bags_of(data, config, 0, "cpu")
+    assert images["train"] is images["val"]
+    assert not set(bags["train"].index.tolist()) & set(bags["val"].index.tolist())
+    flat = [x.flatten(1) for x in (data.train_images, data.test_images)]
+    assert (torch.cdist(*flat) > 1e-3).all()
+    assert data.train_images.shape[1:] == (1, 32, 32)
+    assert abs(float(data.train_images.mean())) < 1e-4
+
+
+def test_network_is_the_authors():
+    model = example.LeNet()
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 1)
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
+    assert shapes == [(6, 1, 5, 5), (16, 6, 5, 5), (16, 6, 5, 5), (120, 16, 5, 5), (84, 120), (1, 84)]
+
+
+def run(out, *options):
+    assert example.main([*SMALL, "--out", str(out), *options]) == 0
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_what_a_run_writes(tmp_path):
+    metrics = run(tmp_path, "--loss", "sgl", "--epochs", "2", "--runs", "2", "--seed", "5")
+    assert metrics["config"]["loss"] == "sgl"
+    assert [r["seed"] for r in metrics["runs"]] == [5, 6]
+    for entry in metrics["runs"]:
+        assert entry["epoch"] == 2
+        assert entry["best_val"]["epoch"] in (1, 2)
+        for which in ("last", "best_val"):
+            assert all(0 <= entry[which][name] <= 1 for name in ("auc", "iou", "iou_pooled"))
+    for name in ("auc", "iou", "iou_pooled"):
+        values = [r["last"][name] for r in metrics["runs"]]
+        assert metrics["mean"]["last"][name] == pytest.approx(sum(values) / 2)
+        assert metrics["worst"]["last"][name] == min(values)
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [(r["seed"], r["epoch"]) for r in rows] == [("5", "1"), ("5", "2"), ("6", "1"), ("6", "2")]
+    assert (tmp_path / "bags.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_loss_both_methods_and_their_comparison(tmp_path, capsys):
+    assert example.main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "comparison.png").exists()
+    for name, loss in (("sgl", "sgl"), ("max", "bag")):
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["config"]["loss"] == loss
+    table = capsys.readouterr().out
+    assert "sgl" in table
+    assert "max" in table
+
+
+@pytest.mark.parametrize("loss", ["sgl", "mmm"])
+def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, loss):
+    expected = run(tmp_path / "whole", "--loss", loss, "--epochs", "4")
+    epochs = []
+
+    def interrupted(*arguments, train_epoch=training.train_epoch):
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(*arguments)
+
+    options = ["--loss", loss, "--epochs", "4", "--out", str(tmp_path / "cut")]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_epoch", interrupted)
+        assert example.main([*SMALL, *options]) == 130
+    assert example.main([*SMALL, *options]) == 2  # not over what is there
+    got = run(tmp_path / "cut", "--loss", loss, "--epochs", "4", "--resume")
+    assert got["runs"] == expected["runs"]
+    histories = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "cut")]
+    assert histories[0] == histories[1]
+    states = [torch.load(tmp_path / name / "seed0.pt", weights_only=True) for name in ("whole", "cut")]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name])
+    assert example.main([*SMALL, *options, "--resume", "--lam", "2"]) == 2  # not with other settings
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert example.main([*SMALL, "--dry-run"]) == 0
+    assert "loss of one step" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bags", "0"], ["--bag-size", "0"], ["--delta-l", "0.7"], ["--lam", "-1"], ["--loss", "hinge"],
+        ["--loss", "mmm", "--pooling", "mean"], ["--resume"],
+    ],
+)  # fmt: skip
+def test_bad_options(options):
+    with pytest.raises(SystemExit):
+        example.parse(options)
+
+
+@pytest.mark.parametrize("data", ["nothing.npz", "emnist"])
+def test_bad_data(data, capsys):
+    assert example.main(["--data", data, "--dry-run"]) == 2
+    assert data in capsys.readouterr().err
+    assert example.main(["--target", "77", "--dry-run"]) == 2
+
+
+def test_instances_of_a_user(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"x_train": rng.random((60, 20, 20, 3)), "y_train": np.arange(60) % 3}
+    arrays |= {"x_test": rng.random((30, 20, 20, 3)), "y_test": np.arange(30) % 3}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    run(tmp_path / "out", "--data", str(tmp_path / "mine.npz"), "--target", "2", "--epochs", "1", "--loss", "bag")
+    np.savez(tmp_path / "bad.npz", **(arrays | {"y_train": np.arange(59)}))
+    with pytest.raises(ValueError, match="y_train"):
+        instances.load_instances(str(tmp_path / "bad.npz"), "", 0)
+
+
+def test_mnist(data_dir):
+    pytest.importorskip("torchvision", exc_type=RuntimeError) if torch.version.cuda else None
+    data = instances.load_instances("mnist", str(data_dir), 0)
+    assert data.train_images.shape == (60000, 1, 32, 32)
+    assert data.test_images.shape == (10000, 1, 32, 32)
+    assert np.bincount(data.test_classes)[9] == 1009
+    assert abs(float(data.train_images.std()) - 1) < 1e-3

@@ -1,0 +1,133 @@
+"""The pooling modules: every layout, extremes, learned parameters. Their values are in test_values.py and here."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from batches import packed, padded, random_batch
+
+from sgl_ops import SGLLoss
+from sgl_ops.pooling import POOLINGS, AttentionPooling, AutoPooling, GeneralizedMeanPooling, LSEPooling, make_pooling
+
+NAMES = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values(name):
+    batch = random_batch([1, 4, 9], classes=2, scale=4.0)
+    logits, call = packed(batch)
+    z = make_pooling(name)(logits, **call)
+    for i, bag in enumerate(batch.logits):
+        for c, xs in enumerate(bag.tolist()):
+            p = oracle.pooled(name, [oracle.mpf(x) for x in xs])
+            assert float(z[i, c]) == pytest.approx(float(oracle.log(p) - oracle.log(1 - p)), rel=1e-12, abs=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layouts_and_empty_bags(name):
+    batch = random_batch([3, 0, 7], classes=2)
+    flat, offsets = packed(batch)
+    dense, mask = padded(batch)
+    flat.requires_grad_()
+    dense.requires_grad_()
+    pooling = make_pooling(name)
+    one, two = pooling(flat, **offsets), pooling(dense, **mask)
+    assert one.shape == (3, 2)
+    assert one[1].isnan().all()
+    assert one[[0, 2]].isfinite().all()
+    torch.testing.assert_close(one, two, equal_nan=True)
+    for z, x in ((one, flat), (two, dense)):
+        z.nansum().backward()
+        assert x.grad.isfinite().all()
+    assert (dense.grad[1] == 0).all()
+    single = pooling(flat[:, 0].detach(), **offsets)
+    torch.testing.assert_close(single, one[:, 0].detach(), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_extremes_are_finite(name, dtype):
+    limit = 6e4 if dtype == torch.float16 else 1e4
+    rows = [[limit] * 3, [-limit] * 3, [limit, -limit, 0.0], [-90.0, -100.0, -95.0], [40.0, 50.0, 45.0], [0.0] * 3]
+    x = torch.tensor(rows).to(dtype).requires_grad_()
+    z = make_pooling(name)(x)
+    assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert z.isfinite().all()
+    z.sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad >= 0).all() or name in ("softmax", "linear_softmax")
+    assert (x.grad.float().abs().sum(1) > 0).all()
+
+
+def test_names_are_the_modules():
+    assert set(NAMES) == set(POOLINGS)
+    for name in NAMES:
+        assert isinstance(make_pooling(name), POOLINGS[name])
+    with pytest.raises(ValueError, match=r"pooling.*'median'"):
+        make_pooling("median")
+
+
+@pytest.mark.parametrize("r", [0.01, 1.0, 10.0, 200.0])
+def test_lse_by_sharpness(r, impl):
+    x = torch.tensor([[-3.0, 0.5, 2.0]], dtype=torch.float64)
+    p = torch.sigmoid(x)
+    expected = torch.logit(torch.log(torch.exp(r * p).mean(1)) / r)
+    torch.testing.assert_close(LSEPooling(r)(x), expected, rtol=1e-9, atol=0)
+    bag = SGLLoss(pooling=LSEPooling(r), impl=impl).terms(x, torch.tensor([1])).bag
+    torch.testing.assert_close(bag, torch.nn.functional.softplus(-expected[0]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_bad_parameters(value):
+    for make in (LSEPooling, GeneralizedMeanPooling):
+        with pytest.raises(ValueError, match="r:"):
+            make(value)
+
+
+def test_learned_poolings_learn():
+    batch = random_batch([5, 8], classes=3, positives=1.0)
+    logits, call = packed(batch)
+    p = [torch.sigmoid(bag) for bag in batch.logits]
+    for pooling, formula in (
+        (AutoPooling(3, a=2.0), lambda q: (q * torch.exp(2 * q)).sum(1) / torch.exp(2 * q).sum(1)),
+        (GeneralizedMeanPooling(3.0, num_classes=3), lambda q: (q**3).mean(1) ** (1 / 3)),
+    ):
+        pooling = pooling.double()
+        expected = torch.stack([torch.logit(formula(q)) for q in p])
+        torch.testing.assert_close(pooling(logits, **call), expected, rtol=1e-6, atol=1e-6)
+        criterion = SGLLoss(pooling=pooling)
+        assert criterion.pooling is pooling
+        assert len(list(criterion.parameters())) == 1
+        criterion(logits, batch.labels, **call).backward()
+        (parameter,) = pooling.parameters()
+        assert parameter.grad.shape == (3,)
+        assert (parameter.grad != 0).all()
+        with pytest.raises(ValueError, match="3 classes"):
+            pooling(logits[:, :2], **call)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_attention(gated, impl):
+    torch.manual_seed(1)
+    pooling = AttentionPooling(6, 4, gated=gated).double()
+    batch = random_batch([3, 5], classes=2, positives=1.0)
+    logits, call = packed(batch)
+    features = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    z = pooling(logits, features=features, **call)
+    # the weights are a softmax within the bag: equal features pool to the mean
+    same = torch.ones(8, 6, dtype=torch.float64)
+    expected = torch.stack([torch.logit(torch.sigmoid(bag).mean(1)) for bag in batch.logits])
+    torch.testing.assert_close(pooling(logits, features=same, **call), expected)
+    dense, mask = padded(batch)
+    spread = torch.full((2, dense.shape[2], 6), math.nan, dtype=torch.float64)
+    spread[mask["mask"]] = features.detach()
+    torch.testing.assert_close(pooling(dense, features=spread, **mask), z)
+    loss = SGLLoss(pooling=pooling, impl=impl)(logits, batch.labels, features=features, **call)
+    loss.backward()
+    assert features.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in pooling.parameters())
+    with pytest.raises(ValueError, match="features"):
+        pooling(logits, **call)
