@@ -54,9 +54,7 @@ SGL_HD float expm1_polynomial(float r) {
 }
 
 // 2^n for -126 <= n <= 127; unsigned: for a NaN the exponent is anything
-SGL_HD float power_of_two(int32_t n) {
-  return bits_of<float>((static_cast<uint32_t>(n) + 127u) << 23);
-}
+SGL_HD float power_of_two(int32_t n) { return bits_of<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
 SGL_HD float exp(float x) {
   x = x > 89.0f ? 89.0f : x;  // inf
@@ -340,7 +338,7 @@ SGL_HD T pooling_slope(T x, const Probability<T>& o, const PoolingSettings<T>& s
   if (pooling == kSoftmax) {
     const T ap = s.parameter * o.p, aq = s.parameter * o.q;
     return exp(s.parameter * (o.p - s.p_reference)) *
-        (o.scaled_p * o.q * (T(1) + ap) * slope1 + o.p * o.scaled_q * (T(1) - aq) * slope2);
+           (o.scaled_p * o.q * (T(1) + ap) * slope1 + o.p * o.scaled_q * (T(1) - aq) * slope2);
   }
   if (pooling == kLinearSoftmax)
     return T(2) * o.scaled_p * o.scaled_p * o.q * slope1 - o.scaled_pq * (o.q - o.p) * slope2;

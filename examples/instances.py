@@ -25,13 +25,13 @@ class Instances(NamedTuple):
     test_classes: np.ndarray
 
 
-def load_instances(data: str, data_dir: str) -> Instances:
+def load_instances(data: str, data_dir: str, seed: int) -> Instances:
     """Instances of ``data``: ``"digits"``, ``"mnist"`` (of ``data_dir``), or the path of an .npz file.
 
     An .npz holds x_train (n, height, width) or (n, height, width, channels), y_train (n,), x_test and y_test.
     """
     if data == "digits":
-        arrays = _digits()
+        arrays = _digits(seed)
     elif data == "mnist":
         arrays = _mnist(Path(data_dir))
     elif data.endswith(".npz"):
@@ -54,17 +54,22 @@ def import_torchvision() -> types.ModuleType:
     if torch.version.cuda is None and "torchvision" not in sys.modules:
         name = "torchvision._meta_registrations"
         sys.modules.setdefault(name, types.ModuleType(name))
-    import torchvision
-    import torchvision.datasets
+    try:
+        import torchvision
+        import torchvision.datasets
+    except ModuleNotFoundError:
+        raise ValueError(
+            "data: MNIST is read by torchvision, which is not installed: pip install torchvision"
+        ) from None
 
     return torchvision
 
 
-def _digits() -> tuple[np.ndarray, ...]:
+def _digits(seed: int) -> tuple[np.ndarray, ...]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))
+    order = np.random.default_rng(seed).permutation(len(digits.images))
     train, test = order[: len(order) * 3 // 4], order[len(order) * 3 // 4 :]
     return digits.images[train], digits.target[train], digits.images[test], digits.target[test]
 

@@ -220,12 +220,8 @@ SGL_HD int64_t order_of(double x) {
   const int64_t bits = bits_of<int64_t>(x);
   return bits < 0 ? bits ^ 0x7fffffffffffffff : bits;
 }
-SGL_HD float at_order(int32_t order) {
-  return bits_of<float>(order < 0 ? order ^ 0x7fffffff : order);
-}
-SGL_HD double at_order(int64_t order) {
-  return bits_of<double>(order < 0 ? order ^ 0x7fffffffffffffff : order);
-}
+SGL_HD float at_order(int32_t order) { return bits_of<float>(order < 0 ? order ^ 0x7fffffff : order); }
+SGL_HD double at_order(int64_t order) { return bits_of<double>(order < 0 ? order ^ 0x7fffffffffffffff : order); }
 
 template <class T>
 SGL_HD int64_t count_up_to(const Row<T>& row, T pivot) {
@@ -302,8 +298,8 @@ SGL_HD BagLogit pool(
 }
 
 template <bool scaled, class T>
-SGL_HD BagLogit pool(
-    int64_t pooling, const Row<T>& row, const Scale<T>& scale, const BagClass& out, double parameter, T* buffer) {
+SGL_HD BagLogit
+pool(int64_t pooling, const Row<T>& row, const Scale<T>& scale, const BagClass& out, double parameter, T* buffer) {
   const PoolingSettings<T> settings = pooling_settings(static_cast<T>(out.low), static_cast<T>(out.high), parameter);
   switch (pooling) {
     case kMax:
@@ -326,8 +322,7 @@ SGL_HD BagLogit pool(
 }
 
 template <class T>
-SGL_HD BagClass forward_one(
-    const Problem<T>& problem, Label label, T pos_weight, const Row<T>& row, T* buffer) {
+SGL_HD BagClass forward_one(const Problem<T>& problem, Label label, T pos_weight, const Row<T>& row, T* buffer) {
   BagClass out = {};
   if (label == Label::kUnknown || row.n == 0) return out;
   out.positive = label == Label::kPositive;

@@ -15,9 +15,7 @@ struct BFloat16 {
 SGL_HD float read_as(float, float v) { return v; }
 SGL_HD double read_as(double, double v) { return v; }
 
-SGL_HD float read_as(float, BFloat16 v) {
-  return bits_of<float>(static_cast<uint32_t>(v.bits) << 16);
-}
+SGL_HD float read_as(float, BFloat16 v) { return bits_of<float>(static_cast<uint32_t>(v.bits) << 16); }
 
 SGL_HD float read_as(float, Half v) {
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;

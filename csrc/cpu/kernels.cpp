@@ -9,22 +9,22 @@
 namespace sgl {
 namespace {
 
-#define SGL_LEVEL(NAME, ATTRIBUTE)                                                                                    \
-  template <class T>                                                                                                  \
-  ATTRIBUTE void forward_##NAME(                                                                                      \
-      const Problem<T>& p, const Label* labels, BagClass* out, int64_t begin, int64_t end, T* scratch) {              \
-    forward_range(p, labels, out, begin, end, scratch);                                                               \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  ATTRIBUTE void backward_##NAME(                                                                                     \
-      const Problem<T>& p, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch) {       \
-    backward_range(p, saved, grad_output, grad, begin, end, scratch);                                                 \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
-  ATTRIBUTE void math_##NAME(int function, const T* x, T* y, int64_t n) {                                             \
-    math_range(function, x, y, n);                                                                                    \
-  }                                                                                                                   \
-  template <class T>                                                                                                  \
+#define SGL_LEVEL(NAME, ATTRIBUTE)                                                                              \
+  template <class T>                                                                                            \
+  ATTRIBUTE void forward_##NAME(                                                                                \
+      const Problem<T>& p, const Label* labels, BagClass* out, int64_t begin, int64_t end, T* scratch) {        \
+    forward_range(p, labels, out, begin, end, scratch);                                                         \
+  }                                                                                                             \
+  template <class T>                                                                                            \
+  ATTRIBUTE void backward_##NAME(                                                                               \
+      const Problem<T>& p, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch) { \
+    backward_range(p, saved, grad_output, grad, begin, end, scratch);                                           \
+  }                                                                                                             \
+  template <class T>                                                                                            \
+  ATTRIBUTE void math_##NAME(int function, const T* x, T* y, int64_t n) {                                       \
+    math_range(function, x, y, n);                                                                              \
+  }                                                                                                             \
+  template <class T>                                                                                            \
   constexpr Kernels<T> kernels_##NAME = {&forward_##NAME<T>, &backward_##NAME<T>, &math_##NAME<T>};
 
 SGL_LEVEL(baseline, )
@@ -33,7 +33,11 @@ SGL_LEVEL(avx2, __attribute__((target("avx2,fma"))))
 SGL_LEVEL(avx512, __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))))
 #endif
 
-enum Level { kBaseline, kAVX2, kAVX512 };
+enum Level {
+  kBaseline,
+  kAVX2,
+  kAVX512
+};
 
 // SGL_OPS_CPU=baseline|avx2|avx512 forces a lower level than the machine has, so that each can be tested.
 Level detect() {

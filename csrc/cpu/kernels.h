@@ -6,7 +6,12 @@
 
 namespace sgl {
 
-enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
+enum class Type {
+  kFloat,
+  kDouble,
+  kHalf,
+  kBFloat16
+};
 
 enum class Kind : int8_t {
   kAbsent = 0,  // unknown label or no instance: takes no part
@@ -16,7 +21,11 @@ enum class Kind : int8_t {
   kBroken = 4,  // holds a NaN or an infinity: loss and gradient are NaN
 };
 
-enum class Label : int8_t { kUnknown, kNegative, kPositive };
+enum class Label : int8_t {
+  kUnknown,
+  kNegative,
+  kPositive
+};
 
 // What backward needs of a bag-class besides its logits: a row of `saved`.
 enum Column {
@@ -62,9 +71,7 @@ struct Problem {
 };
 
 // `scratch` holds scratch_size(longest) numbers.
-inline int64_t scratch_size(int64_t longest) {
-  return 2 * (longest + 64);
-}
+inline int64_t scratch_size(int64_t longest) { return 2 * (longest + 64); }
 
 template <class T>
 struct Kernels {

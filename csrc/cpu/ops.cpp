@@ -64,12 +64,8 @@ template <class V>
 double number(V v) {
   return static_cast<double>(v);
 }
-double number(Half v) {
-  return read_as(0.0f, v);
-}
-double number(BFloat16 v) {
-  return read_as(0.0f, v);
-}
+double number(Half v) { return read_as(0.0f, v); }
+double number(BFloat16 v) { return read_as(0.0f, v); }
 
 // Calls f(index, value) for every element of a tensor of one or two dimensions, row after row.
 template <class F>
@@ -161,8 +157,9 @@ Layout dense_layout(const Tensor& logits, const std::optional<Tensor>& mask, con
     layout.longest *= logits.size(d);
     const int64_t logits_step = logits.stride(d);
     // without a gradient (a mask) whatever lets dimensions collapse
-    all.push_back({logits.size(d), logits_step, mask ? mask->stride(d - first + 1) : logits_step,
-                   grad == nullptr ? logits_step : grad->stride(d)});
+    all.push_back(
+        {logits.size(d), logits_step, mask ? mask->stride(d - first + 1) : logits_step,
+         grad == nullptr ? logits_step : grad->stride(d)});
   }
   layout.dimensions = collapse(all);
   return layout;
@@ -228,9 +225,7 @@ struct Batch {
   double bag = 0, instance = 0, mask = 0;
 };
 
-int64_t at_least_one(int64_t n) {
-  return std::max<int64_t>(n, 1);
-}
+int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
 
 struct Settings {
   double lam, mask_weight;
@@ -319,8 +314,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(
   part[2] = static_cast<T>(batch.mask);
   T* rows = static_cast<T*>(saved.mutable_data_ptr());
   for (int64_t unit = 0; unit < units; ++unit)
-    save(all[unit], batch, class_weight == nullptr ? 1.0 : class_weight[unit % layout.classes], settings,
-         rows + unit * kColumns);
+    save(
+        all[unit], batch, class_weight == nullptr ? 1.0 : class_weight[unit % layout.classes], settings,
+        rows + unit * kColumns);
   return {total, parts, saved};
 }
 
@@ -348,8 +344,8 @@ std::tuple<Tensor, Tensor, Tensor> sgl_forward(
   const Layout layout = layout_of(logits, mask, offsets, nullptr);
   const Settings settings{lam, mask_weight, per_bag};
   if (type_of(logits) == Type::kDouble) {
-    const Problem<double> problem = problem_of<double>(
-        logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, weighted);
+    const Problem<double> problem =
+        problem_of<double>(logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, weighted);
     return forward_as(logits, targets, layout, class_weight, problem, settings);
   }
   const Problem<float> problem =
@@ -415,9 +411,7 @@ int64_t check_values(const Tensor& targets, std::optional<Tensor> offsets, int64
   return wrong;
 }
 
-std::string level_name() {
-  return cpu_level();
-}
+std::string level_name() { return cpu_level(); }
 
 Tensor math(const Tensor& x, const std::string& function) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "x: expected contiguous float32");
@@ -438,9 +432,7 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CPU, m) {
 }
 
 // no tensor tells it the device
-STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) {
-  m.impl("cpu_level", TORCH_BOX(&level_name));
-}
+STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&level_name)); }
 
 }  // namespace
 }  // namespace sgl
