@@ -1,0 +1,56 @@
+"""The installed distribution, and what importing it costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
+
+import pytest
+from conftest import NO_KERNEL, ROOT
+
+import sgl_ops
+
+try:
+    installed = distribution("sgl-ops")
+except PackageNotFoundError:
+    pytest.skip("sgl-ops is not installed", allow_module_level=True)
+
+
+def test_version():
+    (written,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert sgl_ops.__version__ == version("sgl-ops") == written
+    assert f"## {written}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_installed_extension_loads():
+    """Else every test of the fused path would be skipped, and a broken build pass."""
+    wheel = installed.read_text("WHEEL")
+    pure = "Root-Is-Purelib: true" in wheel
+    if not pure:
+        assert not NO_KERNEL
+        assert "Tag: cp310-abi3" in wheel or hasattr(sys, "_is_gil_enabled")
+
+
+def test_needs_torch_and_numpy_alone():
+    needed = [r for r in installed.requires if "extra ==" not in r]
+    assert sorted(re.split(r"[<>= ]", r)[0] for r in needed) == ["numpy", "torch"]
+
+
+def test_ships_the_package_alone():
+    files = [str(f) for f in installed.files or []]
+    assert not any(part in f for f in files for part in ("tests", "examples", "benchmarks", "csrc", "tools"))
+
+
+def test_import_is_light():
+    code = "import sys, torch; before = set(sys.modules); import sgl_ops; print(*sorted(set(sys.modules) - before))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+    foreign = {name.split(".")[0] for name in names.split()} - {"sgl_ops"}
+    assert not foreign & {"torchvision", "scipy", "sklearn", "matplotlib", "pandas", "tqdm"}
+
+
+def test_the_readme_starts_with_the_two_commands_of_a_fresh_machine():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks[0].split("\n")[:2] == ['pip install ".[examples]"', "python examples/train_mnist_bags.py"]
+    assert blocks[1].split("\n")[:2] == ['pip install ".[test]"', "python -m pytest"]
