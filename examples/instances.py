@@ -58,9 +58,7 @@ def import_torchvision() -> types.ModuleType:
         import torchvision
         import torchvision.datasets
     except ModuleNotFoundError:
-        raise ValueError(
-            "data: MNIST is read by torchvision, which is not installed: pip install torchvision"
-        ) from None
+        raise ValueError("data: mnist needs torchvision, which is not installed: pip install torchvision") from None
 
     return torchvision
 

@@ -188,10 +188,14 @@ def test_instances_of_a_user(tmp_path):
         instances.load_instances(str(tmp_path / "bad.npz"), "", 0)
 
 
-def test_mnist(data_dir):
+def test_real_mnist(data_dir, tmp_path):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    data = instances.load_instances("mnist", str(data_dir), 0)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for packed in (data_dir / "MNIST" / "raw").glob("*.gz"):  # they are unpacked where they lie
+        (raw / packed.name).symlink_to(packed)
+    data = instances.load_instances("mnist", str(tmp_path), 0)
     assert data.train_images.shape == (60000, 1, 32, 32)
     assert data.test_images.shape == (10000, 1, 32, 32)
     assert np.bincount(data.test_classes)[9] == 1009

@@ -30,7 +30,6 @@ def test_an_installed_extension_loads():
     pure = "Root-Is-Purelib: true" in wheel
     if not pure:
         assert not NO_KERNEL
-        assert "Tag: cp310-abi3" in wheel or hasattr(sys, "_is_gil_enabled")
 
 
 def test_needs_torch_and_numpy_alone():
