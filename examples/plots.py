@@ -11,42 +11,41 @@ from matplotlib.patches import Patch, Rectangle
 
 TRUE, FOUND = "#0072b2", "#e69f00"  # apart for every kind of colour vision
 COLUMNS = 10
-SHOWN = 50  # instances of a bag, the most probable ones
+
+Panel = tuple[np.ndarray, np.ndarray, np.ndarray, str]  # images, probability, positive, title
 
 
-def draw_bag(axes, images: np.ndarray, probability: np.ndarray, positive: np.ndarray, title: str) -> None:
-    """``images`` (L, height, width[, 3]) in [0, 1], ordered by falling probability, COLUMNS in a row."""
-    order = np.argsort(-probability, kind="stable")[:SHOWN]
+def draw_bag(axes, images: np.ndarray, probability: np.ndarray, positive: np.ndarray, title: str, shown: int) -> None:
+    """The ``shown`` most probable of ``images`` (L, height, width[, 3]) in [0, 1], by falling probability."""
+    order = np.argsort(-probability, kind="stable")[:shown]
     for place, j in enumerate(order):
         row, column = divmod(place, COLUMNS)
-        extent = (column + 0.11, column + 0.89, row + 0.85, row + 0.07)
+        extent = (column + 0.12, column + 0.88, row + 0.72, row + 0.07)
         axes.imshow(images[j], cmap="gray_r", vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto")
         if positive[j]:
-            axes.add_patch(Rectangle((column + 0.035, row + 0.01), 0.93, 0.9, fill=False, lw=2.2, ec=TRUE))
+            axes.add_patch(Rectangle((column + 0.04, row + 0.0), 0.92, 0.79, fill=False, lw=2.2, ec=TRUE))
         if probability[j] > 0.5:
-            axes.add_patch(Rectangle((column + 0.11, row + 0.07), 0.78, 0.78, fill=False, lw=2.2, ec=FOUND))
-        axes.text(column + 0.5, row + 1.1, f"{probability[j]:.2f}", ha="center", va="bottom", fontsize=6.5, color="0.3")
+            axes.add_patch(Rectangle((column + 0.12, row + 0.07), 0.76, 0.65, fill=False, lw=2.2, ec=FOUND))
+        axes.text(column + 0.5, row + 1.0, f"{probability[j]:.2f}", ha="center", va="bottom", fontsize=6.5, color="0.3")
     rows = -(-len(order) // COLUMNS)
-    axes.set(xlim=(0, COLUMNS), ylim=(rows + 0.15, 0), xticks=[], yticks=[])
+    axes.set(xlim=(0, COLUMNS), ylim=(rows, -0.05), xticks=[], yticks=[])
     axes.set_title(title, fontsize=9, loc="left")
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def draw_bags(
-    panels: list[tuple[np.ndarray, np.ndarray, np.ndarray, str]], columns: int, heading: str, path: Path
-) -> None:
-    """Panels (images, probability, positive, title) in ``columns``, under one heading and legend."""
+def draw_bags(panels: list[Panel], columns: int, heading: str, path: Path, shown: int = 50) -> None:
+    """The panels in ``columns``, under one heading and with a legend."""
     rows = -(-len(panels) // columns)
-    lines = max(-(-min(len(panel[1]), SHOWN) // COLUMNS) for panel in panels)
-    figure = Figure(figsize=(5.4 * columns, (0.56 * lines + 0.4) * rows + 0.75), dpi=110, layout="constrained")
+    lines = max(-(-min(len(panel[1]), shown) // COLUMNS) for panel in panels)
+    figure = Figure(figsize=(5.0 * columns, (0.6 * lines + 0.3) * rows + 0.75), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, panel in zip(grid.flat, panels, strict=False):
         axes.axis("on")
-        draw_bag(axes, *panel)
+        draw_bag(axes, *panel, shown)
     figure.suptitle(heading, fontsize=11)
     figure.legend(
         handles=[

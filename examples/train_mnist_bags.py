@@ -188,6 +188,16 @@ def train_method(
     return metrics, first
 
 
+def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, target: int, path: Path) -> None:
+    """Both methods on the same test bags, side by side; the twenty most probable instances of each."""
+    panels = [
+        panel(models[name], images, bags, n, f"{label}, {title_of(bags, n)}")
+        for n in numbers_to_show(bags, 4, 1)
+        for name, label in (("max", "max pooling"), ("sgl", "SGL"))
+    ]
+    draw_panels(panels, 2, f"Told only which bags hold a {target}: the probability of each instance", path, shown=20)
+
+
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     print(f"\n{'':10}{'':10}" + "".join(f"{name:>12}" for name in METRICS))
     for name, metrics in results.items():
@@ -238,13 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; --resume with the same --out and options goes on after the last full epoch", file=sys.stderr)
         return 130
     if len(models) > 1:
-        panels = [
-            panel(models[name], images["test"], bags["test"], n, f"{label}: {title_of(bags['test'], n)}")
-            for n in numbers_to_show(bags["test"], 2, 1)
-            for name, label in (("max", "max pooling"), ("sgl", "SGL"))
-        ]
-        heading = f"Told only which bags hold a {args.target}: the probability of each instance"
-        draw_panels(panels, 2, heading, out / "comparison.png")
+        compare(models, images["test"], bags["test"], args.target, out / "comparison.png")
     print_table(results)
     print(f"\nTest bags; the pictures and figures are in {out}/")
     return 0

@@ -72,6 +72,7 @@ def report(tmp_path_factory):
         subprocess.run(
             [sys.executable, "-c", REPORT, str(folder / "inputs.pt"), str(out)],
             env={**os.environ, "SGL_OPS_CPU": level},
+            cwd=folder,  # not in the checkout, whose sgl_ops has no extension
             check=True,
         )
         result = torch.load(out)
