@@ -39,7 +39,7 @@ CODES: dict[type[nn.Module], int] = {
     NoisyOrPooling: 7,
 }
 
-#: Numbers that the operator keeps of each bag-class for its backward: kColumns in csrc/cpu/kernels.h.
+#: Numbers that the operator keeps of each bag-class for its backward: kColumns in csrc/batch.h.
 SAVED_COLUMNS = 11
 
 
@@ -71,7 +71,7 @@ if DEVICES:
         else:
             bags, classes = offsets.shape[0] - 1, 1 if logits.dim() == 1 else logits.shape[1]
         new = logits.new_empty
-        return new((), dtype=dtype), new((3,), dtype=dtype), new((bags * classes, SAVED_COLUMNS), dtype=dtype)
+        return new((), dtype=dtype), new((3,), dtype=dtype), new((bags * classes + 1, SAVED_COLUMNS), dtype=dtype)
 
     @torch.library.register_fake("sgl_ops::sgl_backward")
     def _backward_fake(grad_output, logits, *rest):  # type: ignore[no-untyped-def]

@@ -6,7 +6,6 @@
 
 #include <limits>
 
-#include "half.h"
 #include "kernels.h"
 
 namespace sgl {
@@ -154,7 +153,7 @@ SGL_HD Extremes<T> extremes(const Row<T>& row) {
 
 // An unlabelled instance of a negative bag is negative: M = 0, weight 1.
 template <class T>
-SGL_HD void negative_loss(const Row<T>& row, T* buffer, BagClass& out) {
+SGL_HD void negative_loss(const Row<T>& row, T* buffer, Sums& out) {
   double total = 0;
   for (int64_t start = 0; start < row.n; start += kChunk) {
     const Chunk<T> chunk = chunk_of(row, start, buffer);
@@ -174,7 +173,7 @@ SGL_HD void negative_loss(const Row<T>& row, T* buffer, BagClass& out) {
 
 template <bool scaled, class T>
 SGL_HD void positive_loss(
-    const Row<T>& row, const Guide<T> guide, const Scale<T> scale, T pos_weight, T* buffer, BagClass& out) {
+    const Row<T>& row, const Guide<T> guide, const Scale<T> scale, T pos_weight, T* buffer, Sums& out) {
   double loss[3] = {}, negatives = 0, positives = 0, square = 0;
   for (int64_t start = 0; start < row.n; start += kChunk) {
     const Chunk<T> chunk = chunk_of(row, start, buffer);
@@ -205,10 +204,7 @@ SGL_HD void positive_loss(
   out.count[0] = static_cast<int64_t>(negatives);
   out.count[2] = static_cast<int64_t>(positives);
   out.count[1] = row.n - out.count[0] - out.count[2];
-  if (square > 0) {
-    out.mask = std::exp(static_cast<double>(scale.p)) * std::sqrt(square / static_cast<double>(row.n));
-    out.mask_slope = out.mask / square;
-  }
+  out.square = square;
 }
 
 // Floats in their order as integers, and back
@@ -271,10 +267,8 @@ SGL_HD T lower_median(const Row<T>& row, T smallest, T largest) {
 }
 
 template <int64_t pooling, bool scaled, class T>
-SGL_HD BagLogit pool(
-    const Row<T>& row, const Scale<T> scale, const PoolingSettings<T> settings, const BagClass& out, double parameter,
-    T* buffer) {
-  double a = 0, b = 0, c = 0;
+SGL_HD void pool(
+    const Row<T>& row, const Scale<T> scale, const PoolingSettings<T> settings, T* buffer, double (&pooled)[3]) {
   for (int64_t start = 0; start < row.n; start += kChunk) {
     const Chunk<T> chunk = chunk_of(row, start, buffer);
     const T* __restrict__ x = chunk.x;
@@ -288,84 +282,72 @@ SGL_HD BagLogit pool(
       sum_b += live ? t.b : T(0);
       sum_c += live ? t.c : T(0);
     }
-    a += sum_a;
-    b += sum_b;
-    c += sum_c;
+    pooled[0] += sum_a;
+    pooled[1] += sum_b;
+    pooled[2] += sum_c;
   }
-  const Scale<double> exact{scale.p, scale.q, scale.pq, scale.any};
-  const Probability<double> high = probability<false>(out.high, exact);
-  return finish_pooling(pooling, a, b, c, row.n, out.high, exact, parameter, high.p, high.q);
 }
 
 template <bool scaled, class T>
-SGL_HD BagLogit
-pool(int64_t pooling, const Row<T>& row, const Scale<T>& scale, const BagClass& out, double parameter, T* buffer) {
-  const PoolingSettings<T> settings = pooling_settings(static_cast<T>(out.low), static_cast<T>(out.high), parameter);
+SGL_HD void pool(
+    int64_t pooling, const Row<T>& row, const Scale<T>& scale, const PoolingSettings<T>& settings, T* buffer,
+    double (&pooled)[3]) {
   switch (pooling) {
     case kMax:
-      return pool<kMax, false>(row, scale, settings, out, parameter, buffer);
+      return pool<kMax, false>(row, scale, settings, buffer, pooled);
     case kMean:
-      return pool<kMean, scaled>(row, scale, settings, out, parameter, buffer);
+      return pool<kMean, scaled>(row, scale, settings, buffer, pooled);
     case kMeanLogits:
-      return pool<kMeanLogits, false>(row, scale, settings, out, parameter, buffer);
+      return pool<kMeanLogits, false>(row, scale, settings, buffer, pooled);
     case kSoftmax:
-      return pool<kSoftmax, scaled>(row, scale, settings, out, parameter, buffer);
+      return pool<kSoftmax, scaled>(row, scale, settings, buffer, pooled);
     case kLinearSoftmax:
-      return pool<kLinearSoftmax, scaled>(row, scale, settings, out, parameter, buffer);
+      return pool<kLinearSoftmax, scaled>(row, scale, settings, buffer, pooled);
     case kLSE:
-      return pool<kLSE, scaled>(row, scale, settings, out, parameter, buffer);
+      return pool<kLSE, scaled>(row, scale, settings, buffer, pooled);
     case kNoisyOr:
-      return pool<kNoisyOr, scaled>(row, scale, settings, out, parameter, buffer);
+      return pool<kNoisyOr, scaled>(row, scale, settings, buffer, pooled);
     default:
-      return {0, 0, 0};
+      return;
   }
 }
 
 template <class T>
-SGL_HD BagClass forward_one(const Problem<T>& problem, Label label, T pos_weight, const Row<T>& row, T* buffer) {
-  BagClass out = {};
+SGL_HD Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& row, T* buffer) {
+  Sums out = {};
   if (label == Label::kUnknown || row.n == 0) return out;
+  out.n = row.n;
   out.positive = label == Label::kPositive;
-  out.weight = 1;
   const Extremes<T> e = extremes(row);
   if (!e.finite) {
     out.kind = Kind::kBroken;
-    out.count[out.positive ? 1 : 0] = row.n;  // Eq. 8's denominators are those of the others, too
     return out;
   }
   out.low = e.low;
   out.high = e.high;
   out.nearest = e.nearest;
-  const Scale<T> scale = scale_of(e.low, e.high, e.nearest, problem.pooling);
+  const Scale<T> scale = scale_of(e.low, e.high, e.nearest, settings.pooling);
   if (!out.positive) {
     out.kind = Kind::kNegative;
     negative_loss(row, buffer, out);
-  } else if (problem.rescale && e.low == e.high) {
+  } else if (settings.rescale && e.low == e.high) {
     out.kind = Kind::kUnranked;
   } else {
     out.kind = Kind::kPositive;
-    const Guide<T> guide = guide_of(e.low, e.high, scale, problem.delta_l, problem.rescale);
+    const Guide<T> guide = guide_of(e.low, e.high, scale, settings.delta_l, settings.rescale);
     if (scale.any) {
       positive_loss<true>(row, guide, scale, pos_weight, buffer, out);
     } else {
       positive_loss<false>(row, guide, scale, pos_weight, buffer, out);
     }
-    if (problem.weighted) {
-      // Eq. 7, 8
-      const Scale<double> none{};
-      const double median = lower_median(row, e.low, e.high);
-      const double alpha = probability<false>(out.high, none).p - probability<false>(median, none).p;
-      out.weight = std::exp2(alpha - 1);
-    }
+    if (settings.weighted) out.median = lower_median(row, e.low, e.high);
   }
-  if (problem.pooling == kNone) return out;
-  out.bag_logit = scale.any ? pool<true>(problem.pooling, row, scale, out, problem.pooling_parameter, buffer)
-                            : pool<false>(problem.pooling, row, scale, out, problem.pooling_parameter, buffer);
-  // BCE(P, y) (Eq. 3), and its derivative by z
-  const double z = out.bag_logit.z;
-  const Probability<double> pooled = probability<false>(z, Scale<double>{});
-  out.bag_loss = out.positive ? pos_weight * softplus(-z, pooled.u) : softplus(z, pooled.u);
-  out.bag_slope = out.positive ? -(pos_weight * pooled.q) : pooled.p;
+  const PoolingSettings<T> pooling = pooling_settings(e.low, e.high, settings.pooling_parameter);
+  if (scale.any) {
+    pool<true>(settings.pooling, row, scale, pooling, buffer, out.pooled);
+  } else {
+    pool<false>(settings.pooling, row, scale, pooling, buffer, out.pooled);
+  }
   return out;
 }
 
@@ -380,77 +362,59 @@ SGL_HD void forward_range(
     if (labels[unit] != Label::kUnknown)
       row = load_row(problem, instances_of(layout, unit / layout.classes, cls), scratch);
     const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
-    out[unit] = forward_one(problem, labels[unit], pos_weight, row, buffer);
+    out[unit] = finish(sums_of(problem.settings, labels[unit], pos_weight, row, buffer), problem.settings, pos_weight);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-template <class T>
-struct Coefficients {
-  T negative, ambiguous, positive, mask, slope1, slope2, pos_weight;
-};
-
-// Instance loss and mask penalty.
 template <bool is_positive, bool scaled, class T>
-SGL_HD void instance_gradient(
-    const Chunk<T>& chunk, const Guide<T> guide, const Scale<T> scale, const Coefficients<T> k, T* grad) {
+SGL_HD void instance_gradient(const Chunk<T>& chunk, const Coefficients<T> k, T* grad) {
   const T* __restrict__ x = chunk.x;
   T* __restrict__ g = grad;
 #pragma omp simd
   for (int32_t j = 0; j < static_cast<int32_t>(chunk.padded); ++j) {
     const T v = x[j];
-    const Probability<T> o = probability<scaled>(v, scale);
-    if constexpr (is_positive) {
-      const Target<T> t = target_of(theta_of(v, o, guide), guide);
-      const T weight = t.negative * k.negative + t.ambiguous * k.ambiguous + t.positive * k.positive;
-      const T mask = t.m > T(0) ? k.mask * (o.scaled_p * o.scaled_p) * o.q : T(0);
-      g[j] = weight * bce_slope(o, t.m, k.pos_weight) + mask;
-    } else {
-      g[j] = k.negative * o.p;
-    }
+    g[j] = instance_slope<is_positive, scaled>(v, probability<scaled>(v, k.scale), k);
   }
 }
 
 template <int64_t pooling, bool scaled, class T>
-SGL_HD void add_pooling_gradient(
-    const Chunk<T>& chunk, const Scale<T> scale, const PoolingSettings<T> settings, const Coefficients<T> k, T* grad) {
+SGL_HD void add_pooling_gradient(const Chunk<T>& chunk, const Coefficients<T> k, T* grad) {
   const T* __restrict__ x = chunk.x;
   T* __restrict__ g = grad;
 #pragma omp simd
   for (int32_t j = 0; j < static_cast<int32_t>(chunk.padded); ++j) {
     const T v = x[j];
-    g[j] += pooling_slope<pooling, scaled>(v, probability<scaled>(v, scale), settings, k.slope1, k.slope2);
+    g[j] += pooling_slope<pooling, scaled>(v, probability<scaled>(v, k.scale), k.pooling, k.slope1, k.slope2);
   }
 }
 
 template <bool scaled, class T>
-SGL_HD void chunk_gradient(
-    Kind kind, int64_t pooling, const Chunk<T>& chunk, const Guide<T>& guide, const Scale<T>& scale,
-    const PoolingSettings<T>& settings, const Coefficients<T>& k, T* grad) {
-  if (kind == Kind::kNegative) {
-    instance_gradient<false, scaled>(chunk, guide, scale, k, grad);
-  } else if (kind == Kind::kPositive) {
-    instance_gradient<true, scaled>(chunk, guide, scale, k, grad);
+SGL_HD void chunk_gradient(int64_t pooling, const Chunk<T>& chunk, const Coefficients<T>& k, T* grad) {
+  if (k.kind == Kind::kNegative) {
+    instance_gradient<false, scaled>(chunk, k, grad);
+  } else if (k.kind == Kind::kPositive) {
+    instance_gradient<true, scaled>(chunk, k, grad);
   } else {
     for (int64_t j = 0; j < chunk.padded; ++j) grad[j] = T(0);
   }
   switch (pooling) {
     case kMax:
-      return add_pooling_gradient<kMax, false>(chunk, scale, settings, k, grad);
+      return add_pooling_gradient<kMax, false>(chunk, k, grad);
     case kMean:
-      return add_pooling_gradient<kMean, scaled>(chunk, scale, settings, k, grad);
+      return add_pooling_gradient<kMean, scaled>(chunk, k, grad);
     case kMeanLogits:
-      return add_pooling_gradient<kMeanLogits, false>(chunk, scale, settings, k, grad);
+      return add_pooling_gradient<kMeanLogits, false>(chunk, k, grad);
     case kSoftmax:
-      return add_pooling_gradient<kSoftmax, scaled>(chunk, scale, settings, k, grad);
+      return add_pooling_gradient<kSoftmax, scaled>(chunk, k, grad);
     case kLinearSoftmax:
-      return add_pooling_gradient<kLinearSoftmax, scaled>(chunk, scale, settings, k, grad);
+      return add_pooling_gradient<kLinearSoftmax, scaled>(chunk, k, grad);
     case kLSE:
-      return add_pooling_gradient<kLSE, scaled>(chunk, scale, settings, k, grad);
+      return add_pooling_gradient<kLSE, scaled>(chunk, k, grad);
     case kNoisyOr:
-      return add_pooling_gradient<kNoisyOr, scaled>(chunk, scale, settings, k, grad);
+      return add_pooling_gradient<kNoisyOr, scaled>(chunk, k, grad);
     default:
       return;
   }
@@ -458,29 +422,14 @@ SGL_HD void chunk_gradient(
 
 template <class T>
 SGL_HD void backward_row(
-    const Problem<T>& problem, const T* saved, T grad_output, T pos_weight, const Row<T>& row, T* grad, T* buffer,
-    T* grad_buffer) {
-  const Kind kind = static_cast<Kind>(static_cast<int>(saved[kColumnKind]));
-  const T low = saved[kColumnLow], high = saved[kColumnHigh];
-  const Scale<T> scale = scale_of(low, high, saved[kColumnNearest], problem.pooling);
-  const Guide<T> guide = guide_of(low, high, scale, problem.delta_l, problem.rescale);
-  const PoolingSettings<T> settings = pooling_settings(low, high, problem.pooling_parameter);
-  const T pooling_weight = grad_output * saved[kColumnPooling];
-  const Coefficients<T> k{
-      grad_output * saved[kColumnNegative],
-      grad_output * saved[kColumnAmbiguous],
-      grad_output * saved[kColumnPositive],
-      grad_output * saved[kColumnMask],
-      pooling_weight * saved[kColumnSlope1],
-      pooling_weight * saved[kColumnSlope2],
-      pos_weight};
+    int64_t pooling, const Coefficients<T>& k, const Row<T>& row, T* grad, T* buffer, T* grad_buffer) {
   for (int64_t start = 0; start < row.n; start += kChunk) {
     const Chunk<T> chunk = chunk_of(row, start, buffer);
     T* g = chunk.n == chunk.padded ? grad + start : grad_buffer;
-    if (scale.any) {
-      chunk_gradient<true>(kind, problem.pooling, chunk, guide, scale, settings, k, g);
+    if (k.scale.any) {
+      chunk_gradient<true>(pooling, chunk, k, g);
     } else {
-      chunk_gradient<false>(kind, problem.pooling, chunk, guide, scale, settings, k, g);
+      chunk_gradient<false>(pooling, chunk, k, g);
     }
     if (g == grad_buffer)
       for (int64_t j = 0; j < chunk.n; ++j) grad[start + j] = grad_buffer[j];
@@ -491,6 +440,7 @@ template <class T, class Out>
 SGL_HD void backward_range_as(
     const Problem<T>& problem, const T* saved, T grad_output, Out* grad, int64_t begin, int64_t end, T* scratch) {
   const Layout& layout = *problem.layout;
+  const T* shares = saved + layout.bags * layout.classes * kColumns;
   T* row_grad = scratch + layout.longest + 64;
   alignas(64) T buffer[kChunk], grad_buffer[kChunk];
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -512,7 +462,8 @@ SGL_HD void backward_range_as(
         direct = grad + r.grad;
     }
     T* target = direct != nullptr ? direct : row_grad;
-    backward_row(problem, columns, grad_output, pos_weight, row, target, buffer, grad_buffer);
+    const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, problem.settings);
+    backward_row(problem.settings.pooling, k, row, target, buffer, grad_buffer);
     if (direct == nullptr) scatter(row_grad, problem.mask, r, grad);
   }
 }

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "half.h"
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace sgl {
@@ -79,45 +79,15 @@ void for_numbers(const Tensor& t, const char* name, const F& f) {
   });
 }
 
-Type type_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Type::kFloat;
-    case ScalarType::Double:
-      return Type::kDouble;
-    case ScalarType::Half:
-      return Type::kHalf;
-    case ScalarType::BFloat16:
-      return Type::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "logits: expected float32, float64, float16 or bfloat16");
-  }
-}
-
 int64_t offset_at(const Tensor& offsets, int64_t i) {
   const int64_t at = i * offsets.stride(0);
   return offsets.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(offsets.const_data_ptr())[at]
                                                   : static_cast<const int64_t*>(offsets.const_data_ptr())[at];
 }
 
+// Packed bags: where their rows lie is in the offsets.
 Layout packed_layout(const Tensor& logits, const Tensor& offsets, const Tensor* grad) {
-  STD_TORCH_CHECK(logits.dim() == 1 || logits.dim() == 2, "logits: expected (T, C) or (T,) with offsets");
-  STD_TORCH_CHECK(
-      offsets.scalar_type() == ScalarType::Int || offsets.scalar_type() == ScalarType::Long,
-      "offsets: expected int32 or int64");
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 2, "offsets: expected shape (N + 1,)");
-  Layout layout;
-  layout.bags = offsets.size(0) - 1;
-  layout.logits_bag = logits.stride(0);
-  layout.grad_bag = grad == nullptr ? 0 : grad->stride(0);
-  if (logits.dim() == 2) {
-    layout.classes = logits.size(1);
-    layout.logits_class = logits.stride(1);
-    layout.grad_class = grad == nullptr ? 0 : grad->stride(1);
-  } else {
-    layout.classes = 1;
-  }
-  layout.dimensions = {{0, layout.logits_bag, 0, layout.grad_bag}};
+  Layout layout = rows_layout(logits, offsets, grad);
   // clamped and made monotonous: unchecked offsets may name rows that are not there
   layout.starts.resize(layout.bags + 1);
   int64_t previous = 0;
@@ -129,68 +99,15 @@ Layout packed_layout(const Tensor& logits, const Tensor& offsets, const Tensor* 
   return layout;
 }
 
-Layout dense_layout(const Tensor& logits, const std::optional<Tensor>& mask, const Tensor* grad) {
-  const int64_t dims = logits.dim();
-  STD_TORCH_CHECK(dims >= 2 && dims <= 64, "logits: expected at least two dimensions without offsets");
-  const int64_t first = dims == 2 ? 1 : 2;  // dimension of instances
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask: expected torch.bool");
-    STD_TORCH_CHECK(mask->dim() == dims - first + 1 && mask->size(0) == logits.size(0), "mask: wrong shape");
-    for (int64_t d = first; d < dims; ++d)
-      STD_TORCH_CHECK(mask->size(d - first + 1) == logits.size(d), "mask: wrong shape");
-  }
-  Layout layout;
-  layout.bags = logits.size(0);
-  layout.logits_bag = logits.stride(0);
-  layout.mask_bag = mask ? mask->stride(0) : 0;
-  layout.grad_bag = grad == nullptr ? 0 : grad->stride(0);
-  if (first == 2) {
-    layout.classes = logits.size(1);
-    layout.logits_class = logits.stride(1);
-    layout.grad_class = grad == nullptr ? 0 : grad->stride(1);
-  } else {
-    layout.classes = 1;
-  }
-  std::vector<Dimension> all;
-  layout.longest = 1;
-  for (int64_t d = first; d < dims; ++d) {
-    layout.longest *= logits.size(d);
-    const int64_t logits_step = logits.stride(d);
-    // without a gradient (a mask) whatever lets dimensions collapse
-    all.push_back(
-        {logits.size(d), logits_step, mask ? mask->stride(d - first + 1) : logits_step,
-         grad == nullptr ? logits_step : grad->stride(d)});
-  }
-  layout.dimensions = collapse(all);
-  return layout;
-}
-
 Layout layout_of(
     const Tensor& logits, const std::optional<Tensor>& mask, const std::optional<Tensor>& offsets, const Tensor* grad) {
   STD_TORCH_CHECK(!(mask && offsets), "mask: packed bags have no padding");
   return offsets ? packed_layout(logits, *offsets, grad) : dense_layout(logits, mask, grad);
 }
 
-template <class T>
-constexpr ScalarType scalar_type() {
-  return sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
-}
-
-template <class T>
-const T* class_vector(const std::optional<Tensor>& v, const char* name, int64_t classes) {
-  if (!v) return nullptr;
-  STD_TORCH_CHECK(
-      v->scalar_type() == scalar_type<T>() && v->dim() == 1 && v->size(0) == classes && v->is_contiguous(), name,
-      ": expected contiguous (C,) of the loss's dtype");
-  return static_cast<const T*>(v->const_data_ptr());
-}
-
 std::vector<Label> labels_of(const Tensor& targets, const Layout& layout) {
   const int64_t units = layout.bags * layout.classes;
-  STD_TORCH_CHECK(
-      (targets.dim() == 2 && targets.size(0) == layout.bags && targets.size(1) == layout.classes) ||
-          (targets.dim() == 1 && layout.classes == 1 && targets.size(0) == layout.bags),
-      "targets: wrong shape");
+  check_targets(targets, layout);
   std::vector<Label> labels(units);
   for_numbers(targets, "targets", [&](int64_t i, double y) {
     labels[i] = y != y ? Label::kUnknown : y == 0 ? Label::kNegative : Label::kPositive;
@@ -217,77 +134,12 @@ void for_bag_classes(const Layout& layout, int64_t numel, const F& f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The batch (Eq. 8, 9)
-
-struct Batch {
-  int64_t participants = 0;
-  int64_t count[3] = {};  // instances in each part
-  double bag = 0, instance = 0, mask = 0;
-};
-
-int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
-
-struct Settings {
-  double lam, mask_weight;
-  bool per_bag;
-};
-
-// One after the other and in double, so that the number of threads changes nothing.
-template <class T>
-Batch reduce(const std::vector<BagClass>& all, const T* class_weight, int64_t classes, const Settings& settings) {
-  Batch batch;
-  double part[3] = {}, per_bag = 0;
-  for (size_t unit = 0; unit < all.size(); ++unit) {
-    const BagClass& b = all[unit];
-    if (b.kind == Kind::kAbsent) continue;
-    const double weight = class_weight == nullptr ? 1.0 : class_weight[unit % classes];
-    batch.participants += 1;
-    for (int k = 0; k < 3; ++k) {
-      batch.count[k] += b.count[k];
-      part[k] += weight * b.weight * b.loss[k];
-      if (settings.per_bag) per_bag += weight * b.weight * b.loss[k] / at_least_one(b.count[k]);
-    }
-    batch.bag += weight * b.bag_loss;
-    batch.mask += weight * b.mask;
-  }
-  const double participants = at_least_one(batch.participants);
-  batch.bag /= participants;
-  batch.mask /= participants;
-  if (settings.per_bag) {
-    batch.instance = per_bag / participants;
-  } else {
-    for (int k = 0; k < 3; ++k) batch.instance += part[k] / at_least_one(batch.count[k]);
-  }
-  return batch;
-}
-
-// The row of `saved` of one bag-class.
-template <class T>
-void save(const BagClass& b, const Batch& batch, double class_weight, const Settings& settings, T* row) {
-  std::fill(row, row + kColumns, T(0));
-  row[kColumnKind] = static_cast<T>(b.kind);
-  if (b.kind == Kind::kAbsent || b.kind == Kind::kBroken) return;
-  row[kColumnLow] = static_cast<T>(b.low);
-  row[kColumnHigh] = static_cast<T>(b.high);
-  row[kColumnNearest] = static_cast<T>(b.nearest);
-  const double participants = at_least_one(batch.participants);
-  const Column column[] = {kColumnNegative, kColumnAmbiguous, kColumnPositive};
-  for (int k = 0; k < 3; ++k) {
-    const double denominator =
-        settings.per_bag ? participants * at_least_one(b.count[k]) : static_cast<double>(at_least_one(batch.count[k]));
-    row[column[k]] = static_cast<T>(settings.lam * class_weight * b.weight / denominator);
-  }
-  const double share = class_weight / participants;
-  row[kColumnMask] = static_cast<T>(settings.mask_weight * share * b.mask_slope);
-  row[kColumnPooling] = static_cast<T>(share * b.bag_slope);
-  row[kColumnSlope1] = static_cast<T>(b.bag_logit.slope1);
-  row[kColumnSlope2] = static_cast<T>(b.bag_logit.slope2);
-}
+// Forward
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(
     const Tensor& logits, const Tensor& targets, const Layout& layout, const std::optional<Tensor>& class_weights,
-    const Problem<T>& problem, const Settings& settings) {
+    const Problem<T>& problem) {
   const int64_t units = layout.bags * layout.classes;
   const T* class_weight = class_vector<T>(class_weights, "class_weight", layout.classes);
   const std::vector<Label> labels = labels_of(targets, layout);
@@ -296,45 +148,40 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(
   for_bag_classes<T>(layout, logits.numel(), [&](int64_t begin, int64_t end, T* scratch) {
     kernel.forward(problem, labels.data(), all.data(), begin, end, scratch);
   });
-  for (BagClass& b : all) {
-    // never silently dropped, whatever the weights of the terms
-    if (b.kind == Kind::kBroken) b.bag_loss = b.loss[0] = std::numeric_limits<double>::quiet_NaN();
-  }
-  const Batch batch = reduce(all, class_weight, layout.classes, settings);
 
   const ScalarType type = scalar_type<T>();
   Tensor total = torch::stable::new_empty(logits, {}, type);
   Tensor parts = torch::stable::new_empty(logits, {3}, type);
-  Tensor saved = torch::stable::new_empty(logits, {units, kColumns}, type);
-  *static_cast<T*>(total.mutable_data_ptr()) =
-      static_cast<T>(batch.bag + settings.lam * batch.instance + settings.mask_weight * batch.mask);
-  T* part = static_cast<T*>(parts.mutable_data_ptr());
-  part[0] = static_cast<T>(batch.bag);
-  part[1] = static_cast<T>(batch.instance);
-  part[2] = static_cast<T>(batch.mask);
+  Tensor saved = torch::stable::new_empty(logits, {units + 1, kColumns}, type);
   T* rows = static_cast<T*>(saved.mutable_data_ptr());
-  for (int64_t unit = 0; unit < units; ++unit)
-    save(
-        all[unit], batch, class_weight == nullptr ? 1.0 : class_weight[unit % layout.classes], settings,
-        rows + unit * kColumns);
+  Batch batch = {};
+  // one after the other and in double, so that the number of threads changes nothing
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const double weight = class_weight == nullptr ? 1.0 : class_weight[unit % layout.classes];
+    add(batch, all[unit], weight);
+    save_row(all[unit], problem.settings, weight, rows + unit * kColumns);
+  }
+  save_shares(batch, problem.settings, rows + units * kColumns);
+  const Loss loss = loss_of(batch, problem.settings);
+  *static_cast<T*>(total.mutable_data_ptr()) = static_cast<T>(loss.total);
+  T* part = static_cast<T*>(parts.mutable_data_ptr());
+  part[0] = static_cast<T>(loss.bag);
+  part[1] = static_cast<T>(loss.instance);
+  part[2] = static_cast<T>(loss.mask);
   return {total, parts, saved};
 }
 
 template <class T>
 Problem<T> problem_of(
     const Tensor& logits, const std::optional<Tensor>& mask, const std::optional<Tensor>& pos_weight,
-    const Layout& layout, double delta_l, int64_t pooling, double pooling_parameter, bool rescale, bool weighted) {
+    const Layout& layout, const Settings& settings) {
   return {
       logits.const_data_ptr(),
       type_of(logits),
       mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
       class_vector<T>(pos_weight, "pos_weight", layout.classes),
       &layout,
-      delta_l,
-      pooling,
-      pooling_parameter,
-      rescale,
-      weighted};
+      settings};
 }
 
 std::tuple<Tensor, Tensor, Tensor> sgl_forward(
@@ -342,16 +189,16 @@ std::tuple<Tensor, Tensor, Tensor> sgl_forward(
     std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
     double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
   const Layout layout = layout_of(logits, mask, offsets, nullptr);
-  const Settings settings{lam, mask_weight, per_bag};
-  if (type_of(logits) == Type::kDouble) {
-    const Problem<double> problem =
-        problem_of<double>(logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, weighted);
-    return forward_as(logits, targets, layout, class_weight, problem, settings);
-  }
-  const Problem<float> problem =
-      problem_of<float>(logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, weighted);
-  return forward_as(logits, targets, layout, class_weight, problem, settings);
+  const Settings settings{delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted};
+  if (type_of(logits) == Type::kDouble)
+    return forward_as(
+        logits, targets, layout, class_weight, problem_of<double>(logits, mask, pos_weight, layout, settings));
+  return forward_as(
+      logits, targets, layout, class_weight, problem_of<float>(logits, mask, pos_weight, layout, settings));
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
 
 template <class T>
 void backward_as(
@@ -359,7 +206,7 @@ void backward_as(
     const Problem<T>& problem) {
   STD_TORCH_CHECK(
       saved.scalar_type() == scalar_type<T>() && saved.is_contiguous() && saved.dim() == 2 &&
-          saved.size(0) == layout.bags * layout.classes && saved.size(1) == kColumns,
+          saved.size(0) == layout.bags * layout.classes + 1 && saved.size(1) == kColumns,
       "saved: not what sgl_forward gave for these logits");
   const T* rows = static_cast<const T*>(saved.const_data_ptr());
   void* out = grad.mutable_data_ptr();
@@ -380,14 +227,12 @@ Tensor sgl_backward(
   const Layout layout = layout_of(logits, mask, offsets, &grad);
   if (layout.packed() && (layout.starts.front() != 0 || layout.starts.back() != logits.size(0)))
     torch::stable::zero_(grad);  // rows of no bag
+  // what forward alone looks at is 0
+  const Settings settings{delta_l, 0, 0, pooling, pooling_parameter, false, rescale, false};
   if (type_of(logits) == Type::kDouble) {
-    backward_as(
-        logits, layout, saved, scale, grad,
-        problem_of<double>(logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, false));
+    backward_as(logits, layout, saved, scale, grad, problem_of<double>(logits, mask, pos_weight, layout, settings));
   } else {
-    backward_as(
-        logits, layout, saved, scale, grad,
-        problem_of<float>(logits, mask, pos_weight, layout, delta_l, pooling, pooling_parameter, rescale, false));
+    backward_as(logits, layout, saved, scale, grad, problem_of<float>(logits, mask, pos_weight, layout, settings));
   }
   return grad;
 }

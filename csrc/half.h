@@ -1,9 +1,16 @@
 // float16 and bfloat16 as bit patterns, to and from float without a branch or a table, so that loops vectorize.
 #pragma once
 
-#include "../sgl_math.h"
+#include "sgl_math.h"
 
 namespace sgl {
+
+enum class Type {  // of logits
+  kFloat,
+  kDouble,
+  kHalf,
+  kBFloat16
+};
 
 struct Half {
   uint16_t bits;
