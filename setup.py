@@ -3,6 +3,13 @@
 SGL_OPS_BUILD=auto  compile; where that fails, say so and go on as a pure-Python package (the default)
 SGL_OPS_BUILD=1     compile; a failure is an error
 SGL_OPS_BUILD=0     never compile
+
+SGL_OPS_CUDA=auto   with kernels for CUDA where there is a toolkit and torch was built for CUDA; where they do not
+                    compile, say so and go on without (the default)
+SGL_OPS_CUDA=1      with them; that there is no toolkit, or a failure, is an error
+SGL_OPS_CUDA=0      without them
+
+CUDA_HOME, TORCH_CUDA_ARCH_LIST: the toolkit, and what to compile for, as torch understands them
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +29,18 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-BUILD = os.environ.get("SGL_OPS_BUILD", "auto")
-if BUILD not in ("auto", "1", "0"):
-    raise SystemExit(f"SGL_OPS_BUILD: expected auto, 1 or 0, got {BUILD!r}")
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+from cuda_toolkit import compile_command, find_toolkit, link_flags
+
+
+def choice(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "1", "0"):
+        raise SystemExit(f"{name}: expected auto, 1 or 0, got {value!r}")
+    return value
+
+
+BUILD, CUDA = choice("SGL_OPS_BUILD"), choice("SGL_OPS_CUDA")
 
 # Free-threaded Pythons have no limited API.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -74,9 +91,37 @@ class BuildExtension(build_ext):
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         self.extensions = self.distribution.ext_modules = []
 
+    def add_cuda(self, extension: Extension, torch: Path) -> None:
+        """Compile the kernels for CUDA and put them into the extension, where they are wanted and can be had."""
+        if CUDA == "0" or (CUDA == "auto" and not (torch / "lib" / "libtorch_cuda.so").exists()):
+            return
+        toolkit = find_toolkit()
+        if toolkit is None:
+            if CUDA == "1":
+                raise RuntimeError("SGL_OPS_CUDA=1, and there is no CUDA toolkit: CUDA_HOME may say where")
+            return
+        source, target = "csrc/cuda/launch.cu", Path(self.build_temp, "csrc", "cuda", "launch.cu.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder, flags = link_flags(toolkit)
+            if self.force or not newer_than(str(target), [source, *glob("csrc/cuda/*.cuh"), *extension.depends]):
+                host_flags = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}=."]
+                subprocess.run(compile_command(toolkit, source, str(target), host_flags), check=True)
+        except (OSError, StopIteration, subprocess.CalledProcessError) as error:
+            if CUDA == "1":
+                raise
+            print(f"sgl-ops: no kernels for CUDA, as they could not be compiled ({error})", file=sys.stderr)
+            return
+        extension.sources += ["csrc/cuda/ops.cpp"]
+        extension.define_macros += [("SGL_WITH_CUDA", None)]
+        extension.extra_objects += [str(target)]
+        extension.library_dirs += [str(folder)]
+        extension.extra_link_args += flags
+
     def build_extensions(self) -> None:
         torch = torch_folder()
         for extension in self.extensions:
+            self.add_cuda(extension, torch)
             extension.include_dirs.append(str(torch / "include"))
             extension.library_dirs.append(str(torch / "lib"))
             extension.extra_compile_args.append(f"-ffile-prefix-map={torch}=torch")

@@ -12,15 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from baselines import bce_all_instances, eager_sgl
-from torch import Tensor
+from measuring import Loss, commit, draw, figures, ratio, step, timed
 
 from sgl_ops import SGLLoss
 
@@ -35,24 +31,10 @@ CASES = [
 ]
 
 
-def step(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> None:
-    logits.grad = None
-    loss(logits, targets).backward()
-
-
-def timed(run: Callable[[], None], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
-
-
 def measure(shape: tuple[int, int, int], share: float, rounds: int, compiled: bool) -> dict[str, object]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape, generator=generator).mul_(2).requires_grad_()
-    targets = (torch.rand(shape[:2], generator=generator) < share).float()
-    targets[0, 0] = 1.0  # at least one positive bag-class, whatever the share
-    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    logits, targets = draw(shape, shape[:2], share)
+    logits.requires_grad_()
+    losses: dict[str, Loss] = {
         "sgl_ops": SGLLoss(impl="fused"),
         "eager": eager_sgl,
         "bce": bce_all_instances,
@@ -72,17 +54,13 @@ def measure(shape: tuple[int, int, int], share: float, rounds: int, compiled: bo
     for _ in range(rounds):
         for name, loss in losses.items():
             times[name].append(timed(lambda loss=loss: step(loss, logits, targets), calls[name]))
-    quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+    medians, spreads = figures(times)
     return {
         "shape": shape,
         "positives": share,
-        "median_us": {name: round(statistics.median(values) * 1e6, 1) for name, values in times.items()},
-        "iqr_us": {name: round((q[2] - q[0]) * 1e6, 1) for name, q in quartiles.items()},
-        "ratio": {
-            name: round(statistics.median(a / b for a, b in zip(times[name], times["sgl_ops"], strict=True)), 2)
-            for name in losses
-            if name != "sgl_ops"
-        },
+        "median_us": medians,
+        "iqr_us": spreads,
+        "ratio": {name: ratio(times[name], times["sgl_ops"]) for name in losses if name != "sgl_ops"},
     }
 
 
@@ -91,14 +69,12 @@ def machine() -> dict[str, object]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),
         "simd": torch.ops.sgl_ops.cpu_level(),
         "torch": torch.__version__,
-        "commit": commit.strip(),
+        "commit": commit(),
     }
 
 

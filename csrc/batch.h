@@ -61,8 +61,9 @@ SGL_HD BagClass finish(const Sums& s, const Settings& settings, double pos_weigh
   b.weight = 1;
   if (s.kind == Kind::kBroken) {
     // never silently dropped, whatever the weights of the terms; Eq. 8's denominators are those of the others, too
-    b.bag_loss = b.loss[0] = std::numeric_limits<double>::quiet_NaN();
-    b.count[s.positive ? 1 : 0] = s.n;
+    b.bag_loss = b.loss[0] = nan_of(double());
+    b.count[0] = s.positive ? 0 : s.n;
+    b.count[1] = s.positive ? s.n : 0;
     return b;
   }
   b.low = s.low;
@@ -77,10 +78,10 @@ SGL_HD BagClass finish(const Sums& s, const Settings& settings, double pos_weigh
   if (s.kind == Kind::kPositive && settings.weighted) {
     // Eq. 7, 8
     const double alpha = probability<false>(s.high, none).p - probability<false>(s.median, none).p;
-    b.weight = std::exp2(alpha - 1);
+    b.weight = exp((alpha - 1) * 0.6931471805599453);
   }
   if (s.square > 0) {
-    b.mask = std::exp(scale.p) * std::sqrt(s.square / static_cast<double>(s.n));
+    b.mask = exp(scale.p) * std::sqrt(s.square / static_cast<double>(s.n));
     b.mask_slope = b.mask / s.square;
   }
   if (settings.pooling == kNone) return b;

@@ -25,12 +25,18 @@ SGL_HD double read_as(double, double v) { return v; }
 SGL_HD float read_as(float, BFloat16 v) { return bits_of<float>(static_cast<uint32_t>(v.bits) << 16); }
 
 SGL_HD float read_as(float, Half v) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(v.bits));
+  return result;
+#else
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
   // exponents are biased by 15, in floats by 127; the product brings subnormals into place, too
   const float finite = bits_of<float>(magnitude) * bits_of<float>((127u + 112u) << 23);
   const uint32_t special = magnitude | 0x7f800000u;
   const uint32_t bits = magnitude >= (31u << 23) ? special : bits_of<uint32_t>(finite);
   return bits_of<float>(bits | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
+#endif
 }
 
 SGL_HD void write_as(float* to, float v) { *to = v; }
@@ -44,6 +50,9 @@ SGL_HD void write_as(BFloat16* to, float v) {
 }
 
 SGL_HD void write_as(Half* to, float v) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(v));
+#else
   const uint32_t bits = bits_of<uint32_t>(v);
   const uint32_t magnitude = bits & 0x7fffffffu;
   // to nearest, ties to even: the carry of the mantissa runs into the exponent, and on to infinity
@@ -54,6 +63,7 @@ SGL_HD void write_as(Half* to, float v) {
   const uint32_t bounded = magnitude >= (143u << 23) ? 0x7c00u : finite;
   const uint32_t result = magnitude > 0x7f800000u ? 0x7e00u : bounded;
   to->bits = static_cast<uint16_t>(result | (bits >> 16 & 0x8000u));
+#endif
 }
 
 }  // namespace sgl

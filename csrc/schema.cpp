@@ -1,19 +1,30 @@
 // The operators' signatures, the same for every device. csrc/cpu and csrc/cuda implement them.
-#include <torch/csrc/stable/library.h>
+#include "schema.h"
 
 STABLE_TORCH_LIBRARY(sgl_ops, m) {
-  // (total, (bag, instance, mask), what sgl_backward needs to know of each bag-class)
-  m.def(
-      "sgl_forward(Tensor logits, Tensor targets, Tensor? mask, Tensor? offsets, Tensor? class_weight, "
-      "Tensor? pos_weight, float delta_l, float lam, float mask_weight, int pooling, float pooling_param, "
-      "bool per_bag, bool rescale, bool weighted) -> (Tensor total, Tensor parts, Tensor saved)");
-  m.def(
-      "sgl_backward(Tensor grad_output, Tensor logits, Tensor? mask, Tensor? offsets, Tensor? pos_weight, "
-      "Tensor saved, float delta_l, int pooling, float pooling_param, bool rescale) -> Tensor grad");
+  m.def(sgl::kForwardSchema);
+  m.def(sgl::kBackwardSchema);
   // 0: fine; bit 0: a target is neither 0, 1 nor NaN; bit 1: offsets do not start at 0, fall, or do not end at total
   m.def("check_values(Tensor targets, Tensor? offsets, int total) -> int");
+  // whether the library holds kernels for CUDA
+  m.def("has_cuda() -> bool");
   // the instruction set the CPU kernels use: baseline, avx2 or avx512
   m.def("cpu_level() -> str");
   // exp, log1p or expm1 as the kernels compute it, so that their accuracy can be tested
   m.def("_math(Tensor x, str function) -> Tensor");
 }
+
+namespace {
+
+bool has_cuda() {
+#if defined(SGL_WITH_CUDA)
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+// no tensor tells it the device
+STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }

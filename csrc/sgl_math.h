@@ -7,13 +7,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define SGL_HD __host__ __device__ __forceinline__
+// long, in double, and not worth a copy in a kernel's code and registers wherever it is called
+#define SGL_HD_CALL inline __host__ __device__ __noinline__
 #else
 // always: a call left standing would run with the instruction set of the baseline, whoever calls
 #define SGL_HD inline __attribute__((always_inline))
+#define SGL_HD_CALL SGL_HD
 #endif
 
 namespace sgl {
@@ -28,6 +30,12 @@ SGL_HD To bits_of(From value) {
   std::memcpy(&result, &value, sizeof(result));
   return result;
 }
+
+// std::numeric_limits, which device code may not call
+SGL_HD float infinity_of(float) { return bits_of<float>(0x7f800000u); }
+SGL_HD double infinity_of(double) { return bits_of<double>(uint64_t{0x7ff0000000000000u}); }
+SGL_HD float nan_of(float) { return bits_of<float>(0x7fc00000u); }
+SGL_HD double nan_of(double) { return bits_of<double>(uint64_t{0x7ff8000000000000u}); }
 
 // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two pieces, so that n times the first is exact
 struct ReducedExponent {
@@ -56,6 +64,41 @@ SGL_HD float expm1_polynomial(float r) {
 // 2^n for -126 <= n <= 127; unsigned: for a NaN the exponent is anything
 SGL_HD float power_of_two(int32_t n) { return bits_of<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
+#if defined(__CUDA_ARCH__) || defined(SGL_EMULATE)
+
+// One instruction each on a GPU, at most 2 and 1 ulp; elsewhere what stands for it in tests.
+SGL_HD float exp2_instruction(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+SGL_HD float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// For x <= 88. What the product with log2 e loses to rounding, many ulp of the result where |x| is large, is made good.
+SGL_HD float exp(float x) {
+  x = x < -105.0f ? -105.0f : x;  // 0
+  const float scaled = x * 1.44269502f;
+  const float lost = std::fma(x, 1.92596303e-8f, std::fma(x, 1.44269502f, -scaled));
+  const float result = exp2_instruction(scaled);
+  return result * (lost * 0.693147181f) + result;
+}
+
+#else
+
+SGL_HD float reciprocal(float x) { return 1.0f / x; }
+
 SGL_HD float exp(float x) {
   x = x > 89.0f ? 89.0f : x;  // inf
   x = x < -105.0f ? -105.0f : x;  // 0
@@ -64,6 +107,8 @@ SGL_HD float exp(float x) {
   const int32_t half = e.n >> 1;
   return (expm1_polynomial(e.r) + 1.0f) * power_of_two(half) * power_of_two(e.n - half);
 }
+
+#endif
 
 // e^x - 1 for x <= 0
 SGL_HD float expm1_negative(float x) {
@@ -90,9 +135,14 @@ SGL_HD float log1p_unit(float u) {
   return low ? s : s + 0.693147181f;
 }
 
-SGL_HD double exp(double x) { return std::exp(x); }
-SGL_HD double expm1_negative(double x) { return std::expm1(x); }
-SGL_HD double log1p_unit(double u) { return std::log1p(u); }
+SGL_HD double reciprocal(double x) { return 1.0 / x; }
+SGL_HD_CALL double exp(double x) { return std::exp(x); }
+SGL_HD_CALL double log(double x) { return std::log(x); }
+SGL_HD_CALL double expm1(double x) { return std::expm1(x); }
+SGL_HD_CALL double log1p(double x) { return std::log1p(x); }
+SGL_HD float log1p(float x) { return std::log1p(x); }
+SGL_HD double expm1_negative(double x) { return expm1(x); }
+SGL_HD double log1p_unit(double u) { return log1p(u); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Probabilities
@@ -136,7 +186,7 @@ template <bool scaled, class T>
 SGL_HD Probability<T> probability(T x, const Scale<T>& scale) {
   const T magnitude = x < T(0) ? -x : x;
   const T u = exp(-magnitude);
-  const T larger = T(1) / (T(1) + u);
+  const T larger = reciprocal(T(1) + u);
   const T smaller = u * larger;
   const bool positive = x >= T(0);
   Probability<T> o;
@@ -154,6 +204,16 @@ SGL_HD Probability<T> probability(T x, const Scale<T>& scale) {
   }
   return o;
 }
+
+// Sum of log(1 + u) as one logarithm of a product, which is kept as its excess over 1, so that nothing of a tiny u is
+// lost. In float for at most some sixteen factors of at most 2.
+template <class T>
+struct LogOfProduct {
+  T excess = T(0);
+
+  SGL_HD void multiply_by_1_plus(T u) { excess = u * (T(1) + excess) + excess; }
+  SGL_HD T log() const { return log1p(excess); }
+};
 
 // log(1 + e^x) from u = e^-|x|; softplus(-x) is -log p, softplus(x) is -log(1 - p)
 template <class T>
@@ -176,7 +236,7 @@ struct Guide {
 // the loops no branch.
 template <class T>
 SGL_HD Guide<T> guide_of(T low, T high, const Scale<T>& scale, double delta_l, bool rescale) {
-  const T infinity = std::numeric_limits<T>::infinity();
+  const T infinity = infinity_of(T());
   const T delta_h = static_cast<T>(1.0 - delta_l);
   if (!rescale) return {-infinity, infinity, exp(scale.p), T(-1), static_cast<T>(delta_l), delta_h};
   const T p_high = (scale.any ? probability<true>(high, scale) : probability<false>(high, scale)).scaled_p;
@@ -225,6 +285,42 @@ SGL_HD T bce_slope(const Probability<T>& o, T m, T pos_weight) {
   const T certain = -pos_weight * o.q;
   const T other = (o.p - m) + (T(1) - pos_weight) * (m * o.q);
   return m == T(1) ? certain : other;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Lower median
+
+// Floats in their order as integers, and back
+SGL_HD int32_t order_of(float x) {
+  const int32_t bits = bits_of<int32_t>(x);
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+SGL_HD int64_t order_of(double x) {
+  const int64_t bits = bits_of<int64_t>(x);
+  return bits < 0 ? bits ^ 0x7fffffffffffffff : bits;
+}
+SGL_HD float at_order(int32_t order) { return bits_of<float>(order < 0 ? order ^ 0x7fffffff : order); }
+SGL_HD double at_order(int64_t order) { return bits_of<double>(order < 0 ? order ^ 0x7fffffffffffffff : order); }
+
+// As torch.median has it: the smallest of n numbers that half of them do not exceed. By bisection over the floats between
+// the extremes: a dozen passes that only compare and count are several times faster than one selection that moves
+// numbers about. count_up_to(pivot): how many are <= pivot; largest_up_to(pivot): the largest of those.
+template <class T, class Count, class Largest>
+SGL_HD T lower_median(int64_t n, T smallest, T largest, const Count& count_up_to, const Largest& largest_up_to) {
+  const int64_t wanted = (n + 1) / 2;
+  auto low = order_of(smallest), high = order_of(largest);
+  while (low < high) {
+    const auto middle = (low & high) + ((low ^ high) >> 1);  // rounded down, without overflow
+    const T pivot = at_order(middle);
+    const int64_t count = count_up_to(pivot);
+    if (count == wanted) return largest_up_to(pivot);
+    if (count > wanted) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return at_order(low);  // several are equal to the median
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -293,36 +389,36 @@ SGL_HD BagLogit finish_pooling(
       return {high, 1 / a, 0};
     case kMean:
     case kSoftmax:
-      return {std::log(a) + scale.p - std::log(b) + scale.q, 1 / a, 1 / b};
+      return {log(a) + scale.p - log(b) + scale.q, 1 / a, 1 / b};
     case kMeanLogits:
       return {a / n, 1 / n, 0};
     case kLinearSoftmax:
-      return {std::log(a) + 2 * scale.p - std::log(b) + scale.pq, 1 / a, 1 / b};
+      return {log(a) + 2 * scale.p - log(b) + scale.pq, 1 / a, 1 / b};
     case kLSE: {
-      if (scale.p < 0) return {std::log(a / n) + scale.p, 1 / a, 0};
-      if (scale.q > 0) return {scale.q - std::log(b / n), 0, 1 / b};
+      if (scale.p < 0) return {log(a / n) + scale.p, 1 / a, 0};
+      if (scale.q > 0) return {scale.q - log(b / n), 0, 1 / b};
       // With weights e^(r (p - max p)): P = max p + log(mean weight) / r cancels where P is small, and
       // P = log1p(mean(e^(rp) - 1)) / r is used there; Q = 1 - P = min q - log(mean weight) / r never cancels.
-      const double loss = c / n < 0.5 ? -std::log1p(-c / n) : -std::log(b / n);
+      const double loss = c / n < 0.5 ? -log1p(-c / n) : -log(b / n);
       const double largest = parameter * p_high;
       const double log_mean =
-          largest > 1 ? largest + std::log(a / n + std::exp(-largest)) : std::log1p(a / n * std::exp(largest));
+          largest > 1 ? largest + log(a / n + exp(-largest)) : log1p(a / n * exp(largest));
       double p = log_mean / parameter, q = q_high + loss / parameter;
       double z;
       if (p < 0.5) {
         q = 1 - p;
-        z = std::log(p) - std::log1p(-p);
+        z = log(p) - log1p(-p);
       } else {
         p = 1 - q;
-        z = std::log1p(-q) - std::log(q);
+        z = log1p(-q) - log(q);
       }
       return {z, 1 / (b * p * q), 0};
     }
     case kNoisyOr: {
       // a = -log(1 - P), scaled as p is
-      if (scale.p < 0) return {std::log(a) + scale.p, 1 / a, 0};
-      const double p = -std::expm1(-a);
-      return {a + std::log(p), 1 / p, 0};
+      if (scale.p < 0) return {log(a) + scale.p, 1 / a, 0};
+      const double p = -expm1(-a);
+      return {a + log(p), 1 / p, 0};
     }
     default:
       return {0, 0, 0};

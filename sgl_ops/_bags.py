@@ -214,5 +214,5 @@ class PackedBags(Bags):
         by_value, order = x.sort(dim=0)
         # stable, so that the rows of a bag stay in the order of their values
         by_bag = self.bag[order].sort(dim=0, stable=True).indices
-        row = (self.start.unsqueeze(1) + rank).clamp(max=self.rows - 1)
+        row = (self.start.unsqueeze(1) + rank).clamp(0, self.rows - 1)  # unchecked offsets may be anything
         return by_value.gather(0, by_bag).gather(0, row.expand(-1, x.shape[1]))

@@ -21,7 +21,9 @@ from .pooling import (
 try:
     importlib.import_module("sgl_ops._C")  # importing it registers the operators
 
-    DEVICES: frozenset[str] = frozenset({"cpu"})
+    # torch for ROCm says "cuda", too
+    HAS_CUDA = torch.ops.sgl_ops.has_cuda() and torch.version.cuda is not None
+    DEVICES: frozenset[str] = frozenset({"cpu", "cuda"} if HAS_CUDA else {"cpu"})
     REASON = ""
 except ImportError as error:
     DEVICES = frozenset()
@@ -97,10 +99,13 @@ class _FusedSGL(torch.autograd.Function):
         ctx.save_for_backward(logits, mask, offsets, pos_weight, saved)
         ctx.settings = (delta_l, code, parameter, rescale)
         ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)  # else torch fills a gradient of parts with zeros, a launch on a GPU
         return total, parts
 
     @staticmethod
     def backward(ctx, grad_total, _grad_parts):  # type: ignore[no-untyped-def]
+        if grad_total is None:
+            return (None,) * 14
         logits, mask, offsets, pos_weight, saved = ctx.saved_tensors
         with torch.no_grad():
             grad = _backward(grad_total, logits, mask, offsets, pos_weight, saved, *ctx.settings)

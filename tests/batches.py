@@ -1,4 +1,4 @@
-"""Batches of bags of unequal size, and the same batch in every layout."""
+"""Batches of bags of unequal size, and the same batch in every layout and on every device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """``logits[i]`` (C, L_i) float64 of bag i, ``labels`` (N, C) float64 with NaN for unknown."""
+    """On the CPU: ``logits[i]`` (C, L_i) float64 of bag i, ``labels`` (N, C) float64 with NaN for unknown."""
 
     logits: list[Tensor]
     labels: Tensor
@@ -49,7 +49,16 @@ def near_threshold(batch: Batch, delta_l: float, rescale: bool = True) -> bool:
     return False
 
 
-def padded(batch: Batch, dtype=torch.float64, padding=math.nan) -> tuple[Tensor, dict]:
+def settled(logits: Tensor, delta_l: float = 0.3) -> Tensor:
+    """Dense logits (…, L) in which no theta lies close to a threshold: an instance that does becomes the smallest."""
+    p = torch.sigmoid(logits.double())
+    low, high = p.amin(-1, keepdim=True), p.amax(-1, keepdim=True)
+    theta = (p - low) / (high - low)  # NaN where all are alike: nothing to settle
+    near = ((theta - delta_l).abs() < 1e-4) | ((theta - (1 - delta_l)).abs() < 1e-4)
+    return torch.where(near, logits.amin(-1, keepdim=True), logits)
+
+
+def padded(batch: Batch, device: torch.device, dtype=torch.float64, padding=math.nan) -> tuple[Tensor, dict]:
     """(N, C, L) with a mask; the padding holds ``padding``. Real instances lie scattered, not at the front."""
     longest = max(bag.shape[1] for bag in batch.logits) + 2
     logits = torch.full((len(batch.logits), batch.labels.shape[1], longest), padding, dtype=dtype)
@@ -59,25 +68,26 @@ def padded(batch: Batch, dtype=torch.float64, padding=math.nan) -> tuple[Tensor,
         where = torch.randperm(longest, generator=g)[: bag.shape[1]].sort().values
         logits[i, :, where] = bag.to(dtype)
         mask[i, where] = True
-    return logits, {"mask": mask}
+    return logits.to(device), {"mask": mask.to(device)}
 
 
-def packed(batch: Batch, dtype=torch.float64) -> tuple[Tensor, dict]:
+def packed(batch: Batch, device: torch.device, dtype=torch.float64) -> tuple[Tensor, dict]:
     sizes = torch.tensor([0] + [bag.shape[1] for bag in batch.logits])
-    return torch.cat([bag.T for bag in batch.logits]).to(dtype).contiguous(), {"offsets": sizes.cumsum(0)}
+    rows = torch.cat([bag.T for bag in batch.logits]).to(dtype).contiguous()
+    return rows.to(device), {"offsets": sizes.cumsum(0).to(device)}
 
 
 def bags_of(gradient: Tensor, call: dict) -> list[Tensor]:
     """The (C, L_i) of each bag, of a gradient in the layout of padded() or packed()."""
     if "offsets" in call:
-        return [part.T for part in gradient.tensor_split(call["offsets"][1:-1])]
+        return [part.T for part in gradient.tensor_split(call["offsets"][1:-1].cpu())]
     return [gradient[i][:, call["mask"][i]] for i in range(len(gradient))]
 
 
-def run(loss, batch: Batch, make=packed, dtype=torch.float64, grad_output=1.0, **call):
-    """(value, gradient by bag) of a loss module or function."""
-    logits, layout = make(batch, dtype)
+def run(loss, batch: Batch, device: torch.device, make=packed, dtype=torch.float64, grad_output=1.0, **call):
+    """(value, gradient by bag) of a loss module or function on a device, brought back to the CPU."""
+    logits, layout = make(batch, device, dtype)
     logits.requires_grad_()
-    value = loss(logits, batch.labels, **layout, **call)
+    value = loss(logits, batch.labels.to(device), **layout, **call)
     (value * grad_output).backward()
-    return value.detach(), [g.double() for g in bags_of(logits.grad, layout)]
+    return value.detach().cpu(), [g.double().cpu() for g in bags_of(logits.grad, layout)]

@@ -24,16 +24,47 @@ from sgl_ops import _fused  # noqa: E402
 
 NO_KERNEL = _fused.unavailable(torch.device("cpu"))
 needs_kernel = pytest.mark.skipif(bool(NO_KERNEL), reason=NO_KERNEL)
+NO_CUDA_KERNEL = (
+    _fused.unavailable(torch.device("cuda"))
+    if torch.cuda.is_available()
+    else "there is no GPU: torch.cuda.is_available() is False"
+)
+# without a GPU its tests do not exist, rather than being skipped by the thousand: test_cuda.py says so once
+DEVICES = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
     import sgl_ops
 
-    return f"sgl_ops: {Path(sgl_ops.__file__).parent}, fused on the CPU: {NO_KERNEL or torch.ops.sgl_ops.cpu_level()}"
+    return [
+        f"sgl_ops: {Path(sgl_ops.__file__).parent}, fused on the CPU: {NO_KERNEL or torch.ops.sgl_ops.cpu_level()}",
+        f"fused on CUDA: {NO_CUDA_KERNEL or torch.cuda.get_device_name(0)}",
+    ]
 
 
-@pytest.fixture(params=["reference", pytest.param("fused", marks=needs_kernel)])
-def impl(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=DEVICES, ids=lambda device: device.type)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test's tensors go. They are drawn on the CPU, so that they hold the same numbers on every device."""
+    return request.param
+
+
+def skip_without_kernel(device: torch.device) -> None:
+    reason = _fused.unavailable(device)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def fused_device(device: torch.device) -> torch.device:
+    """A device that the fused operator has a kernel for."""
+    skip_without_kernel(device)
+    return device
+
+
+@pytest.fixture(params=["reference", "fused"])
+def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
+    if request.param == "fused":
+        skip_without_kernel(device)
     return request.param
 
 

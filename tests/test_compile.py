@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import needs_kernel
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
 
 CODES = [0, *sorted(_fused.CODES.values())]
 
 
-def operands(layout: str, dtype=torch.float32):
-    targets = torch.tensor([[1.0, 0.0], [float("nan"), 1.0], [0.0, 1.0]])
+def operands(layout: str, device: torch.device, dtype=torch.float32):
+    targets = torch.tensor([[1.0, 0.0], [float("nan"), 1.0], [0.0, 1.0]], device=device)
     if layout == "packed":
-        return torch.randn(12, 2, dtype=dtype), targets, None, torch.tensor([0, 5, 5, 12])
-    logits = torch.randn(3, 2, 4, 5, dtype=dtype)
+        return torch.randn(12, 2).to(device, dtype), targets, None, torch.tensor([0, 5, 5, 12], device=device)
+    logits = torch.randn(3, 2, 4, 5).to(device, dtype)
     if layout == "channels_last":
         return logits.to(memory_format=torch.channels_last), targets, None, None
-    return logits, targets, (torch.rand(3, 4, 5) < 0.7 if layout == "masked" else None), None
+    return logits, targets, ((torch.rand(3, 4, 5) < 0.7).to(device) if layout == "masked" else None), None
 
 
-@needs_kernel
 @pytest.mark.parametrize("layout", ["map", "channels_last", "masked", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck(layout, dtype):
-    logits, targets, mask, offsets = operands(layout, dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_opcheck(fused_device, layout, dtype):
+    logits, targets, mask, offsets = operands(layout, fused_device, dtype)
     working = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.tensor([1.0, 2.0], dtype=working)
+    weight = torch.tensor([1.0, 2.0], dtype=working, device=fused_device)
     forward = (logits, targets, mask, offsets, weight, weight, 0.3, 1.0, 0.5, 4, 1.0, False, True, True)
     torch.library.opcheck(torch.ops.sgl_ops.sgl_forward.default, forward)
     _, _, saved = torch.ops.sgl_ops.sgl_forward(*forward)
     assert saved.shape[1] == _fused.SAVED_COLUMNS
-    backward = (torch.tensor(1.0, dtype=working), logits, mask, offsets, weight, saved, 0.3, 4, 1.0, True)
+    backward = (weight[0], logits, mask, offsets, weight, saved, 0.3, 4, 1.0, True)
     torch.library.opcheck(torch.ops.sgl_ops.sgl_backward.default, backward)
 
 
 @pytest.mark.parametrize("layout", ["map", "packed"])
 @pytest.mark.parametrize("name", ["sgl", "sgl with another pooling", "bag", "bil", "mmm"])
-def test_compiles_in_one_graph(impl, layout, name):
+def test_compiles_in_one_graph(impl, device, layout, name):
     if impl == "fused" and name in ("bag", "bil", "mmm"):
         pytest.skip("no kernel of its own")
     torch._dynamo.reset()
@@ -49,7 +47,7 @@ def test_compiles_in_one_graph(impl, layout, name):
         "bil": BILLoss(),
         "mmm": MMMLoss(),
     }[name]
-    logits, targets, mask, offsets = operands(layout)
+    logits, targets, mask, offsets = operands(layout, device)
 
     def step(x):
         return loss(x * 1.5, targets, mask=mask, offsets=offsets)
@@ -63,19 +61,19 @@ def test_compiles_in_one_graph(impl, layout, name):
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
-@needs_kernel
-def test_compiles_with_dynamic_shapes():
+def test_compiles_with_dynamic_shapes(fused_device):
     torch._dynamo.reset()
     loss = SGLLoss(impl="fused")
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for n, length in ((3, 10), (4, 21), (2, 33)):
-        x, y = torch.randn(n, 2, length, requires_grad=True), torch.randint(0, 2, (n, 2))
+        x = torch.randn(n, 2, length).to(fused_device).requires_grad_()
+        y = torch.randint(0, 2, (n, 2)).to(fused_device)
         value = compiled(x, y)
         value.backward()
         torch.testing.assert_close(value, loss(x, y))
 
 
-def test_exports(impl):
+def test_exports(impl, device):
     class Step(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -84,17 +82,17 @@ def test_exports(impl):
         def forward(self, x, y):
             return self.loss(x, y)
 
-    x, y = torch.randn(3, 2, 10), torch.randint(0, 2, (3, 2))
+    x, y = torch.randn(3, 2, 10).to(device), torch.randint(0, 2, (3, 2)).to(device)
     program = torch.export.export(Step(), (x, y))
     torch.testing.assert_close(program.module()(x, y), Step()(x, y))
 
 
-def test_autocast_and_gradient_scaler(impl):
-    model = torch.nn.Conv2d(1, 2, 3)
+def test_autocast_and_gradient_scaler(impl, device):
+    model = torch.nn.Conv2d(1, 2, 3).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    images, targets = torch.randn(4, 1, 10, 10), torch.randint(0, 2, (4, 2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    images, targets = torch.randn(4, 1, 10, 10).to(device), torch.randint(0, 2, (4, 2)).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         logits = model(images)
         loss = SGLLoss(impl=impl)(logits, targets)
     assert logits.dtype == torch.bfloat16
@@ -107,22 +105,22 @@ def test_autocast_and_gradient_scaler(impl):
     assert not torch.equal(before, model.weight)
 
 
-def test_gradient_scaler_sees_a_bad_logit(impl):
-    weight = torch.ones(1, requires_grad=True)
+def test_gradient_scaler_sees_a_bad_logit(impl, device):
+    weight = torch.ones(1, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    logits = torch.randn(3, 2, 9)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    logits = torch.randn(3, 2, 9).to(device)
     logits[0, 1, 4] = float("inf")
-    scaler.scale(SGLLoss(impl=impl, lam=0.0)(logits * weight, torch.ones(3, 2))).backward()
+    scaler.scale(SGLLoss(impl=impl, lam=0.0)(logits * weight, torch.ones(3, 2, device=device))).backward()
     scaler.step(optimizer)
     scaler.update()
     assert weight.item() == 1.0
     assert scaler.get_scale() < 1024.0
 
 
-def test_functional_call(impl):
-    model = torch.nn.Conv1d(1, 2, 3)
-    x, y = torch.randn(3, 1, 12), torch.randint(0, 2, (3, 2))
+def test_functional_call(impl, device):
+    model = torch.nn.Conv1d(1, 2, 3).to(device)
+    x, y = torch.randn(3, 1, 12).to(device), torch.randint(0, 2, (3, 2)).to(device)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     SGLLoss(impl=impl)(torch.func.functional_call(model, parameters, (x,)), y).backward()
     assert all(p.grad is not None for p in parameters.values())

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from batches import packed, random_batch, run
-from conftest import needs_kernel
+from conftest import needs_kernel, skip_without_kernel
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
 
@@ -16,19 +16,23 @@ POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "n
 LIMIT = {torch.float32: 1e4, torch.float64: 1e4, torch.bfloat16: 1e4, torch.float16: 6e4}
 
 
-def losses():
-    yield "sgl reference", lambda p: SGLLoss(pooling=p, mask_weight=0.5, impl="reference")
-    yield "sgl by bag", lambda p: SGLLoss(pooling=p, mask_weight=0.5, normalize="bag", impl="reference")
-    yield "bag", lambda p: BagLoss(pooling=p)
-    yield "bil", lambda p: BILLoss(pooling=p)
-    yield "mmm", lambda p: MMMLoss()
-    yield "sgl fused", lambda p: SGLLoss(pooling=p, mask_weight=0.5, impl="fused")
-    yield "fused by bag", lambda p: SGLLoss(pooling=p, mask_weight=0.5, normalize="bag", impl="fused")
+LOSSES = {
+    "sgl reference": lambda p: SGLLoss(pooling=p, mask_weight=0.5, impl="reference"),
+    "sgl by bag": lambda p: SGLLoss(pooling=p, mask_weight=0.5, normalize="bag", impl="reference"),
+    "bag": lambda p: BagLoss(pooling=p),
+    "bil": lambda p: BILLoss(pooling=p),
+    "mmm": lambda p: MMMLoss(),
+    "sgl fused": lambda p: SGLLoss(pooling=p, mask_weight=0.5, impl="fused"),
+    "fused by bag": lambda p: SGLLoss(pooling=p, mask_weight=0.5, normalize="bag", impl="fused"),
+}
 
 
-every_loss = pytest.mark.parametrize(
-    "make", [pytest.param(make, id=name, marks=needs_kernel if "fused" in name else ()) for name, make in losses()]
-)
+@pytest.fixture(params=LOSSES)
+def make(request, device):
+    """Every loss, as a function of its pooling."""
+    if "fused" in request.param:
+        skip_without_kernel(device)
+    return LOSSES[request.param]
 
 
 def value_and_gradient(loss, logits, targets, **call):
@@ -38,10 +42,9 @@ def value_and_gradient(loss, logits, targets, **call):
     return value.detach(), x.grad
 
 
-@every_loss
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", list(LIMIT))
-def test_finite_from_finite_logits(make, pooling, dtype):
+def test_finite_from_finite_logits(make, device, pooling, dtype):
     limit = LIMIT[dtype]
     loss = make(pooling)
     bags = torch.stack(
@@ -57,8 +60,9 @@ def test_finite_from_finite_logits(make, pooling, dtype):
             torch.tensor([0.0] * 8 + [1e-7]),
             torch.randn(9) * 3,
         ]
-    ).to(dtype)
+    ).to(device, dtype)
     for labels in (torch.ones(10), torch.zeros(10), torch.full((10,), NAN), torch.arange(10) % 2):
+        labels = labels.to(device)
         value, gradient = value_and_gradient(loss, bags, labels)
         assert value.isfinite()
         assert gradient.isfinite().all()
@@ -72,41 +76,40 @@ def test_finite_from_finite_logits(make, pooling, dtype):
                 assert gradient.isfinite().all()
 
 
-@every_loss
-def test_wrong_and_certain_learns_at_full_slope(make):
+def test_wrong_and_certain_learns_at_full_slope(make, device):
     """Confident mistakes keep their gradient: no epsilon, no clamp."""
-    value, gradient = value_and_gradient(make("max"), torch.full((1, 1), -1e4), torch.tensor([1]))
+    certain = torch.full((1, 1), 1e4, device=device)
+    value, gradient = value_and_gradient(make("max"), -certain, torch.tensor([1], device=device))
     if "MMM" not in type(make("max")).__name__:
         assert value >= 1e4
         assert gradient.sum() <= -1
-    value, gradient = value_and_gradient(make("max"), torch.full((1, 1), 1e4), torch.tensor([0]))
+    value, gradient = value_and_gradient(make("max"), certain, torch.tensor([0], device=device))
     assert value >= 3e3
     assert gradient.sum() >= 0.5
 
 
-@every_loss
-def test_empty_bags_and_empty_batches_of_instances(make):
-    offsets = torch.tensor([0, 0, 3, 3])
-    value, gradient = value_and_gradient(make("mean"), torch.randn(3, 2), torch.ones(3, 2), offsets=offsets)
+def test_empty_bags_and_empty_batches_of_instances(make, device):
+    loss, ones = make("mean"), torch.ones(3, 2, device=device)
+    offsets = torch.tensor([0, 0, 3, 3], device=device)
+    value, gradient = value_and_gradient(loss, torch.randn(3, 2).to(device), ones, offsets=offsets)
     assert value.isfinite()
     assert gradient.isfinite().all()
-    nothing = torch.zeros(0, 2)
-    value, gradient = value_and_gradient(make("mean"), nothing, torch.ones(1, 2), offsets=torch.tensor([0, 0]))
+    nothing = torch.zeros(0, 2, device=device)
+    value, gradient = value_and_gradient(loss, nothing, ones[:1], offsets=offsets[:2])
     assert value == 0
     assert gradient.shape == (0, 2)
-    value, gradient = value_and_gradient(make("mean"), torch.zeros(2, 3, 0), torch.ones(2, 3))
+    value, gradient = value_and_gradient(loss, torch.zeros(3, 2, 0, device=device), ones)
     assert value == 0
 
 
-@every_loss
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("pooling", ["max", "mean", "generalized_mean"])
 @pytest.mark.parametrize("size", [1, 6, 300])
-def test_a_bad_logit_is_never_hidden(make, bad, label, pooling, size):
-    logits = torch.randn(3, 2, size)
+def test_a_bad_logit_is_never_hidden(make, device, bad, label, pooling, size):
+    logits = torch.randn(3, 2, size).to(device)
     logits[1, 0, size // 2] = bad
-    targets = torch.tensor([[1, 0], [label, 1], [0, 1]])
+    targets = torch.tensor([[1, 0], [label, 1], [0, 1]], device=device)
     loss = make(pooling)
     for lam in (1.0, 0.0):
         if isinstance(loss, SGLLoss):
@@ -118,42 +121,43 @@ def test_a_bad_logit_is_never_hidden(make, bad, label, pooling, size):
         assert gradient.isfinite().all()
 
 
-def test_a_bad_bag_still_counts(impl):
+def test_a_bad_bag_still_counts(impl, device):
     """The gradients of the others are those of a batch in which it is negative (y = 0) or ambiguous (y = 1)."""
     batch = random_batch([5, 8], classes=1, positives=0.0)
     loss = SGLLoss(impl=impl)
-    _, expected = run(loss, batch)
+    _, expected = run(loss, batch, device)
     batch.logits[1][0, 2] = NAN
-    _, got = run(loss, batch)
+    _, got = run(loss, batch, device)
     torch.testing.assert_close(got[0], expected[0])
 
 
-def test_the_input_is_not_written_to(impl):
+def test_the_input_is_not_written_to(impl, device):
     batch = random_batch([5, 8, 1], classes=2)
-    logits, call = packed(batch)
-    kept = [x.clone() for x in (logits, batch.labels, call["offsets"])]
-    value_and_gradient(SGLLoss(impl=impl), logits.requires_grad_(), batch.labels, **call)
-    for one, two in zip((logits, batch.labels, call["offsets"]), kept, strict=True):
+    logits, call = packed(batch, device)
+    labels, offsets = batch.labels.to(device), call["offsets"]
+    kept = [x.clone() for x in (logits, labels, offsets)]
+    value_and_gradient(SGLLoss(impl=impl), logits.requires_grad_(), labels, offsets=offsets)
+    for one, two in zip((logits, labels, offsets), kept, strict=True):
         assert torch.equal(one, two)
 
 
-def test_backward_twice_and_any_grad_output(impl):
-    logits = torch.randn(4, 3, 33, requires_grad=True)
-    loss = SGLLoss(impl=impl, pooling="softmax", mask_weight=0.1)(logits, torch.randint(0, 2, (4, 3)))
+def test_backward_twice_and_any_grad_output(impl, device):
+    logits = torch.randn(4, 3, 33).to(device).requires_grad_()
+    loss = SGLLoss(impl=impl, pooling="softmax", mask_weight=0.1)(logits, torch.randint(0, 2, (4, 3)).to(device))
     (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (twice,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert torch.equal(once, twice)
     for factor in (-3.0, 0.0, 1e-3):
-        (scaled,) = torch.autograd.grad(loss, logits, torch.tensor(factor), retain_graph=True)
+        (scaled,) = torch.autograd.grad(loss, logits, torch.tensor(factor, device=device), retain_graph=True)
         torch.testing.assert_close(scaled, factor * once, rtol=1e-6, atol=1e-9)
     (loss * 2 + loss).backward()
     torch.testing.assert_close(logits.grad, 3 * once)
 
 
-def test_half_gradients_are_scaled_before_they_are_rounded(impl):
+def test_half_gradients_are_scaled_before_they_are_rounded(impl, device):
     """The gradients of a big batch underflow in float16; scaled by a grad scaler's 65536 they do not."""
-    logits = (torch.randn(8, 4, 4096) - 4).half().requires_grad_()
-    targets = torch.zeros(8, 4)
+    logits = (torch.randn(8, 4, 4096) - 4).half().to(device).requires_grad_()
+    targets = torch.zeros(8, 4, device=device)
     loss = SGLLoss(impl=impl, lam=1.0)(logits, targets)
     assert loss.dtype == torch.float32
     (loss * 65536.0).backward()
@@ -162,18 +166,17 @@ def test_half_gradients_are_scaled_before_they_are_rounded(impl):
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2**-10, atol=1e-7)
 
 
-def test_second_derivative_is_refused_by_the_fused_path_only():
-    logits = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([[1], [0]])
+def test_second_derivative_is_refused_by_the_fused_path_only(device):
+    logits = torch.randn(2, 1, 5, dtype=torch.float64, device=device, requires_grad=True)
+    targets = torch.tensor([[1], [0]], device=device)
     (gradient,) = torch.autograd.grad(SGLLoss(impl="reference")(logits, targets), logits, create_graph=True)
     assert gradient.sum().requires_grad
     torch.autograd.grad(gradient.sum(), logits)
 
 
-@needs_kernel
-def test_second_derivative_of_the_fused_path_is_an_error():
-    logits = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
-    loss = SGLLoss(impl="fused")(logits, torch.tensor([[1], [0]]))
+def test_second_derivative_of_the_fused_path_is_an_error(fused_device):
+    logits = torch.randn(2, 1, 5, dtype=torch.float64, device=fused_device, requires_grad=True)
+    loss = SGLLoss(impl="fused")(logits, torch.tensor([[1], [0]], device=fused_device))
     (expected,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     assert torch.equal(gradient, expected)
@@ -182,14 +185,20 @@ def test_second_derivative_of_the_fused_path_is_an_error():
         (loss + gradient.square().sum()).backward()
 
 
-def test_bitwise_repeatable_in_deterministic_mode(impl):
-    logits, targets = torch.randn(6, 5, 777), torch.randint(0, 2, (6, 5))
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_bitwise_repeatable_in_deterministic_mode(impl, device, layout):
+    """An operation that has no deterministic kernel raises here, as torch.median along a dimension would on CUDA."""
+    logits, targets = torch.randn(6, 5, 777).to(device), torch.randint(0, 2, (6, 5)).to(device)
+    call = {}
+    if layout == "packed":
+        logits = logits.transpose(1, 2).reshape(-1, 5)
+        call["offsets"] = torch.tensor([0, 1, 777, 777, 2000, 2050, 6 * 777], device=device)
     torch.use_deterministic_algorithms(True)
     try:
         for pooling in POOLINGS:
-            loss = SGLLoss(impl=impl, pooling=pooling)
-            first = value_and_gradient(loss, logits, targets)
-            second = value_and_gradient(loss, logits, targets)
+            loss = SGLLoss(impl=impl, pooling=pooling, mask_weight=0.5)
+            first = value_and_gradient(loss, logits, targets, **call)
+            second = value_and_gradient(loss, logits, targets, **call)
             assert torch.equal(first[0], second[0])
             assert torch.equal(first[1], second[1])
     finally:
@@ -214,20 +223,20 @@ def test_the_number_of_threads_changes_nothing(shape):
         assert torch.equal(gradient, results[0][1])
 
 
-def test_gradcheck(impl):
+def test_gradcheck(impl, device):
     """Numeric against analytic where M and w are constant anyway: bag loss and negative bags; terms of one sign."""
-    logits = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(3, 2, 6, dtype=torch.float64).to(device).requires_grad_()
+    targets = torch.tensor([[1, 0], [0, 1], [1, 1]], device=device)
     for pooling in POOLINGS:
         loss = SGLLoss(impl=impl, pooling=pooling)
-        targets = torch.tensor([[1, 0], [0, 1], [1, 1]])
         loss.lam = 0.0
-        assert torch.autograd.gradcheck(lambda x, loss=loss, y=targets: loss(x, y), logits)
+        assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, targets), logits)
         loss.lam = 2.0
-        assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, torch.zeros(3, 2)), logits)
+        assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, torch.zeros_like(targets)), logits)
 
 
-def test_no_gradient_wanted(impl):
-    logits, targets = torch.randn(3, 2, 9), torch.randint(0, 2, (3, 2))
+def test_no_gradient_wanted(impl, device):
+    logits, targets = torch.randn(3, 2, 9).to(device), torch.randint(0, 2, (3, 2)).to(device)
     loss = SGLLoss(impl=impl)
     wanted = loss(logits.clone().requires_grad_(), targets)
     assert wanted.requires_grad

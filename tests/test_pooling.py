@@ -16,9 +16,9 @@ NAMES = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "nois
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values(name):
+def test_values(name, device):
     batch = random_batch([1, 4, 9], classes=2, scale=4.0)
-    logits, call = packed(batch)
+    logits, call = packed(batch, device)
     z = make_pooling(name)(logits, **call)
     for i, bag in enumerate(batch.logits):
         for c, xs in enumerate(bag.tolist()):
@@ -27,10 +27,10 @@ def test_values(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layouts_and_empty_bags(name):
+def test_layouts_and_empty_bags(name, device):
     batch = random_batch([3, 0, 7], classes=2)
-    flat, offsets = packed(batch)
-    dense, mask = padded(batch)
+    flat, offsets = packed(batch, device)
+    dense, mask = padded(batch, device)
     flat.requires_grad_()
     dense.requires_grad_()
     pooling = make_pooling(name)
@@ -49,10 +49,10 @@ def test_layouts_and_empty_bags(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_extremes_are_finite(name, dtype):
+def test_extremes_are_finite(name, device, dtype):
     limit = 6e4 if dtype == torch.float16 else 1e4
     rows = [[limit] * 3, [-limit] * 3, [limit, -limit, 0.0], [-90.0, -100.0, -95.0], [40.0, 50.0, 45.0], [0.0] * 3]
-    x = torch.tensor(rows).to(dtype).requires_grad_()
+    x = torch.tensor(rows).to(device, dtype).requires_grad_()
     z = make_pooling(name)(x)
     assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert z.isfinite().all()
@@ -71,12 +71,12 @@ def test_names_are_the_modules():
 
 
 @pytest.mark.parametrize("r", [0.01, 1.0, 10.0, 200.0])
-def test_lse_by_sharpness(r, impl):
-    x = torch.tensor([[-3.0, 0.5, 2.0]], dtype=torch.float64)
+def test_lse_by_sharpness(r, impl, device):
+    x = torch.tensor([[-3.0, 0.5, 2.0]], dtype=torch.float64, device=device)
     p = torch.sigmoid(x)
     expected = torch.logit(torch.log(torch.exp(r * p).mean(1)) / r)
     torch.testing.assert_close(LSEPooling(r)(x), expected, rtol=1e-9, atol=0)
-    bag = SGLLoss(pooling=LSEPooling(r), impl=impl).terms(x, torch.tensor([1])).bag
+    bag = SGLLoss(pooling=LSEPooling(r), impl=impl).terms(x, torch.tensor([1], device=device)).bag
     torch.testing.assert_close(bag, torch.nn.functional.softplus(-expected[0]), rtol=1e-9, atol=0)
 
 
@@ -87,21 +87,21 @@ def test_bad_parameters(value):
             make(value)
 
 
-def test_learned_poolings_learn():
+def test_learned_poolings_learn(device):
     batch = random_batch([5, 8], classes=3, positives=1.0)
-    logits, call = packed(batch)
+    logits, call = packed(batch, device)
     p = [torch.sigmoid(bag) for bag in batch.logits]
     for pooling, formula in (
         (AutoPooling(3, a=2.0), lambda q: (q * torch.exp(2 * q)).sum(1) / torch.exp(2 * q).sum(1)),
         (GeneralizedMeanPooling(3.0, num_classes=3), lambda q: (q**3).mean(1) ** (1 / 3)),
     ):
-        pooling = pooling.double()
-        expected = torch.stack([torch.logit(formula(q)) for q in p])
+        pooling = pooling.double().to(device)
+        expected = torch.stack([torch.logit(formula(q)) for q in p]).to(device)
         torch.testing.assert_close(pooling(logits, **call), expected, rtol=1e-6, atol=1e-6)
         criterion = SGLLoss(pooling=pooling)
         assert criterion.pooling is pooling
         assert len(list(criterion.parameters())) == 1
-        criterion(logits, batch.labels, **call).backward()
+        criterion(logits, batch.labels.to(device), **call).backward()
         (parameter,) = pooling.parameters()
         assert parameter.grad.shape == (3,)
         assert (parameter.grad != 0).all()
@@ -110,22 +110,22 @@ def test_learned_poolings_learn():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_attention(gated, impl):
+def test_attention(gated, impl, device):
     torch.manual_seed(1)
-    pooling = AttentionPooling(6, 4, gated=gated).double()
+    pooling = AttentionPooling(6, 4, gated=gated).double().to(device)
     batch = random_batch([3, 5], classes=2, positives=1.0)
-    logits, call = packed(batch)
-    features = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    logits, call = packed(batch, device)
+    features = torch.randn(8, 6, dtype=torch.float64).to(device).requires_grad_()
     z = pooling(logits, features=features, **call)
     # the weights are a softmax within the bag: equal features pool to the mean
-    same = torch.ones(8, 6, dtype=torch.float64)
-    expected = torch.stack([torch.logit(torch.sigmoid(bag).mean(1)) for bag in batch.logits])
+    same = torch.ones_like(features)
+    expected = torch.stack([torch.logit(torch.sigmoid(bag).mean(1)) for bag in batch.logits]).to(device)
     torch.testing.assert_close(pooling(logits, features=same, **call), expected)
-    dense, mask = padded(batch)
-    spread = torch.full((2, dense.shape[2], 6), math.nan, dtype=torch.float64)
+    dense, mask = padded(batch, device)
+    spread = torch.full((2, dense.shape[2], 6), math.nan, dtype=torch.float64, device=device)
     spread[mask["mask"]] = features.detach()
     torch.testing.assert_close(pooling(dense, features=spread, **mask), z)
-    loss = SGLLoss(pooling=pooling, impl=impl)(logits, batch.labels, features=features, **call)
+    loss = SGLLoss(pooling=pooling, impl=impl)(logits, batch.labels.to(device), features=features, **call)
     loss.backward()
     assert features.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in pooling.parameters())

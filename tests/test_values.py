@@ -32,67 +32,67 @@ def assert_equal(value, gradient, expected_value, expected_gradient, dtype, unit
         assert ((got - want).abs() <= rounding + eps * size).all(), (got - want, want)
 
 
-def check_sgl(batch: Batch, impl: str, dtype=torch.float64, make=packed, **options):
+def check_sgl(batch: Batch, impl: str, device, dtype=torch.float64, make=packed, **options):
     batch = batch.to(dtype)
     logits, labels = batch.as_lists
     expected, gradient = oracle.sgl(logits, labels, **options)
     vectors = {k: torch.tensor(options[k]) for k in ("class_weight", "pos_weight") if options.get(k)}
-    criterion = SGLLoss(impl=impl, **(options | vectors))
-    value, got = run(criterion, batch, make, dtype)
+    criterion = SGLLoss(impl=impl, **(options | vectors)).to(device)
+    value, got = run(criterion, batch, device, make, dtype)
     assert_equal(value, got, expected[0], gradient, dtype)
-    layout_logits, call = make(batch, dtype)
-    terms = criterion.terms(layout_logits, batch.labels, **call)
+    layout_logits, call = make(batch, device, dtype)
+    terms = criterion.terms(layout_logits, batch.labels.to(device), **call)
     for name, got_term, want_term in zip(terms._fields, terms, expected, strict=True):
         assert float(got_term) == pytest.approx(float(want_term), rel=UNITS * working_eps(dtype), abs=1e-30), name
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_sgl_by_pooling_and_dtype(impl, pooling, dtype):
+def test_sgl_by_pooling_and_dtype(impl, device, pooling, dtype):
     batch = random_batch([7, 1, 18, 4], classes=3, unknown=0.2, seed=3)
     assert not near_threshold(batch.to(dtype), 0.3)
-    check_sgl(batch, impl, dtype, pooling=pooling, mask_weight=0.5, lam=2.0)
+    check_sgl(batch, impl, device, dtype, pooling=pooling, mask_weight=0.5, lam=2.0)
 
 
 @pytest.mark.parametrize("normalize", ["batch", "bag"])
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("vectors", [{}, {"class_weight": [0.5, 0.0, 3.0], "pos_weight": [2.0, 0.25, 7.0]}])
-def test_sgl_by_option(impl, normalize, rescale, weighted, vectors):
+def test_sgl_by_option(impl, device, normalize, rescale, weighted, vectors):
     batch = random_batch([5, 12, 3], classes=3, seed=5)
     assert not near_threshold(batch, 0.2, rescale)
     check_sgl(
-        batch, impl, normalize=normalize, rescale=rescale, weighted=weighted, delta_l=0.2, lam=3.0, mask_weight=2.0,
-        **vectors,
+        batch, impl, device, normalize=normalize, rescale=rescale, weighted=weighted, delta_l=0.2, lam=3.0,
+        mask_weight=2.0, **vectors,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [packed, padded])
 @pytest.mark.parametrize("seed", range(4))
-def test_ragged_bags_with_empty_ones(impl, make, seed):
-    check_sgl(random_batch([0, 3, 1, 0, 33, 2], unknown=0.3, seed=seed), impl, make=make, pooling="mean")
+def test_ragged_bags_with_empty_ones(impl, device, make, seed):
+    check_sgl(random_batch([0, 3, 1, 0, 33, 2], unknown=0.3, seed=seed), impl, device, make=make, pooling="mean")
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 15, 16, 17, 255, 256, 257, 300])
-def test_sizes_round_the_width_of_the_kernel(impl, size):
+def test_sizes_round_the_width_of_the_kernel(impl, device, size):
     batch = random_batch([size], classes=1, positives=1.0, seed=size)
     if not near_threshold(batch, 0.3):
-        check_sgl(batch, impl, torch.float32 if size % 2 else torch.float64)
+        check_sgl(batch, impl, device, torch.float32 if size % 2 else torch.float64)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("shift", [-50.0, 50.0])
-def test_saturated_logits(impl, pooling, shift):
+def test_saturated_logits(impl, device, pooling, shift):
     """Where p or 1 - p is 1e-22 the float loss still has its digits."""
     batch = random_batch([6, 9], classes=2, shift=shift, seed=2)
     with oracle.mp.workdps(300):  # noisy_or: 1 - P is e^-450
-        check_sgl(batch, impl, torch.float32, pooling=pooling, mask_weight=0.5)
+        check_sgl(batch, impl, device, torch.float32, pooling=pooling, mask_weight=0.5)
 
 
 @pytest.mark.parametrize("delta_l", [0.0, 0.5])
-def test_extreme_thresholds(impl, delta_l):
+def test_extreme_thresholds(impl, device, delta_l):
     batch = random_batch([9, 8], classes=2, positives=1.0, seed=4)
-    check_sgl(batch, impl, delta_l=delta_l)
+    check_sgl(batch, impl, device, delta_l=delta_l)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -111,7 +111,7 @@ def test_extreme_thresholds(impl, delta_l):
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
 def test_anything(
-    impl, sizes, classes, seed, scale, shift, delta_l, pooling, normalize, mask_weight, rounded, make, dtype
+    impl, device, sizes, classes, seed, scale, shift, delta_l, pooling, normalize, mask_weight, rounded, make, dtype
 ):
     batch = random_batch(sizes, classes, scale=scale, shift=shift, unknown=0.2, seed=seed)
     if rounded:  # ties
@@ -119,45 +119,46 @@ def test_anything(
     assume(not near_threshold(batch.to(dtype), delta_l))
     with oracle.mp.workdps(300 if pooling == "noisy_or" else 60):  # 1 - P is e^-500
         check_sgl(
-            batch, impl, dtype, make, pooling=pooling, normalize=normalize, mask_weight=mask_weight, delta_l=delta_l
-        )
+            batch, impl, device, dtype, make, pooling=pooling, normalize=normalize, mask_weight=mask_weight,
+            delta_l=delta_l,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
-def test_compared_losses(dtype, seed):
+def test_compared_losses(device, dtype, seed):
     batch = random_batch([5, 0, 1, 12], classes=2, unknown=0.2, seed=seed).to(dtype)
     logits, labels = batch.as_lists
     for pooling in POOLINGS:
         expected = oracle.bag_loss(logits, labels, pooling=pooling)
-        assert_equal(*run(BagLoss(pooling=pooling), batch, dtype=dtype), *expected, dtype)
+        assert_equal(*run(BagLoss(pooling=pooling), batch, device, dtype=dtype), *expected, dtype)
         expected = oracle.bil(logits, labels, pooling=pooling)
-        assert_equal(*run(BILLoss(pooling=pooling), batch, dtype=dtype), *expected, dtype)
-    assert_equal(*run(MMMLoss(), batch, dtype=dtype), *oracle.mmm(logits, labels), dtype)
+        assert_equal(*run(BILLoss(pooling=pooling), batch, device, dtype=dtype), *expected, dtype)
+    assert_equal(*run(MMMLoss(), batch, device, dtype=dtype), *oracle.mmm(logits, labels), dtype)
 
 
-def test_tied_extremes_share_the_gradient(impl):
+def test_tied_extremes_share_the_gradient(impl, device):
     logits = torch.tensor([[2.0, 2.0, -1.0, -1.0]], dtype=torch.float64)
     for loss, name, options in ((SGLLoss(lam=0.0, impl=impl), "sgl", {"lam": 0.0}), (MMMLoss(), "mmm", {})):
-        x = logits.clone().requires_grad_()
-        loss(x, torch.tensor([1])).backward()
+        x = logits.to(device, copy=True).requires_grad_()
+        loss(x, torch.tensor([1], device=device)).backward()
         result = getattr(oracle, name)([logits.tolist()], [[1]], **options)
         assert x.grad[0].tolist() == pytest.approx([float(g) for g in result[1][0][0]], rel=1e-12)
 
 
-def test_plain_bce_where_nothing_is_guided(impl):
+def test_plain_bce_where_nothing_is_guided(impl, device):
     """A batch of negative bags is plain BCE against 0, over instances and over maxima."""
     logits = torch.randn(4, 3, 10, dtype=torch.float64)
-    loss = SGLLoss(impl=impl)(logits, torch.zeros(4, 3))
+    loss = SGLLoss(impl=impl)(logits.to(device), torch.zeros(4, 3, device=device)).cpu()
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     expected = bce(logits, torch.zeros_like(logits)) + bce(logits.amax(2), torch.zeros(4, 3, dtype=torch.float64))
     torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
 
 
-def test_worked_by_hand(impl):
+def test_worked_by_hand(impl, device):
     """p = 0.1, 0.2, 0.9, positive: theta = 0, 1/8, 1, so M = 0, 0, 1; alpha = 0.9 - 0.2, w = 2^-0.3."""
     p = torch.tensor([[0.1, 0.2, 0.9]], dtype=torch.float64)
-    terms = SGLLoss(mask_weight=1.0, impl=impl).terms(torch.logit(p), torch.tensor([1]))
+    terms = SGLLoss(mask_weight=1.0, impl=impl).terms(torch.logit(p).to(device), torch.tensor([1], device=device))
     w = 2 ** (-0.3)
     negative, positive = -w * (torch.log(torch.tensor(0.9)) + torch.log(torch.tensor(0.8))) / 2, -w * torch.log(p[0, 2])
     assert float(terms.instance) == pytest.approx(float(negative + positive), rel=1e-6)

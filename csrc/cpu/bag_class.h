@@ -4,8 +4,6 @@
 // Everything here is inlined into the wrappers of kernels.cpp and compiled once for each instruction set.
 #pragma once
 
-#include <limits>
-
 #include "kernels.h"
 
 namespace sgl {
@@ -137,7 +135,7 @@ struct Extremes {
 
 template <class T>
 SGL_HD Extremes<T> extremes(const Row<T>& row) {
-  T low = row.x[0], high = row.x[0], nearest = std::numeric_limits<T>::infinity(), zero = T(0);
+  T low = row.x[0], high = row.x[0], nearest = infinity_of(T()), zero = T(0);
   const T* __restrict__ x = row.x;
 #pragma omp simd reduction(min : low, nearest) reduction(max : high) reduction(+ : zero)
   for (int64_t j = 0; j < row.n; ++j) {
@@ -207,18 +205,6 @@ SGL_HD void positive_loss(
   out.square = square;
 }
 
-// Floats in their order as integers, and back
-SGL_HD int32_t order_of(float x) {
-  const int32_t bits = bits_of<int32_t>(x);
-  return bits < 0 ? bits ^ 0x7fffffff : bits;
-}
-SGL_HD int64_t order_of(double x) {
-  const int64_t bits = bits_of<int64_t>(x);
-  return bits < 0 ? bits ^ 0x7fffffffffffffff : bits;
-}
-SGL_HD float at_order(int32_t order) { return bits_of<float>(order < 0 ? order ^ 0x7fffffff : order); }
-SGL_HD double at_order(int64_t order) { return bits_of<double>(order < 0 ? order ^ 0x7fffffffffffffff : order); }
-
 template <class T>
 SGL_HD int64_t count_up_to(const Row<T>& row, T pivot) {
   const T* __restrict__ x = row.x;
@@ -243,27 +229,6 @@ SGL_HD T largest_up_to(const Row<T>& row, T pivot, T smallest) {
     largest = v > largest ? v : largest;
   }
   return largest;
-}
-
-// The lower median, as torch.median has it: the smallest number that half of the row does not exceed. By bisection over
-// the floats between the extremes: a dozen passes that only compare and count are several times faster than one
-// selection that moves numbers about.
-template <class T>
-SGL_HD T lower_median(const Row<T>& row, T smallest, T largest) {
-  const int64_t wanted = (row.n + 1) / 2;
-  auto low = order_of(smallest), high = order_of(largest);
-  while (low < high) {
-    const auto middle = (low & high) + ((low ^ high) >> 1);  // rounded down, without overflow
-    const T pivot = at_order(middle);
-    const int64_t count = count_up_to(row, pivot);
-    if (count == wanted) return largest_up_to(row, pivot, smallest);
-    if (count > wanted) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return at_order(low);  // several are equal to the median
 }
 
 template <int64_t pooling, bool scaled, class T>
@@ -340,7 +305,10 @@ SGL_HD Sums sums_of(const Settings& settings, Label label, T pos_weight, const R
     } else {
       positive_loss<false>(row, guide, scale, pos_weight, buffer, out);
     }
-    if (settings.weighted) out.median = lower_median(row, e.low, e.high);
+    if (settings.weighted)
+      out.median = lower_median(
+          row.n, e.low, e.high, [&](T pivot) __attribute__((always_inline)) { return count_up_to(row, pivot); },
+          [&](T pivot) __attribute__((always_inline)) { return largest_up_to(row, pivot, e.low); });
   }
   const PoolingSettings<T> pooling = pooling_settings(e.low, e.high, settings.pooling_parameter);
   if (scale.any) {
@@ -451,7 +419,7 @@ SGL_HD void backward_range_as(
     const Kind kind = static_cast<Kind>(static_cast<int>(columns[kColumnKind]));
     if (kind == Kind::kAbsent || kind == Kind::kBroken) {
       // not a product with 0 or NaN: what takes no part may hold anything, what is broken is so for any weight
-      fill(kind == Kind::kAbsent ? T(0) : std::numeric_limits<T>::quiet_NaN(), problem.mask, r, grad);
+      fill(kind == Kind::kAbsent ? T(0) : nan_of(T()), problem.mask, r, grad);
       continue;
     }
     const Row<T> row = load_row(problem, r, scratch);

@@ -1,0 +1,138 @@
+// Backward: the gradient is computed anew from the logits and the saved row of each bag-class. A warp or a block takes a
+// piece of a bag-class, every thread a few instances that lie side by side, and nothing has to be agreed on.
+#pragma once
+
+#include "group.cuh"
+#include "rows.cuh"
+
+namespace sgl {
+namespace cuda {
+
+template <bool scaled, class T>
+SGL_DEVICE T slope_of(T x, int64_t pooling, const Coefficients<T>& k) {
+  const Probability<T> o = probability<scaled>(x, k.scale);
+  T g = T(0);
+  // the same for the whole group: branches that no warp diverges on
+  if (k.kind == Kind::kNegative) g = instance_slope<false, scaled>(x, o, k);
+  if (k.kind == Kind::kPositive) g = instance_slope<true, scaled>(x, o, k);
+  switch (pooling) {
+    case kMax:
+      return g + pooling_slope<kMax, false>(x, o, k.pooling, k.slope1, k.slope2);
+    case kMean:
+      return g + pooling_slope<kMean, scaled>(x, o, k.pooling, k.slope1, k.slope2);
+    case kMeanLogits:
+      return g + pooling_slope<kMeanLogits, false>(x, o, k.pooling, k.slope1, k.slope2);
+    case kSoftmax:
+      return g + pooling_slope<kSoftmax, scaled>(x, o, k.pooling, k.slope1, k.slope2);
+    case kLinearSoftmax:
+      return g + pooling_slope<kLinearSoftmax, scaled>(x, o, k.pooling, k.slope1, k.slope2);
+    case kLSE:
+      return g + pooling_slope<kLSE, scaled>(x, o, k.pooling, k.slope1, k.slope2);
+    case kNoisyOr:
+      return g + pooling_slope<kNoisyOr, scaled>(x, o, k.pooling, k.slope1, k.slope2);
+    default:
+      return g;
+  }
+}
+
+// The gradient of pack p of the row, of the one `step` packs further on, and so on.
+template <bool scaled, class T, class In>
+SGL_DEVICE void write_gradient(
+    const Row<In>& row, In* grad, bool in_packs, int64_t pooling, const Coefficients<T>& k, int p, int step) {
+  constexpr int kSize = Pack<In>::kSize;
+  if (in_packs && p < row.whole_packs) {
+    Pack<In> next = row.pack(p);
+#pragma unroll 1
+    for (; p < row.whole_packs; p += step) {
+      Pack<In> pack = next;
+      // the one after it is under way meanwhile
+      if (p + step < row.whole_packs) next = row.pack(p + step);
+#pragma unroll
+      for (int v = 0; v < kSize; ++v) write_as(&pack.x[v], slope_of<scaled>(read_as(T(), pack.x[v]), pooling, k));
+      reinterpret_cast<Pack<In>*>(grad)[p] = pack;
+    }
+  }
+#pragma unroll 1
+  for (; p * kSize < row.n; p += step) {
+#pragma unroll 1
+    for (int j = p * kSize; j < p * kSize + kSize && j < row.n; ++j) {
+      const Steps steps = steps_to(*row.rows, j);
+      const bool live = row.mask == nullptr || row.mask[steps.mask];
+      const T x = read_as(T(), live ? row.x[steps.logits] : filler(In()));
+      write_as(grad + steps.grad, live ? slope_of<scaled>(x, pooling, k) : T(0));
+    }
+  }
+}
+
+// The same number to every instance.
+template <class T, class In>
+SGL_DEVICE void fill(const Row<In>& row, In* grad, bool in_packs, T value, int p, int step) {
+  constexpr int kSize = Pack<In>::kSize;
+  Pack<In> pack;
+#pragma unroll
+  for (int v = 0; v < kSize; ++v) write_as(&pack.x[v], value);
+  const int whole_packs = in_packs && row.mask == nullptr ? row.n / kSize : 0;
+  for (; p < whole_packs; p += step) reinterpret_cast<Pack<In>*>(grad)[p] = pack;
+#pragma unroll 1
+  for (; p * kSize < row.n; p += step) {
+#pragma unroll 1
+    for (int j = p * kSize; j < p * kSize + kSize && j < row.n; ++j) {
+      const Steps steps = steps_to(*row.rows, j);
+      write_as(grad + steps.grad, row.mask == nullptr || row.mask[steps.mask] ? value : T(0));
+    }
+  }
+}
+
+template <class T, class In>
+__global__ void __maxnreg__(kRegisters<T>) backward_kernel(
+    const __grid_constant__ Call call, const __grid_constant__ Backward backward, const bool warp_per_bag_class,
+    const int pieces) {
+  const Rows& rows = call.rows;
+  const T* saved = static_cast<const T*>(backward.saved);
+  const T* pos_weights = static_cast<const T*>(call.pos_weight);
+  const int64_t classes = rows.classes, units = rows.units;
+  const T* shares = saved + units * kColumns;
+  const T grad_output = *static_cast<const T*>(backward.grad_output);
+  In* grad = static_cast<In*>(backward.grad);
+
+  const int size = warp_per_bag_class ? kWarp : static_cast<int>(blockDim.x);
+  const int groups = static_cast<int>(blockDim.x) / size;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * groups;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * groups + threadIdx.x / size; item < units * pieces;
+       item += step) {
+    const int64_t unit = item / pieces;
+    const int64_t bag = unit / classes, cls = unit - bag * classes;
+    const Place place = place_of(rows, bag, cls);
+    const Row<In> row(call, place);
+    In* const row_grad = grad + place.grad;
+    const T* columns = saved + unit * kColumns;
+    const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
+    const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, call.settings);
+    const bool in_packs = rows.dimensions == 1 && rows.dimension[0].grad == 1 && lies_on_16_bytes(row_grad);
+    const int first = static_cast<int>(item - unit * pieces) * size + static_cast<int>(threadIdx.x) % size;
+    if (k.kind == Kind::kAbsent || k.kind == Kind::kBroken) {
+      // not a product with 0 or NaN: what takes no part may hold anything, what is broken is so for any weight
+      fill(row, row_grad, in_packs, k.kind == Kind::kAbsent ? T(0) : nan_of(T()), first, pieces * size);
+    } else if (k.scale.any) {
+      write_gradient<true>(row, row_grad, in_packs, call.settings.pooling, k, first, pieces * size);
+    } else {
+      write_gradient<false>(row, row_grad, in_packs, call.settings.pooling, k, first, pieces * size);
+    }
+  }
+
+  if (rows.offsets == nullptr) return;
+  // rows of no bag, before the first and after the last: there are none where the offsets are right
+  const int64_t begin = clamped(offset_at(rows, 0), 0, rows.positions);
+  const int64_t end = clamped(offset_at(rows, rows.bags), begin, rows.positions);
+  const int64_t outside = (begin + rows.positions - end) * classes;
+  In zero;
+  write_as(&zero, T(0));
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < outside;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t row = i / classes, cls = i - row * classes;
+    grad[(row < begin ? row : row - begin + end) * rows.grad_bag + cls * rows.grad_class] = zero;
+  }
+}
+
+}  // namespace cuda
+}  // namespace sgl

@@ -1,0 +1,77 @@
+// What the operators (ops.cpp, compiled with torch) tell the kernels (launch.cu, compiled by nvcc, without torch).
+#pragma once
+
+#include "../batch.h"
+#include "../half.h"
+#include "../layout.h"
+
+namespace sgl {
+namespace cuda {
+
+// Dimensions of instances that do not collapse into one another.
+constexpr int kMaxDimensions = 8;
+
+// A Layout that fits into a kernel's arguments; the bags of packed rows are looked up in the offsets on the device.
+struct Rows {
+  int64_t bags;
+  uint32_t classes, units;  // bag-classes
+  int64_t positions;  // of a dense bag: instances and padding together; packed: rows of all bags
+  int64_t logits_bag, logits_class, mask_bag, grad_bag, grad_class;  // steps, as in Layout
+  int dimensions;
+  Dimension dimension[kMaxDimensions];
+  const void* offsets;  // null: dense
+  int64_t offsets_step;
+  bool offsets_are_64_bit;
+};
+
+// Labels of any dtype: integers are 0 or not, floating ones may be NaN.
+struct Targets {
+  const void* data;
+  int64_t bag_step, class_step;
+  int bytes;
+  bool is_floating, is_bfloat16;
+};
+
+// What forward and backward have in common.
+struct Call {
+  Type type;
+  const void* logits;
+  const bool* mask;  // null: every position is an instance
+  const void* pos_weight;  // (C,) of the loss's type; null: 1
+  Rows rows;
+  Settings settings;
+};
+
+struct Forward {
+  Targets targets;
+  const void* class_weight;  // like pos_weight
+  void *total, *parts, *saved;  // of the loss's type
+  Batch* of_block;  // one for each block of the plan, and one more
+  uint32_t* blocks_done;  // set by launch_forward: 0 before the launch and after it
+};
+
+struct Backward {
+  const void *grad_output, *saved;  // of the loss's type
+  void* grad;
+};
+
+// How a call is spread over a GPU of so many multiprocessors. It depends on the shape alone, and with it the order in
+// which sums are added up.
+struct Plan {
+  bool warp_per_bag_class;  // else a block
+  int threads, forward_blocks, backward_blocks;
+  int pieces;  // backward: work items of a bag-class
+};
+
+Plan plan_of(const Call& call, int multiprocessors);
+
+// All of these give an error of the CUDA runtime, 0 where there is none.
+int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream);
+int launch_backward(const Call& call, const Backward& backward, const Plan& plan, void* stream);
+int multiprocessors_of(int device, int* count);
+int select_device(int device, int* before);
+
+const char* error_text(int error);
+
+}  // namespace cuda
+}  // namespace sgl

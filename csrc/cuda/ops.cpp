@@ -1,0 +1,201 @@
+// The operators on CUDA: tensors are taken apart here, and launch.cu does the rest. Nothing waits for the device.
+//
+// One library serves every torch, also those built without CUDA: what it needs of libtorch_cuda is looked up at run time.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "../tensors.h"
+#include "launch.h"
+
+#if !defined(SGL_EMULATE)
+#include <dlfcn.h>
+#define SGL_LIBRARY sgl_ops
+#define SGL_DISPATCH_KEY CUDA
+#else
+// the kernels run on the CPU, under another name beside the real ones
+#define SGL_LIBRARY sgl_ops_emulated
+#define SGL_DISPATCH_KEY CPU
+#endif
+
+namespace sgl {
+namespace cuda {
+namespace {
+
+void* current_stream(int device) {
+#if defined(SGL_EMULATE)
+  return nullptr;
+#else
+  using Getter = int32_t (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(getter != nullptr, "sgl_ops: this build of torch has no CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(getter(device, &stream) == 0, "sgl_ops: torch gave no current stream of device ", device);
+  return stream;
+#endif
+}
+
+int device_of(const Tensor& t) {
+#if defined(SGL_EMULATE)
+  return 0;
+#else
+  return t.get_device_index();
+#endif
+}
+
+void check(int error) { STD_TORCH_CHECK(error == 0, "sgl_ops: CUDA error: ", error_text(error)); }
+
+class SelectedDevice {
+ public:
+  explicit SelectedDevice(int device) { check(select_device(device, &before_)); }
+  ~SelectedDevice() {
+    int ignored;
+    select_device(before_, &ignored);
+  }
+  SelectedDevice(const SelectedDevice&) = delete;
+  SelectedDevice& operator=(const SelectedDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+Targets targets_of(const Tensor& targets, const Layout& layout) {
+  check_targets(targets, layout);
+  Targets t = {};
+  t.data = targets.const_data_ptr();
+  t.bag_step = targets.stride(0);
+  t.class_step = targets.dim() == 2 ? targets.stride(1) : 0;
+  t.bytes = static_cast<int>(targets.element_size());
+  const ScalarType type = targets.scalar_type();
+  t.is_bfloat16 = type == ScalarType::BFloat16;
+  t.is_floating = t.is_bfloat16 || type == ScalarType::Half || type == ScalarType::Float || type == ScalarType::Double;
+  return t;
+}
+
+Rows rows_of(const Layout& layout, const Tensor& logits, const std::optional<Tensor>& offsets) {
+  Rows rows = {};
+  STD_TORCH_CHECK(layout.bags * layout.classes < int64_t{1} << 31, "logits: at most 2^31 - 1 bags times classes");
+  rows.bags = layout.bags;
+  rows.classes = static_cast<uint32_t>(layout.classes);
+  rows.units = static_cast<uint32_t>(layout.bags * layout.classes);
+  rows.positions = offsets ? logits.size(0) : layout.longest;
+  rows.logits_bag = layout.logits_bag;
+  rows.logits_class = layout.logits_class;
+  rows.mask_bag = layout.mask_bag;
+  rows.grad_bag = layout.grad_bag;
+  rows.grad_class = layout.grad_class;
+  STD_TORCH_CHECK(rows.positions < int64_t{1} << 30, "logits: at most 2^30 - 1 instances of a bag, or packed rows");
+  STD_TORCH_CHECK(
+      layout.dimensions.size() <= kMaxDimensions, "logits: at most ", kMaxDimensions,
+      " dimensions of instances that are not contiguous");
+  rows.dimensions = static_cast<int>(layout.dimensions.size());
+  for (int d = 0; d < rows.dimensions; ++d) rows.dimension[d] = layout.dimensions[d];
+  if (offsets) {
+    rows.offsets = offsets->const_data_ptr();
+    rows.offsets_step = offsets->stride(0);
+    rows.offsets_are_64_bit = offsets->scalar_type() == ScalarType::Long;
+  }
+  return rows;
+}
+
+Layout layout_of(
+    const Tensor& logits, const std::optional<Tensor>& mask, const std::optional<Tensor>& offsets, const Tensor* grad) {
+  STD_TORCH_CHECK(!(mask && offsets), "mask: packed bags have no padding");
+  return offsets ? rows_layout(logits, *offsets, grad) : dense_layout(logits, mask, grad);
+}
+
+ScalarType loss_type(const Tensor& logits) {
+  return type_of(logits) == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+}
+
+const void* class_vector(const std::optional<Tensor>& v, const char* name, const Tensor& logits, const Layout& layout) {
+  if (loss_type(logits) == ScalarType::Double) return sgl::class_vector<double>(v, name, layout.classes);
+  return sgl::class_vector<float>(v, name, layout.classes);
+}
+
+Call call_of(
+    const Tensor& logits, const std::optional<Tensor>& mask, const std::optional<Tensor>& offsets,
+    const std::optional<Tensor>& pos_weight, const Layout& layout, const Settings& settings) {
+  return {
+      type_of(logits),
+      logits.const_data_ptr(),
+      mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
+      class_vector(pos_weight, "pos_weight", logits, layout),
+      rows_of(layout, logits, offsets),
+      settings};
+}
+
+Plan plan_for(const Call& call, int device) {
+  int multiprocessors = 0;
+  check(multiprocessors_of(device, &multiprocessors));
+  return plan_of(call, multiprocessors);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sgl_forward(
+    const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
+    std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+  const Layout layout = layout_of(logits, mask, offsets, nullptr);
+  const Settings settings{delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted};
+  const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
+  const int device = device_of(logits);
+  const SelectedDevice selected(device);
+  const Plan plan = plan_for(call, device);
+
+  const ScalarType type = loss_type(logits);
+  Tensor total = torch::stable::new_empty(logits, {}, type);
+  Tensor parts = torch::stable::new_empty(logits, {3}, type);
+  Tensor saved = torch::stable::new_empty(logits, {layout.bags * layout.classes + 1, kColumns}, type);
+  Tensor of_block = torch::stable::new_empty(
+      logits, {(plan.forward_blocks + 1) * static_cast<int64_t>(sizeof(Batch) / sizeof(double))}, ScalarType::Double);
+  Forward forward = {};
+  forward.targets = targets_of(targets, layout);
+  forward.class_weight = class_vector(class_weight, "class_weight", logits, layout);
+  forward.total = total.mutable_data_ptr();
+  forward.parts = parts.mutable_data_ptr();
+  forward.saved = saved.mutable_data_ptr();
+  forward.of_block = static_cast<Batch*>(of_block.mutable_data_ptr());
+  check(launch_forward(call, forward, plan, device, current_stream(device)));
+  return {total, parts, saved};
+}
+
+Tensor sgl_backward(
+    const Tensor& grad_output, const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets,
+    std::optional<Tensor> pos_weight, const Tensor& saved, double delta_l, int64_t pooling, double pooling_parameter,
+    bool rescale) {
+  const ScalarType type = loss_type(logits);
+  STD_TORCH_CHECK(
+      grad_output.numel() == 1 && grad_output.scalar_type() == type && device_of(grad_output) == device_of(logits),
+      "grad_output: expected a scalar of the loss's dtype on the logits' device");
+  Tensor grad = torch::stable::empty_like(logits);
+  const Layout layout = layout_of(logits, mask, offsets, &grad);
+  STD_TORCH_CHECK(
+      saved.scalar_type() == type && saved.is_contiguous() && saved.dim() == 2 &&
+          saved.size(0) == layout.bags * layout.classes + 1 && saved.size(1) == kColumns,
+      "saved: not what sgl_forward gave for these logits");
+  // what forward alone looks at is 0
+  const Settings settings{delta_l, 0, 0, pooling, pooling_parameter, false, rescale, false};
+  const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
+  const int device = device_of(logits);
+  const SelectedDevice selected(device);
+  const Backward backward{grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr()};
+  check(launch_backward(call, backward, plan_for(call, device), current_stream(device)));
+  return grad;
+}
+
+// one more level of macros, so that the names above are names when they arrive
+#define SGL_REGISTER(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+SGL_REGISTER(SGL_LIBRARY, SGL_DISPATCH_KEY, m) {
+  m.impl("sgl_forward", TORCH_BOX(&sgl_forward));
+  m.impl("sgl_backward", TORCH_BOX(&sgl_backward));
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace sgl

@@ -1,0 +1,59 @@
+// A case by the CPU's kernels. Their namespace has another name here: the emulated kernels, which compute exp otherwise,
+// are in the same program.
+#define sgl sgl_on_cpu
+#include "../../csrc/cpu/kernels.cpp"
+#undef sgl
+
+#include "case.h"
+
+namespace {
+
+template <class T>
+void run(const Case& c, Result& result) {
+  using namespace sgl_on_cpu;
+  Layout layout;
+  layout.bags = c.bags;
+  layout.classes = c.classes;
+  layout.logits_bag = layout.grad_bag = c.logits_bag;
+  layout.logits_class = layout.grad_class = c.logits_class;
+  layout.mask_bag = c.mask_bag;
+  for (int d = 0; d < c.dimensions; ++d)
+    layout.dimensions.push_back({c.size[d], c.logits_step[d], c.mask_step[d], c.logits_step[d]});
+  layout.starts = c.offsets;
+  layout.longest = c.positions;
+  const Settings settings{c.delta_l,           c.lam,     c.mask_weight, c.pooling,
+                          c.pooling_parameter, c.per_bag, c.rescale,     c.weighted};
+  const Problem<T> problem{c.logits, static_cast<Type>(c.type), c.mask, static_cast<const T*>(c.pos_weight), &layout,
+                           settings};
+  const int64_t units = c.bags * c.classes;
+  std::vector<Label> labels(units);
+  for (int64_t unit = 0; unit < units; ++unit) labels[unit] = static_cast<Label>(c.labels[unit]);
+  std::vector<BagClass> all(units);
+  std::vector<T> scratch(scratch_size(layout.longest)), saved((units + 1) * kColumns);
+  const Kernels<T>& kernel = kernels<T>();
+  kernel.forward(problem, labels.data(), all.data(), 0, units, scratch.data());
+  Batch batch = {};
+  const T* class_weight = static_cast<const T*>(c.class_weight);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const double weight = class_weight == nullptr ? 1.0 : class_weight[unit % c.classes];
+    add(batch, all[unit], weight);
+    save_row(all[unit], settings, weight, saved.data() + unit * kColumns);
+  }
+  save_shares(batch, settings, saved.data() + units * kColumns);
+  const Loss loss = loss_of(batch, settings);
+  result.loss[0] = loss.total;
+  result.loss[1] = loss.bag;
+  result.loss[2] = loss.instance;
+  result.loss[3] = loss.mask;
+  kernel.backward(problem, saved.data(), static_cast<T>(c.grad_output), result.grad, 0, units, scratch.data());
+}
+
+}  // namespace
+
+void run_on_cpu(const Case& c, Result& result) {
+  if (c.type == 1) {
+    run<double>(c, result);
+  } else {
+    run<float>(c, result);
+  }
+}

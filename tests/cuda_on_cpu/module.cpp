@@ -1,0 +1,18 @@
+// The CUDA operators with their kernels on the CPU, as torch.ops.sgl_ops_emulated, and a Python module to steer them.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../../csrc/schema.h"
+#include "emulated_runtime.h"
+
+STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) {
+  m.def(sgl::kForwardSchema);
+  m.def(sgl::kBackwardSchema);
+}
+
+PYBIND11_MODULE(sgl_ops_emulated, m) {
+  m.def("set_schedule", &emulator::set_schedule);
+  m.def("set_resident", &emulator::set_resident);
+  m.def("set_multiprocessors", [](int n) { emulated::multiprocessors = n; });
+  m.def("set_capturing", [](bool capturing) { emulated::capturing = capturing; });
+}

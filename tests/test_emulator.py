@@ -1,0 +1,120 @@
+"""What runs CUDA kernels on the CPU for other tests: right kernels come out right, and wrong ones do not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SOURCE = ROOT / "tests" / "cuda_on_cpu" / "selftest.cpp"
+
+BUILDS = {
+    "plain": [],
+    "ucontext": ["-DEMULATOR_UCONTEXT"],  # as on other processors than x86-64
+    "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "threads": ["-fsanitize=thread"],
+}
+# of selftest.cpp and of the sanitizers
+RIGHT, SANITIZER, WRONG, EXCEPTION, RACE = 0, 1, 2, 3, 66
+
+# How each bug shows, in which builds, and under which schedules. Other builds may or may not see it.
+ALL = ["plain", "memory", "threads"]
+BUGS = [
+    ("no_barrier", ["plain"], [0, 1, 2], WRONG, "wrong"),
+    ("no_barrier", ["threads"], [0, 1, 2], RACE, "data race"),
+    # in this order nothing goes wrong: ThreadSanitizer does not need it to
+    ("no_barrier_and_no_harm", ["plain"], [0], RIGHT, ""),
+    ("no_barrier_and_no_harm", ["plain"], [1], WRONG, "wrong"),
+    ("no_barrier_and_no_harm", ["threads"], [0, 1], RACE, "data race"),
+    ("no_barrier_before_reuse", ["plain"], [0, 1], WRONG, "wrong"),
+    ("no_barrier_before_reuse", ["threads"], [0, 1], RACE, "data race"),
+    ("no_syncwarp", ["threads"], [0, 1], RACE, "data race"),
+    ("read_past_end", ["memory"], [0, 1], SANITIZER, "heap-buffer-overflow"),
+    ("write_past_shared_end", ["memory"], [0, 1], SANITIZER, "heap-buffer-overflow"),
+    ("unwritten_shared", ALL, [0, 1], WRONG, "wrong"),
+    ("unwritten_bool", ["memory"], [0, 1], SANITIZER, "not a valid value for type 'bool'"),
+    ("exit_before_shuffle", ALL, [0, 1], EXCEPTION, r"reads lane 5, which has exited .*, in __shfl_xor_sync"),
+    ("exit_before_barrier", ALL, [0, 1], EXCEPTION, r"__syncthreads at .*has exited|has exited.*__syncthreads at"),
+    ("divergent_barrier", ALL, [0, 1], EXCEPTION, r"__syncthreads at .*has exited|has exited.*__syncthreads at"),
+    ("two_barriers", ALL, [0, 1], EXCEPTION, r"waits in __syncthreads at .*, but thread .* in __syncthreads at"),
+    ("barrier_and_shuffle", ALL, [0, 1], EXCEPTION, r"nobody can go on; 32 threads, .* __shfl_sync .* __syncthreads"),
+    ("two_collectives", ALL, [0, 1], EXCEPTION, r"is in __\w+_sync .*, but thread .* of the same warp in __\w+_sync"),
+    ("lane_not_in_mask", ALL, [0, 1], EXCEPTION, "reads lane 2, which is not in the mask"),
+    ("not_in_own_mask", ALL, [0, 1], EXCEPTION, "is not in its own mask"),
+    ("no_fence", ["threads"], [0, 1], RACE, "data race"),
+    ("fence_too_early", ["threads"], [0, 1], RACE, "data race"),
+    ("fence_of_block", ["threads"], [0, 1], RACE, "data race"),
+    ("no_fence_after", ["threads"], [0, 1], RACE, "data race"),
+    ("wait_forever", ["plain"], [0, 1], EXCEPTION, "waits by atomics for what does not come"),
+]
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # nothing of the environment: options for sanitizers would change what they do
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin"})
+
+
+@pytest.fixture(scope="session")
+def selftest(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs selftest.cpp, which is compiled once for each build that is asked for."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    folder = tmp_path_factory.mktemp("emulator")
+    programs: dict[str, Path | str] = {}  # or why there is none
+
+    def program(build: str) -> Path | str:
+        nothing = folder / "nothing.cpp"
+        nothing.write_text("int main() {}\n")
+        trial = folder / f"nothing_{build}"
+        if call([compiler, "-std=c++17", *BUILDS[build], str(nothing), "-o", str(trial)]).returncode != 0:
+            return f"g++ has no runtime for {BUILDS[build][0]}"
+        if call([str(trial)]).returncode != 0:
+            return f"programs with {BUILDS[build][0]} do not run here"
+        path = folder / build
+        command = [compiler, "-std=c++17", "-Wall", "-Wextra", *BUILDS[build], str(SOURCE), "-o", str(path)]
+        result = call(command)
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stderr, result.stderr
+        return path
+
+    def run(build: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        if build not in programs:
+            programs[build] = program(build)
+        path = programs[build]
+        if isinstance(path, str):
+            pytest.skip(path)
+        return call([str(path), *map(str, arguments)])
+
+    return run
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("schedule", "resident"), [(0, 1), (1, 1), (2, 1), (0, 3), (5, 4)])
+def test_correct_kernels(selftest, build, schedule, resident):
+    result = selftest(build, "correct", schedule, resident)
+    assert result.returncode == RIGHT, result.stderr
+    assert not result.stderr
+
+
+@pytest.mark.parametrize(
+    ("bug", "build", "schedule", "status", "text"),
+    [(bug, build, k, status, text) for bug, builds, ks, status, text in BUGS for build in builds for k in ks],
+)
+def test_finds(selftest, bug, build, schedule, status, text):
+    resident = 1 + schedule % 2  # blocks one by one, and overlapping
+    result = selftest(build, bug, schedule, resident)
+    assert result.returncode == status, result.stderr
+    assert re.search(text, result.stderr), result.stderr
+
+
+def test_every_bug_is_looked_for():
+    names = re.findall(r'^      \{"(\w+)", ', SOURCE.read_text(), re.M)
+    assert set(names) == {"correct", *(bug for bug, *_ in BUGS)}

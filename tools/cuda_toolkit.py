@@ -1,0 +1,65 @@
+"""Finding a CUDA toolkit and calling its compiler. No GPU is needed, and none is asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+#: Every GPU from Turing on: code for one of a generation runs on the later ones of it, PTX on the generations to come.
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
+
+
+def find_toolkit() -> Path | None:
+    """The folder of a toolkit: CUDA_HOME, CUDA_PATH, where they usually lie, or beside the nvcc on the PATH."""
+    nvcc = shutil.which("nvcc")
+    beside = str(Path(nvcc).resolve().parents[1]) if nvcc else None
+    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", "/opt/cuda", beside):
+        # the nvcc on the PATH may be a wrapper, far from the headers
+        if folder and Path(folder, "bin", "nvcc").exists() and Path(folder, "include", "cuda_runtime.h").exists():
+            return Path(folder)
+    return None
+
+
+def architecture_flags(nvcc: Path) -> list[str]:
+    """What to compile for: TORCH_CUDA_ARCH_LIST as torch reads it, else all that this nvcc knows of ARCHITECTURES."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    if wanted:
+        names = [name for name in wanted.split(";") if name]
+    else:
+        output = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        known = set(re.findall(r"sm_(\d+)\b", output))
+        names = [name for name in ARCHITECTURES if name.replace(".", "") in known]
+        names[-1:] = [f"{name}+PTX" for name in names[-1:]]
+    flags = []
+    for name in names:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0 or 9.0+PTX, got {name!r}")
+        number = match[1] + match[2]
+        code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+def compile_command(toolkit: Path, source: str, target: str, host_flags: list[str]) -> list[str]:
+    """The call of nvcc that compiles ``source``; ``host_flags`` go to the host's compiler."""
+    nvcc = toolkit / "bin" / "nvcc"
+    return [
+        str(nvcc), "-O3", "-std=c++17", "--threads", "0", *architecture_flags(nvcc),
+        "-Xcompiler", ",".join(host_flags), "-c", source, "-o", target,
+    ]  # fmt: skip
+
+
+def link_flags(toolkit: Path) -> tuple[Path, list[str]]:
+    """(folder of libraries, arguments of the linker) for the runtime.
+
+    Statically, so that the library loads where there is no CUDA, and hidden, so that torch's own runtime, which may be
+    of another version, does not take its place.
+    """
+    folder = next(toolkit / name for name in ("lib64", "lib") if (toolkit / name / "libcudart_static.a").exists())
+    return folder, [
+        "-l:libcudart_static.a", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,libcudart_static.a",
+    ]  # fmt: skip
