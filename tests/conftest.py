@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,9 +17,10 @@ elsewhere = [folder for folder in sys.path if Path(folder or os.curdir).resolve(
 everywhere, sys.path[:] = list(sys.path), elsewhere
 if importlib.util.find_spec("sgl_ops") is None:
     sys.path[:] = everywhere
-sys.path.append(str(ROOT / "examples"))
+sys.path += [str(ROOT / "examples"), str(ROOT / "tests" / "cuda_on_cpu")]
 
 import torch  # noqa: E402
+from build_emulated import build_module  # noqa: E402
 
 from sgl_ops import _fused  # noqa: E402
 
@@ -61,11 +63,26 @@ def fused_device(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.fixture(params=["reference", "fused"])
-def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "fused":
-        skip_without_kernel(device)
-    return request.param
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA operators with their kernels on the CPU: torch.ops.sgl_ops_emulated, and what steers them."""
+    build_module(tmp_path_factory.mktemp("emulated"))
+    return importlib.import_module("sgl_ops_emulated")
+
+
+@pytest.fixture(params=["reference", "fused", "emulated"])
+def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What to compute with. "emulated" is the kernels for CUDA on the CPU, in place of those for the CPU."""
+    if request.param == "reference":
+        return "reference"
+    skip_without_kernel(device)
+    if request.param == "emulated":
+        if device.type != "cpu" or request.module.__name__ == "test_compile":
+            pytest.skip("the emulated kernels are for eager tests on the CPU")
+        request.getfixturevalue("emulated")
+        monkeypatch.setattr(_fused, "_forward", torch.ops.sgl_ops_emulated.sgl_forward.default)
+        monkeypatch.setattr(_fused, "_backward", torch.ops.sgl_ops_emulated.sgl_backward.default)
+    return "fused"
 
 
 @pytest.fixture(autouse=True)

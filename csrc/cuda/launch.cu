@@ -140,6 +140,11 @@ int select_device(int device, int* before) {
   return cudaSetDevice(device);
 }
 
+#if defined(SGL_EMULATE)
+// For the test of what happens when there are no more counters.
+void set_captured(uint32_t launches) { next_captured.store(launches); }
+#endif
+
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace cuda

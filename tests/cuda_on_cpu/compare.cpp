@@ -1,7 +1,9 @@
 // The CUDA kernels, run on the CPU under whatever sanitizer this was compiled with, against the CPU's kernels: cases drawn
 // at random, in every layout, dtype and pooling.
 //
-//   compare CASES SEED SCHEDULE RESIDENT     exit status 0: all agree; 1: one does not, or the emulator stopped it
+//   compare CASES SEED SCHEDULE RESIDENT MULTIPROCESSORS
+//
+// Exit status 0: all agree; 1: one does not, or the emulator stopped it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -247,11 +249,12 @@ bool compare(const Drawn& d, int number) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) return 2;
+  if (argc != 6) return 2;
   const int cases = std::atoi(argv[1]);
   generator.seed(static_cast<unsigned>(std::atoi(argv[2])));
   emulator::set_schedule(static_cast<unsigned>(std::atoi(argv[3])));
   emulator::set_resident(static_cast<unsigned>(std::atoi(argv[4])));
+  emulated::multiprocessors = std::atoi(argv[5]);
   try {
     for (int k = 0; k < cases; ++k)
       if (!compare(draw(), k)) return 1;

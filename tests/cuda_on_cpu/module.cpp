@@ -5,6 +5,12 @@
 #include "../../csrc/schema.h"
 #include "emulated_runtime.h"
 
+namespace sgl {
+namespace cuda {
+void set_captured(uint32_t launches);  // launch.cu
+}
+}  // namespace sgl
+
 STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) {
   m.def(sgl::kForwardSchema);
   m.def(sgl::kBackwardSchema);
@@ -15,4 +21,5 @@ PYBIND11_MODULE(sgl_ops_emulated, m) {
   m.def("set_resident", &emulator::set_resident);
   m.def("set_multiprocessors", [](int n) { emulated::multiprocessors = n; });
   m.def("set_capturing", [](bool capturing) { emulated::capturing = capturing; });
+  m.def("set_captured", &sgl::cuda::set_captured);
 }

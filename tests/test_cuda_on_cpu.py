@@ -1,0 +1,243 @@
+"""The CUDA kernels without a GPU: compiled by nvcc for every architecture, and run on the CPU under sanitizers.
+
+What they compute is tested by every test that takes ``impl``, one of which is "emulated". Here: that it does not depend
+on the order of threads and blocks, that sanitizers find nothing, and that they would find bugs in these very kernels.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from build_emulated import build_comparison
+from conftest import ROOT, needs_kernel
+
+from sgl_ops import SGLLoss, _fused
+
+sys.path.append(str(ROOT / "tools"))
+from cuda_toolkit import architecture_flags, compile_command, find_toolkit
+
+MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREADS = ["-fsanitize=thread"]
+SANITIZERS = {"memory": MEMORY, "threads": THREADS, "none": []}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@pytest.fixture
+def kernels(emulated, monkeypatch):
+    monkeypatch.setattr(_fused, "_forward", torch.ops.sgl_ops_emulated.sgl_forward.default)
+    monkeypatch.setattr(_fused, "_backward", torch.ops.sgl_ops_emulated.sgl_backward.default)
+    yield emulated
+    emulated.set_schedule(0)
+    emulated.set_resident(1)
+    emulated.set_multiprocessors(3)
+    emulated.set_capturing(False)
+
+
+def step(logits, targets, **options):
+    x = logits.clone().requires_grad_()
+    loss = SGLLoss(impl="fused", mask_weight=0.5, **options)(x, targets)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@needs_kernel
+@pytest.mark.parametrize("pooling", ["max", "softmax"])
+@pytest.mark.parametrize("shape", [(40, 3, 9), (3, 2, 700), (2, 1, 9000)])
+def test_the_order_of_threads_and_blocks_changes_no_bit(kernels, shape, pooling):
+    logits, targets = torch.randn(shape), (torch.rand(shape[:2]) < 0.5).float()
+    results = []
+    for schedule, resident in ((0, 1), (1, 1), (5, 1), (0, 4), (7, 3)):
+        kernels.set_schedule(schedule)
+        kernels.set_resident(resident)
+        results.append(step(logits, targets, pooling=pooling))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@needs_kernel
+@pytest.mark.parametrize("multiprocessors", [1, 2, 16, 132])
+@pytest.mark.parametrize("shape", [(70, 3, 9), (3, 2, 3000), (2, 1, 40_000)])
+def test_the_size_of_the_gpu_changes_rounding_alone(kernels, shape, multiprocessors):
+    logits, targets = torch.randn(shape, dtype=torch.float64), (torch.rand(shape[:2]) < 0.5).float()
+    expected = SGLLoss(impl="reference", mask_weight=0.5)(logits, targets)
+    kernels.set_multiprocessors(multiprocessors)
+    torch.testing.assert_close(step(logits, targets)[0], expected, rtol=1e-13, atol=0)
+
+
+@needs_kernel
+def test_captured_launches_have_counters_of_their_own(kernels):
+    """More of them than there are counters: the last ones bring one that is set to 0 in the graph."""
+    logits, targets = torch.randn(50, 1, 4), torch.ones(50, 1)
+    expected, _ = step(logits, targets)
+    kernels.set_capturing(True)
+    for taken in (0, 0xFFFF, 0x10000, 0x10001):
+        kernels.set_captured(taken)
+        assert torch.equal(step(logits, targets)[0], expected)
+    kernels.set_captured(0)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+              torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)  # fmt: skip
+def test_targets_of_any_dtype(kernels, dtype):
+    logits, targets = torch.randn(6, 2, 5), torch.tensor([[0, 1], [1, 0], [1, 1], [0, 0], [1, 0], [0, 1]])
+    expected, _ = step(logits, targets.double())
+    targets = targets.to(dtype)
+    assert torch.equal(step(logits, targets)[0], expected)
+    if dtype.is_floating_point:
+        targets[2, 1] = float("nan")
+        assert not torch.equal(step(logits, targets)[0], expected)
+        assert step(logits, targets)[1][2, 1].eq(0).all()
+
+
+@needs_kernel
+def test_what_is_too_large_is_refused(kernels):
+    """No memory is touched: these have no elements of their own."""
+    rows = torch.zeros(1).expand(1 << 30)
+    with pytest.raises(RuntimeError, match="2\\^30 - 1 instances"):
+        SGLLoss(impl="fused", check=False)(rows, torch.ones(1), offsets=torch.tensor([0, 1 << 30]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sanitizers
+
+
+class Program:
+    """compare.cpp under one sanitizer; skips where there is no such sanitizer."""
+
+    def __init__(self, folder: Path, sanitizer: list[str], root: Path = ROOT):
+        folder.mkdir()
+        trial = folder / "nothing.cpp"
+        trial.write_text("int main() {}\n")
+        for command in (["g++", *sanitizer, str(trial), "-o", str(folder / "nothing")], [str(folder / "nothing")]):
+            if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode != 0:
+                pytest.skip(f"no programs can be compiled and run here with {sanitizer}")
+        self.path = build_comparison(folder, sanitizer, root)
+
+    def run(self, cases, seed, schedule, resident, multiprocessors) -> subprocess.CompletedProcess[str]:
+        arguments = map(str, (cases, seed, schedule, resident, multiprocessors))
+        environment = {"PATH": "/usr/bin:/bin", "TSAN_OPTIONS": "halt_on_error=1"}
+        return subprocess.run(
+            [str(self.path), *arguments], capture_output=True, text=True, timeout=900, env=environment
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    built: dict[str, Program] = {}
+    folder = tmp_path_factory.mktemp("compare")
+
+    def program(name: str) -> Program:
+        if name not in built:
+            built[name] = Program(folder / name, SANITIZERS[name])
+        return built[name]
+
+    return program
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+def test_agrees_with_the_cpu(programs, schedule):
+    result = programs("none").run(300, schedule, schedule, 1 + schedule, 3)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("schedule", [0, 1])
+def test_touches_no_memory_of_others(programs, schedule):
+    result = programs("memory").run(150, 10 + schedule, schedule, 1 + schedule, 3)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("schedule", [0, 1])
+def test_has_no_races(programs, schedule):
+    # a thread of ThreadSanitizer for each thread of the GPU takes a millisecond: few blocks
+    result = programs("threads").run(8, 20 + schedule, schedule, 2, 1)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# A bug in a kernel: the file, what stands there, what shall, and the sanitizer that is to find it.
+BUGS = {
+    "no barrier before the warps' sums are read": (
+        "group.cuh", "    __syncthreads();\n    std::memcpy(&value", "    std::memcpy(&value", "threads"),
+    "the warps' sums are overwritten at once": ("group.cuh", "    turn_ ^= 1;\n", "", "threads"),
+    "no barrier before bag-classes are finished": (
+        "forward.cuh", "    group.sync();\n    const", "    const", "threads"),
+    "no fence before a block says that it is done": (
+        "forward.cuh", "] = batch;\n    __threadfence();\n", "] = batch;\n", "threads"),
+    "no fence before the last block reads the others": (
+        "forward.cuh", "gridDim.x - 1;\n    __threadfence();\n", "gridDim.x - 1;\n", "threads"),
+    "the counter is not set back": ("forward.cuh", "blocks_done, gridDim.x - 1)", "blocks_done, gridDim.x)", "none"),
+    "one instance too many": ("rows.cuh", "else if (j < row.n)", "else if (j <= row.n)", "memory"),
+    "one pack too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + 1 :", "memory"),
+    "one gradient too many": ("backward.cuh", "kSize && j < row.n", "kSize && j <= row.n", "memory"),
+    "the tail of a row is left out": ("rows.cuh", "p * kSize < row.n", "p * kSize + kSize <= row.n", "none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_finds(tmp_path, bug):
+    name, right, wrong, sanitizer = BUGS[bug]
+    shutil.copytree(ROOT / "csrc", tmp_path / "root" / "csrc")
+    shutil.copytree(ROOT / "tests" / "cuda_on_cpu", tmp_path / "root" / "tests" / "cuda_on_cpu")
+    path = tmp_path / "root" / "csrc" / "cuda" / name
+    text = path.read_text()
+    assert right in text, f"{bug}: what it replaces is not in {name}"
+    path.write_text(text.replace(right, wrong))
+    program = Program(tmp_path / "program", SANITIZERS[sanitizer], tmp_path / "root")
+    cases = {"threads": 8, "memory": 150, "none": 300}[sanitizer]
+    results = [program.run(cases, 20 + schedule, schedule, 2, 1) for schedule in (0, 1)]
+    assert any(result.returncode != 0 for result in results), results[0].stdout + results[0].stderr
+    expected = {"threads": "data race", "memory": "AddressSanitizer|runtime error", "none": "on the CPU"}[sanitizer]
+    assert any(re.search(expected, result.stdout + result.stderr) for result in results)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nvcc
+
+
+@pytest.fixture(scope="module")
+def toolkit():
+    toolkit = find_toolkit()
+    if toolkit is None:
+        pytest.skip("there is no CUDA toolkit: CUDA_HOME says where to look")
+    return toolkit
+
+
+def test_compiles_for_every_architecture_without_memory_of_its_own(toolkit, tmp_path, monkeypatch):
+    """What a thread keeps does not fit into registers where the compiler reports a stack frame or spills."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    command = compile_command(toolkit, str(ROOT / "csrc/cuda/launch.cu"), str(tmp_path / "launch.o"), ["-fPIC"])
+    command.insert(1, "-Xptxas=-v")
+    result = subprocess.run(command, capture_output=True, text=True)
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report
+    assert "warning" not in report, report
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    kernels = re.findall(r"Compiling entry function '\S*(?:forward|backward)_kernel", report)
+    # forward and backward of four dtypes, for each architecture
+    assert len(kernels) == 8 * len(architecture_flags(toolkit / "bin" / "nvcc"))
+    assert len(frames) >= len(kernels)
+    assert set(frames) == {("0", "0", "0")}, report
+
+
+def test_architectures_by_name(toolkit, monkeypatch):
+    nvcc = toolkit / "bin" / "nvcc"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
+    assert architecture_flags(nvcc) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST.*'Hopper'"):
+        architecture_flags(nvcc)
