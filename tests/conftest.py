@@ -85,6 +85,11 @@ def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pyte
     return "fused"
 
 
+def by_kernels_for_cuda(device: torch.device) -> bool:
+    """Whether "fused" means the kernels for CUDA, on a GPU or emulated."""
+    return device.type == "cuda" or "emulated" in _fused._forward.name()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -126,8 +126,10 @@ class Program:
                 pytest.skip(f"no programs can be compiled and run here with {sanitizer}")
         self.path = build_comparison(folder, sanitizer, root)
 
-    def run(self, cases, seed, schedule, resident, multiprocessors) -> subprocess.CompletedProcess[str]:
-        arguments = map(str, (cases, seed, schedule, resident, multiprocessors))
+    def run(
+        self, cases, seed, schedule, resident, multiprocessors=3, bags=0, positions=0
+    ) -> subprocess.CompletedProcess[str]:
+        arguments = map(str, (cases, seed, schedule, resident, multiprocessors, bags, positions))
         environment = {"PATH": "/usr/bin:/bin", "TSAN_OPTIONS": "halt_on_error=1"}
         return subprocess.run(
             [str(self.path), *arguments], capture_output=True, text=True, timeout=900, env=environment
@@ -149,21 +151,26 @@ def programs(tmp_path_factory):
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
 def test_agrees_with_the_cpu(programs, schedule):
-    result = programs("none").run(300, schedule, schedule, 1 + schedule, 3)
+    result = programs("none").run(300, schedule, schedule, 1 + schedule)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("schedule", [0, 1])
 def test_touches_no_memory_of_others(programs, schedule):
-    result = programs("memory").run(150, 10 + schedule, schedule, 1 + schedule, 3)
+    result = programs("memory").run(150, 10 + schedule, schedule, 1 + schedule)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+# (bags, positions): a warp to a bag-class, and a block, with several of them to each
+SHAPES_FOR_RACES = [(0, 0), (20, 600)]
 
 
 @pytest.mark.parametrize("schedule", [0, 1])
 def test_has_no_races(programs, schedule):
     # a thread of ThreadSanitizer for each thread of the GPU takes a millisecond: few blocks
-    result = programs("threads").run(8, 20 + schedule, schedule, 2, 1)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for shape in SHAPES_FOR_RACES:
+        result = programs("threads").run(3, 20 + schedule, schedule, 2, 1, *shape)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 # A bug in a kernel: the file, what stands there, what shall, and the sanitizer that is to find it.
@@ -195,11 +202,14 @@ def test_finds(tmp_path, bug):
     assert right in text, f"{bug}: what it replaces is not in {name}"
     path.write_text(text.replace(right, wrong))
     program = Program(tmp_path / "program", SANITIZERS[sanitizer], tmp_path / "root")
-    cases = {"threads": 8, "memory": 150, "none": 300}[sanitizer]
-    results = [program.run(cases, 20 + schedule, schedule, 2, 1) for schedule in (0, 1)]
-    assert any(result.returncode != 0 for result in results), results[0].stdout + results[0].stderr
-    expected = {"threads": "data race", "memory": "AddressSanitizer|runtime error", "none": "on the CPU"}[sanitizer]
-    assert any(re.search(expected, result.stdout + result.stderr) for result in results)
+    if sanitizer == "threads":
+        results = [program.run(3, 20 + k, k, 2, 1, *shape) for shape in SHAPES_FOR_RACES[::-1] for k in (0, 1)]
+    else:
+        results = [program.run(150, 20 + k, k, 2) for k in (0, 1)]
+    output = "".join(result.stdout + result.stderr for result in results)
+    assert any(result.returncode != 0 for result in results), output
+    # what is out of bounds may also be read as if it were not, and show in the result
+    assert re.search("data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU", output)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

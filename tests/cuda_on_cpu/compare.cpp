@@ -1,9 +1,9 @@
 // The CUDA kernels, run on the CPU under whatever sanitizer this was compiled with, against the CPU's kernels: cases drawn
 // at random, in every layout, dtype and pooling.
 //
-//   compare CASES SEED SCHEDULE RESIDENT MULTIPROCESSORS
+//   compare CASES SEED SCHEDULE RESIDENT MULTIPROCESSORS BAGS POSITIONS
 //
-// Exit status 0: all agree; 1: one does not, or the emulator stopped it.
+// BAGS and POSITIONS are drawn where they are 0. Exit status 0: all agree; 1: one does not, or the emulator stopped it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -79,7 +79,7 @@ void* class_vector(Drawn& d, bool may_be_zero) {
   return v;
 }
 
-Drawn draw() {
+Drawn draw(int64_t bags, int64_t positions) {
   Drawn d;
   Case& c = d.c;
   c.type = static_cast<int>(between(0, 3));
@@ -88,6 +88,8 @@ Drawn draw() {
   c.bags = one_in(4) ? between(1, 30) : between(1, 4);
   c.positions = one_in(10) ? between(400, 3000) : between(0, 80);
   if (one_in(3)) c.positions = c.positions / 8 * 8;  // rows that lie on 16 bytes
+  if (bags != 0) c.bags = bags;
+  if (positions != 0) c.positions = positions;
   c.mask = nullptr;
   c.mask_bag = 0;
   c.dimensions = 1;
@@ -249,7 +251,7 @@ bool compare(const Drawn& d, int number) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 6) return 2;
+  if (argc != 8) return 2;
   const int cases = std::atoi(argv[1]);
   generator.seed(static_cast<unsigned>(std::atoi(argv[2])));
   emulator::set_schedule(static_cast<unsigned>(std::atoi(argv[3])));
@@ -257,7 +259,7 @@ int main(int argc, char** argv) {
   emulated::multiprocessors = std::atoi(argv[5]);
   try {
     for (int k = 0; k < cases; ++k)
-      if (!compare(draw(), k)) return 1;
+      if (!compare(draw(std::atoi(argv[6]), std::atoi(argv[7])), k)) return 1;
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;
