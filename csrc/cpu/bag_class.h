@@ -299,16 +299,17 @@ SGL_HD Sums sums_of(const Settings& settings, Label label, T pos_weight, const R
     out.kind = Kind::kUnranked;
   } else {
     out.kind = Kind::kPositive;
+    // before the loss: behind it gcc 12 mixes the two up, and the loss's loop is no longer one of vectors
+    if (settings.weighted)
+      out.median = lower_median(
+          row.n, e.low, e.high, [&](T pivot) __attribute__((always_inline)) { return count_up_to(row, pivot); },
+          [&](T pivot) __attribute__((always_inline)) { return largest_up_to(row, pivot, e.low); });
     const Guide<T> guide = guide_of(e.low, e.high, scale, settings.delta_l, settings.rescale);
     if (scale.any) {
       positive_loss<true>(row, guide, scale, pos_weight, buffer, out);
     } else {
       positive_loss<false>(row, guide, scale, pos_weight, buffer, out);
     }
-    if (settings.weighted)
-      out.median = lower_median(
-          row.n, e.low, e.high, [&](T pivot) __attribute__((always_inline)) { return count_up_to(row, pivot); },
-          [&](T pivot) __attribute__((always_inline)) { return largest_up_to(row, pivot, e.low); });
   }
   const PoolingSettings<T> pooling = pooling_settings(e.low, e.high, settings.pooling_parameter);
   if (scale.any) {
