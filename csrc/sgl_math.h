@@ -401,8 +401,7 @@ SGL_HD BagLogit finish_pooling(
       // P = log1p(mean(e^(rp) - 1)) / r is used there; Q = 1 - P = min q - log(mean weight) / r never cancels.
       const double loss = c / n < 0.5 ? -log1p(-c / n) : -log(b / n);
       const double largest = parameter * p_high;
-      const double log_mean =
-          largest > 1 ? largest + log(a / n + exp(-largest)) : log1p(a / n * exp(largest));
+      const double log_mean = largest > 1 ? largest + log(a / n + exp(-largest)) : log1p(a / n * exp(largest));
       double p = log_mean / parameter, q = q_high + loss / parameter;
       double z;
       if (p < 0.5) {
