@@ -72,7 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bags", type=int, default=100, help="training bags (100)")
     add("--val-bags", type=int, default=100, help="validation bags (100)")
     add("--test-bags", type=int, default=1000, help="test bags (1000)")
-    add("--epochs", type=int, help="300; of digits 100")
+    add("--epochs", type=int, help="300; of digits 70")
     add("--batch-size", type=int, default=64, help="bags in a step (64)")
     add("--lr", type=float, help="learning rate of Adam: 1e-4; of digits, to be quick, 1e-3")
     add("--weight-decay", type=float, default=1e-4, help="(1e-4)")
@@ -90,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="one step of training, and write nothing")
     args = parser.parse_args(argv)
     args.quick = args.data == "digits"
-    args.epochs = (100 if args.quick else 300) if args.epochs is None else args.epochs
+    args.epochs = (70 if args.quick else 300) if args.epochs is None else args.epochs
     args.lr = (1e-3 if args.quick else 1e-4) if args.lr is None else args.lr
     for name in ("bags", "val_bags", "test_bags", "epochs", "batch_size", "runs"):
         if getattr(args, name) < 1:
