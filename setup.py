@@ -104,9 +104,9 @@ class BuildExtension(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             folder, flags = link_flags(toolkit)
-            if self.force or not newer_than(str(target), [source, *glob("csrc/cuda/*.cuh"), *extension.depends]):
-                host_flags = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}=."]
-                subprocess.run(compile_command(toolkit, source, str(target), host_flags), check=True)
+            host_flags = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}=."]
+            command = compile_command(toolkit, source, str(target), host_flags)
+            self.run_unless_done(command, target, [source, *glob("csrc/cuda/*.cuh"), *extension.depends])
         except (OSError, StopIteration, subprocess.CalledProcessError) as error:
             if CUDA == "1":
                 raise
@@ -118,6 +118,16 @@ class BuildExtension(build_ext):
         extension.library_dirs += [str(folder)]
         extension.extra_link_args += flags
 
+    def run_unless_done(self, command: list[str], target: Path, sources: list[str]) -> None:
+        """Run what makes ``target``, unless this very command has made it since ``sources`` changed."""
+        done = target.with_suffix(".command")
+        wanted = "\n".join(command)
+        if not self.force and newer_than(str(target), sources) and done.exists() and done.read_text() == wanted:
+            return
+        done.unlink(missing_ok=True)
+        subprocess.run(command, check=True)
+        done.write_text(wanted)
+
     def build_extensions(self) -> None:
         torch = torch_folder()
         for extension in self.extensions:
@@ -125,6 +135,11 @@ class BuildExtension(build_ext):
             extension.include_dirs.append(str(torch / "include"))
             extension.library_dirs.append(str(torch / "lib"))
             extension.extra_compile_args.append(f"-ffile-prefix-map={torch}=torch")
+        # what an earlier build left was made with other settings: with kernels for CUDA, say, or beside another torch
+        settings = Path(self.build_temp, "settings")
+        wanted = repr([(e.sources, e.define_macros, e.include_dirs, e.extra_compile_args) for e in self.extensions])
+        self.force = self.force or not settings.exists() or settings.read_text() != wanted
+        settings.unlink(missing_ok=True)
         compile_some = self.compiler.compile
 
         def compile_all(sources: list[str], output_dir: str, depends: list[str], **options: Any) -> list[str]:
@@ -139,6 +154,8 @@ class BuildExtension(build_ext):
 
         self.compiler.compile = compile_all
         super().build_extensions()
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(wanted)
 
 
 class BuildWheel(bdist_wheel):
