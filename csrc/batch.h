@@ -85,10 +85,8 @@ SGL_HD BagClass finish(const Sums& s, const Settings& settings, double pos_weigh
     b.mask_slope = b.mask / s.square;
   }
   if (settings.pooling == kNone) return b;
-  const Probability<double> high = probability<false>(s.high, none);
   const BagLogit z = finish_pooling(
-      settings.pooling, s.pooled[0], s.pooled[1], s.pooled[2], s.n, s.high, scale, settings.pooling_parameter, high.p,
-      high.q);
+      settings.pooling, s.pooled[0], s.pooled[1], s.pooled[2], s.n, s.high, scale, settings.pooling_parameter);
   b.slope1 = z.slope1;
   b.slope2 = z.slope2;
   // BCE(P, y) (Eq. 3)
@@ -111,13 +109,25 @@ SGL_HD void add(Batch& batch, const BagClass& b, double class_weight) {
   if (b.kind == Kind::kAbsent) return;
   batch.participants += 1;
   for (int k = 0; k < 3; ++k) {
+    if (b.count[k] == 0) continue;
     const double loss = class_weight * b.weight * b.loss[k];
     batch.count[k] += b.count[k];
     batch.part[k] += loss;
-    batch.per_bag += loss / at_least_one(b.count[k]);
+    batch.per_bag += loss / static_cast<double>(b.count[k]);
   }
   batch.bag += class_weight * b.bag_loss;
   batch.mask += class_weight * b.mask;
+}
+
+SGL_HD void merge(Batch& batch, const Batch& o) {
+  batch.participants += o.participants;
+  for (int k = 0; k < 3; ++k) {
+    batch.count[k] += o.count[k];
+    batch.part[k] += o.part[k];
+  }
+  batch.per_bag += o.per_bag;
+  batch.bag += o.bag;
+  batch.mask += o.mask;
 }
 
 struct Loss {
@@ -215,18 +225,19 @@ SGL_HD Coefficients<T> coefficients(
   k.slope2 = bag * row[kColumnSlope2];
   k.pos_weight = pos_weight;
   k.scale = scale_of(low, high, row[kColumnNearest], settings.pooling);
-  k.guide = guide_of(low, high, k.scale, settings.delta_l, settings.rescale);
-  k.pooling = pooling_settings(low, high, settings.pooling_parameter);
+  k.guide = Guide<T>{};
+  if (k.kind == Kind::kPositive) k.guide = guide_of(low, high, k.scale, settings.delta_l, settings.rescale);
+  k.pooling = pooling_settings(settings.pooling, low, high, settings.pooling_parameter);
   return k;
 }
 
 // Of the instance loss and the mask penalty.
-template <bool is_positive, bool scaled, class T>
-SGL_HD T instance_slope(T x, const Probability<T>& o, const Coefficients<T>& k) {
+template <bool is_positive, bool scaled, class F, class T>
+SGL_HD F instance_slope(F x, const Probability<F>& o, const Coefficients<T>& k) {
   if (!is_positive) return k.negative * o.p;
-  const Target<T> t = target_of(theta_of(x, o, k.guide), k.guide);
-  const T weight = t.negative * k.negative + t.ambiguous * k.ambiguous + t.positive * k.positive;
-  const T mask = t.m > T(0) ? k.mask * (o.scaled_p * o.scaled_p) * o.q : T(0);
+  const Target<F> t = target_of(theta_of(x, o, k.guide), k.guide);
+  const F weight = t.negative * k.negative + t.ambiguous * k.ambiguous + t.positive * k.positive;
+  const F mask = select(t.m > T(0), k.mask * (o.scaled_p * o.scaled_p) * o.q, F(T(0)));
   return weight * bce_slope(o, t.m, k.pos_weight) + mask;
 }
 

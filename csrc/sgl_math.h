@@ -1,7 +1,8 @@
 // The arithmetic of the Self-Guiding Loss for one instance and one bag-class, shared by every device.
 //
-// Scalar and branch-free where it is called per instance (ternaries, no early return): a loop over instances around
-// these functions is a vector loop. No torch here. Equation numbers: Seibold et al., ACCV 2020.
+// What is called per instance is written for any F: a float or double, or the Floats of cpu/vector.h, several instances
+// at once. So it has no branches, `select` in place of ?:, and the numbers of the bag-class beside it are a plain T.
+// No torch here. Equation numbers: Seibold et al., ACCV 2020.
 #pragma once
 
 #include <cmath>
@@ -37,32 +38,52 @@ SGL_HD double infinity_of(double) { return bits_of<double>(uint64_t{0x7ff0000000
 SGL_HD float nan_of(float) { return bits_of<float>(0x7fc00000u); }
 SGL_HD double nan_of(double) { return bits_of<double>(uint64_t{0x7ff8000000000000u}); }
 
+SGL_HD float select(bool condition, float a, float b) { return condition ? a : b; }
+SGL_HD double select(bool condition, double a, double b) { return condition ? a : b; }
+
+SGL_HD uint32_t to_bits(float x) { return bits_of<uint32_t>(x); }
+SGL_HD float from_bits(uint32_t bits) { return bits_of<float>(bits); }
+
+// -|x|
+template <class F>
+SGL_HD F minus_magnitude(F x) {
+  return from_bits(to_bits(x) | 0x80000000u);
+}
+SGL_HD double minus_magnitude(double x) { return -std::fabs(x); }
+
+// 1.5 * 2^23: what is added to it loses its fraction, rounded to nearest, and lies in the lowest bits
+constexpr float kRound = 12582912.0f;
+
 // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two pieces, so that n times the first is exact
+template <class F>
 struct ReducedExponent {
-  float r;
-  int32_t n;
+  F r;
+  F shifted;  // n + kRound
 };
 
-SGL_HD ReducedExponent reduce_exponent(float x) {
-  const float round = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction, rounded to nearest
-  const float shifted = x * 1.44269504088896341f + round;
-  const float n = shifted - round;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  return {r, static_cast<int32_t>(bits_of<uint32_t>(shifted) - bits_of<uint32_t>(round))};
+template <class F>
+SGL_HD ReducedExponent<F> reduce_exponent(F x) {
+  const F shifted = x * 1.44269504088896341f + kRound;
+  const F n = shifted - kRound;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  return {r, shifted};
 }
 
 // e^r - 1 for |r| <= ln 2 / 2
-SGL_HD float expm1_polynomial(float r) {
-  float s = 0.0013814559f;
-  s = s * r + 0.0083687352f;
+template <class F>
+SGL_HD F expm1_polynomial(F r) {
+  F s = r * 0.0013814559f + 0.0083687352f;
   s = s * r + 0.0416683890f;
   s = s * r + 0.1666652113f;
   s = s * r + 0.4999999404f;
   return s * (r * r) + r;
 }
 
-// 2^n for -126 <= n <= 127; unsigned: for a NaN the exponent is anything
-SGL_HD float power_of_two(int32_t n) { return bits_of<float>((static_cast<uint32_t>(n) + 127u) << 23); }
+// 2^(n + more) from n + kRound: the bits of kRound itself are shifted out
+template <class F>
+SGL_HD F power_of_two(F shifted, int more) {
+  return from_bits((to_bits(shifted) << 23) + (static_cast<uint32_t>(127 + more) << 23));
+}
 
 #if defined(__CUDA_ARCH__) || defined(SGL_EMULATE)
 
@@ -97,42 +118,63 @@ SGL_HD float exp(float x) {
 
 #else
 
-SGL_HD float reciprocal(float x) { return 1.0f / x; }
+template <class F>
+SGL_HD F reciprocal(F x) {
+  return 1.0f / x;
+}
 
-SGL_HD float exp(float x) {
-  x = x > 89.0f ? 89.0f : x;  // inf
-  x = x < -105.0f ? -105.0f : x;  // 0
-  const ReducedExponent e = reduce_exponent(x);
+// For x <= 40, which is all that is needed: what is called has arguments <= 0.
+template <class F>
+SGL_HD F exp(F x) {
+  x = select(x < -105.0f, F(-105.0f), x);  // 0
+  const ReducedExponent<F> e = reduce_exponent(x);
   // 2^n in two factors: as one it leaves the range of floats where the result does not yet
-  const int32_t half = e.n >> 1;
-  return (expm1_polynomial(e.r) + 1.0f) * power_of_two(half) * power_of_two(e.n - half);
+  return (expm1_polynomial(e.r) + 1.0f) * power_of_two(e.shifted, 64) * 5.42101086e-20f;
 }
 
 #endif
 
 // e^x - 1 for x <= 0
-SGL_HD float expm1_negative(float x) {
-  x = x < -40.0f ? -40.0f : x;  // -1
-  const ReducedExponent e = reduce_exponent(x);
-  const float scale = power_of_two(e.n);
+template <class F>
+SGL_HD F expm1_negative(F x) {
+  x = select(x < -40.0f, F(-40.0f), x);  // -1
+  const ReducedExponent<F> e = reduce_exponent(x);
+  const F scale = power_of_two(e.shifted, 0);
   return expm1_polynomial(e.r) * scale + (scale - 1.0f);
 }
 
-// log(1 + u) for 0 <= u <= 1, from f = u, or f = (1 + u) / 2 - 1 where 1 + u > sqrt 2: both exact
-SGL_HD float log1p_unit(float u) {
-  const bool low = u < 0.41421356f;
-  const float f = low ? u : (u - 1.0f) * 0.5f;
-  float s = -0.0763449669f;
-  s = s * f + 0.1276157647f;
+// log(1 + f) for 1 / sqrt 2 <= 1 + f <= sqrt 2
+template <class F>
+SGL_HD F log1p_polynomial(F f) {
+  F s = f * -0.0763449669f + 0.1276157647f;
   s = s * f - 0.1316018254f;
   s = s * f + 0.1420175731f;
   s = s * f - 0.1662335694f;
   s = s * f + 0.2000122666f;
   s = s * f - 0.2500081956f;
   s = s * f + 0.3333333135f;
-  const float square = f * f;
-  s = s * (f * square) - square * 0.5f + f;
-  return low ? s : s + 0.693147181f;
+  const F square = f * f;
+  return s * (f * square) - square * 0.5f + f;
+}
+
+// log(1 + u) for 0 <= u <= 1, from f = u, or f = (1 + u) / 2 - 1 where 1 + u > sqrt 2: both exact
+template <class F>
+SGL_HD F log1p_unit(F u) {
+  const auto low = u < 0.41421356f;
+  const F s = log1p_polynomial(select(low, u, (u - 1.0f) * 0.5f));
+  return select(low, s, s + 0.693147181f);
+}
+
+// log(1 + e) for e >= 0
+template <class F>
+SGL_HD F log1p_any(F e) {
+  const F z = e + 1.0f;
+  const F lost = e - (z - 1.0f);  // exact
+  // z = 2^n (1 + f)
+  const auto n = (to_bits(z) - 0x3f3504f3u) >> 23;
+  const F f = from_bits(to_bits(z) - (n << 23)) - 1.0f;
+  // 2^23 + n as a float has n in its lowest bits
+  return log1p_polynomial(f) + (from_bits(n + 0x4b000000u) - 8388608.0f) * 0.693147181f + lost / z;
 }
 
 SGL_HD double reciprocal(double x) { return 1.0 / x; }
@@ -140,9 +182,9 @@ SGL_HD_CALL double exp(double x) { return std::exp(x); }
 SGL_HD_CALL double log(double x) { return std::log(x); }
 SGL_HD_CALL double expm1(double x) { return std::expm1(x); }
 SGL_HD_CALL double log1p(double x) { return std::log1p(x); }
-SGL_HD float log1p(float x) { return std::log1p(x); }
 SGL_HD double expm1_negative(double x) { return expm1(x); }
 SGL_HD double log1p_unit(double u) { return log1p(u); }
+SGL_HD double log1p_any(double e) { return log1p(e); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Probabilities
@@ -175,28 +217,26 @@ SGL_HD Scale<T> scale_of(T low, T high, T nearest_to_zero, int64_t pooling) {
   return {high < T(0) ? high : T(0), low > T(0) ? low : T(0), nearest_to_zero, true};
 }
 
-template <class T>
+template <class F>
 struct Probability {
-  T u;  // e^-|x|
-  T p, q;  // sigmoid(x), sigmoid(-x): 1 - p would have no digits left where p is near 1
-  T scaled_p, scaled_q, scaled_pq;
+  F u;  // e^-|x|
+  F p, q;  // sigmoid(x), sigmoid(-x): 1 - p would have no digits left where p is near 1
+  F scaled_p, scaled_q, scaled_pq;
 };
 
-template <bool scaled, class T>
-SGL_HD Probability<T> probability(T x, const Scale<T>& scale) {
-  const T magnitude = x < T(0) ? -x : x;
-  const T u = exp(-magnitude);
-  const T larger = reciprocal(T(1) + u);
-  const T smaller = u * larger;
-  const bool positive = x >= T(0);
-  Probability<T> o;
-  o.u = u;
-  o.p = positive ? larger : smaller;
-  o.q = positive ? smaller : larger;
+template <bool scaled, class F, class T>
+SGL_HD Probability<F> probability(F x, const Scale<T>& scale) {
+  Probability<F> o;
+  o.u = exp(minus_magnitude(x));
+  const F larger = reciprocal(T(1) + o.u);
+  const F smaller = o.u * larger;
+  const auto positive = x >= T(0);
+  o.p = select(positive, larger, smaller);
+  o.q = select(positive, smaller, larger);
   if (scaled) {
-    o.scaled_p = exp((positive ? T(0) : x) - scale.p) * larger;
-    o.scaled_q = exp(scale.q - (positive ? x : T(0))) * larger;
-    o.scaled_pq = exp(scale.pq - magnitude) * larger * larger;
+    o.scaled_p = exp(select(positive, F(T(0)), x) - scale.p) * larger;
+    o.scaled_q = exp(scale.q - select(positive, x, F(T(0)))) * larger;
+    o.scaled_pq = exp(scale.pq + minus_magnitude(x)) * larger * larger;
   } else {
     o.scaled_p = o.p;
     o.scaled_q = o.q;
@@ -206,19 +246,21 @@ SGL_HD Probability<T> probability(T x, const Scale<T>& scale) {
 }
 
 // Sum of log(1 + u) as one logarithm of a product, which is kept as its excess over 1, so that nothing of a tiny u is
-// lost. In float for at most some sixteen factors of at most 2.
-template <class T>
+// lost. In float for at most kFactors factors of at most 2.
+template <class F>
 struct LogOfProduct {
-  T excess = T(0);
+  static constexpr int kFactors = 16;
+  F excess;
 
-  SGL_HD void multiply_by_1_plus(T u) { excess = u * (T(1) + excess) + excess; }
-  SGL_HD T log() const { return log1p(excess); }
+  SGL_HD LogOfProduct() : excess(F(0)) {}
+  SGL_HD void multiply_by_1_plus(F u) { excess = u * (excess + F(1)) + excess; }
+  SGL_HD F log() const { return log1p_any(excess); }
 };
 
 // log(1 + e^x) from u = e^-|x|; softplus(-x) is -log p, softplus(x) is -log(1 - p)
-template <class T>
-SGL_HD T softplus(T x, T u) {
-  return (x > T(0) ? x : T(0)) + log1p_unit(u);
+template <class F>
+SGL_HD F softplus(F x, F u) {
+  return select(x > F(0), x, F(0)) + log1p_unit(u);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +270,7 @@ template <class T>
 struct Guide {
   T low, high;  // extreme logits
   T inverse_p_high;  // 1 / p at high, scaled as p is
-  T span;  // expm1(low - high)
+  T lift, inverse_span;  // 1 / (lift expm1(low - high))
   T delta_l, delta_h;
 };
 
@@ -238,53 +280,54 @@ template <class T>
 SGL_HD Guide<T> guide_of(T low, T high, const Scale<T>& scale, double delta_l, bool rescale) {
   const T infinity = infinity_of(T());
   const T delta_h = static_cast<T>(1.0 - delta_l);
-  if (!rescale) return {-infinity, infinity, exp(scale.p), T(-1), static_cast<T>(delta_l), delta_h};
+  if (!rescale) return {-infinity, infinity, exp(scale.p), T(1), T(-1), static_cast<T>(delta_l), delta_h};
   const T p_high = (scale.any ? probability<true>(high, scale) : probability<false>(high, scale)).scaled_p;
-  return {low, high, T(1) / p_high, expm1_negative(low - high), static_cast<T>(delta_l), delta_h};
+  // 2^64 where the instances are so nearly alike that the reciprocal might be infinite
+  const T span = expm1_negative(low - high), lift = span > T(-1e-15) ? T(18446744073709551616.0) : T(1);
+  return {low, high, T(1) / p_high, lift, T(1) / (span * lift), static_cast<T>(delta_l), delta_h};
 }
 
 // theta = (p - min p) / (max p - min p) (Eq. 5). Differences of probabilities lose their digits where the sigmoid
 // saturates; sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)) does not, so
 // theta = [p / max p] [expm1(min x - x) / expm1(min x - max x)].
-template <class T>
-SGL_HD T theta_of(T x, const Probability<T>& o, const Guide<T>& g) {
-  // the quotient first: with instances very nearly alike, 1 / span is infinite
-  const T rise = expm1_negative(g.low - x) / g.span;
-  const T theta = (o.scaled_p * g.inverse_p_high) * rise;
-  return (theta > T(1)) | (x == g.high) ? T(1) : theta;
+template <class F, class T>
+SGL_HD F theta_of(F x, const Probability<F>& o, const Guide<T>& g) {
+  const F rise = (expm1_negative(g.low - x) * g.lift) * g.inverse_span;
+  const F theta = (o.scaled_p * g.inverse_p_high) * rise;
+  return select((theta > T(1)) | (x == g.high), F(T(1)), theta);
 }
 
 // M (Eq. 6): 0 negative, 1 positive, theta ambiguous. The parts are numbers, 1 for the one that the instance is in: as
 // conditions they make compilers branch around the arithmetic of each part, and loops stay scalar.
-template <class T>
+template <class F>
 struct Target {
-  T m;
-  T negative, ambiguous, positive;
+  F m;
+  F negative, ambiguous, positive;
 };
 
-template <class T>
-SGL_HD Target<T> target_of(T theta, const Guide<T>& g) {
-  const T negative = theta < g.delta_l ? T(1) : T(0);
-  const T positive = theta > g.delta_h ? T(1) : T(0);
-  const T ambiguous = (T(1) - negative) - positive;
+template <class F, class T>
+SGL_HD Target<F> target_of(F theta, const Guide<T>& g) {
+  const F negative = select(theta < g.delta_l, F(T(1)), F(T(0)));
+  const F positive = select(theta > g.delta_h, F(T(1)), F(T(0)));
+  const F ambiguous = (T(1) - negative) - positive;
   return {positive + ambiguous * theta, negative, ambiguous, positive};
 }
 
 // BCE from logits, (1 - M) softplus(x) + pos_weight M softplus(-x): no cancellation, no epsilon
-template <class T>
-SGL_HD T bce(T x, const Probability<T>& o, T m, T pos_weight) {
-  const T log1p_u = log1p_unit(o.u);
-  const T above = x > T(0) ? x : T(0);
-  const T below = x > T(0) ? T(0) : -x;
+template <class F, class T>
+SGL_HD F bce(F x, const Probability<F>& o, F m, T pos_weight) {
+  const F log1p_u = log1p_unit(o.u);
+  const F above = select(x > T(0), x, F(T(0)));
+  const F below = above - x;  // exact
   return (T(1) - m) * (above + log1p_u) + pos_weight * m * (below + log1p_u);
 }
 
 // d bce / dx = p - M where pos_weight is 1: exactly 0 where M = p, and with all its digits where M = 1 and p nearly so
-template <class T>
-SGL_HD T bce_slope(const Probability<T>& o, T m, T pos_weight) {
-  const T certain = -pos_weight * o.q;
-  const T other = (o.p - m) + (T(1) - pos_weight) * (m * o.q);
-  return m == T(1) ? certain : other;
+template <class F, class T>
+SGL_HD F bce_slope(const Probability<F>& o, F m, T pos_weight) {
+  const F certain = -pos_weight * o.q;
+  const F other = (o.p - m) + (T(1) - pos_weight) * (m * o.q);
+  return select(m == T(1), certain, other);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -302,25 +345,48 @@ SGL_HD int64_t order_of(double x) {
 SGL_HD float at_order(int32_t order) { return bits_of<float>(order < 0 ? order ^ 0x7fffffff : order); }
 SGL_HD double at_order(int64_t order) { return bits_of<double>(order < 0 ? order ^ 0x7fffffffffffffff : order); }
 
-// As torch.median has it: the smallest of n numbers that half of them do not exceed. By bisection over the floats between
-// the extremes: a dozen passes that only compare and count are several times faster than one selection that moves
-// numbers about. count_up_to(pivot): how many are <= pivot; largest_up_to(pivot): the largest of those.
+// As torch.median has it: the smallest of n numbers that half of them do not exceed. By passes that only compare and
+// count, several times faster than one selection that moves numbers about, and the same on every device.
+//
+// The median lies between two ends, of which it is known how many numbers they are not exceeded by. Most passes look
+// where a straight line between the ends has it, which takes a smooth distribution five to eight; the first looks at
+// `guess`, best the mean. So that none takes many, some passes halve the floats in between, and some look just below the
+// largest number that is not above the upper end: several numbers may be equal to the median.
+//
+// count_up_to(pivot): how many are <= pivot; largest_up_to(pivot): the largest of those.
 template <class T, class Count, class Largest>
-SGL_HD T lower_median(int64_t n, T smallest, T largest, const Count& count_up_to, const Largest& largest_up_to) {
+SGL_HD T
+lower_median(int64_t n, T smallest, T largest, T guess, const Count& count_up_to, const Largest& largest_up_to) {
   const int64_t wanted = (n + 1) / 2;
   auto low = order_of(smallest), high = order_of(largest);
-  while (low < high) {
-    const auto middle = (low & high) + ((low ^ high) >> 1);  // rounded down, without overflow
+  T left = smallest, right = largest, count_left = T(0), count_right = static_cast<T>(n);
+  for (int step = 0; low < high; ++step) {
+    auto middle = (low & high) + ((low ^ high) >> 1);  // rounded down, without overflow
+    if (step % 8 == 7) {
+      right = largest_up_to(right);
+      const auto order = order_of(right);
+      high = order < high ? order : high;  // not if it is 0 and was -0
+      if (low >= high) break;
+      middle = high - 1;
+    } else if (step % 4 != 3 && (step < 8 || step % 2 == 0)) {
+      const T share = (static_cast<T>(wanted) - T(0.5) - count_left) / (count_right - count_left);
+      const auto order = order_of(step == 0 ? guess : left + (right - left) * share);
+      if (order >= low && order < high) middle = order;
+    }
     const T pivot = at_order(middle);
     const int64_t count = count_up_to(pivot);
     if (count == wanted) return largest_up_to(pivot);
     if (count > wanted) {
       high = middle;
+      right = pivot;
+      count_right = static_cast<T>(count);
     } else {
       low = middle + 1;
+      left = pivot;
+      count_left = static_cast<T>(count);
     }
   }
-  return at_order(low);  // several are equal to the median
+  return at_order(low);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -336,43 +402,45 @@ struct PoolingSettings {
 };
 
 template <class T>
-SGL_HD PoolingSettings<T> pooling_settings(T low, T high, double parameter) {
+SGL_HD PoolingSettings<T> pooling_settings(int64_t pooling, T low, T high, double parameter) {
+  if (pooling != kSoftmax && pooling != kLSE) return {static_cast<T>(parameter), high, T(0), T(0)};  // nobody asks
   const Scale<T> none{T(0), T(0), T(0), false};
   const Probability<T> at_low = probability<false>(low, none), at_high = probability<false>(high, none);
   return {static_cast<T>(parameter), high, parameter >= 0 ? at_high.p : at_low.p, at_high.q};
 }
 
-template <class T>
+template <class F>
 struct PoolingTerms {
-  T a, b, c;
+  F a, b, c;
 };
 
 // how much e^(r p) falls short of the largest, as r (q - min q) >= 0
-template <class T>
-SGL_HD T lse_shortfall(const Probability<T>& o, const PoolingSettings<T>& s) {
-  const T d = o.q - s.q_high;
-  return s.parameter * (d > T(0) ? d : T(0));
+template <class F, class T>
+SGL_HD F lse_shortfall(const Probability<F>& o, const PoolingSettings<T>& s) {
+  const F d = o.q - s.q_high;
+  return s.parameter * select(d > T(0), d, F(T(0)));
 }
 
-template <int64_t pooling, bool scaled, class T>
-SGL_HD PoolingTerms<T> pooling_terms(T x, const Probability<T>& o, const Scale<T>& scale, const PoolingSettings<T>& s) {
-  if (pooling == kMax) return {x == s.high ? T(1) : T(0), T(0), T(0)};
-  if (pooling == kMean) return {o.scaled_p, o.scaled_q, T(0)};
-  if (pooling == kMeanLogits) return {x, T(0), T(0)};
+template <int64_t pooling, bool scaled, class F, class T>
+SGL_HD PoolingTerms<F> pooling_terms(F x, const Probability<F>& o, const Scale<T>& scale, const PoolingSettings<T>& s) {
+  const F zero = F(T(0));
+  if (pooling == kMax) return {select(x == s.high, F(T(1)), zero), zero, zero};
+  if (pooling == kMean) return {o.scaled_p, o.scaled_q, zero};
+  if (pooling == kMeanLogits) return {x, zero, zero};
   if (pooling == kSoftmax) {
-    const T weight = exp(s.parameter * (o.p - s.p_reference));
-    return {weight * o.scaled_p, weight * o.scaled_q, T(0)};
+    const F weight = exp(s.parameter * (o.p - s.p_reference));
+    return {weight * o.scaled_p, weight * o.scaled_q, zero};
   }
-  if (pooling == kLinearSoftmax) return {o.scaled_p * o.scaled_p, o.scaled_pq, T(0)};
+  if (pooling == kLinearSoftmax) return {o.scaled_p * o.scaled_p, o.scaled_pq, zero};
   if (pooling == kLSE) {
-    if (scaled) return {o.scaled_p, o.scaled_q, T(0)};  // r p (or r q) is tiny: the mean
-    const T shortfall = lse_shortfall(o, s);
-    const T weight = exp(-shortfall);
+    if (scaled) return {o.scaled_p, o.scaled_q, zero};  // r p (or r q) is tiny: the mean
+    const F shortfall = lse_shortfall(o, s);
+    const F weight = exp(-shortfall);
     return {-weight * expm1_negative(-s.parameter * o.p), weight, -expm1_negative(-shortfall)};
   }
   // noisy_or: -log(1 - p), which is p where p is tiny
-  if (scaled && scale.p < T(0)) return {o.scaled_p, T(0), T(0)};
-  return {softplus(x, o.u), T(0), T(0)};
+  if (scaled && scale.p < T(0)) return {o.scaled_p, zero, zero};
+  return {softplus(x, o.u), zero, zero};
 }
 
 struct BagLogit {
@@ -382,7 +450,7 @@ struct BagLogit {
 
 SGL_HD BagLogit finish_pooling(
     int64_t pooling, double a, double b, double c, int64_t count, double high, const Scale<double>& scale,
-    double parameter, double p_high, double q_high) {
+    double parameter) {
   const double n = static_cast<double>(count);
   switch (pooling) {
     case kMax:
@@ -399,10 +467,11 @@ SGL_HD BagLogit finish_pooling(
       if (scale.q > 0) return {scale.q - log(b / n), 0, 1 / b};
       // With weights e^(r (p - max p)): P = max p + log(mean weight) / r cancels where P is small, and
       // P = log1p(mean(e^(rp) - 1)) / r is used there; Q = 1 - P = min q - log(mean weight) / r never cancels.
+      const Probability<double> o = probability<false>(high, Scale<double>{0, 0, 0, false});
       const double loss = c / n < 0.5 ? -log1p(-c / n) : -log(b / n);
-      const double largest = parameter * p_high;
+      const double largest = parameter * o.p;
       const double log_mean = largest > 1 ? largest + log(a / n + exp(-largest)) : log1p(a / n * exp(largest));
-      double p = log_mean / parameter, q = q_high + loss / parameter;
+      double p = log_mean / parameter, q = o.q + loss / parameter;
       double z;
       if (p < 0.5) {
         q = 1 - p;
@@ -425,13 +494,13 @@ SGL_HD BagLogit finish_pooling(
 }
 
 // dz/dx
-template <int64_t pooling, bool scaled, class T>
-SGL_HD T pooling_slope(T x, const Probability<T>& o, const PoolingSettings<T>& s, T slope1, T slope2) {
-  if (pooling == kMax) return x == s.high ? slope1 : T(0);
-  if (pooling == kMeanLogits) return slope1;
+template <int64_t pooling, bool scaled, class F, class T>
+SGL_HD F pooling_slope(F x, const Probability<F>& o, const PoolingSettings<T>& s, T slope1, T slope2) {
+  if (pooling == kMax) return select(x == s.high, F(slope1), F(T(0)));
+  if (pooling == kMeanLogits) return F(slope1);
   if (pooling == kMean) return o.scaled_p * o.q * slope1 + o.p * o.scaled_q * slope2;
   if (pooling == kSoftmax) {
-    const T ap = s.parameter * o.p, aq = s.parameter * o.q;
+    const F ap = s.parameter * o.p, aq = s.parameter * o.q;
     return exp(s.parameter * (o.p - s.p_reference)) *
            (o.scaled_p * o.q * (T(1) + ap) * slope1 + o.p * o.scaled_q * (T(1) - aq) * slope2);
   }

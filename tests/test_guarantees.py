@@ -206,21 +206,35 @@ def test_bitwise_repeatable_in_deterministic_mode(impl, device, layout):
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(3, 2, 40000), (500, 7, 30)])
-def test_the_number_of_threads_changes_nothing(shape):
-    logits, targets = torch.randn(shape), torch.randint(0, 2, shape[:2])
-    loss = SGLLoss(impl="fused", pooling="softmax", mask_weight=0.5)
+@pytest.mark.parametrize("pooling", ["max", "softmax", "linear_softmax"])
+@pytest.mark.parametrize("layout", ["long", "longest", "short", "masked", "packed"])
+def test_the_number_of_threads_changes_nothing(layout, pooling):
+    """Of many bags and of few: a bag that is long enough is worked on by all threads together."""
+    shape = {"long": (3, 2, 40000), "short": (500, 7, 30)}.get(layout, (1, 1, 150_001))
+    logits, targets, call = torch.randn(shape), torch.randint(0, 2, shape[:2]), {}
+    targets[0, 0] = 1
+    if layout == "masked":
+        call["mask"] = torch.rand(shape[0], shape[2]) < 0.9
+    if layout == "packed":
+        logits, targets = torch.randn(150_000, 2), torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
+        call["offsets"] = torch.tensor([0, 90, 100, 140_000, 150_000])
+    loss = SGLLoss(impl="fused", pooling=pooling, mask_weight=0.5)
     threads = torch.get_num_threads()
     results = []
     try:
         for number in (1, 2, 3, 5):
             torch.set_num_threads(number)
-            results.append(value_and_gradient(loss, logits, targets))
+            results.append(value_and_gradient(loss, logits, targets, **call))
     finally:
         torch.set_num_threads(threads)
     for value, gradient in results[1:]:
         assert torch.equal(value, results[0][0])
         assert torch.equal(gradient, results[0][1])
+    # rounded as the fused operator's is, the gradient is the reference's in float64
+    exact = SGLLoss(impl="reference", pooling=pooling, mask_weight=0.5)
+    value, gradient = value_and_gradient(exact, logits.double(), targets, **call)
+    torch.testing.assert_close(results[0][0].double(), value, rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[0][1].double(), gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
 def test_gradcheck(impl, device):

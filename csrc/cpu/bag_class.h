@@ -1,417 +1,506 @@
-// Forward and backward of one bag-class: its logits are brought into one contiguous row, and everything after that is
-// loops over the row while it lies in the cache. So value and gradient are bitwise the same in every layout.
+// Forward and backward of one bag-class: loops over a row of instances, several at once.
 //
-// Everything here is inlined into the wrappers of kernels.cpp and compiled once for each instruction set.
+// Compiled once for each instruction set, in a namespace of its own (SGL_LEVEL), with SGL_WIDTH floats at once.
 #pragma once
 
-#include "kernels.h"
+#include <memory>
+
+#include "rows.h"
+#include "vector.h"
 
 namespace sgl {
-
-// Sums of floats run over this many instances, then continue in double: enough digits for a bag of a million.
-constexpr int64_t kChunk = 256;
-// Loops run over a multiple of this, so that no instance is computed by other instructions than its neighbours.
-constexpr int64_t kLanes = 16;
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Rows
-
-// Instances one after the other. Returns how many there are. Writes at most one number past them.
-template <class T, class In>
-SGL_HD int64_t gather(const In* logits, const bool* mask, const Instances& r, T* out) {
-  const Dimension& inner = r.dimensions[r.count - 1];
-  int64_t n = 0;
-  for (Runs run(r); !run.done(); run.next()) {
-    const In* x = logits + run.logits;
-    if (mask != nullptr) {
-      const bool* real = mask + run.mask;
-      for (int64_t j = 0; j < r.inner; ++j) {
-        out[n] = read_as(T(), x[j * inner.logits]);
-        n += real[j * inner.mask];
-      }
-    } else if (inner.logits == 1) {
-      T* __restrict__ to = out + n;
-      for (int64_t j = 0; j < r.inner; ++j) to[j] = read_as(T(), x[j]);
-      n += r.inner;
-    } else {
-      for (int64_t j = 0; j < r.inner; ++j) out[n + j] = read_as(T(), x[j * inner.logits]);
-      n += r.inner;
-    }
-  }
-  return n;
-}
-
-// The mirror of gather: padding gets 0.
-template <class T, class Out>
-SGL_HD void scatter(const T* values, const bool* mask, const Instances& r, Out* grad) {
-  const Dimension& inner = r.dimensions[r.count - 1];
-  int64_t n = 0;
-  for (Runs run(r); !run.done(); run.next()) {
-    Out* g = grad + run.grad;
-    if (mask != nullptr) {
-      const bool* real = mask + run.mask;
-      for (int64_t j = 0; j < r.inner; ++j) {
-        const bool is_real = real[j * inner.mask];
-        write_as(g + j * inner.grad, is_real ? values[n] : T(0));
-        n += is_real;
-      }
-    } else if (inner.grad == 1) {
-      const T* __restrict__ from = values + n;
-      for (int64_t j = 0; j < r.inner; ++j) write_as(g + j, from[j]);
-      n += r.inner;
-    } else {
-      for (int64_t j = 0; j < r.inner; ++j) write_as(g + j * inner.grad, values[n + j]);
-      n += r.inner;
-    }
-  }
-}
-
-// The same number to every instance.
-template <class T, class Out>
-SGL_HD void fill(T value, const bool* mask, const Instances& r, Out* grad) {
-  const Dimension& inner = r.dimensions[r.count - 1];
-  for (Runs run(r); !run.done(); run.next()) {
-    Out* g = grad + run.grad;
-    const bool* real = mask == nullptr ? nullptr : mask + run.mask;
-    for (int64_t j = 0; j < r.inner; ++j)
-      write_as(g + j * inner.grad, real == nullptr || real[j * inner.mask] ? value : T(0));
-  }
-}
+namespace SGL_LEVEL {
 
 template <class T>
-struct Row {
-  const T* x;
-  int64_t n;
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using F = Floats<SGL_WIDTH>;
+};
+template <>
+struct VectorOf<double> {
+  using F = double;
 };
 
-template <class T>
-constexpr Type native_type() {
-  return sizeof(T) == sizeof(float) ? Type::kFloat : Type::kDouble;
+struct All {};  // every lane counts
+
+template <class F>
+SGL_HD F keep(All, F x) {
+  return x;
+}
+template <class F>
+SGL_HD F keep(typename Lanes<F>::Condition live, F x) {
+  return select(live, x, F(0));
+}
+template <class C>
+SGL_HD C both(All, C condition) {
+  return condition;
+}
+template <class C>
+SGL_HD C both(C live, C condition) {
+  return live & condition;
 }
 
-template <class T>
-SGL_HD Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch) {
-  const bool one_run = r.count == 1 && (r.dimensions[0].logits == 1 || r.inner == 1);
-  if (problem.type == native_type<T>()) {
-    const T* logits = static_cast<const T*>(problem.logits);
-    if (one_run && problem.mask == nullptr) return {logits + r.logits, r.positions};
-    return {scratch, gather(logits, problem.mask, r, scratch)};
+#define SGL_INLINED __attribute__((always_inline))
+
+// Sums of floats run over this many vectors, then go on in double: enough digits for a bag of a million.
+constexpr int64_t kBlock = 16;
+static_assert(kBlock <= LogOfProduct<float>::kFactors, "a block's factors go into one product");
+
+// Calls each(x, live) for the n > 0 numbers from x on, and end() after every kBlock vectors and at the last. In the
+// lanes that do not count there is one of the numbers once more.
+template <class F, class T, class Each, class End>
+SGL_HD void for_vectors(const T* x, int64_t n, const Each& each, const End& end) {
+  constexpr int64_t kWidth = Lanes<F>::kCount;
+  const int64_t whole = n / kWidth, rest = n % kWidth;
+  for (int64_t start = 0; start * kWidth < n; start += kBlock) {
+    const int64_t stop = start + kBlock < whole ? start + kBlock : whole;
+    for (int64_t v = start; v < stop; ++v) each(Lanes<F>::load(x + v * kWidth), All{});
+    if (rest > 0 && start + kBlock > whole) {
+      T last[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) last[i] = x[whole * kWidth + (i < rest ? i : 0)];
+      each(Lanes<F>::load(last), Lanes<F>::first(rest));
+    }
+    end();
   }
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (problem.type == Type::kHalf)
-      return {scratch, gather(static_cast<const Half*>(problem.logits), problem.mask, r, scratch)};
-    return {scratch, gather(static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch)};
-  }
-  return {scratch, 0};
 }
 
-// A piece of a row: `padded` numbers, a multiple of kLanes, may be read, and the first `n` of them count.
-template <class T>
-struct Chunk {
-  const T* x;
-  int64_t n, padded;
-};
+template <class F, class T, class Each>
+SGL_HD void for_vectors(const T* x, int64_t n, const Each& each) {
+  for_vectors<F>(x, n, each, []() SGL_INLINED {});
+}
 
-template <class T>
-SGL_HD Chunk<T> chunk_of(const Row<T>& row, int64_t start, T* buffer) {
-  const int64_t left = row.n - start;
-  const int64_t n = left < kChunk ? left : kChunk;
-  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  if (n == padded) return {row.x + start, n, n};
-  for (int64_t j = 0; j < n; ++j) buffer[j] = row.x[start + j];
-  // with what is there anyway, so that dead lanes compute nothing strange
-  for (int64_t j = n; j < padded; ++j) buffer[j] = row.x[start];
-  return {buffer, n, padded};
+// y[j] = f(x[j])
+template <class F, class T, class Function>
+SGL_HD void map_vectors(const T* x, int64_t n, T* y, const Function& f) {
+  constexpr int64_t kWidth = Lanes<F>::kCount;
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t j = 0; j < whole; j += kWidth) Lanes<F>::store(y + j, f(Lanes<F>::load(x + j)));
+  if (whole == n) return;
+  T last[kWidth];
+  for (int64_t i = 0; i < kWidth; ++i) last[i] = x[whole + i < n ? whole + i : whole];
+  Lanes<F>::store(last, f(Lanes<F>::load(last)));
+  for (int64_t i = 0; whole + i < n; ++i) y[whole + i] = last[i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward
+// Passes over a piece of a row. What they find of two pieces is merged.
 
 template <class T>
 struct Extremes {
-  T low, high, nearest;
-  bool finite;
+  T low, high;
+  double sum;  // of the loss in a negative bag-class, else of the logits / 64; NaN if a logit is NaN
+
+  void merge(const Extremes& o) {
+    low = o.low < low ? o.low : low;
+    high = o.high > high ? o.high : high;
+    sum += o.sum;
+  }
+  bool finite() const { return sum == sum && low > -infinity_of(T()) && high < infinity_of(T()); }
 };
 
-template <class T>
-SGL_HD Extremes<T> extremes(const Row<T>& row) {
-  T low = row.x[0], high = row.x[0], nearest = infinity_of(T()), zero = T(0);
-  const T* __restrict__ x = row.x;
-#pragma omp simd reduction(min : low, nearest) reduction(max : high) reduction(+ : zero)
-  for (int64_t j = 0; j < row.n; ++j) {
-    const T v = x[j];
-    const T magnitude = v < T(0) ? -v : v;
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-    nearest = magnitude < nearest ? magnitude : nearest;
-    zero += v - v;  // NaN from then on if v is NaN or infinite
+template <class F>
+struct Ends {
+  F low, high;
+
+  SGL_HD void add(F x) {
+    low = select(x < low, x, low);
+    high = select(x > high, x, high);
   }
-  return {low, high, nearest, zero == T(0)};
-}
+  SGL_HD auto extremes(double sum) const {
+    using T = typename Lanes<F>::Number;
+    return Extremes<T>{
+        Lanes<F>::best(low, [](auto a, auto b) SGL_INLINED { return a < b; }),
+        Lanes<F>::best(high, [](auto a, auto b) SGL_INLINED { return a > b; }), sum};
+  }
+};
 
 // An unlabelled instance of a negative bag is negative: M = 0, weight 1.
 template <class T>
-SGL_HD void negative_loss(const Row<T>& row, T* buffer, Sums& out) {
-  double total = 0;
-  for (int64_t start = 0; start < row.n; start += kChunk) {
-    const Chunk<T> chunk = chunk_of(row, start, buffer);
-    const T* __restrict__ x = chunk.x;
-    T sum = T(0);
-#pragma omp simd reduction(+ : sum)
-    for (int32_t j = 0; j < static_cast<int32_t>(chunk.padded); ++j) {
-      const T v = x[j];
-      const T l = softplus(v, exp(v < T(0) ? v : -v));
-      sum += j < static_cast<int32_t>(chunk.n) ? l : T(0);
-    }
-    total += sum;
-  }
-  out.loss[0] = total;
-  out.count[0] = row.n;
+Extremes<T> negative_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  Ends<F> ends = {F(x[0]), F(x[0])};
+  typename Lanes<F>::Sum loss;
+  F above = F(0);
+  LogOfProduct<F> product;
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        ends.add(v);
+        above += keep(live, select(v < F(0), F(0), v));  // a NaN stays one
+        product.multiply_by_1_plus(keep(live, exp(minus_magnitude(v))));
+      },
+      [&]() SGL_INLINED {
+        loss.add(above + product.log());
+        above = F(0);
+        product = LogOfProduct<F>();
+      });
+  return ends.extremes(loss.total());
 }
+
+template <class T>
+Extremes<T> extremes_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  Ends<F> ends = {F(x[0]), F(x[0])};
+  typename Lanes<F>::Sum sum;
+  F some = F(0);
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        ends.add(v);
+        some += keep(live, v * T(1.0 / 64));  // no sum of finite numbers is infinite
+      },
+      [&]() SGL_INLINED {
+        sum.add(some);
+        some = F(0);
+      });
+  return ends.extremes(sum.total());
+}
+
+template <class T>
+struct Smallest {
+  T x;
+
+  void merge(const Smallest& o) { x = o.x < x ? o.x : x; }
+};
+
+// the distance of the nearest logit to zero
+template <class T>
+Smallest<T> nearest_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  F nearest = F(infinity_of(T()));
+  for_vectors<F>(x, n, [&](F v, auto) SGL_INLINED {
+    const F magnitude = -minus_magnitude(v);
+    nearest = select(magnitude < nearest, magnitude, nearest);
+  });
+  return {Lanes<F>::best(nearest, [](auto a, auto b) SGL_INLINED { return a < b; })};
+}
+
+struct Number {
+  int64_t n;
+
+  void merge(const Number& o) { n += o.n; }
+};
+
+template <class T>
+Number count_up_to_pass(const T* x, int64_t n, T pivot) {
+  using F = typename VectorOf<T>::F;
+  typename Lanes<F>::Count count;
+  for_vectors<F>(x, n, [&](F v, auto live) SGL_INLINED { count.add(both(live, v <= F(pivot))); });
+  return {count.total()};
+}
+
+template <class T>
+Number count_equal_pass(const T* x, int64_t n, T value) {
+  using F = typename VectorOf<T>::F;
+  typename Lanes<F>::Count count;
+  for_vectors<F>(x, n, [&](F v, auto live) SGL_INLINED { count.add(both(live, v == F(value))); });
+  return {count.total()};
+}
+
+template <class T>
+struct Largest {
+  T x;
+
+  void merge(const Largest& o) { x = o.x > x ? o.x : x; }
+};
+
+template <class T>
+Largest<T> largest_up_to_pass(const T* x, int64_t n, T pivot, T smallest) {
+  using F = typename VectorOf<T>::F;
+  F largest = F(smallest);
+  for_vectors<F>(
+      x, n, [&](F v, auto) SGL_INLINED { largest = select(v <= F(pivot), select(v > largest, v, largest), largest); });
+  return {Lanes<F>::best(largest, [](auto a, auto b) SGL_INLINED { return a > b; })};
+}
+
+struct Guided {
+  double loss[3], negatives, positives, square;
+
+  void merge(const Guided& o) {
+    for (int k = 0; k < 3; ++k) loss[k] += o.loss[k];
+    negatives += o.negatives;
+    positives += o.positives;
+    square += o.square;
+  }
+};
 
 template <bool scaled, class T>
-SGL_HD void positive_loss(
-    const Row<T>& row, const Guide<T> guide, const Scale<T> scale, T pos_weight, T* buffer, Sums& out) {
-  double loss[3] = {}, negatives = 0, positives = 0, square = 0;
-  for (int64_t start = 0; start < row.n; start += kChunk) {
-    const Chunk<T> chunk = chunk_of(row, start, buffer);
-    const T* __restrict__ x = chunk.x;
-    T l0 = T(0), l1 = T(0), l2 = T(0), n0 = T(0), n2 = T(0), s = T(0);
-#pragma omp simd reduction(+ : l0, l1, l2, n0, n2, s)
-    for (int32_t j = 0; j < static_cast<int32_t>(chunk.padded); ++j) {
-      const T live = j < static_cast<int32_t>(chunk.n) ? T(1) : T(0);
-      const T v = x[j];
-      const Probability<T> o = probability<scaled>(v, scale);
-      const Target<T> t = target_of(theta_of(v, o, guide), guide);
-      const T l = live * bce(v, o, t.m, pos_weight);
-      l0 += l * t.negative;
-      l1 += l * t.ambiguous;
-      l2 += l * t.positive;
-      n0 += live * t.negative;
-      n2 += live * t.positive;
-      s += t.m > T(0) ? live * (o.scaled_p * o.scaled_p) : T(0);
-    }
-    loss[0] += l0;
-    loss[1] += l1;
-    loss[2] += l2;
-    negatives += n0;
-    positives += n2;
-    square += s;
-  }
-  for (int k = 0; k < 3; ++k) out.loss[k] = loss[k];
-  out.count[0] = static_cast<int64_t>(negatives);
-  out.count[2] = static_cast<int64_t>(positives);
-  out.count[1] = row.n - out.count[0] - out.count[2];
-  out.square = square;
+Guided guided_pass(const T* x, int64_t n, const Guide<T>& of_bag, const Scale<T>& of_logits, T pos_weight) {
+  using F = typename VectorOf<T>::F;
+  using Sum = typename Lanes<F>::Sum;
+  const Guide<T> guide = of_bag;
+  const Scale<T> scale = of_logits;
+  Sum loss0, loss1, loss2, squares;
+  F l0 = F(0), l1 = F(0), l2 = F(0), square = F(0);
+  F negatives = F(0), positives = F(0);  // as floats exact: a piece has fewer than 2^24 instances
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        const Probability<F> o = probability<scaled>(v, scale);
+        const Target<F> t = target_of(theta_of(v, o, guide), guide);
+        const F l = keep(live, bce(v, o, t.m, pos_weight));
+        l0 += l * t.negative;
+        l1 += l * t.ambiguous;
+        l2 += l * t.positive;
+        negatives += keep(live, t.negative);
+        positives += keep(live, t.positive);
+        const F p = keep(live, select(t.m > F(0), o.scaled_p, F(0)));
+        square += p * p;
+      },
+      [&]() SGL_INLINED {
+        loss0.add(l0);
+        loss1.add(l1);
+        loss2.add(l2);
+        squares.add(square);
+        l0 = l1 = l2 = square = F(0);
+      });
+  Sum all_negatives, all_positives;
+  all_negatives.add(negatives);
+  all_positives.add(positives);
+  return {{loss0.total(), loss1.total(), loss2.total()}, all_negatives.total(), all_positives.total(), squares.total()};
 }
 
-template <class T>
-SGL_HD int64_t count_up_to(const Row<T>& row, T pivot) {
-  const T* __restrict__ x = row.x;
-  int64_t total = 0;
-  for (int64_t start = 0; start < row.n; start += 1 << 20) {  // pieces that a count as wide as a float can hold
-    const int32_t n = static_cast<int32_t>(row.n - start < 1 << 20 ? row.n - start : 1 << 20);
-    int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-    for (int32_t j = 0; j < n; ++j) count += x[start + j] <= pivot ? 1 : 0;
-    total += count;
-  }
-  return total;
-}
+struct Pooled {
+  double sum[3];
 
-template <class T>
-SGL_HD T largest_up_to(const Row<T>& row, T pivot, T smallest) {
-  const T* __restrict__ x = row.x;
-  T largest = smallest;
-#pragma omp simd reduction(max : largest)
-  for (int64_t j = 0; j < row.n; ++j) {
-    const T v = x[j] <= pivot ? x[j] : smallest;
-    largest = v > largest ? v : largest;
+  void merge(const Pooled& o) {
+    for (int k = 0; k < 3; ++k) sum[k] += o.sum[k];
   }
-  return largest;
-}
+};
 
 template <int64_t pooling, bool scaled, class T>
-SGL_HD void pool(
-    const Row<T>& row, const Scale<T> scale, const PoolingSettings<T> settings, T* buffer, double (&pooled)[3]) {
-  for (int64_t start = 0; start < row.n; start += kChunk) {
-    const Chunk<T> chunk = chunk_of(row, start, buffer);
-    const T* __restrict__ x = chunk.x;
-    T sum_a = T(0), sum_b = T(0), sum_c = T(0);
-#pragma omp simd reduction(+ : sum_a, sum_b, sum_c)
-    for (int32_t j = 0; j < static_cast<int32_t>(chunk.padded); ++j) {
-      const T v = x[j];
-      const PoolingTerms<T> t = pooling_terms<pooling, scaled>(v, probability<scaled>(v, scale), scale, settings);
-      const bool live = j < static_cast<int32_t>(chunk.n);
-      sum_a += live ? t.a : T(0);
-      sum_b += live ? t.b : T(0);
-      sum_c += live ? t.c : T(0);
-    }
-    pooled[0] += sum_a;
-    pooled[1] += sum_b;
-    pooled[2] += sum_c;
-  }
+Pooled pooled_pass(const T* x, int64_t n, const Scale<T>& of_logits, const PoolingSettings<T>& of_bag) {
+  using F = typename VectorOf<T>::F;
+  using Sum = typename Lanes<F>::Sum;
+  const Scale<T> scale = of_logits;
+  const PoolingSettings<T> settings = of_bag;
+  Sum sum_a, sum_b, sum_c;
+  F a = F(0), b = F(0), c = F(0);
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        const PoolingTerms<F> t = pooling_terms<pooling, scaled>(v, probability<scaled>(v, scale), scale, settings);
+        a += keep(live, t.a);
+        b += keep(live, t.b);
+        c += keep(live, t.c);
+      },
+      [&]() SGL_INLINED {
+        sum_a.add(a);
+        sum_b.add(b);
+        sum_c.add(c);
+        a = b = c = F(0);
+      });
+  return {{sum_a.total(), sum_b.total(), sum_c.total()}};
 }
 
 template <bool scaled, class T>
-SGL_HD void pool(
-    int64_t pooling, const Row<T>& row, const Scale<T>& scale, const PoolingSettings<T>& settings, T* buffer,
-    double (&pooled)[3]) {
+Pooled pooled_pass(int64_t pooling, const T* x, int64_t n, const Scale<T>& scale, const PoolingSettings<T>& settings) {
   switch (pooling) {
-    case kMax:
-      return pool<kMax, false>(row, scale, settings, buffer, pooled);
     case kMean:
-      return pool<kMean, scaled>(row, scale, settings, buffer, pooled);
+      return pooled_pass<kMean, scaled>(x, n, scale, settings);
     case kMeanLogits:
-      return pool<kMeanLogits, false>(row, scale, settings, buffer, pooled);
+      return pooled_pass<kMeanLogits, false>(x, n, scale, settings);
     case kSoftmax:
-      return pool<kSoftmax, scaled>(row, scale, settings, buffer, pooled);
+      return pooled_pass<kSoftmax, scaled>(x, n, scale, settings);
     case kLinearSoftmax:
-      return pool<kLinearSoftmax, scaled>(row, scale, settings, buffer, pooled);
+      return pooled_pass<kLinearSoftmax, scaled>(x, n, scale, settings);
     case kLSE:
-      return pool<kLSE, scaled>(row, scale, settings, buffer, pooled);
+      return pooled_pass<kLSE, scaled>(x, n, scale, settings);
     case kNoisyOr:
-      return pool<kNoisyOr, scaled>(row, scale, settings, buffer, pooled);
+      return pooled_pass<kNoisyOr, scaled>(x, n, scale, settings);
     default:
-      return;
+      return {};
   }
 }
 
+template <bool is_positive, int64_t pooling, bool scaled, class T>
+void gradient_pass(const T* x, int64_t n, const Coefficients<T>& of_bag, T* grad) {
+  using F = typename VectorOf<T>::F;
+  const Coefficients<T> k = of_bag;
+  map_vectors<F>(x, n, grad, [&](F v) SGL_INLINED {
+    const Probability<F> o = probability<scaled>(v, k.scale);
+    F g = instance_slope<is_positive, scaled>(v, o, k);
+    if (pooling != kNone) g += pooling_slope<pooling, scaled>(v, o, k.pooling, k.slope1, k.slope2);
+    return g;
+  });
+}
+
+template <bool is_positive, bool scaled, class T>
+void gradient_pass(int64_t pooling, const T* x, int64_t n, const Coefficients<T>& k, T* grad) {
+  switch (pooling) {
+    case kMax:
+      return gradient_pass<is_positive, kMax, scaled>(x, n, k, grad);
+    case kMean:
+      return gradient_pass<is_positive, kMean, scaled>(x, n, k, grad);
+    case kMeanLogits:
+      return gradient_pass<is_positive, kMeanLogits, scaled>(x, n, k, grad);
+    case kSoftmax:
+      return gradient_pass<is_positive, kSoftmax, scaled>(x, n, k, grad);
+    case kLinearSoftmax:
+      return gradient_pass<is_positive, kLinearSoftmax, scaled>(x, n, k, grad);
+    case kLSE:
+      return gradient_pass<is_positive, kLSE, scaled>(x, n, k, grad);
+    case kNoisyOr:
+      return gradient_pass<is_positive, kNoisyOr, scaled>(x, n, k, grad);
+    default:
+      return gradient_pass<is_positive, kNone, scaled>(x, n, k, grad);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Whole rows
+
+// piece(begin, size), for all pieces of n instances, by whom `spread` finds.
+template <class Piece>
+void for_pieces(Spread spread, int64_t n, const Piece& piece) {
+  const int64_t pieces = (n + kPiece - 1) / kPiece;
+  const auto nth = [&](int64_t i) {
+    const int64_t begin = i * kPiece;
+    piece(begin, n - begin < kPiece ? n - begin : kPiece);
+  };
+  if (spread == nullptr || pieces == 1) {
+    for (int64_t i = 0; i < pieces; ++i) nth(i);
+  } else {
+    using Nth = decltype(nth);
+    spread(pieces, [](const void* what, int64_t i) { (*static_cast<const Nth*>(what))(i); }, &nth);
+  }
+}
+
+template <class Pass>
+auto over_pieces(Spread spread, int64_t n, const Pass& pass) {
+  using Found = decltype(pass(n, n));
+  if (n <= kPiece) return pass(0, n);
+  std::unique_ptr<Found[]> found(new Found[(n + kPiece - 1) / kPiece]);
+  for_pieces(spread, n, [&](int64_t begin, int64_t size) { found[begin / kPiece] = pass(begin, size); });
+  for (int64_t i = 1; i * kPiece < n; ++i) found[0].merge(found[i]);
+  return found[0];
+}
+
 template <class T>
-SGL_HD Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& row, T* buffer) {
+T median_of(const Row<T>& row, T low, T high, T mean, Spread spread) {
+  return lower_median(
+      row.n, low, high, mean,
+      [&](T pivot) {
+        return over_pieces(
+                   spread, row.n,
+                   [&](int64_t begin, int64_t size) { return count_up_to_pass(row.x + begin, size, pivot); })
+            .n;
+      },
+      [&](T pivot) {
+        return over_pieces(
+                   spread, row.n,
+                   [&](int64_t begin, int64_t size) { return largest_up_to_pass(row.x + begin, size, pivot, low); })
+            .x;
+      });
+}
+
+template <class T>
+Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& row, Spread spread) {
   Sums out = {};
   if (label == Label::kUnknown || row.n == 0) return out;
   out.n = row.n;
   out.positive = label == Label::kPositive;
-  const Extremes<T> e = extremes(row);
-  if (!e.finite) {
+  const Extremes<T> e = over_pieces(spread, row.n, [&](int64_t begin, int64_t size) {
+    return out.positive ? extremes_pass(row.x + begin, size) : negative_pass(row.x + begin, size);
+  });
+  if (!e.finite()) {
     out.kind = Kind::kBroken;
     return out;
   }
   out.low = e.low;
   out.high = e.high;
-  out.nearest = e.nearest;
-  const Scale<T> scale = scale_of(e.low, e.high, e.nearest, settings.pooling);
+  T nearest = T(0);
+  if (settings.pooling == kLinearSoftmax)  // nobody else asks
+    nearest =
+        over_pieces(spread, row.n, [&](int64_t begin, int64_t size) { return nearest_pass(row.x + begin, size); }).x;
+  out.nearest = nearest;
+  const Scale<T> scale = scale_of(e.low, e.high, nearest, settings.pooling);
   if (!out.positive) {
     out.kind = Kind::kNegative;
-    negative_loss(row, buffer, out);
+    out.loss[0] = e.sum;
+    out.count[0] = row.n;
   } else if (settings.rescale && e.low == e.high) {
     out.kind = Kind::kUnranked;
   } else {
     out.kind = Kind::kPositive;
-    // before the loss: behind it gcc 12 mixes the two up, and the loss's loop is no longer one of vectors
-    if (settings.weighted)
-      out.median = lower_median(
-          row.n, e.low, e.high, [&](T pivot) __attribute__((always_inline)) { return count_up_to(row, pivot); },
-          [&](T pivot) __attribute__((always_inline)) { return largest_up_to(row, pivot, e.low); });
+    const T mean = static_cast<T>(e.sum * 64 / static_cast<double>(row.n));
+    if (settings.weighted) out.median = median_of(row, e.low, e.high, mean, spread);
     const Guide<T> guide = guide_of(e.low, e.high, scale, settings.delta_l, settings.rescale);
-    if (scale.any) {
-      positive_loss<true>(row, guide, scale, pos_weight, buffer, out);
-    } else {
-      positive_loss<false>(row, guide, scale, pos_weight, buffer, out);
-    }
+    const Guided guided = over_pieces(spread, row.n, [&](int64_t begin, int64_t size) {
+      const T* x = row.x + begin;
+      return scale.any ? guided_pass<true>(x, size, guide, scale, pos_weight)
+                       : guided_pass<false>(x, size, guide, scale, pos_weight);
+    });
+    for (int k = 0; k < 3; ++k) out.loss[k] = guided.loss[k];
+    out.count[0] = static_cast<int64_t>(guided.negatives);
+    out.count[2] = static_cast<int64_t>(guided.positives);
+    out.count[1] = row.n - out.count[0] - out.count[2];
+    out.square = guided.square;
   }
-  const PoolingSettings<T> pooling = pooling_settings(e.low, e.high, settings.pooling_parameter);
-  if (scale.any) {
-    pool<true>(settings.pooling, row, scale, pooling, buffer, out.pooled);
-  } else {
-    pool<false>(settings.pooling, row, scale, pooling, buffer, out.pooled);
+  if (settings.pooling == kMax) {
+    const Number ties = over_pieces(
+        spread, row.n, [&](int64_t begin, int64_t size) { return count_equal_pass(row.x + begin, size, e.high); });
+    out.pooled[0] = static_cast<double>(ties.n);
+  } else if (settings.pooling != kNone) {
+    const PoolingSettings<T> pooling = pooling_settings(settings.pooling, e.low, e.high, settings.pooling_parameter);
+    const Pooled pooled = over_pieces(spread, row.n, [&](int64_t begin, int64_t size) {
+      const T* x = row.x + begin;
+      return scale.any ? pooled_pass<true>(settings.pooling, x, size, scale, pooling)
+                       : pooled_pass<false>(settings.pooling, x, size, scale, pooling);
+    });
+    for (int k = 0; k < 3; ++k) out.pooled[k] = pooled.sum[k];
   }
   return out;
 }
 
 template <class T>
-SGL_HD void forward_range(
-    const Problem<T>& problem, const Label* labels, BagClass* out, int64_t begin, int64_t end, T* scratch) {
+Batch forward_range(
+    const Problem<T>& problem, const Label* labels, T* saved, int64_t begin, int64_t end, T* scratch, Spread spread) {
   const Layout& layout = *problem.layout;
-  alignas(64) T buffer[kChunk];
+  Batch batch = {};
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t cls = unit % layout.classes;
     Row<T> row{nullptr, 0};
     if (labels[unit] != Label::kUnknown)
       row = load_row(problem, instances_of(layout, unit / layout.classes, cls), scratch);
     const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
-    out[unit] = finish(sums_of(problem.settings, labels[unit], pos_weight, row, buffer), problem.settings, pos_weight);
+    const double class_weight = problem.class_weight == nullptr ? 1.0 : problem.class_weight[cls];
+    const BagClass b =
+        finish(sums_of(problem.settings, labels[unit], pos_weight, row, spread), problem.settings, pos_weight);
+    add(batch, b, class_weight);
+    save_row(b, problem.settings, class_weight, saved + unit * kColumns);
   }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Backward
-
-template <bool is_positive, bool scaled, class T>
-SGL_HD void instance_gradient(const Chunk<T>& chunk, const Coefficients<T> k, T* grad) {
-  const T* __restrict__ x = chunk.x;
-  T* __restrict__ g = grad;
-#pragma omp simd
-  for (int32_t j = 0; j < static_cast<int32_t>(chunk.padded); ++j) {
-    const T v = x[j];
-    g[j] = instance_slope<is_positive, scaled>(v, probability<scaled>(v, k.scale), k);
-  }
-}
-
-template <int64_t pooling, bool scaled, class T>
-SGL_HD void add_pooling_gradient(const Chunk<T>& chunk, const Coefficients<T> k, T* grad) {
-  const T* __restrict__ x = chunk.x;
-  T* __restrict__ g = grad;
-#pragma omp simd
-  for (int32_t j = 0; j < static_cast<int32_t>(chunk.padded); ++j) {
-    const T v = x[j];
-    g[j] += pooling_slope<pooling, scaled>(v, probability<scaled>(v, k.scale), k.pooling, k.slope1, k.slope2);
-  }
-}
-
-template <bool scaled, class T>
-SGL_HD void chunk_gradient(int64_t pooling, const Chunk<T>& chunk, const Coefficients<T>& k, T* grad) {
-  if (k.kind == Kind::kNegative) {
-    instance_gradient<false, scaled>(chunk, k, grad);
-  } else if (k.kind == Kind::kPositive) {
-    instance_gradient<true, scaled>(chunk, k, grad);
-  } else {
-    for (int64_t j = 0; j < chunk.padded; ++j) grad[j] = T(0);
-  }
-  switch (pooling) {
-    case kMax:
-      return add_pooling_gradient<kMax, false>(chunk, k, grad);
-    case kMean:
-      return add_pooling_gradient<kMean, scaled>(chunk, k, grad);
-    case kMeanLogits:
-      return add_pooling_gradient<kMeanLogits, false>(chunk, k, grad);
-    case kSoftmax:
-      return add_pooling_gradient<kSoftmax, scaled>(chunk, k, grad);
-    case kLinearSoftmax:
-      return add_pooling_gradient<kLinearSoftmax, scaled>(chunk, k, grad);
-    case kLSE:
-      return add_pooling_gradient<kLSE, scaled>(chunk, k, grad);
-    case kNoisyOr:
-      return add_pooling_gradient<kNoisyOr, scaled>(chunk, k, grad);
-    default:
-      return;
-  }
+  return batch;
 }
 
 template <class T>
-SGL_HD void backward_row(
-    int64_t pooling, const Coefficients<T>& k, const Row<T>& row, T* grad, T* buffer, T* grad_buffer) {
-  for (int64_t start = 0; start < row.n; start += kChunk) {
-    const Chunk<T> chunk = chunk_of(row, start, buffer);
-    T* g = chunk.n == chunk.padded ? grad + start : grad_buffer;
-    if (k.scale.any) {
-      chunk_gradient<true>(pooling, chunk, k, g);
+void gradient_of(int64_t pooling, Coefficients<T> k, const Row<T>& row, T* grad, Spread spread) {
+  if (k.kind == Kind::kUnranked) k.negative = T(0);  // only the bag loss sees it
+  for_pieces(spread, row.n, [&](int64_t begin, int64_t size) {
+    const T* x = row.x + begin;
+    T* g = grad + begin;
+    if (k.kind == Kind::kPositive) {
+      if (k.scale.any) {
+        gradient_pass<true, true>(pooling, x, size, k, g);
+      } else {
+        gradient_pass<true, false>(pooling, x, size, k, g);
+      }
+    } else if (k.scale.any) {
+      gradient_pass<false, true>(pooling, x, size, k, g);
     } else {
-      chunk_gradient<false>(pooling, chunk, k, g);
+      gradient_pass<false, false>(pooling, x, size, k, g);
     }
-    if (g == grad_buffer)
-      for (int64_t j = 0; j < chunk.n; ++j) grad[start + j] = grad_buffer[j];
-  }
+  });
 }
 
 template <class T, class Out>
-SGL_HD void backward_range_as(
-    const Problem<T>& problem, const T* saved, T grad_output, Out* grad, int64_t begin, int64_t end, T* scratch) {
+void backward_range_as(
+    const Problem<T>& problem, const T* saved, T grad_output, Out* grad, int64_t begin, int64_t end, T* scratch,
+    Spread spread) {
   const Layout& layout = *problem.layout;
   const T* shares = saved + layout.bags * layout.classes * kColumns;
   T* row_grad = scratch + layout.longest + 64;
-  alignas(64) T buffer[kChunk], grad_buffer[kChunk];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t cls = unit % layout.classes;
     const Instances r = instances_of(layout, unit / layout.classes, cls);
@@ -430,36 +519,40 @@ SGL_HD void backward_range_as(
       if (problem.mask == nullptr && r.count == 1 && (r.dimensions[0].grad == 1 || r.inner == 1))
         direct = grad + r.grad;
     }
-    T* target = direct != nullptr ? direct : row_grad;
     const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, problem.settings);
-    backward_row(problem.settings.pooling, k, row, target, buffer, grad_buffer);
+    gradient_of(problem.settings.pooling, k, row, direct != nullptr ? direct : row_grad, spread);
     if (direct == nullptr) scatter(row_grad, problem.mask, r, grad);
   }
 }
 
 template <class T>
-SGL_HD void backward_range(
-    const Problem<T>& problem, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch) {
+void backward_range(
+    const Problem<T>& problem, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch,
+    Spread spread) {
   if (problem.type == native_type<T>())
-    return backward_range_as(problem, saved, grad_output, static_cast<T*>(grad), begin, end, scratch);
+    return backward_range_as(problem, saved, grad_output, static_cast<T*>(grad), begin, end, scratch, spread);
   if constexpr (sizeof(T) == sizeof(float)) {
     if (problem.type == Type::kHalf)
-      return backward_range_as(problem, saved, grad_output, static_cast<Half*>(grad), begin, end, scratch);
-    return backward_range_as(problem, saved, grad_output, static_cast<BFloat16*>(grad), begin, end, scratch);
+      return backward_range_as(problem, saved, grad_output, static_cast<Half*>(grad), begin, end, scratch, spread);
+    return backward_range_as(problem, saved, grad_output, static_cast<BFloat16*>(grad), begin, end, scratch, spread);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-SGL_HD void math_range(int function, const T* __restrict__ x, T* __restrict__ y, int64_t n) {
-  if (function == 0) {
-    for (int64_t j = 0; j < n; ++j) y[j] = exp(x[j]);
-  } else if (function == 1) {
-    for (int64_t j = 0; j < n; ++j) y[j] = log1p_unit(x[j]);
-  } else {
-    for (int64_t j = 0; j < n; ++j) y[j] = expm1_negative(x[j]);
-  }
+void math(int function, const T* x, T* y, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  if (function == 0) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return exp(v); });
+  if (function == 1) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return log1p_unit(v); });
+  if (function == 2) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return expm1_negative(v); });
+  if (function == 3) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return log1p_any(v); });
 }
 
+template <class T>
+Kernels<T> all_kernels() {
+  return {&forward_range<T>, &backward_range<T>, &math<T>};
+}
+
+}  // namespace SGL_LEVEL
 }  // namespace sgl

@@ -1,37 +1,13 @@
-// The kernels of bag_class.h, compiled once for each instruction set; the best one of the machine is chosen at run time.
+// Chooses among the levels that bag_class.h is compiled for.
 #include "kernels.h"
 
 #include <cstdlib>
 #include <cstring>
 
-#include "bag_class.h"
+#include "levels.h"
 
 namespace sgl {
 namespace {
-
-#define SGL_LEVEL(NAME, ATTRIBUTE)                                                                              \
-  template <class T>                                                                                            \
-  ATTRIBUTE void forward_##NAME(                                                                                \
-      const Problem<T>& p, const Label* labels, BagClass* out, int64_t begin, int64_t end, T* scratch) {        \
-    forward_range(p, labels, out, begin, end, scratch);                                                         \
-  }                                                                                                             \
-  template <class T>                                                                                            \
-  ATTRIBUTE void backward_##NAME(                                                                               \
-      const Problem<T>& p, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch) { \
-    backward_range(p, saved, grad_output, grad, begin, end, scratch);                                           \
-  }                                                                                                             \
-  template <class T>                                                                                            \
-  ATTRIBUTE void math_##NAME(int function, const T* x, T* y, int64_t n) {                                       \
-    math_range(function, x, y, n);                                                                              \
-  }                                                                                                             \
-  template <class T>                                                                                            \
-  constexpr Kernels<T> kernels_##NAME = {&forward_##NAME<T>, &backward_##NAME<T>, &math_##NAME<T>};
-
-SGL_LEVEL(baseline, )
-#if defined(__x86_64__)
-SGL_LEVEL(avx2, __attribute__((target("avx2,fma"))))
-SGL_LEVEL(avx512, __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))))
-#endif
 
 enum Level {
   kBaseline,
@@ -62,6 +38,15 @@ Level level() {
   return chosen;
 }
 
+template <class T>
+Kernels<T> choose() {
+#if defined(__x86_64__)
+  if (level() == kAVX512) return avx512_kernels(T());
+  if (level() == kAVX2) return avx2_kernels(T());
+#endif
+  return baseline_kernels(T());
+}
+
 }  // namespace
 
 const char* cpu_level() {
@@ -71,11 +56,8 @@ const char* cpu_level() {
 
 template <class T>
 const Kernels<T>& kernels() {
-#if defined(__x86_64__)
-  if (level() == kAVX512) return kernels_avx512<T>;
-  if (level() == kAVX2) return kernels_avx2<T>;
-#endif
-  return kernels_baseline<T>;
+  static const Kernels<T> chosen = choose<T>();
+  return chosen;
 }
 
 template const Kernels<float>& kernels<float>();

@@ -1,4 +1,4 @@
-// What the operators (ops.cpp) and the compiled kernels (kernels.cpp) tell each other.
+// What the operators (ops.cpp) and the compiled kernels (bag_class.h, once for each level) tell each other.
 #pragma once
 
 #include "../batch.h"
@@ -12,7 +12,7 @@ struct Problem {
   const void* logits;
   Type type;
   const bool* mask;  // null: every position is an instance
-  const T* pos_weight;  // null: 1
+  const T *class_weight, *pos_weight;  // null: 1
   const Layout* layout;
   Settings settings;
 };
@@ -20,14 +20,24 @@ struct Problem {
 // `scratch` holds scratch_size(longest) numbers.
 inline int64_t scratch_size(int64_t longest) { return 2 * (longest + 64); }
 
+// Long rows are worked on in pieces of so many instances, by several threads where there are more threads than rows. The
+// same pieces whoever works on them, put together in the same order: the number of threads changes nothing.
+constexpr int64_t kPiece = 16384;
+
+// Has task(what, i) called for i in [0, tasks), by several threads.
+using Spread = void (*)(int64_t tasks, void (*task)(const void* what, int64_t i), const void* what);
+
 template <class T>
 struct Kernels {
-  // statistics of the bag-classes [begin, end)
-  void (*forward)(const Problem<T>&, const Label* labels, BagClass* out, int64_t begin, int64_t end, T* scratch);
+  // sums over the bag-classes [begin, end), and their rows of what is saved; `spread` is for the pieces of long ones,
+  // null where every thread has bag-classes of its own
+  Batch (*forward)(
+      const Problem<T>&, const Label* labels, T* saved, int64_t begin, int64_t end, T* scratch, Spread spread);
   // gradient of the bag-classes [begin, end)
   void (*backward)(
-      const Problem<T>&, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch);
-  void (*math)(int function, const T* x, T* y, int64_t n);  // 0 exp, 1 log1p_unit, 2 expm1_negative
+      const Problem<T>&, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch,
+      Spread spread);
+  void (*math)(int function, const T* x, T* y, int64_t n);  // 0 exp, 1 log1p_unit, 2 expm1_negative, 3 log1p_any
 };
 
 const char* cpu_level();

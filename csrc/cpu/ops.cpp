@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -118,49 +119,71 @@ std::vector<Label> labels_of(const Tensor& targets, const Layout& layout) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sharing out the work
 
-// f(begin, end, scratch) over bag-classes. Which thread takes which changes nothing in the result.
-template <class T, class F>
-void for_bag_classes(const Layout& layout, int64_t numel, const F& f) {
-  const int64_t units = layout.bags * layout.classes;
-  const int64_t worthwhile = numel / 16384 + 1;  // a thread's start costs as much as some ten thousand instances
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t tasks = std::max<int64_t>(1, std::min({threads, units, worthwhile}));
-  const int64_t size = scratch_size(layout.longest);
-  std::unique_ptr<T[]> scratch(new T[tasks * size]);  // left uninitialized; here, as nothing may throw in the threads
+void spread(int64_t tasks, void (*task)(const void* what, int64_t i), const void* what) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task)
-      f(units * task / tasks, units * (task + 1) / tasks, scratch.get() + task * size);
+    for (int64_t i = first; i < last; ++i) task(what, i);
   });
 }
+
+// The bag-classes in chunks of about a piece's instances, which threads take one after the other: what each costs depends
+// on its label and its bag. The chunks are the same for any number of threads.
+template <class T>
+class Chunks {
+ public:
+  Chunks(const Layout& layout, int64_t numel)
+      : units_(layout.bags * layout.classes),
+        size_(std::max<int64_t>(1, units_ * kPiece / std::max<int64_t>(1, numel))),
+        scratch_size_(scratch_size(layout.longest)) {
+    const int64_t threads = torch::stable::get_num_threads();
+    count = (units_ + size_ - 1) / size_;
+    // bags so long that a thread would be left with one while the others have nothing to do are spread over all
+    together_ = threads > 1 && layout.longest >= 2 * kPiece && 2 * threads * layout.longest > numel;
+    // a thread's start costs as much as some ten thousand instances
+    tasks_ = together_ ? 1 : std::max<int64_t>(1, std::min({threads, count, numel / kPiece + 1}));
+    scratch_.reset(new T[tasks_ * scratch_size_]);  // uninitialized; here, as nothing may throw in the threads
+  }
+
+  int64_t count;
+
+  // f(chunk, begin, end, scratch, spread)
+  template <class F>
+  void each(const F& f) const {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, tasks_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task)
+        for (int64_t chunk = next++; chunk < count; chunk = next++)
+          f(chunk, chunk * size_, std::min(units_, (chunk + 1) * size_), scratch_.get() + task * scratch_size_,
+            together_ ? &spread : nullptr);
+    });
+  }
+
+ private:
+  int64_t units_, size_, scratch_size_, tasks_;
+  bool together_;
+  std::unique_ptr<T[]> scratch_;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(
-    const Tensor& logits, const Tensor& targets, const Layout& layout, const std::optional<Tensor>& class_weights,
-    const Problem<T>& problem) {
+    const Tensor& logits, const Tensor& targets, const Layout& layout, const Problem<T>& problem) {
   const int64_t units = layout.bags * layout.classes;
-  const T* class_weight = class_vector<T>(class_weights, "class_weight", layout.classes);
   const std::vector<Label> labels = labels_of(targets, layout);
-  std::vector<BagClass> all(units);
-  const Kernels<T>& kernel = kernels<T>();
-  for_bag_classes<T>(layout, logits.numel(), [&](int64_t begin, int64_t end, T* scratch) {
-    kernel.forward(problem, labels.data(), all.data(), begin, end, scratch);
-  });
-
   const ScalarType type = scalar_type<T>();
   Tensor total = torch::stable::new_empty(logits, {}, type);
   Tensor parts = torch::stable::new_empty(logits, {3}, type);
   Tensor saved = torch::stable::new_empty(logits, {units + 1, kColumns}, type);
   T* rows = static_cast<T*>(saved.mutable_data_ptr());
+  const Kernels<T>& kernel = kernels<T>();
+  const Chunks<T> chunks(layout, logits.numel());
+  std::vector<Batch> sums(chunks.count);
+  chunks.each([&](int64_t chunk, int64_t begin, int64_t end, T* scratch, Spread how) {
+    sums[chunk] = kernel.forward(problem, labels.data(), rows, begin, end, scratch, how);
+  });
   Batch batch = {};
-  // one after the other and in double, so that the number of threads changes nothing
-  for (int64_t unit = 0; unit < units; ++unit) {
-    const double weight = class_weight == nullptr ? 1.0 : class_weight[unit % layout.classes];
-    add(batch, all[unit], weight);
-    save_row(all[unit], problem.settings, weight, rows + unit * kColumns);
-  }
+  for (const Batch& some : sums) merge(batch, some);
   save_shares(batch, problem.settings, rows + units * kColumns);
   const Loss loss = loss_of(batch, problem.settings);
   *static_cast<T*>(total.mutable_data_ptr()) = static_cast<T>(loss.total);
@@ -173,12 +196,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(
 
 template <class T>
 Problem<T> problem_of(
-    const Tensor& logits, const std::optional<Tensor>& mask, const std::optional<Tensor>& pos_weight,
-    const Layout& layout, const Settings& settings) {
+    const Tensor& logits, const std::optional<Tensor>& mask, const std::optional<Tensor>& class_weight,
+    const std::optional<Tensor>& pos_weight, const Layout& layout, const Settings& settings) {
   return {
       logits.const_data_ptr(),
       type_of(logits),
       mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
+      class_vector<T>(class_weight, "class_weight", layout.classes),
       class_vector<T>(pos_weight, "pos_weight", layout.classes),
       &layout,
       settings};
@@ -192,9 +216,9 @@ std::tuple<Tensor, Tensor, Tensor> sgl_forward(
   const Settings settings{delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted};
   if (type_of(logits) == Type::kDouble)
     return forward_as(
-        logits, targets, layout, class_weight, problem_of<double>(logits, mask, pos_weight, layout, settings));
+        logits, targets, layout, problem_of<double>(logits, mask, class_weight, pos_weight, layout, settings));
   return forward_as(
-      logits, targets, layout, class_weight, problem_of<float>(logits, mask, pos_weight, layout, settings));
+      logits, targets, layout, problem_of<float>(logits, mask, class_weight, pos_weight, layout, settings));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -211,8 +235,8 @@ void backward_as(
   const T* rows = static_cast<const T*>(saved.const_data_ptr());
   void* out = grad.mutable_data_ptr();
   const Kernels<T>& kernel = kernels<T>();
-  for_bag_classes<T>(layout, logits.numel(), [&](int64_t begin, int64_t end, T* scratch) {
-    kernel.backward(problem, rows, static_cast<T>(grad_output), out, begin, end, scratch);
+  Chunks<T>(layout, logits.numel()).each([&](int64_t, int64_t begin, int64_t end, T* scratch, Spread how) {
+    kernel.backward(problem, rows, static_cast<T>(grad_output), out, begin, end, scratch, how);
   });
 }
 
@@ -230,9 +254,13 @@ Tensor sgl_backward(
   // what forward alone looks at is 0
   const Settings settings{delta_l, 0, 0, pooling, pooling_parameter, false, rescale, false};
   if (type_of(logits) == Type::kDouble) {
-    backward_as(logits, layout, saved, scale, grad, problem_of<double>(logits, mask, pos_weight, layout, settings));
+    backward_as(
+        logits, layout, saved, scale, grad,
+        problem_of<double>(logits, mask, std::nullopt, pos_weight, layout, settings));
   } else {
-    backward_as(logits, layout, saved, scale, grad, problem_of<float>(logits, mask, pos_weight, layout, settings));
+    backward_as(
+        logits, layout, saved, scale, grad,
+        problem_of<float>(logits, mask, std::nullopt, pos_weight, layout, settings));
   }
   return grad;
 }
@@ -261,9 +289,10 @@ std::string level_name() { return cpu_level(); }
 Tensor math(const Tensor& x, const std::string& function) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "x: expected contiguous float32");
   STD_TORCH_CHECK(
-      function == "exp" || function == "log1p" || function == "expm1", "function: expected exp, log1p or expm1");
+      function == "exp" || function == "log1p_unit" || function == "expm1" || function == "log1p",
+      "function: expected exp, log1p_unit, expm1 or log1p");
   Tensor y = torch::stable::empty_like(x);
-  const int number = function == "exp" ? 0 : function == "log1p" ? 1 : 2;
+  const int number = function == "exp" ? 0 : function == "log1p_unit" ? 1 : function == "expm1" ? 2 : 3;
   kernels<float>().math(
       number, static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(y.mutable_data_ptr()), x.numel());
   return y;

@@ -174,7 +174,8 @@ SGL_DEVICE PooledPass pooled_pass(
 template <class T, class In>
 SGL_DEVICE T median_of(const Row<In>& row, int n, T low, T high, Group& group) {
   return lower_median(
-      n, low, high,
+      // a mean would be one more number to agree on in the first pass
+      n, low, high, low + (high - low) * T(0.5),
       [&](T pivot) {
         CountPass found = {0};
         for_instances<1, T>(row, group, [&](T x, bool) { found.n += x <= pivot ? 1 : 0; }, [] {});
@@ -235,7 +236,8 @@ SGL_DEVICE void find_sums(
     }
   }
   if (settings.pooling == kNone || settings.pooling == kMax) return;
-  const PoolingSettings<T> pooling = pooling_settings(first.low, first.high, settings.pooling_parameter);
+  const PoolingSettings<T> pooling =
+      pooling_settings(settings.pooling, first.low, first.high, settings.pooling_parameter);
   const PooledPass pooled = scale.any ? pooled_pass<true>(settings.pooling, row, scale, pooling, group)
                                       : pooled_pass<false>(settings.pooling, row, scale, pooling, group);
   if (writes)
@@ -246,16 +248,7 @@ SGL_DEVICE void find_sums(
 // The kernel
 
 struct BatchSums : Batch {
-  SGL_DEVICE void merge(const BatchSums& o) {
-    participants += o.participants;
-    for (int k = 0; k < 3; ++k) {
-      count[k] += o.count[k];
-      part[k] += o.part[k];
-    }
-    per_bag += o.per_bag;
-    bag += o.bag;
-    mask += o.mask;
-  }
+  SGL_DEVICE void merge(const BatchSums& o) { sgl::merge(*this, o); }
 };
 
 // Bag-classes that are finished together, a thread each, as their few numbers in double cost as long as a pass: so many

@@ -1,7 +1,7 @@
 // A case by the CPU's kernels. Their namespace has another name here: the emulated kernels, which compute exp otherwise,
 // are in the same program.
 #define sgl sgl_on_cpu
-#include "../../csrc/cpu/kernels.cpp"
+#include "../../csrc/cpu/level_baseline.cpp"
 #undef sgl
 
 #include "case.h"
@@ -23,29 +23,27 @@ void run(const Case& c, Result& result) {
   layout.longest = c.positions;
   const Settings settings{c.delta_l,           c.lam,     c.mask_weight, c.pooling,
                           c.pooling_parameter, c.per_bag, c.rescale,     c.weighted};
-  const Problem<T> problem{c.logits, static_cast<Type>(c.type), c.mask, static_cast<const T*>(c.pos_weight), &layout,
-                           settings};
+  const Problem<T> problem{
+      c.logits,
+      static_cast<Type>(c.type),
+      c.mask,
+      static_cast<const T*>(c.class_weight),
+      static_cast<const T*>(c.pos_weight),
+      &layout,
+      settings};
   const int64_t units = c.bags * c.classes;
   std::vector<Label> labels(units);
   for (int64_t unit = 0; unit < units; ++unit) labels[unit] = static_cast<Label>(c.labels[unit]);
-  std::vector<BagClass> all(units);
   std::vector<T> scratch(scratch_size(layout.longest)), saved((units + 1) * kColumns);
-  const Kernels<T>& kernel = kernels<T>();
-  kernel.forward(problem, labels.data(), all.data(), 0, units, scratch.data());
-  Batch batch = {};
-  const T* class_weight = static_cast<const T*>(c.class_weight);
-  for (int64_t unit = 0; unit < units; ++unit) {
-    const double weight = class_weight == nullptr ? 1.0 : class_weight[unit % c.classes];
-    add(batch, all[unit], weight);
-    save_row(all[unit], settings, weight, saved.data() + unit * kColumns);
-  }
+  const Kernels<T> kernel = baseline_kernels(T());
+  const Batch batch = kernel.forward(problem, labels.data(), saved.data(), 0, units, scratch.data(), nullptr);
   save_shares(batch, settings, saved.data() + units * kColumns);
   const Loss loss = loss_of(batch, settings);
   result.loss[0] = loss.total;
   result.loss[1] = loss.bag;
   result.loss[2] = loss.instance;
   result.loss[3] = loss.mask;
-  kernel.backward(problem, saved.data(), static_cast<T>(c.grad_output), result.grad, 0, units, scratch.data());
+  kernel.backward(problem, saved.data(), static_cast<T>(c.grad_output), result.grad, 0, units, scratch.data(), nullptr);
 }
 
 }  // namespace

@@ -1,0 +1,28 @@
+// The kernels for x86-64 with AVX2 and FMA.
+#if defined(__x86_64__)
+// the standard library's before the instruction set is widened: what of it is not inlined may be called by anybody
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define SGL_LEVEL avx2
+#define SGL_WIDTH 8
+#include "bag_class.h"
+#include "levels.h"
+
+namespace sgl {
+
+Kernels<float> avx2_kernels(float) { return avx2::all_kernels<float>(); }
+Kernels<double> avx2_kernels(double) { return avx2::all_kernels<double>(); }
+
+}  // namespace sgl
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,13 @@
+// The kernels for every machine that the compiler's own settings are for: SSE2 on x86-64, NEON on arm64.
+
+#define SGL_LEVEL baseline
+#define SGL_WIDTH 4
+#include "bag_class.h"
+#include "levels.h"
+
+namespace sgl {
+
+Kernels<float> baseline_kernels(float) { return baseline::all_kernels<float>(); }
+Kernels<double> baseline_kernels(double) { return baseline::all_kernels<double>(); }
+
+}  // namespace sgl
