@@ -88,7 +88,7 @@ def looks_at_values(logits: Tensor, check: bool | None) -> bool:
     """Whether the values of targets and offsets are to be looked at: on a GPU that waits for the device."""
     if torch.compiler.is_compiling():
         return False
-    return logits.device.type == "cpu" if check is None else check
+    return logits.is_cpu if check is None else check
 
 
 def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> None:

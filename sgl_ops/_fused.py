@@ -81,37 +81,39 @@ if DEVICES:
 
 
 class _FusedSGL(torch.autograd.Function):
-    """Total and (bag, instance, mask).
+    """Total, or total and (bag, instance, mask).
 
     The backward computes the gradient anew from the logits and the statistics of each bag-class: cheaper than storing
     a tensor of the logits' size in forward to read, scale and write it again.
+
+    Few arguments and outputs: of small bags most of a step is what torch does with each of them.
     """
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, logits, targets, mask, offsets, class_weight, pos_weight,
-        delta_l, lam, mask_weight, code, parameter, per_bag, rescale, weighted,
-    ):  # fmt: skip
-        total, parts, saved = _forward(
-            logits, targets, mask, offsets, class_weight, pos_weight,
-            delta_l, lam, mask_weight, code, parameter, per_bag, rescale, weighted,
-        )  # fmt: skip
+    def forward(ctx, logits, targets, mask, offsets, class_weight, pos_weight, settings, with_parts):  # type: ignore[no-untyped-def]
+        total, parts, saved = _forward(logits, targets, mask, offsets, class_weight, pos_weight, *settings)
         ctx.save_for_backward(logits, mask, offsets, pos_weight, saved)
-        ctx.settings = (delta_l, code, parameter, rescale)
+        ctx.settings = settings
+        if not with_parts:
+            return total
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)  # else torch fills a gradient of parts with zeros, a launch on a GPU
         return total, parts
 
     @staticmethod
-    def backward(ctx, grad_total, _grad_parts):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_total, _grad_parts=None):  # type: ignore[no-untyped-def]
         if grad_total is None:
-            return (None,) * 14
+            return (None,) * 8
         logits, mask, offsets, pos_weight, saved = ctx.saved_tensors
-        with torch.no_grad():
-            grad = _backward(grad_total, logits, mask, offsets, pos_weight, saved, *ctx.settings)
+        delta_l, _, _, code, parameter, _, rescale, _ = ctx.settings
+        arguments = (grad_total, logits, mask, offsets, pos_weight, saved, delta_l, code, parameter, rescale)
         if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                grad = _backward(*arguments)
             grad = _Once.apply(grad, logits, grad_total)  # type: ignore[no-untyped-call]
-        return grad, *(None,) * 13
+        else:
+            grad = _backward(*arguments)
+        return grad, None, None, None, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -130,9 +132,24 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("the fused Self-Guiding Loss has no second derivative; impl='reference' has one")
 
 
-def fused_terms(logits: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    """(total, (bag, instance, mask)) by the fused operator; ``arguments`` are those of ``_FusedSGL.forward``."""
+def fused_terms(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: tuple[float, float, float, int, float, bool, bool, bool],
+    with_parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(total, (bag, instance, mask)) by the fused operator, the latter None unless asked for.
+
+    ``settings``: delta_l, lam, mask_weight, code and parameter of the pooling, per_bag, rescale, weighted.
+    """
     if logits.requires_grad and torch.is_grad_enabled():
-        return _FusedSGL.apply(logits, *arguments)  # type: ignore[no-any-return,no-untyped-call]
-    total, parts, _ = _forward(logits, *arguments)
+        result = _FusedSGL.apply(  # type: ignore[no-untyped-call]
+            logits, targets, mask, offsets, class_weight, pos_weight, settings, with_parts
+        )
+        return result if with_parts else (result, None)
+    total, parts, _ = _forward(logits, targets, mask, offsets, class_weight, pos_weight, *settings)
     return total, parts

@@ -109,7 +109,7 @@ def sgl_loss(
     """
     total, _ = _sgl(
         logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl,
+        class_weight, pos_weight, check, impl, with_parts=False,
     )  # fmt: skip
     return total
 
@@ -136,8 +136,9 @@ def sgl_terms(
     """:func:`sgl_loss` with its three terms beside it, for logging; ``total.backward()`` works."""
     total, parts = _sgl(
         logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl,
+        class_weight, pos_weight, check, impl, with_parts=True,
     )  # fmt: skip
+    assert parts is not None
     bag, instance, penalty = parts.unbind()
     return SGLTerms(total, bag, instance, penalty)
 
@@ -159,8 +160,9 @@ def _sgl(
     pos_weight: Tensor | None,
     check: bool | None,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """(total, (bag, instance, mask) detached)."""
+    with_parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(total, (bag, instance, mask) detached); the latter may be None unless asked for."""
     check_settings(delta_l, lam, mask_weight, normalize)
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
     fused = _use_fused(impl, logits)
@@ -180,15 +182,16 @@ def _sgl(
     if code == _fused.EXTERNAL:
         # two gradients meet in the logits, and their sum is to be rounded once, to the dtype that was given
         logits = logits.to(working_dtype(logits.dtype))
+    settings = (delta_l, lam, mask_weight, code, parameter, normalize == "bag", rescale, weighted)
     total, parts = _fused.fused_terms(
-        logits, targets, mask, offsets, class_weight, pos_weight, delta_l, lam, mask_weight, code, parameter,
-        normalize == "bag", rescale, weighted,
+        logits, targets, mask, offsets, class_weight, pos_weight, settings, with_parts
     )  # fmt: skip
     if code == _fused.EXTERNAL:
         instances = reference.read(logits, targets, mask, offsets)
         bag = reference.bag_term(instances, module, mask, offsets, features, class_weight, pos_weight)
         total = total + bag
-        parts = torch.cat((bag.detach().reshape(1), parts[1:]))
+        if parts is not None:
+            parts = torch.cat((bag.detach().reshape(1), parts[1:]))
     return total, parts
 
 
@@ -311,7 +314,7 @@ def _validated(
     check_call(logits, targets, mask, offsets)
     if looks_at_values(logits, check):
         # the operator looks in a microsecond; what it finds wrong is put into words here
-        on_cpu = "cpu" in _fused.DEVICES and logits.device.type == "cpu"
+        on_cpu = logits.is_cpu and "cpu" in _fused.DEVICES
         if not on_cpu or _fused.count_violations(targets, offsets, logits.shape[0]):
             check_values(targets, offsets, logits.shape[0])
     return logits, offsets, features

@@ -108,9 +108,11 @@ class SGLLoss(nn.Module):
         features: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar."""
+        buffers = self._buffers  # nn.Module looks everywhere else first, which a step on small bags feels
         return functional._sgl(
-            logits, targets, mask, offsets, features, self.delta_l, self.lam, self.pooling, self.normalize,
-            self.rescale, self.weighted, self.mask_weight, self.class_weight, self.pos_weight, self.check, self.impl,
+            logits, targets, mask, offsets, features, self.delta_l, self.lam, self._modules["pooling"], self.normalize,
+            self.rescale, self.weighted, self.mask_weight, buffers["class_weight"], buffers["pos_weight"], self.check,
+            self.impl, with_parts=False,
         )[0]  # fmt: skip
 
     def terms(

@@ -47,6 +47,16 @@ SGL_HD C both(C live, C condition) {
 constexpr int64_t kBlock = 16;
 static_assert(kBlock <= LogOfProduct<float>::kFactors, "a block's factors go into one product");
 
+// The last n % kCount of n numbers, with one of them once more in the lanes that do not count; `room` may be needed.
+template <class F, class T>
+SGL_HD const T* last_vector(const T* x, int64_t n, T* room) {
+  constexpr int64_t kWidth = Lanes<F>::kCount;
+  const int64_t whole = n / kWidth * kWidth;
+  if (n <= kPadded) return x + whole;
+  for (int64_t i = 0; i < kWidth; ++i) room[i] = x[whole + i < n ? whole + i : whole];
+  return room;
+}
+
 // Calls each(x, live) for the n > 0 numbers from x on, and end() after every kBlock vectors and at the last. In the
 // lanes that do not count there is one of the numbers once more.
 template <class F, class T, class Each, class End>
@@ -57,9 +67,8 @@ SGL_HD void for_vectors(const T* x, int64_t n, const Each& each, const End& end)
     const int64_t stop = start + kBlock < whole ? start + kBlock : whole;
     for (int64_t v = start; v < stop; ++v) each(Lanes<F>::load(x + v * kWidth), All{});
     if (rest > 0 && start + kBlock > whole) {
-      T last[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) last[i] = x[whole * kWidth + (i < rest ? i : 0)];
-      each(Lanes<F>::load(last), Lanes<F>::first(rest));
+      T room[kWidth];
+      each(Lanes<F>::load(last_vector<F>(x, n, room)), Lanes<F>::first(rest));
     }
     end();
   }
@@ -77,10 +86,9 @@ SGL_HD void map_vectors(const T* x, int64_t n, T* y, const Function& f) {
   const int64_t whole = n / kWidth * kWidth;
   for (int64_t j = 0; j < whole; j += kWidth) Lanes<F>::store(y + j, f(Lanes<F>::load(x + j)));
   if (whole == n) return;
-  T last[kWidth];
-  for (int64_t i = 0; i < kWidth; ++i) last[i] = x[whole + i < n ? whole + i : whole];
-  Lanes<F>::store(last, f(Lanes<F>::load(last)));
-  for (int64_t i = 0; whole + i < n; ++i) y[whole + i] = last[i];
+  T room[kWidth];
+  Lanes<F>::store(room, f(Lanes<F>::load(last_vector<F>(x, n, room))));
+  for (int64_t i = 0; whole + i < n; ++i) y[whole + i] = room[i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -351,14 +359,14 @@ void gradient_pass(int64_t pooling, const T* x, int64_t n, const Coefficients<T>
 // ---------------------------------------------------------------------------------------------------------------------
 // Whole rows
 
+// The last piece is one of more than kPadded instances: it cannot be read past its end.
+inline int64_t pieces_of(int64_t n) { return n <= kPiece + kPadded ? 1 : (n - kPadded + kPiece - 1) / kPiece; }
+
 // piece(begin, size), for all pieces of n instances, by whom `spread` finds.
 template <class Piece>
 void for_pieces(Spread spread, int64_t n, const Piece& piece) {
-  const int64_t pieces = (n + kPiece - 1) / kPiece;
-  const auto nth = [&](int64_t i) {
-    const int64_t begin = i * kPiece;
-    piece(begin, n - begin < kPiece ? n - begin : kPiece);
-  };
+  const int64_t pieces = pieces_of(n);
+  const auto nth = [&](int64_t i) { piece(i * kPiece, i + 1 < pieces ? kPiece : n - i * kPiece); };
   if (spread == nullptr || pieces == 1) {
     for (int64_t i = 0; i < pieces; ++i) nth(i);
   } else {
@@ -370,10 +378,11 @@ void for_pieces(Spread spread, int64_t n, const Piece& piece) {
 template <class Pass>
 auto over_pieces(Spread spread, int64_t n, const Pass& pass) {
   using Found = decltype(pass(n, n));
-  if (n <= kPiece) return pass(0, n);
-  std::unique_ptr<Found[]> found(new Found[(n + kPiece - 1) / kPiece]);
+  const int64_t pieces = pieces_of(n);
+  if (pieces == 1) return pass(0, n);
+  std::unique_ptr<Found[]> found(new Found[pieces]);
   for_pieces(spread, n, [&](int64_t begin, int64_t size) { found[begin / kPiece] = pass(begin, size); });
-  for (int64_t i = 1; i * kPiece < n; ++i) found[0].merge(found[i]);
+  for (int64_t i = 1; i < pieces; ++i) found[0].merge(found[i]);
   return found[0];
 }
 
@@ -543,6 +552,8 @@ void backward_range(
 template <class T>
 void math(int function, const T* x, T* y, int64_t n) {
   using F = typename VectorOf<T>::F;
+  T room[kPadded + 2 * SGL_WIDTH] = {};
+  if (n <= kPadded) x = static_cast<const T*>(std::memcpy(room, x, n * sizeof(T)));
   if (function == 0) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return exp(v); });
   if (function == 1) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return log1p_unit(v); });
   if (function == 2) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return expm1_negative(v); });

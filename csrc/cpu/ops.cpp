@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -116,6 +117,33 @@ std::vector<Label> labels_of(const Tensor& targets, const Layout& layout) {
   return labels;
 }
 
+// Not torch::stable::new_empty, which goes by the dispatcher: of small bags that is felt.
+Tensor empty(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t type) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <size_t dimensions>
+Tensor empty(ScalarType type, const std::array<int64_t, dimensions>& sizes) {
+  std::array<int64_t, dimensions> strides;
+  int64_t step = 1;
+  for (size_t d = dimensions; d-- > 0; step *= sizes[d]) strides[d] = step;
+  const int32_t code = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+  return empty(dimensions, sizes.data(), strides.data(), code);
+}
+
+Tensor empty_as(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  int32_t code = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  return empty(t.dim(), sizes, strides, code);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Sharing out the work
 
@@ -172,9 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(
   const int64_t units = layout.bags * layout.classes;
   const std::vector<Label> labels = labels_of(targets, layout);
   const ScalarType type = scalar_type<T>();
-  Tensor total = torch::stable::new_empty(logits, {}, type);
-  Tensor parts = torch::stable::new_empty(logits, {3}, type);
-  Tensor saved = torch::stable::new_empty(logits, {units + 1, kColumns}, type);
+  Tensor total = empty<0>(type, {}), parts = empty<1>(type, {3}), saved = empty<2>(type, {units + 1, kColumns});
   T* rows = static_cast<T*>(saved.mutable_data_ptr());
   const Kernels<T>& kernel = kernels<T>();
   const Chunks<T> chunks(layout, logits.numel());
@@ -247,7 +273,7 @@ Tensor sgl_backward(
   STD_TORCH_CHECK(grad_output.numel() == 1, "grad_output: expected a scalar");
   double scale = 0;
   with_numbers(grad_output, "grad_output", [&](const auto* data) { scale = number(data[0]); });
-  Tensor grad = torch::stable::empty_like(logits);
+  Tensor grad = empty_as(logits);
   const Layout layout = layout_of(logits, mask, offsets, &grad);
   if (layout.packed() && (layout.starts.front() != 0 || layout.starts.back() != logits.size(0)))
     torch::stable::zero_(grad);  // rows of no bag

@@ -2,6 +2,8 @@
 // where the instances lie. So everything between is the same, bitwise, in every layout.
 #pragma once
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace sgl {
@@ -75,6 +77,10 @@ struct Row {
   int64_t n;
 };
 
+// Rows of up to so many instances may be read to the end of their last vector, past their own: of what is there, nothing
+// counts. Longer ones do not mind that every pass copies the last instances.
+constexpr int64_t kPadded = 1024;
+
 template <class T>
 constexpr Type native_type() {
   return sizeof(T) == sizeof(float) ? Type::kFloat : Type::kDouble;
@@ -82,18 +88,28 @@ constexpr Type native_type() {
 
 template <class T>
 Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch) {
-  const bool one_run = r.count == 1 && (r.dimensions[0].logits == 1 || r.inner == 1);
+  Row<T> row = {scratch, 0};
   if (problem.type == native_type<T>()) {
     const T* logits = static_cast<const T*>(problem.logits);
-    if (one_run && problem.mask == nullptr) return {logits + r.logits, r.positions};
-    return {scratch, gather(logits, problem.mask, r, scratch)};
+    const bool one_run = r.count == 1 && (r.dimensions[0].logits == 1 || r.inner == 1);
+    if (one_run && problem.mask == nullptr) {
+      row = {logits + r.logits, r.positions};
+      if (row.n > kPadded || row.n % (2 * SGL_WIDTH) == 0) return row;
+      std::memcpy(scratch, row.x, row.n * sizeof(T));
+      row.x = scratch;
+    } else {
+      row.n = gather(logits, problem.mask, r, scratch);
+    }
+  } else if constexpr (sizeof(T) == sizeof(float)) {
+    if (problem.type == Type::kHalf) {
+      row.n = gather(static_cast<const Half*>(problem.logits), problem.mask, r, scratch);
+    } else {
+      row.n = gather(static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch);
+    }
   }
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (problem.type == Type::kHalf)
-      return {scratch, gather(static_cast<const Half*>(problem.logits), problem.mask, r, scratch)};
-    return {scratch, gather(static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch)};
-  }
-  return {scratch, 0};
+  // with what is there anyway, so that lanes that do not count compute nothing strange
+  for (int64_t i = row.n; i % (2 * SGL_WIDTH) != 0; ++i) scratch[i] = scratch[0];
+  return row;
 }
 
 }  // namespace SGL_LEVEL
