@@ -1,6 +1,8 @@
 """Forward + backward of SGLLoss on the CPU beside what people would otherwise run.
 
-    python benchmarks/bench_cpu.py [--quick] [--json FILE]
+    python benchmarks/bench_cpu.py [--quick] [--json FILE]     the table
+    python benchmarks/bench_cpu.py --plot FILE.png             time against size, drawn by matplotlib
+    python benchmarks/bench_cpu.py --profile DIR               where a training step spends its time, with and without
 
 Every contender runs in the same process, in turn, round after round; a figure is the median over the rounds, its
 spread the interquartile range, and a ratio is the median of the rounds' ratios, so that a slow phase of the machine
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from baselines import bce_all_instances, eager_sgl
 from measuring import Loss, commit, draw, figures, ratio, step, timed
+from training_step import profile_training_step
 
 from sgl_ops import SGLLoss
 
@@ -30,18 +33,22 @@ CASES = [
     ((64, 1, 50), 0.5, "MNIST-Bags"),
 ]
 
+# for the plot: bags of a class and size each, 5 % positive
+SIZES = [(32, 14, 4**k) for k in range(2, 8)]
+
+
+def contenders(compiled: bool) -> dict[str, Loss]:
+    losses: dict[str, Loss] = {"sgl_ops": SGLLoss(impl="fused"), "eager": eager_sgl, "bce": bce_all_instances}
+    if compiled:
+        torch._dynamo.reset()
+        losses["compiled"] = torch.compile(eager_sgl)
+    return losses
+
 
 def measure(shape: tuple[int, int, int], share: float, rounds: int, compiled: bool) -> dict[str, object]:
     logits, targets = draw(shape, shape[:2], share)
     logits.requires_grad_()
-    losses: dict[str, Loss] = {
-        "sgl_ops": SGLLoss(impl="fused"),
-        "eager": eager_sgl,
-        "bce": bce_all_instances,
-    }
-    if compiled:
-        torch._dynamo.reset()
-        losses["compiled"] = torch.compile(eager_sgl)
+    losses = contenders(compiled)
     expected = eager_sgl(logits, targets)
     torch.testing.assert_close(losses["sgl_ops"](logits, targets), expected, rtol=1e-4, atol=1e-5)
     calls = {}
@@ -78,22 +85,65 @@ def machine() -> dict[str, object]:
     }
 
 
+def measure_all(rounds: int, compiled: bool) -> list[dict[str, object]]:
+    print(f"{'(N, C, L)':>16} {'pos':>5} {'ours us':>9} {'eager':>8} {'compiled':>9} {'bce':>7}   times ours")
+    results = []
+    for shape, share, what in CASES:
+        row = measure(shape, share, rounds, compiled)
+        results.append({"what": what, **row})
+        ratios = row["ratio"]
+        cells = (f"{ratios['eager']:8.2f}", f"{ratios.get('compiled', float('nan')):9.2f}", f"{ratios['bce']:7.2f}")
+        print(f"{shape!s:>16} {share:5.0%} {row['median_us']['sgl_ops']:9.1f} {' '.join(cells)}   {what}", flush=True)
+    return results
+
+
+def plot(path: Path, about: dict[str, object], rounds: int, compiled: bool) -> list[dict[str, object]]:
+    """Nanoseconds per instance and class against the size of a bag, every contender a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [measure(shape, 0.05, rounds, compiled) for shape in SIZES]
+    names = {"eager": "SGL, eager PyTorch", "compiled": "SGL, torch.compile", "bce": "plain BCE", "sgl_ops": "sgl_ops"}
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for name, label in names.items():
+        if name not in results[0]["median_us"]:
+            continue
+        lengths = [shape[2] for shape in SIZES]
+        numbers = [n * c * length for n, c, length in SIZES]
+        times = [row["median_us"][name] * 1e3 / number for row, number in zip(results, numbers, strict=True)]
+        axes.plot(lengths, times, marker="o", label=label, linewidth=2.5 if name == "sgl_ops" else 1.5)
+    axes.set(
+        xscale="log", yscale="log", xlabel="instances in a bag (32 bags, 14 classes, 5 % positive)",
+        ylabel="ns per instance and class, forward + backward", xticks=lengths, xticklabels=lengths,
+    )  # fmt: skip
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(f"{about['cpu']}, {about['threads']} threads, {about['simd']}, torch {about['torch']}", fontsize=8)
+    figure.savefig(path, dpi=150)
+    print("drawn:", path)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds and no torch.compile")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="time against the size of a bag, as PNG or SVG")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="tables and Chrome traces of a training step")
     args = parser.parse_args()
     rounds = 5 if args.quick else 25
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'(N, C, L)':>16} {'pos':>5} {'ours us':>9} {'eager':>8} {'compiled':>9} {'bce':>7}   times ours")
-    results = []
-    for shape, share, what in CASES:
-        row = measure(shape, share, rounds, compiled=not args.quick)
-        results.append({"what": what, **row})
-        ratio = row["ratio"]
-        cells = (f"{ratio['eager']:8.2f}", f"{ratio.get('compiled', float('nan')):9.2f}", f"{ratio['bce']:7.2f}")
-        print(f"{shape!s:>16} {share:5.0%} {row['median_us']['sgl_ops']:9.1f} {' '.join(cells)}   {what}", flush=True)
+    if args.profile:
+        profile_training_step(args.profile)
+        return
+    if args.plot:
+        results = plot(args.plot, about, rounds, compiled=not args.quick)
+    else:
+        results = measure_all(rounds, compiled=not args.quick)
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "rounds": rounds, "results": results}, indent=1) + "\n")
 

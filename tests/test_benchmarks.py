@@ -1,4 +1,4 @@
-"""That the GPU benchmark runs: without a GPU, on tiny shapes, which tells nothing about speed."""
+"""That the benchmarks run: on tiny shapes, and that of the GPU without one, which tells nothing about speed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,38 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, needs_kernel
 
 import sgl_ops
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+
+@needs_kernel
+def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch):
+    import bench_cpu
+
+    monkeypatch.setattr(bench_cpu, "CASES", [((4, 2, 16), 0.5, "tiny")])
+    monkeypatch.setattr(bench_cpu, "SIZES", [(2, 3, 8), (2, 3, 32)])
+    for arguments in (["--json", str(tmp_path / "table.json")], ["--plot", str(tmp_path / "sizes.png")]):
+        monkeypatch.setattr(sys, "argv", ["bench_cpu.py", "--quick", *arguments])
+        bench_cpu.main()
+    (row,) = json.loads((tmp_path / "table.json").read_text())["results"]
+    assert set(row["ratio"]) == {"eager", "bce"}
+    assert (tmp_path / "sizes.png").stat().st_size > 10_000
+
+
+def test_a_training_step_is_profiled(tmp_path, capsys):
+    from training_step import profile_training_step
+
+    profile_training_step(tmp_path, steps=2)
+    for name, operator in (("sgl", "sgl_ops::sgl_forward"), ("bce", "aten::binary_cross_entropy_with_logits")):
+        trace = json.loads((tmp_path / f"{name}.json").read_text())
+        names = {event.get("name") for event in trace["traceEvents"]}
+        assert {"network, forward", "loss, forward", "backward", "optimizer"} <= names
+        if name == "bce" or "cpu" in sgl_ops._fused.DEVICES:
+            assert operator in names
+    assert "Self CPU" in capsys.readouterr().out
 
 
 def test_bench_gpu_runs(tmp_path):

@@ -1,6 +1,10 @@
 """The CPU kernels at every instruction set: the accuracy of their own functions, and the same loss from each level."""
 
+import importlib.util
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -126,3 +130,47 @@ def test_every_level_gives_the_reference(report, level, pooling, dtype):
     terms = expected_grad.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)
     factor = 64 if dtype == torch.float64 else 16
     assert ((grad - expected_grad).abs() <= rounding + factor * working * terms).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the compiler made of it
+
+
+@pytest.fixture(scope="module")
+def functions():
+    """Instructions of every function of the extension, as a disassembler writes them."""
+    if platform.machine() != "x86_64" or shutil.which("objdump") is None:
+        pytest.skip("needs an x86-64 machine and objdump")
+    library = importlib.util.find_spec("sgl_ops._C").origin
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", "--section=.text", library]
+    found, name = {}, ""
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if line.endswith(">:"):
+            name = line[line.index("<") + 1 : -2]
+            found[name] = []
+        elif "\t" in line and name:
+            found[name].append(line.split("\t", 1)[1])
+    if not any("sgl::" in name for name in found):
+        pytest.skip("the extension was stripped of its symbols")
+    return found
+
+
+def test_no_level_is_called_by_another(functions):
+    """A function that several files share must not be the copy that was compiled for a machine with more."""
+    for name, instructions in functions.items():
+        # some names of lambdas are too much for the demangler
+        if "sgl" in name and not re.search(r"sgl::avx(2|512)(::|_kernels)|sgl\d+avx(2|512)", name):
+            assert not any(re.search("%[yz]mm", line) for line in instructions), name
+
+
+@pytest.mark.parametrize(("level", "register"), [("baseline", "xmm"), ("avx2", "ymm"), ("avx512", "zmm")])
+def test_passes_are_loops_of_vectors(functions, level, register):
+    """Speed is not tested, but this much of it: no instance goes alone, as one in a loop that fell back would."""
+    passes = {name: lines for name, lines in functions.items() if re.search(rf"sgl::{level}::\w+_pass<.*float", name)}
+    for kind in ("negative", "extremes", "count_up_to", "guided", "gradient", "pooled"):
+        # (float const*, ...): others choose among the poolings, and call these
+        chosen = {name: lines for name, lines in passes.items() if re.search(rf"::{kind}_pass<.*\(float const\*", name)}
+        assert chosen, kind
+        for name, lines in chosen.items():
+            assert any(register in line for line in lines), name
+            assert not any(re.match(r"v?(mul|div|fn?madd\d*)ss\b", line) for line in lines), name
