@@ -14,18 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from build_emulated import build_comparison
+from cases import cases
+from comparison import Comparison
 from conftest import ROOT, needs_kernel
+from hypothesis import Phase, given, settings
 
 from sgl_ops import SGLLoss, _fused
 
 sys.path.append(str(ROOT / "tools"))
 from cuda_toolkit import architecture_flags, compile_command, find_toolkit
-
-MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-THREADS = ["-fsanitize=thread"]
-SANITIZERS = {"memory": MEMORY, "threads": THREADS, "none": []}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values
@@ -114,63 +111,35 @@ def test_what_is_too_large_is_refused(kernels):
 # Sanitizers
 
 
-class Program:
-    """compare.cpp under one sanitizer; skips where there is no such sanitizer."""
-
-    def __init__(self, folder: Path, sanitizer: list[str], root: Path = ROOT):
-        folder.mkdir()
-        trial = folder / "nothing.cpp"
-        trial.write_text("int main() {}\n")
-        for command in (["g++", *sanitizer, str(trial), "-o", str(folder / "nothing")], [str(folder / "nothing")]):
-            if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode != 0:
-                pytest.skip(f"no programs can be compiled and run here with {sanitizer}")
-        self.path = build_comparison(folder, sanitizer, root)
-
-    def run(
-        self, cases, seed, schedule, resident, multiprocessors=3, bags=0, positions=0
-    ) -> subprocess.CompletedProcess[str]:
-        arguments = map(str, (cases, seed, schedule, resident, multiprocessors, bags, positions))
-        environment = {"PATH": "/usr/bin:/bin", "TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run(
-            [str(self.path), *arguments], capture_output=True, text=True, timeout=900, env=environment
-        )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    built: dict[str, Program] = {}
+def comparison(tmp_path_factory):
+    built: dict[str, Comparison] = {}
     folder = tmp_path_factory.mktemp("compare")
 
-    def program(name: str) -> Program:
+    def program(name: str) -> Comparison:
         if name not in built:
-            built[name] = Program(folder / name, SANITIZERS[name])
+            built[name] = Comparison(folder / name, name)
         return built[name]
 
-    return program
+    yield program
+    for program in built.values():
+        program.close()
 
 
-@pytest.mark.parametrize("schedule", [0, 1, 2])
-def test_agrees_with_the_cpu(programs, schedule):
-    result = programs("none").run(300, schedule, schedule, 1 + schedule)
-    assert result.returncode == 0, result.stdout + result.stderr
+def check_all(program: Comparison, sanitizer: str, examples: int, *phases: Phase) -> None:
+    """Cases that hypothesis draws, until the program finds something wrong with one."""
+
+    @settings(max_examples=examples, phases=phases, deadline=None, derandomize=True, database=None)
+    @given(cases(small=sanitizer == "threads"))
+    def check(case):
+        program.check(case)
+
+    check()
 
 
-@pytest.mark.parametrize("schedule", [0, 1])
-def test_touches_no_memory_of_others(programs, schedule):
-    result = programs("memory").run(150, 10 + schedule, schedule, 1 + schedule)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-# (bags, positions): a warp to a bag-class, and a block, with several of them to each
-SHAPES_FOR_RACES = [(0, 0), (20, 600)]
-
-
-@pytest.mark.parametrize("schedule", [0, 1])
-def test_has_no_races(programs, schedule):
-    # a thread of ThreadSanitizer for each thread of the GPU takes a millisecond: few blocks
-    for shape in SHAPES_FOR_RACES:
-        result = programs("threads").run(3, 20 + schedule, schedule, 2, 1, *shape)
-        assert result.returncode == 0, result.stdout + result.stderr
+@pytest.mark.parametrize(("sanitizer", "examples"), [("none", 300), ("memory", 150), ("threads", 40)])
+def test_agrees_with_the_cpu(comparison, sanitizer, examples):
+    check_all(comparison(sanitizer), sanitizer, examples, Phase.generate, Phase.shrink)
 
 
 # A bug in a kernel: the file, what stands there, what shall, and the sanitizer that is to find it.
@@ -192,24 +161,31 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_finds(tmp_path, bug):
+def with_bug(folder: Path, bug: str) -> tuple[Comparison, str]:
+    """The program with the bug, and the sanitizer that is to find it."""
     name, right, wrong, sanitizer = BUGS[bug]
-    shutil.copytree(ROOT / "csrc", tmp_path / "root" / "csrc")
-    shutil.copytree(ROOT / "tests" / "cuda_on_cpu", tmp_path / "root" / "tests" / "cuda_on_cpu")
-    path = tmp_path / "root" / "csrc" / "cuda" / name
+    shutil.copytree(ROOT / "csrc", folder / "root" / "csrc")
+    path = folder / "root" / "csrc" / "cuda" / name
     text = path.read_text()
     assert right in text, f"{bug}: what it replaces is not in {name}"
     path.write_text(text.replace(right, wrong))
-    program = Program(tmp_path / "program", SANITIZERS[sanitizer], tmp_path / "root")
-    if sanitizer == "threads":
-        results = [program.run(3, 20 + k, k, 2, 1, *shape) for shape in SHAPES_FOR_RACES[::-1] for k in (0, 1)]
-    else:
-        results = [program.run(150, 20 + k, k, 2) for k in (0, 1)]
-    output = "".join(result.stdout + result.stderr for result in results)
-    assert any(result.returncode != 0 for result in results), output
+    return Comparison(folder / "program", sanitizer, folder / "root"), sanitizer
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_finds(tmp_path, bug):
+    program, sanitizer = with_bug(tmp_path, bug)
     # what is out of bounds may also be read as if it were not, and show in the result
-    assert re.search("data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU", output)
+    report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|again"
+    with pytest.raises(AssertionError, match=report):
+        check_all(program, sanitizer, 200, Phase.generate)
+
+
+def test_what_it_finds_is_made_small(tmp_path):
+    program, sanitizer = with_bug(tmp_path, "the tail of a row is left out")
+    with pytest.raises(AssertionError, match="on the CPU"):
+        check_all(program, sanitizer, 200, Phase.generate, Phase.shrink)
+    assert (program.failed.sizes, program.failed.classes, program.failed.plan) == ([1], 1, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

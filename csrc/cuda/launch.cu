@@ -16,7 +16,7 @@ constexpr int kMaxDevices = 64;
 // one. A launch takes the next of a ring: that counter's turn comes again thousands of launches later, more than a GPU
 // queues at a time. A captured launch keeps its counter for good, since its graph may be replayed beside anything.
 #if defined(SGL_EMULATE)
-constexpr uint32_t kRing = 4;  // where launches wait for each other tests see counters again soon
+constexpr uint32_t kRing = 1;  // where launches wait for each other the next one sees what this one leaves
 #else
 constexpr uint32_t kRing = 1 << 13;
 #endif

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+UNOPTIMIZED = ["-O0", "-g1", "-DSGL_EMULATE"]
 
 
 def compiler() -> str:
@@ -21,15 +25,15 @@ def compiler() -> str:
     return path
 
 
-def compile_all(sources: list[Path], flags: list[str], target: Path, link: list[str], root: Path = ROOT) -> None:
-    """``target`` of the sources, which lie under ``root``, a checkout or a changed copy of one."""
-    here = root / "tests" / "cuda_on_cpu"
-    objects = []
-    for source in sources:
-        objects.append(target.parent / f"{target.name}.{source.name}.o")
-        command = [compiler(), "-std=c++17", *flags, f"-I{here}", "-x", "c++", "-c", source, "-o", objects[-1]]
-        subprocess.run(list(map(str, command)), check=True)
-    subprocess.run([compiler(), *map(str, [*objects, "-o", target, *link])], check=True)
+def compile_one(source: Path, flags: list[str], target: Path) -> Path:
+    command = [compiler(), "-std=c++17", *flags, f"-I{HERE}", "-x", "c++", "-c", source, "-o", target]
+    subprocess.run(list(map(str, command)), check=True)
+    return target
+
+
+def link(objects: list[Path], target: Path, flags: list[str]) -> Path:
+    subprocess.run(list(map(str, [compiler(), *objects, "-o", target, *flags])), check=True)
+    return target
 
 
 def build_module(folder: Path) -> Path:
@@ -43,22 +47,28 @@ def build_module(folder: Path) -> Path:
     sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "csrc/cuda/ops.cpp", HERE / "module.cpp"]
     flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DSGL_EMULATE", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     library = torch_folder / "lib"
-    link = ["-shared", f"-L{library}", "-ltorch_cpu", f"-Wl,-rpath,{library}"]
-    compile_all(sources, [*flags, *(f"-I{include}" for include in includes)], target, link)
+    flags += [f"-I{include}" for include in includes]
+    objects = [compile_one(source, flags, folder / f"{source.name}.o") for source in sources]
+    link(objects, target, ["-shared", f"-L{library}", "-ltorch_cpu", f"-Wl,-rpath,{library}"])
     sys.path.insert(0, str(folder))
     return target
 
 
-def build_comparison(folder: Path, sanitizer: list[str], root: Path = ROOT) -> Path:
-    """The program of compare.cpp."""
-    target = folder / "compare"
-    cpu = folder / "case_on_cpu"
-    here = root / "tests" / "cuda_on_cpu"
+@functools.cache
+def objects_beside_kernels(sanitizer: tuple[str, ...]) -> list[Path]:
+    """The rest of the program of compare.cpp, which is the same for changed kernels."""
+    folder = Path(tempfile.mkdtemp(prefix="compare"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # what the kernels are compared with needs no sanitizer, and vectors that -O1 is enough for
-    subprocess.run(
-        [compiler(), "-std=c++17", "-O1", "-fopenmp-simd", "-c", str(here / "case_on_cpu.cpp"), "-o", f"{cpu}.o"],
-        check=True,
-    )
-    sources = [root / "csrc/cuda/launch.cu", here / "compare.cpp"]
-    compile_all(sources, ["-O0", "-g1", "-DSGL_EMULATE", *sanitizer], target, [*sanitizer, f"{cpu}.o"], root)
-    return target
+    cpu = ["-O1", "-fopenmp-simd"]
+    return [
+        compile_one(HERE / "case_on_cpu.cpp", cpu, folder / "case_on_cpu.o"),
+        compile_one(HERE / "compare.cpp", [*UNOPTIMIZED, *sanitizer], folder / "compare.o"),
+    ]
+
+
+def build_comparison(folder: Path, sanitizer: list[str], root: Path = ROOT) -> Path:
+    """The program of compare.cpp with the kernels of ``root``, a checkout or a changed copy of one."""
+    flags = [*UNOPTIMIZED, *sanitizer]
+    kernels = compile_one(root / "csrc/cuda/launch.cu", flags, folder / "launch.o")
+    return link([*objects_beside_kernels(tuple(sanitizer)), kernels], folder / "compare", sanitizer)

@@ -1,16 +1,20 @@
-// The CUDA kernels, run on the CPU under whatever sanitizer this was compiled with, against the CPU's kernels: cases drawn
-// at random, in every layout, dtype and pooling.
+// The CUDA kernels, run on the CPU under whatever sanitizer this was compiled with, against the CPU's kernels.
 //
-//   compare CASES SEED SCHEDULE RESIDENT MULTIPROCESSORS BAGS POSITIONS
-//
-// BAGS and POSITIONS are drawn where they are 0. Exit status 0: all agree; 1: one does not, or the emulator stopped it.
+// Every line of the input is a case (cases.py says what is in it), and gets a line in return: "ok", or what does not
+// agree or the emulator found. That is then the last one, since what a kernel did wrong may have consequences: exit
+// status 1.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
-#include <limits>
+#include <iostream>
 #include <memory>
 #include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "../../csrc/cuda/launch.h"
 #include "case.h"
@@ -21,12 +25,6 @@ namespace {
 using sgl::BFloat16;
 using sgl::Half;
 using sgl::Type;
-
-std::mt19937 generator;
-
-int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-bool one_in(int n) { return between(1, n) == 1; }
-double normal() { return std::normal_distribution<double>()(generator); }
 
 int bytes_of(int type) { return type == 1 ? 8 : type == 0 ? 4 : 2; }
 
@@ -44,119 +42,163 @@ void write(int type, void* data, int64_t at, double value) {
   if (type == 3) sgl::write_as(static_cast<BFloat16*>(data) + at, static_cast<float>(value));
 }
 
-// Exactly as large as said, so that AddressSanitizer sees a step beyond the end.
+// Exactly as large as said, so that AddressSanitizer sees a step beyond the end; full of NaN, so that what is not written
+// shows.
 struct Buffer {
   std::unique_ptr<char[]> bytes;
 
-  explicit Buffer(int64_t size) : bytes(new char[size]) {}
+  explicit Buffer(int64_t size) : bytes(new char[size]) { std::memset(bytes.get(), 0xff, size); }
 };
 
-struct Drawn {
-  Case c;
-  int64_t numel;
-  std::vector<Buffer> buffers;
+class Line {
+ public:
+  explicit Line(const std::string& text) : text_(text) {}
 
-  void* room(int64_t bytes) {
-    buffers.emplace_back(bytes);
-    return buffers.back().bytes.get();
+  double number() {
+    std::string word;
+    if (!(text_ >> word)) throw std::runtime_error("the case ends too early");
+    return std::strtod(word.c_str(), nullptr);  // unlike >> it knows nan and inf
   }
+  int64_t integer() { return static_cast<int64_t>(number()); }
+  bool flag() { return number() != 0; }
+  std::vector<double> numbers() {
+    std::vector<double> all(integer());
+    for (double& x : all) x = number();
+    return all;
+  }
+  bool ends() {
+    text_ >> std::ws;
+    return text_.eof();
+  }
+
+ private:
+  std::istringstream text_;
 };
 
 enum Shape {
   kMap,
   kChannelsLast,
-  kMasked,
-  kSliced,
-  kPacked,
-  kShapes
+  kWindow,
+  kPacked
 };
 
-void* class_vector(Drawn& d, bool may_be_zero) {
-  if (!one_in(3)) return nullptr;
-  void* v = d.room(d.c.classes * 8);
-  for (int64_t k = 0; k < d.c.classes; ++k)
-    write(d.c.type == 1 ? 1 : 0, v, k, may_be_zero && one_in(4) ? 0 : std::exp(normal()));
-  return v;
-}
+// A case, what it points to, and how it is to run.
+struct Problem {
+  Case c;
+  int64_t numel, multiprocessors;
+  std::vector<double> plan;
+  bool wide_offsets;
+  std::vector<Buffer> buffers;
 
-Drawn draw(int64_t bags, int64_t positions) {
-  Drawn d;
-  Case& c = d.c;
-  c.type = static_cast<int>(between(0, 3));
-  const int shape = static_cast<int>(between(0, kShapes - 1));
-  c.classes = one_in(3) ? 1 : between(1, 5);
-  c.bags = one_in(4) ? between(1, 30) : between(1, 4);
-  c.positions = one_in(10) ? between(400, 3000) : between(0, 80);
-  if (one_in(3)) c.positions = c.positions / 8 * 8;  // rows that lie on 16 bytes
-  if (bags != 0) c.bags = bags;
-  if (positions != 0) c.positions = positions;
-  c.mask = nullptr;
-  c.mask_bag = 0;
-  c.dimensions = 1;
-  c.size[0] = c.positions;
-  c.logits_step[0] = c.mask_step[0] = 1;
-  if (shape == kPacked) {
-    int64_t rows = 0;
-    c.offsets.push_back(0);
-    for (int64_t i = 0; i < c.bags; ++i) c.offsets.push_back(rows += one_in(4) ? 0 : between(0, 2 * c.positions));
-    c.positions = rows;
-    c.size[0] = 0;
-    c.logits_bag = c.logits_step[0] = c.classes;
-    c.logits_class = 1;
-    d.numel = rows * c.classes;
-  } else if (shape == kChannelsLast) {
-    c.logits_bag = c.positions * c.classes;
-    c.logits_class = 1;
-    c.logits_step[0] = c.classes;
-    d.numel = c.bags * c.logits_bag;
-  } else if (shape == kSliced) {  // a window of a map: its rows do not follow one another
-    c.dimensions = 2;
-    c.size[0] = between(1, 9);
-    c.size[1] = c.positions / c.size[0];
-    c.positions = c.size[0] * c.size[1];
-    c.logits_step[0] = c.size[1] + 3;
-    c.logits_step[1] = 1;
-    c.mask_step[0] = c.size[1];
-    c.mask_step[1] = 1;
-    c.logits_class = c.size[0] * c.logits_step[0];
-    c.logits_bag = c.logits_class * c.classes;
-    d.numel = c.bags * c.logits_bag;
-  } else {
+  explicit Problem(Line& line) {
+    emulator::set_schedule(static_cast<unsigned>(line.integer()));
+    emulator::set_resident(static_cast<unsigned>(line.integer()));
+    multiprocessors = line.integer();
+    plan = line.numbers();
+    c.type = static_cast<int>(line.integer());
+    const int64_t shape = line.integer();
+    c.classes = line.integer();
+    const std::vector<double> sizes = line.numbers();
+    lay_out(shape, sizes, line.integer());
+    wide_offsets = line.flag();
+    set_mask(line.numbers());
+    const std::vector<double> labels = line.numbers();
+    for (int64_t k = 0; k < c.bags * c.classes; ++k)
+      c.labels.push_back(static_cast<int8_t>(labels[static_cast<size_t>(k) % labels.size()]));
+    c.class_weight = class_vector(line.numbers());
+    c.pos_weight = class_vector(line.numbers());
+    draw_logits(line);
+    c.delta_l = line.number();
+    c.lam = line.number();
+    c.mask_weight = line.number();
+    c.pooling = line.integer();
+    c.pooling_parameter = line.number();
+    c.per_bag = line.flag();
+    c.rescale = line.flag();
+    c.weighted = line.flag();
+    c.grad_output = line.number();
+    if (!line.ends()) throw std::runtime_error("the case goes on");
+  }
+
+ private:
+  void* room(int64_t bytes) {
+    buffers.emplace_back(bytes);
+    return buffers.back().bytes.get();
+  }
+
+  void lay_out(int64_t shape, const std::vector<double>& sizes, int64_t window_rows) {
+    c.bags = static_cast<int64_t>(sizes.size());
+    c.positions = static_cast<int64_t>(sizes[0]);
+    c.dimensions = 1;
+    c.size[0] = c.positions;
+    c.logits_step[0] = c.mask_step[0] = 1;
     c.logits_class = c.positions;
     c.logits_bag = c.positions * c.classes;
-    d.numel = c.bags * c.logits_bag;
+    if (shape == kPacked) {
+      int64_t rows = 0;
+      c.offsets.push_back(0);
+      for (double size : sizes) c.offsets.push_back(rows += static_cast<int64_t>(size));
+      c.positions = rows;
+      c.size[0] = 0;
+      c.logits_bag = c.logits_step[0] = c.classes;
+      c.logits_class = 1;
+      numel = rows * c.classes;
+      return;
+    }
+    if (shape == kChannelsLast) {
+      c.logits_class = 1;
+      c.logits_step[0] = c.classes;
+    } else if (shape == kWindow) {
+      c.dimensions = 2;
+      c.size[0] = window_rows;
+      c.size[1] = c.positions / window_rows;
+      c.logits_step[0] = c.size[1] + 3;
+      c.logits_step[1] = 1;
+      c.mask_step[0] = c.size[1];
+      c.mask_step[1] = 1;
+      c.logits_class = c.size[0] * c.logits_step[0];
+      c.logits_bag = c.logits_class * c.classes;
+    }
+    numel = c.bags * c.logits_bag;
   }
-  if (shape == kMasked) {
-    bool* mask = static_cast<bool*>(d.room(c.bags * c.positions));
-    for (int64_t k = 0; k < c.bags * c.positions; ++k) mask[k] = one_in(2);
-    c.mask = mask;
-    c.mask_bag = c.positions;
-  }
-  void* logits = d.room(d.numel * bytes_of(c.type));
-  const double scale = one_in(4) ? 0.1 : 2, shift = one_in(5) ? 60 * normal() : 0;
-  for (int64_t k = 0; k < d.numel; ++k) {
-    const double x = scale * normal() + shift;
-    write(c.type, logits, k, one_in(50) ? std::round(x) : x);
-  }
-  if (one_in(8) && d.numel > 0)
-    write(c.type, logits, between(0, d.numel - 1), one_in(2) ? NAN : std::numeric_limits<double>::infinity());
-  c.logits = logits;
-  for (int64_t k = 0; k < c.bags * c.classes; ++k) c.labels.push_back(static_cast<int8_t>(between(0, 2)));
-  c.class_weight = class_vector(d, true);
-  c.pos_weight = class_vector(d, false);
-  c.delta_l = one_in(5) ? 0.5 : 0.3;
-  c.lam = one_in(5) ? 0 : 1.5;
-  c.mask_weight = one_in(2) ? 0 : 0.7;
-  c.pooling = between(0, 7);
-  c.pooling_parameter = c.pooling == 6 ? 10 : 1;
-  c.per_bag = one_in(2);
-  c.rescale = !one_in(5);
-  c.weighted = !one_in(5);
-  c.grad_output = one_in(2) ? 1 : -3;
-  return d;
-}
 
-void run_emulated(const Case& c, Result& result) {
+  void set_mask(const std::vector<double>& pattern) {
+    c.mask = nullptr;
+    c.mask_bag = 0;
+    if (pattern.empty()) return;
+    c.mask_bag = c.positions;
+    bool* mask = static_cast<bool*>(room(c.bags * c.positions));
+    for (int64_t k = 0; k < c.bags * c.positions; ++k) mask[k] = pattern[static_cast<size_t>(k) % pattern.size()] != 0;
+    c.mask = mask;
+  }
+
+  void* class_vector(const std::vector<double>& pattern) {
+    if (pattern.empty()) return nullptr;
+    const int type = c.type == 1 ? 1 : 0;
+    void* v = room(c.classes * bytes_of(type));
+    for (int64_t k = 0; k < c.classes; ++k) write(type, v, k, pattern[static_cast<size_t>(k) % pattern.size()]);
+    return v;
+  }
+
+  void draw_logits(Line& line) {
+    std::mt19937 generator(static_cast<unsigned>(line.integer()));
+    std::normal_distribution<double> normal;
+    const double scale = line.number(), shift = line.number();
+    const int64_t whole = line.integer();
+    void* logits = room(numel * bytes_of(c.type));
+    for (int64_t k = 0; k < numel; ++k) {
+      const double x = scale * normal(generator) + shift;
+      write(c.type, logits, k, whole != 0 && k % whole == 0 ? std::round(x) : x);
+    }
+    for (double x : line.numbers())
+      if (numel > 0) write(c.type, logits, static_cast<int64_t>(generator() % static_cast<uint64_t>(numel)), x);
+    c.logits = logits;
+  }
+};
+
+// Whether forward, launched again, gives the same: it also shows what a launch leaves behind.
+bool run_emulated(const Problem& problem, Result& result) {
+  const Case& c = problem.c;
   using namespace sgl;
   using namespace sgl::cuda;
   Call call = {};
@@ -175,35 +217,49 @@ void run_emulated(const Case& c, Result& result) {
   rows.dimensions = c.dimensions;
   for (int k = 0; k < c.dimensions; ++k)
     rows.dimension[k] = {c.size[k], c.logits_step[k], c.mask_step[k], c.logits_step[k]};
-  const bool wide = one_in(2);
   std::vector<int32_t> narrow(c.offsets.begin(), c.offsets.end());
   if (!c.offsets.empty()) {
-    rows.offsets = wide ? static_cast<const void*>(c.offsets.data()) : narrow.data();
+    rows.offsets = problem.wide_offsets ? static_cast<const void*>(c.offsets.data()) : narrow.data();
     rows.offsets_step = 1;
-    rows.offsets_are_64_bit = wide;
+    rows.offsets_are_64_bit = problem.wide_offsets;
   }
   call.settings = {c.delta_l, c.lam, c.mask_weight, c.pooling, c.pooling_parameter, c.per_bag, c.rescale, c.weighted};
   std::vector<float> targets;
   for (int8_t label : c.labels) targets.push_back(label == 0 ? NAN : label == 2 ? 1.0f : 0.0f);
 
   const int working = c.type == 1 ? 8 : 4;
-  const Plan plan = plan_of(call, emulated::multiprocessors);
-  Buffer total(working), parts(3 * working), saved((c.bags * c.classes + 1) * kColumns * working);
+  Plan plan = plan_of(call, static_cast<int>(problem.multiprocessors));
+  if (!problem.plan.empty()) {
+    plan.warp_per_bag_class = problem.plan[0] != 0;
+    plan.threads = static_cast<int>(problem.plan[1]);
+    plan.forward_blocks = static_cast<int>(problem.plan[2]);
+    plan.backward_blocks = static_cast<int>(problem.plan[3]);
+    plan.pieces = static_cast<int>(problem.plan[4]);
+  }
+  const int type = c.type == 1 ? 1 : 0;
   std::vector<Batch> of_block(plan.forward_blocks + 1);
   Forward forward = {};
   forward.targets = {targets.data(), c.classes, 1, 4, true, false};
   forward.class_weight = c.class_weight;
-  forward.total = total.bytes.get();
-  forward.parts = parts.bytes.get();
-  forward.saved = saved.bytes.get();
   forward.of_block = of_block.data();
-  launch_forward(call, forward, plan, 0, nullptr);
-  result.loss[0] = read(working == 8 ? 1 : 0, forward.total, 0);
-  for (int k = 0; k < 3; ++k) result.loss[k + 1] = read(working == 8 ? 1 : 0, forward.parts, k);
+  const int64_t sizes[] = {working, 3 * working, (c.bags * c.classes + 1) * kColumns * working};
+  std::vector<Buffer> out, again;
+  for (std::vector<Buffer>* to : {&again, &out}) {
+    for (int64_t size : sizes) to->emplace_back(size);
+    forward.total = (*to)[0].bytes.get();
+    forward.parts = (*to)[1].bytes.get();
+    forward.saved = (*to)[2].bytes.get();
+    launch_forward(call, forward, plan, 0, nullptr);
+  }
+  result.loss[0] = read(type, forward.total, 0);
+  for (int k = 0; k < 3; ++k) result.loss[k + 1] = read(type, forward.parts, k);
 
   Buffer grad_output(working);
-  write(working == 8 ? 1 : 0, grad_output.bytes.get(), 0, c.grad_output);
+  write(type, grad_output.bytes.get(), 0, c.grad_output);
   launch_backward(call, {grad_output.bytes.get(), forward.saved, result.grad}, plan, nullptr);
+  bool same = true;
+  for (int k = 0; k < 3; ++k) same &= std::memcmp(out[k].bytes.get(), again[k].bytes.get(), sizes[k]) == 0;
+  return same;
 }
 
 // Whether `got` is `wanted` within `bound`; both NaN is equal.
@@ -212,58 +268,51 @@ bool agree(double got, double wanted, double bound) {
   return std::fabs(got - wanted) <= bound;
 }
 
-bool compare(const Drawn& d, int number) {
-  const Case& c = d.c;
+// "ok", or what is wrong.
+std::string compare(const Problem& problem) {
+  const Case& c = problem.c;
   const double eps = (c.type == 1 ? 2.3e-16 : 1.2e-7) * 64, rounding = c.type == 2 ? 1e-3 : c.type == 3 ? 8e-3 : 0;
-  const int64_t bytes = d.numel * bytes_of(c.type);
-  Buffer expected(bytes), got(bytes);
-  // what neither touches (the gaps of a window) is the same
-  std::memset(expected.bytes.get(), 0, bytes);
-  std::memset(got.bytes.get(), 0, bytes);
-  Result on_cpu{{}, expected.bytes.get()}, emulated{{}, got.bytes.get()};
+  const int64_t bytes = problem.numel * bytes_of(c.type);
+  Buffer expected(bytes);
+  Result on_cpu{{}, expected.bytes.get()};
   run_on_cpu(c, on_cpu);
-  run_emulated(c, emulated);
-  bool same = true;
-  for (int k = 0; k < 4; ++k) same &= agree(emulated.loss[k], on_cpu.loss[k], eps * std::fabs(on_cpu.loss[k]) + 1e-30);
   double largest = 0;
-  for (int64_t k = 0; k < d.numel; ++k) {
-    const double g = std::fabs(read(c.type, expected.bytes.get(), k));
+  for (int64_t k = 0; k < problem.numel; ++k) {
+    const double g = std::fabs(read(c.type, on_cpu.grad, k));
     if (g > largest && std::isfinite(g)) largest = g;
   }
-  int64_t wrong = -1;
-  for (int64_t k = 0; k < d.numel; ++k) {
-    const double want = read(c.type, expected.bytes.get(), k), have = read(c.type, got.bytes.get(), k);
-    if (!agree(have, want, eps * largest + rounding * std::fabs(want) + (c.type == 2 ? 6e-8 : 1e-37))) wrong = k;
+
+  std::ostringstream wrong;
+  wrong.precision(9);
+  Buffer got(bytes);
+  Result emulated{{}, got.bytes.get()};
+  if (!run_emulated(problem, emulated)) wrong << "the same launch again gives other bits; ";
+  const char* const names[] = {"total", "bag", "instance", "mask"};
+  for (int k = 0; k < 4; ++k)
+    if (!agree(emulated.loss[k], on_cpu.loss[k], eps * std::fabs(on_cpu.loss[k]) + 1e-30))
+      wrong << names[k] << " " << emulated.loss[k] << ", on the CPU " << on_cpu.loss[k] << "; ";
+  for (int64_t k = 0; k < problem.numel; ++k) {
+    const double want = read(c.type, on_cpu.grad, k), have = read(c.type, emulated.grad, k);
+    if (agree(have, want, eps * largest + rounding * std::fabs(want) + (c.type == 2 ? 6e-8 : 1e-37))) continue;
+    wrong << "gradient " << k << " " << have << ", on the CPU " << want << ", the largest " << largest << "; ";
+    break;
   }
-  if (same && wrong < 0) return true;
-  std::printf(
-      "case %d: type %d, %ld bags, %ld classes, %ld positions%s%s, pooling %ld: loss %.9g, on the CPU %.9g\n", number,
-      c.type, static_cast<long>(c.bags), static_cast<long>(c.classes), static_cast<long>(c.positions),
-      c.offsets.empty() ? "" : ", packed", c.mask == nullptr ? "" : ", masked", static_cast<long>(c.pooling),
-      emulated.loss[0], on_cpu.loss[0]);
-  if (wrong >= 0)
-    std::printf(
-        "gradient %ld: %.9g, on the CPU %.9g; largest %.9g\n", static_cast<long>(wrong),
-        read(c.type, got.bytes.get(), wrong), read(c.type, expected.bytes.get(), wrong), largest);
-  return false;
+  return wrong.str().empty() ? "ok" : wrong.str();
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 8) return 2;
-  const int cases = std::atoi(argv[1]);
-  generator.seed(static_cast<unsigned>(std::atoi(argv[2])));
-  emulator::set_schedule(static_cast<unsigned>(std::atoi(argv[3])));
-  emulator::set_resident(static_cast<unsigned>(std::atoi(argv[4])));
-  emulated::multiprocessors = std::atoi(argv[5]);
-  try {
-    for (int k = 0; k < cases; ++k)
-      if (!compare(draw(std::atoi(argv[6]), std::atoi(argv[7])), k)) return 1;
-  } catch (const std::exception& error) {
-    std::printf("%s\n", error.what());
-    return 1;
+int main() {
+  for (std::string text; std::getline(std::cin, text);) {
+    std::string answer;
+    try {
+      Line line(text);
+      answer = compare(Problem(line));
+    } catch (const std::exception& error) {
+      answer = error.what();
+    }
+    std::puts(answer.c_str());
+    std::fflush(stdout);
+    if (answer != "ok") return 1;
   }
-  std::printf("%d cases agree\n", cases);
-  return 0;
 }

@@ -1,0 +1,126 @@
+"""What compare.cpp is asked: hypothesis draws cases, and a line of text describes each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from hypothesis import strategies as st
+
+MAP, CHANNELS_LAST, WINDOW, PACKED = range(4)
+MEAN_LOGITS, LSE = 3, 6  # as csrc/sgl_math.h numbers the poolings
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """In the order in which compare.cpp reads it. A list shorter than what it is for is gone through again."""
+
+    schedule: int
+    resident: int  # blocks that run at a time
+    multiprocessors: int
+    plan: list[int]  # members of Plan (launch.h); empty: what plan_of() says
+    dtype: int  # float, double, float16, bfloat16
+    layout: int
+    classes: int
+    sizes: list[int]  # of the bags; but for packed ones all alike
+    window_rows: int  # of a window of a map, whose rows do not follow one another
+    wide_offsets: bool
+    mask: list[bool]  # empty: none
+    labels: list[int]  # 0 unknown, 1 negative, 2 positive
+    class_weight: list[float]  # empty: none
+    pos_weight: list[float]
+    seed: int  # of the logits, which are normal numbers times scale plus shift, ...
+    scale: float
+    shift: float
+    whole: int  # ... each so manieth rounded (0: none), ...
+    special: list[float]  # ... and these somewhere among them
+    delta_l: float
+    lam: float
+    mask_weight: float
+    pooling: int
+    pooling_parameter: float
+    per_bag: bool
+    rescale: bool
+    weighted: bool
+    grad_output: float
+
+    def line(self) -> str:
+        return " ".join(word for field in dataclasses.fields(self) for word in words(getattr(self, field.name)))
+
+
+def words(value: object) -> Iterator[str]:
+    if isinstance(value, list):
+        yield str(len(value))
+        for element in value:
+            yield from words(element)
+    else:
+        yield repr(value + 0)  # a bool as a number
+
+
+def plans(small: bool) -> st.SearchStrategy[list[int]]:
+    """Any plan is right; what plan_of() would never say shows the way of large problems with small ones."""
+    most = 3 if small else 9
+    blocks = st.integers(1, most)
+    of_warps = st.tuples(st.just(1), st.sampled_from([32, 64, 128]), blocks, blocks, st.integers(1, 3))
+    of_blocks = st.tuples(st.just(0), st.sampled_from([64, 128]), blocks, blocks, st.integers(1, 3))
+    return (of_warps | of_blocks).map(list)
+
+
+@st.composite
+def cases(draw: st.DrawFn, small: bool = False) -> Case:
+    """``small``: few threads, which are what costs ThreadSanitizer time."""
+    plan = draw(plans(True) if small else st.just([]) | plans(False))
+    layout = draw(st.integers(MAP, PACKED))
+    classes = draw(st.integers(1, 3 if small else 5))
+    most_bags = 4 if small else 30
+    positions = st.integers(0, 40 if small else 80)
+    if not small:  # a sum, so that a large bag is made small bit by bit
+        positions = st.builds(lambda few, many: few + 97 * many, positions, st.just(0) | st.integers(4, 30))
+    window_rows = 1
+    if layout == PACKED:
+        sizes = draw(st.lists(positions, min_size=1, max_size=min(most_bags, 9)))
+    else:
+        if layout == WINDOW:
+            window_rows = draw(st.integers(1, 9))
+        unit = draw(st.sampled_from([window_rows, 8 * window_rows]))  # 8: rows that lie on 16 bytes
+        size = draw(positions) // unit * unit
+        sizes = [size] * draw(st.integers(1, most_bags if size <= 80 else 4))
+    mask = [] if layout == PACKED else draw(st.just([]) | st.lists(st.booleans(), min_size=1, max_size=9))
+    pooling = draw(st.integers(0, 7))
+    delta_l = draw(st.sampled_from([0.3, 0.5, 0.123]))
+    # a sum of logits that cancel has no digits left that could be compared
+    large = [] if pooling == MEAN_LOGITS else [6e4, -6e4, 88.0, -88.0]
+    special = st.sampled_from([0.0, -0.0, *large, math.nan, math.inf, -math.inf])
+    weights = st.floats(0.125, 8)
+    return Case(
+        schedule=draw(st.integers(0, 5)),
+        resident=draw(st.integers(1, 4)),
+        multiprocessors=draw(st.integers(1, 4)),
+        plan=plan,
+        dtype=draw(st.integers(0, 3)),
+        layout=layout,
+        classes=classes,
+        sizes=sizes,
+        window_rows=window_rows,
+        wide_offsets=draw(st.booleans()),
+        mask=mask,
+        labels=draw(st.lists(st.integers(0, 2), min_size=1, max_size=13)),
+        class_weight=draw(st.just([]) | st.lists(st.just(0.0) | weights, min_size=1, max_size=3)),
+        pos_weight=draw(st.just([]) | st.lists(weights, min_size=1, max_size=3)),
+        seed=draw(st.integers(0, 999)),
+        scale=draw(st.sampled_from([2.0, 0.1, 0.0])),
+        shift=draw(st.just(0.0) | st.floats(-100, 100)),
+        # theta of whole logits may be 1 / 2, the very threshold, where the loss jumps
+        whole=0 if delta_l == 0.5 else draw(st.sampled_from([0, 1, 50])),
+        special=draw(st.just([]) | st.lists(special, max_size=3)),
+        delta_l=delta_l,
+        lam=draw(st.sampled_from([1.5, 0.0])),
+        mask_weight=draw(st.sampled_from([0.0, 0.7])),
+        pooling=pooling,
+        pooling_parameter=10.0 if pooling == LSE else 1.0,
+        per_bag=draw(st.booleans()),
+        rescale=draw(st.booleans()),
+        weighted=draw(st.booleans()),
+        grad_output=draw(st.sampled_from([1.0, -3.0])),
+    )
