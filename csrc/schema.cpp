@@ -4,6 +4,10 @@
 STABLE_TORCH_LIBRARY(sgl_ops, m) {
   m.def(sgl::kForwardSchema);
   m.def(sgl::kBackwardSchema);
+#if defined(SGL_WITH_EXCHANGE)
+  m.def(sgl::kExchangeSchema);
+  m.def(sgl::kScaleSchema);
+#endif
   // 0: fine; bit 0: a target is neither 0, 1 nor NaN; bit 1: offsets do not start at 0, fall, or do not end at total
   m.def("check_values(Tensor targets, Tensor? offsets, int total) -> int");
   // whether the library holds kernels for CUDA

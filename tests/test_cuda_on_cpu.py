@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import cases
+from cases import Case, cases
 from comparison import Comparison
 from conftest import ROOT, needs_kernel
 from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from sgl_ops import SGLLoss, _fused
 
@@ -126,20 +127,22 @@ def comparison(tmp_path_factory):
         program.close()
 
 
-def check_all(program: Comparison, sanitizer: str, examples: int, *phases: Phase) -> None:
+def check_all(program: Comparison, drawn: st.SearchStrategy[Case], examples: int, *phases: Phase) -> None:
     """Cases that hypothesis draws, until the program finds something wrong with one."""
 
     @settings(max_examples=examples, phases=phases, deadline=None, derandomize=True, database=None)
-    @given(cases(small=sanitizer == "threads"))
+    @given(drawn)
     def check(case):
         program.check(case)
 
     check()
 
 
+@pytest.mark.parametrize("exchanges", [False, True])
 @pytest.mark.parametrize(("sanitizer", "examples"), [("none", 300), ("memory", 150), ("threads", 40)])
-def test_agrees_with_the_cpu(comparison, sanitizer, examples):
-    check_all(comparison(sanitizer), sanitizer, examples, Phase.generate, Phase.shrink)
+def test_agrees_with_the_cpu(comparison, sanitizer, examples, exchanges):
+    drawn = cases(small=sanitizer == "threads", exchanges=exchanges)
+    check_all(comparison(sanitizer), drawn, examples // (3 if exchanges else 1), Phase.generate, Phase.shrink)
 
 
 # A bug in a kernel: the file, what stands there, what shall, and the sanitizer that is to find it.
@@ -158,34 +161,39 @@ BUGS = {
     "one pack too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + 1 :", "memory"),
     "one gradient too many": ("backward.cuh", "kSize && j < row.n", "kSize && j <= row.n", "memory"),
     "the tail of a row is left out": ("rows.cuh", "p * kSize < row.n", "p * kSize + kSize <= row.n", "none"),
+    "blocks do not wait for the last one": ("exchange.cuh", "!is_last && atomicAdd", "false && atomicAdd", "none"),
+    "no fence before what is exchanged is read": (
+        "exchange.cuh", "}\n    __threadfence();\n", "}\n", "threads"),
+    "no barrier before what is exchanged is read": (
+        "exchange.cuh", "(arrived, end);\n  }\n  __syncthreads();\n", "(arrived, end);\n  }\n", "threads"),
+    "a row is kept where another is": ("exchange.cuh", "room + round * packs;", "room;", "none"),
 }  # fmt: skip
 
 
-def with_bug(folder: Path, bug: str) -> tuple[Comparison, str]:
-    """The program with the bug, and the sanitizer that is to find it."""
+def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
+    """Asks the program with the bug until it shows."""
     name, right, wrong, sanitizer = BUGS[bug]
     shutil.copytree(ROOT / "csrc", folder / "root" / "csrc")
     path = folder / "root" / "csrc" / "cuda" / name
     text = path.read_text()
     assert right in text, f"{bug}: what it replaces is not in {name}"
     path.write_text(text.replace(right, wrong))
-    return Comparison(folder / "program", sanitizer, folder / "root"), sanitizer
+    program = Comparison(folder / "program", sanitizer, folder / "root")
+    # what is out of bounds may also be read as if it were not, and show in the result
+    report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|again"
+    with pytest.raises(AssertionError, match=report):
+        check_all(program, cases(sanitizer == "threads", exchanges=name == "exchange.cuh"), 200, *phases)
+    return program
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_finds(tmp_path, bug):
-    program, sanitizer = with_bug(tmp_path, bug)
-    # what is out of bounds may also be read as if it were not, and show in the result
-    report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|again"
-    with pytest.raises(AssertionError, match=report):
-        check_all(program, sanitizer, 200, Phase.generate)
+    look_for(bug, tmp_path, Phase.generate)
 
 
 def test_what_it_finds_is_made_small(tmp_path):
-    program, sanitizer = with_bug(tmp_path, "the tail of a row is left out")
-    with pytest.raises(AssertionError, match="on the CPU"):
-        check_all(program, sanitizer, 200, Phase.generate, Phase.shrink)
-    assert (program.failed.sizes, program.failed.classes, program.failed.plan) == ([1], 1, [])
+    case = look_for("the tail of a row is left out", tmp_path, Phase.generate, Phase.shrink).failed
+    assert (case.sizes, case.classes, case.plan) == ([1], 1, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,16 +211,18 @@ def toolkit():
 def test_compiles_for_every_architecture_without_memory_of_its_own(toolkit, tmp_path, monkeypatch):
     """What a thread keeps does not fit into registers where the compiler reports a stack frame or spills."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    command = compile_command(toolkit, str(ROOT / "csrc/cuda/launch.cu"), str(tmp_path / "launch.o"), ["-fPIC"])
+    command = compile_command(
+        toolkit, str(ROOT / "csrc/cuda/launch.cu"), str(tmp_path / "launch.o"), ["-fPIC"], ["SGL_WITH_EXCHANGE"]
+    )
     command.insert(1, "-Xptxas=-v")
     result = subprocess.run(command, capture_output=True, text=True)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     assert "warning" not in report, report
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    kernels = re.findall(r"Compiling entry function '\S*(?:forward|backward)_kernel", report)
-    # forward and backward of four dtypes, for each architecture
-    assert len(kernels) == 8 * len(architecture_flags(toolkit / "bin" / "nvcc"))
+    kernels = re.findall(r"Compiling entry function '\S*(?:forward|backward|exchange|scale)_kernel", report)
+    # forward and backward of four dtypes, and the two of exchange.cuh, for each architecture
+    assert len(kernels) == 10 * len(architecture_flags(toolkit / "bin" / "nvcc"))
     assert len(frames) >= len(kernels)
     assert set(frames) == {("0", "0", "0")}, report
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 #: Every GPU from Turing on: code for one of a generation runs on the later ones of it, PTX on the generations to come.
@@ -44,11 +45,13 @@ def architecture_flags(nvcc: Path) -> list[str]:
     return flags
 
 
-def compile_command(toolkit: Path, source: str, target: str, host_flags: list[str]) -> list[str]:
+def compile_command(
+    toolkit: Path, source: str, target: str, host_flags: list[str], macros: Sequence[str] = ()
+) -> list[str]:
     """The call of nvcc that compiles ``source``; ``host_flags`` go to the host's compiler."""
     nvcc = toolkit / "bin" / "nvcc"
     return [
-        str(nvcc), "-O3", "-std=c++17", "--threads", "0", *architecture_flags(nvcc),
+        str(nvcc), "-O3", "-std=c++17", "--threads", "0", *architecture_flags(nvcc), *(f"-D{name}" for name in macros),
         "-Xcompiler", ",".join(host_flags), "-c", source, "-o", target,
     ]  # fmt: skip
 

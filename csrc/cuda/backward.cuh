@@ -83,13 +83,32 @@ SGL_DEVICE void fill(const Row<In>& row, In* grad, bool in_packs, T value, int p
   }
 }
 
+// The gradient of a bag-class from its saved row and what all share, pack `first` of it, the one `step` further on, ...
+template <class T, class In>
+SGL_DEVICE void write_row(
+    const Call& call, const Row<In>& row, In* row_grad, const T* columns, const T* shares, T grad_output, int64_t cls,
+    int first, int step) {
+  const T* pos_weights = static_cast<const T*>(call.pos_weight);
+  const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
+  const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, call.settings);
+  const Rows& rows = call.rows;
+  const bool in_packs = rows.dimensions == 1 && rows.dimension[0].grad == 1 && lies_on_16_bytes(row_grad);
+  if (k.kind == Kind::kAbsent || k.kind == Kind::kBroken) {
+    // not a product with 0 or NaN: what takes no part may hold anything, what is broken is so for any weight
+    fill(row, row_grad, in_packs, k.kind == Kind::kAbsent ? T(0) : nan_of(T()), first, step);
+  } else if (k.scale.any) {
+    write_gradient<true>(row, row_grad, in_packs, call.settings.pooling, k, first, step);
+  } else {
+    write_gradient<false>(row, row_grad, in_packs, call.settings.pooling, k, first, step);
+  }
+}
+
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     const __grid_constant__ Call call, const __grid_constant__ Backward backward, const bool warp_per_bag_class,
     const int pieces) {
   const Rows& rows = call.rows;
   const T* saved = static_cast<const T*>(backward.saved);
-  const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const int64_t classes = rows.classes, units = rows.units;
   const T* shares = saved + units * kColumns;
   const T grad_output = *static_cast<const T*>(backward.grad_output);
@@ -104,20 +123,8 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     const int64_t bag = unit / classes, cls = unit - bag * classes;
     const Place place = place_of(rows, bag, cls);
     const Row<In> row(call, place);
-    In* const row_grad = grad + place.grad;
-    const T* columns = saved + unit * kColumns;
-    const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-    const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, call.settings);
-    const bool in_packs = rows.dimensions == 1 && rows.dimension[0].grad == 1 && lies_on_16_bytes(row_grad);
     const int first = static_cast<int>(item - unit * pieces) * size + static_cast<int>(threadIdx.x) % size;
-    if (k.kind == Kind::kAbsent || k.kind == Kind::kBroken) {
-      // not a product with 0 or NaN: what takes no part may hold anything, what is broken is so for any weight
-      fill(row, row_grad, in_packs, k.kind == Kind::kAbsent ? T(0) : nan_of(T()), first, pieces * size);
-    } else if (k.scale.any) {
-      write_gradient<true>(row, row_grad, in_packs, call.settings.pooling, k, first, pieces * size);
-    } else {
-      write_gradient<false>(row, row_grad, in_packs, call.settings.pooling, k, first, pieces * size);
-    }
+    write_row(call, row, grad + place.grad, saved + unit * kColumns, shares, grad_output, cls, first, pieces * size);
   }
 
   if (rows.offsets == nullptr) return;

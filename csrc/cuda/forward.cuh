@@ -263,6 +263,10 @@ struct ForwardShared {
   bool is_last;
 };
 
+SGL_DEVICE unsigned unit_of(const Group& group, unsigned round) {
+  return (round * gridDim.x + blockIdx.x) * group.count() + group.index();
+}
+
 template <class T>
 SGL_DEVICE void finish_one(
     const Call& call, const Forward& forward, const Sums& sums, unsigned unit, BatchSums& batch) {
@@ -276,10 +280,11 @@ SGL_DEVICE void finish_one(
   add(batch, b, class_weight);
 }
 
-template <class T, class In>
-__global__ void __maxnreg__(kRegisters<T>) forward_kernel(
-    const __grid_constant__ Call call, const __grid_constant__ Forward forward, const bool warp_per_bag_class) {
-  SGL_SHARED(ForwardShared, shared);
+// Goes through this block's bag-classes, the unit of round r being the r-th of its group, and adds up what the loss is
+// made of.
+template <class T, class In, class RowOf>
+SGL_DEVICE BatchSums sums_of_block(
+    const Call& call, const Forward& forward, bool warp_per_bag_class, ForwardShared& shared, const RowOf& row_of) {
   const Settings& settings = call.settings;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
@@ -289,20 +294,19 @@ __global__ void __maxnreg__(kRegisters<T>) forward_kernel(
   const unsigned mine = group.index() * together;
   if (static_cast<unsigned>(group.rank()) < together) shared.batch[mine + group.rank()] = BatchSums{};
 
-  // the unit of round r is the r-th of this group; numbers that the loop need not keep are computed anew
-  const auto unit_of = [&](unsigned round) { return (round * gridDim.x + blockIdx.x) * group.count() + group.index(); };
-  for (unsigned round = 0; unit_of(round) < call.rows.units; ++round) {
-    const unsigned unit = unit_of(round), waiting = round % together;
+  // numbers that the loop need not keep are computed anew
+  for (unsigned round = 0; unit_of(group, round) < call.rows.units; ++round) {
+    const unsigned unit = unit_of(group, round), waiting = round % together;
     const unsigned bag = unit / call.rows.classes, cls = unit - bag * call.rows.classes;
     const Label label = label_of(forward.targets, bag, cls);
-    const Row<In> row(call, place_of(call.rows, bag, cls));
+    const Row<In> row = row_of(group, round, bag, cls);
     const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
     find_sums(settings, row, label, pos_weight, group, shared.sums[mine + waiting]);
-    if (waiting + 1 < together && unit_of(round + 1) < call.rows.units) continue;
+    if (waiting + 1 < together && unit_of(group, round + 1) < call.rows.units) continue;
     group.sync();
     const unsigned k = group.rank();
     if (k <= waiting)
-      finish_one<T>(call, forward, shared.sums[mine + k], unit_of(round - waiting + k), shared.batch[mine + k]);
+      finish_one<T>(call, forward, shared.sums[mine + k], unit_of(group, round - waiting + k), shared.batch[mine + k]);
     group.sync();
   }
   __syncthreads();
@@ -310,8 +314,37 @@ __global__ void __maxnreg__(kRegisters<T>) forward_kernel(
   Group block(false, shared.group);
   BatchSums batch = {};
   for (unsigned k = block.rank(); k < group.count() * together; k += block.size()) batch.merge(shared.batch[k]);
+  return block.reduce(batch);
+}
+
+// By the last block to be done: adds up the blocks.
+template <class T>
+SGL_DEVICE void save_batch(const Call& call, const Forward& forward, ForwardShared& shared) {
+  Group block(false, shared.group);
+  BatchSums batch = {};
+  const BatchSums* of_block = static_cast<const BatchSums*>(forward.of_block);
+  for (unsigned b = block.rank(); b < gridDim.x; b += block.size()) batch.merge(of_block[b]);
   batch = block.reduce(batch);
   if (block.rank() == 0) {
+    save_shares(batch, call.settings, static_cast<T*>(forward.saved) + int64_t{call.rows.units} * kColumns);
+    const Loss loss = loss_of(batch, call.settings);
+    *static_cast<T*>(forward.total) = static_cast<T>(loss.total);
+    T* parts = static_cast<T*>(forward.parts);
+    parts[0] = static_cast<T>(loss.bag);
+    parts[1] = static_cast<T>(loss.instance);
+    parts[2] = static_cast<T>(loss.mask);
+  }
+}
+
+template <class T, class In>
+__global__ void __maxnreg__(kRegisters<T>) forward_kernel(
+    const __grid_constant__ Call call, const __grid_constant__ Forward forward, const bool warp_per_bag_class) {
+  SGL_SHARED(ForwardShared, shared);
+  const auto row_of = [&](const Group&, unsigned, unsigned bag, unsigned cls) {
+    return Row<In>(call, place_of(call.rows, bag, cls));
+  };
+  const BatchSums batch = sums_of_block<T, In>(call, forward, warp_per_bag_class, shared, row_of);
+  if (threadIdx.x == 0) {
     forward.of_block[blockIdx.x] = batch;
     __threadfence();
     // counts up to the last block, and that one sets it back to 0
@@ -319,21 +352,7 @@ __global__ void __maxnreg__(kRegisters<T>) forward_kernel(
     __threadfence();
   }
   __syncthreads();
-  if (!shared.is_last) return;
-
-  batch = BatchSums{};
-  const BatchSums* of_block = static_cast<const BatchSums*>(forward.of_block);
-  for (unsigned b = block.rank(); b < gridDim.x; b += block.size()) batch.merge(of_block[b]);
-  batch = block.reduce(batch);
-  if (block.rank() == 0) {
-    save_shares(batch, settings, static_cast<T*>(forward.saved) + int64_t{call.rows.units} * kColumns);
-    const Loss loss = loss_of(batch, settings);
-    *static_cast<T*>(forward.total) = static_cast<T>(loss.total);
-    T* parts = static_cast<T*>(forward.parts);
-    parts[0] = static_cast<T>(loss.bag);
-    parts[1] = static_cast<T>(loss.instance);
-    parts[2] = static_cast<T>(loss.mask);
-  }
+  if (shared.is_last) save_batch<T>(call, forward, shared);
 }
 
 }  // namespace cuda

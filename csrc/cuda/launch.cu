@@ -4,6 +4,9 @@
 
 #include "backward.cuh"
 #include "forward.cuh"
+#if defined(SGL_WITH_EXCHANGE)
+#include "exchange.cuh"
+#endif
 #include "launch.h"
 
 namespace sgl {
@@ -128,6 +131,33 @@ int launch_backward(const Call& call, const Backward& backward, const Plan& plan
       return backward_as<float, BFloat16>(call, backward, plan, stream);
   }
 }
+
+#if defined(SGL_WITH_EXCHANGE)
+int exchange_plan_of(const Call& call, int multiprocessors, Plan* plan) {
+  *plan = plan_of(call, multiprocessors);
+  int resident = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, exchange_kernel, plan->threads, 0);
+  plan->forward_blocks = std::min(plan->forward_blocks, std::max(1, resident * multiprocessors));
+  return error;
+}
+
+int launch_exchange(const Call& call, Forward forward, float* grad, const Plan& plan, int device, void* stream_) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const cudaError_t error = counter_for(forward, plan, device, stream, &forward.blocks_done);
+  if (error != cudaSuccess) return error;
+  return launch_together(
+      exchange_kernel, plan.forward_blocks, plan.threads, stream, call, forward, grad, plan.warp_per_bag_class);
+}
+
+int launch_scale(float* grad, int64_t n, const float* grad_output, int multiprocessors, void* stream_) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const int64_t wanted = (n + 16 * kMaxThreads - 1) / (16 * kMaxThreads), most = int64_t{8} * multiprocessors;
+  SGL_LAUNCH(
+      scale_kernel, static_cast<unsigned>(std::max<int64_t>(1, std::min(wanted, most))), kMaxThreads, stream, grad, n,
+      grad_output);
+  return cudaGetLastError();
+}
+#endif
 
 int multiprocessors_of(int device, int* count) {
   static std::atomic<int> known[kMaxDevices];

@@ -68,6 +68,13 @@ Plan plan_of(const Call& call, int multiprocessors);
 // All of these give an error of the CUDA runtime, 0 where there is none.
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream);
 int launch_backward(const Call& call, const Backward& backward, const Plan& plan, void* stream);
+#if defined(SGL_WITH_EXCHANGE)
+// exchange.cuh: forward that also writes the gradient for grad_output = 1, and what makes it that of another, in place.
+// exchange_plan_of() cuts the blocks of a plan to those that a GPU of so many multiprocessors holds at a time.
+int exchange_plan_of(const Call& call, int multiprocessors, Plan* plan);
+int launch_exchange(const Call& call, Forward forward, float* grad, const Plan& plan, int device, void* stream);
+int launch_scale(float* grad, int64_t n, const float* grad_output, int multiprocessors, void* stream);
+#endif
 int multiprocessors_of(int device, int* count);
 int select_device(int device, int* before);
 

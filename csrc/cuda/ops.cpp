@@ -131,11 +131,35 @@ Call call_of(
       settings};
 }
 
-Plan plan_for(const Call& call, int device) {
+int multiprocessors_of(int device) {
   int multiprocessors = 0;
-  check(multiprocessors_of(device, &multiprocessors));
-  return plan_of(call, multiprocessors);
+  check(cuda::multiprocessors_of(device, &multiprocessors));
+  return multiprocessors;
 }
+
+// What forward writes.
+struct Outputs {
+  Tensor total, parts, saved, of_block;
+  Forward forward = {};
+
+  Outputs(
+      const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& class_weight, const Layout& layout,
+      const Plan& plan)
+      : total(torch::stable::new_empty(logits, {}, loss_type(logits))),
+        parts(torch::stable::new_empty(logits, {3}, loss_type(logits))),
+        saved(torch::stable::new_empty(logits, {layout.bags * layout.classes + 1, kColumns}, loss_type(logits))),
+        of_block(
+            torch::stable::new_empty(
+                logits, {(plan.forward_blocks + 1) * static_cast<int64_t>(sizeof(Batch) / sizeof(double))},
+                ScalarType::Double)) {
+    forward.targets = targets_of(targets, layout);
+    forward.class_weight = class_vector(class_weight, "class_weight", logits, layout);
+    forward.total = total.mutable_data_ptr();
+    forward.parts = parts.mutable_data_ptr();
+    forward.saved = saved.mutable_data_ptr();
+    forward.of_block = static_cast<Batch*>(of_block.mutable_data_ptr());
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> sgl_forward(
     const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
@@ -146,23 +170,11 @@ std::tuple<Tensor, Tensor, Tensor> sgl_forward(
   const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
   const int device = device_of(logits);
   const SelectedDevice selected(device);
-  const Plan plan = plan_for(call, device);
+  const Plan plan = plan_of(call, multiprocessors_of(device));
 
-  const ScalarType type = loss_type(logits);
-  Tensor total = torch::stable::new_empty(logits, {}, type);
-  Tensor parts = torch::stable::new_empty(logits, {3}, type);
-  Tensor saved = torch::stable::new_empty(logits, {layout.bags * layout.classes + 1, kColumns}, type);
-  Tensor of_block = torch::stable::new_empty(
-      logits, {(plan.forward_blocks + 1) * static_cast<int64_t>(sizeof(Batch) / sizeof(double))}, ScalarType::Double);
-  Forward forward = {};
-  forward.targets = targets_of(targets, layout);
-  forward.class_weight = class_vector(class_weight, "class_weight", logits, layout);
-  forward.total = total.mutable_data_ptr();
-  forward.parts = parts.mutable_data_ptr();
-  forward.saved = saved.mutable_data_ptr();
-  forward.of_block = static_cast<Batch*>(of_block.mutable_data_ptr());
-  check(launch_forward(call, forward, plan, device, current_stream(device)));
-  return {total, parts, saved};
+  Outputs out(logits, targets, class_weight, layout, plan);
+  check(launch_forward(call, out.forward, plan, device, current_stream(device)));
+  return {out.total, out.parts, out.saved};
 }
 
 Tensor sgl_backward(
@@ -185,15 +197,51 @@ Tensor sgl_backward(
   const int device = device_of(logits);
   const SelectedDevice selected(device);
   const Backward backward{grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr()};
-  check(launch_backward(call, backward, plan_for(call, device), current_stream(device)));
+  check(launch_backward(call, backward, plan_of(call, multiprocessors_of(device)), current_stream(device)));
   return grad;
 }
+
+#if defined(SGL_WITH_EXCHANGE)
+std::tuple<Tensor, Tensor, Tensor> sgl_exchange(
+    const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> class_weight,
+    std::optional<Tensor> pos_weight, double delta_l, double lam, double mask_weight, int64_t pooling,
+    double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+  STD_TORCH_CHECK(type_of(logits) == Type::kFloat, "logits: expected float32");
+  Tensor grad = torch::stable::empty_like(logits);
+  const Layout layout = layout_of(logits, mask, std::nullopt, &grad);
+  const Settings settings{delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted};
+  const Call call = call_of(logits, mask, std::nullopt, pos_weight, layout, settings);
+  const int device = device_of(logits);
+  const SelectedDevice selected(device);
+  Plan plan;
+  check(exchange_plan_of(call, multiprocessors_of(device), &plan));
+  Outputs out(logits, targets, class_weight, layout, plan);
+  float* to = static_cast<float*>(grad.mutable_data_ptr());
+  check(launch_exchange(call, out.forward, to, plan, device, current_stream(device)));
+  return {out.total, out.parts, grad};
+}
+
+void sgl_scale(const Tensor& grad_output, Tensor grad) {
+  STD_TORCH_CHECK(
+      grad_output.numel() == 1 && type_of(grad_output) == Type::kFloat && type_of(grad) == Type::kFloat,
+      "grad_output, grad: expected a float32 scalar and what sgl_exchange gave");
+  const int device = device_of(grad);
+  const SelectedDevice selected(device);
+  check(launch_scale(
+      static_cast<float*>(grad.mutable_data_ptr()), grad.numel(),
+      static_cast<const float*>(grad_output.const_data_ptr()), multiprocessors_of(device), current_stream(device)));
+}
+#endif
 
 // one more level of macros, so that the names above are names when they arrive
 #define SGL_REGISTER(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 SGL_REGISTER(SGL_LIBRARY, SGL_DISPATCH_KEY, m) {
   m.impl("sgl_forward", TORCH_BOX(&sgl_forward));
   m.impl("sgl_backward", TORCH_BOX(&sgl_backward));
+#if defined(SGL_WITH_EXCHANGE)
+  m.impl("sgl_exchange", TORCH_BOX(&sgl_exchange));
+  m.impl("sgl_scale", TORCH_BOX(&sgl_scale));
+#endif
 }
 
 }  // namespace

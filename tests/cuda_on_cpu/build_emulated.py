@@ -15,7 +15,8 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-UNOPTIMIZED = ["-O0", "-g1", "-DSGL_EMULATE"]
+EMULATE = ["-DSGL_EMULATE", "-DSGL_WITH_EXCHANGE"]
+UNOPTIMIZED = ["-O0", "-g1", *EMULATE]
 
 
 def compiler() -> str:
@@ -45,7 +46,7 @@ def build_module(folder: Path) -> Path:
     includes = (torch_folder / "include", pybind11.get_include(), sysconfig.get_path("include"))
     target = folder / f"sgl_ops_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "csrc/cuda/ops.cpp", HERE / "module.cpp"]
-    flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DSGL_EMULATE", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *EMULATE, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     library = torch_folder / "lib"
     flags += [f"-I{include}" for include in includes]
     objects = [compile_one(source, flags, folder / f"{source.name}.o") for source in sources]

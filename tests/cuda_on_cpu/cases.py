@@ -26,6 +26,7 @@ class Case:
     sizes: list[int]  # of the bags; but for packed ones all alike
     window_rows: int  # of a window of a map, whose rows do not follow one another
     wide_offsets: bool
+    exchanges: bool  # by exchange.cuh; float and dense bags only
     mask: list[bool]  # empty: none
     labels: list[int]  # 0 unknown, 1 negative, 2 positive
     class_weight: list[float]  # empty: none
@@ -68,10 +69,11 @@ def plans(small: bool) -> st.SearchStrategy[list[int]]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, small: bool = False) -> Case:
+def cases(draw: st.DrawFn, small: bool = False, exchanges: bool = False) -> Case:
     """``small``: few threads, which are what costs ThreadSanitizer time."""
     plan = draw(plans(True) if small else st.just([]) | plans(False))
-    layout = draw(st.integers(MAP, PACKED))
+    dtype = 0 if exchanges else draw(st.integers(0, 3))
+    layout = draw(st.integers(MAP, WINDOW if exchanges else PACKED))
     classes = draw(st.integers(1, 3 if small else 5))
     most_bags = 4 if small else 30
     positions = st.integers(0, 40 if small else 80)
@@ -98,12 +100,13 @@ def cases(draw: st.DrawFn, small: bool = False) -> Case:
         resident=draw(st.integers(1, 4)),
         multiprocessors=draw(st.integers(1, 4)),
         plan=plan,
-        dtype=draw(st.integers(0, 3)),
+        dtype=dtype,
         layout=layout,
         classes=classes,
         sizes=sizes,
         window_rows=window_rows,
         wide_offsets=draw(st.booleans()),
+        exchanges=exchanges,
         mask=mask,
         labels=draw(st.lists(st.integers(0, 2), min_size=1, max_size=13)),
         class_weight=draw(st.just([]) | st.lists(st.just(0.0) | weights, min_size=1, max_size=3)),

@@ -24,6 +24,21 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount
 };
 
+template <class... A>
+cudaError_t launch_together(void (*kernel)(A...), int blocks, int threads, cudaStream_t, A... arguments) {
+  struct Residents {
+    unsigned before = emulator::detail::residents;
+    ~Residents() { emulator::set_resident(before); }
+  } restored;
+  emulator::set_resident(static_cast<unsigned>(blocks));
+  emulator::launch(kernel, dim3(blocks), dim3(threads), arguments...);
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 2;
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = emulated::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;

@@ -1,0 +1,100 @@
+"""The other way to the gradient (csrc/cuda/exchange.cuh), emulated, beside the shipped one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import needs_kernel
+
+MAX, SOFTMAX = 1, 4
+UNWEIGHTED = (None, None)
+
+
+@pytest.fixture
+def kernels(emulated):
+    yield emulated
+    emulated.set_schedule(0)
+    emulated.set_multiprocessors(3)
+
+
+def settings(pooling: int = MAX, per_bag: bool = False) -> tuple[object, ...]:
+    delta_l, lam, mask_weight = 0.3, 1.5, 0.5
+    return delta_l, lam, mask_weight, pooling, 1.0, per_bag, True, True
+
+
+def shipped(logits, targets, mask, weights, options, grad_output):
+    ops = torch.ops.sgl_ops_emulated
+    total, parts, saved = ops.sgl_forward(logits, targets, mask, None, *weights, *options)
+    delta_l, _, _, pooling, parameter, _, rescale, _ = options
+    grad = ops.sgl_backward(
+        grad_output, logits, mask, None, weights[1], saved, delta_l, pooling, parameter, rescale
+    )  # fmt: skip
+    return total, parts, grad
+
+
+def exchanged(logits, targets, mask, weights, options, grad_output):
+    ops = torch.ops.sgl_ops_emulated
+    total, parts, grad = ops.sgl_exchange(logits, targets, mask, *weights, *options)
+    ops.sgl_scale(grad_output, grad)
+    return total, parts, grad
+
+
+# in rows of which some, all or none stay in shared memory; 6 blocks of 8192 numbers each
+SHAPES = [(40, 3, 9), (7, 2, 700), (20, 2, 2500), (2, 1, 9001)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("schedule", [0, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_the_shipped_gradient_to_the_bit(kernels, shape, schedule):
+    kernels.set_schedule(schedule)
+    logits, targets = torch.randn(shape), (torch.rand(shape[:2]) < 0.5).float()
+    targets[0, 0] = float("nan")
+    weights = torch.rand(shape[1]), torch.rand(shape[1]) + 0.5
+    maps = logits.unflatten(2, (-1, 1)).contiguous(memory_format=torch.channels_last)
+    for x in (logits, maps):
+        for options in (settings(), settings(SOFTMAX, per_bag=True)):
+            one = torch.tensor(1.0)
+            expected, got = (f(x, targets, None, weights, options, one) for f in (shipped, exchanged))
+            torch.testing.assert_close(got[:2], expected[:2], rtol=1e-6, atol=0)  # blocks are added up, but not as many
+            assert torch.equal(got[2], expected[2])
+            assert got[2].stride() == x.stride()
+
+
+@needs_kernel
+def test_masked_instances(kernels):
+    logits, targets, mask = torch.randn(6, 2, 50), torch.tensor([0.0, 1.0]).expand(6, 2), torch.rand(6, 50) < 0.5
+    logits = torch.where(mask[:, None], logits, float("nan"))
+    expected, got = (f(logits, targets, mask, UNWEIGHTED, settings(), torch.tensor(1.0)) for f in (shipped, exchanged))
+    assert torch.equal(got[2], expected[2])
+
+
+@needs_kernel
+@pytest.mark.parametrize("grad_output", [-3.0, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("length", [64, 61])
+def test_scales_in_place(kernels, grad_output, length):
+    logits, targets = torch.randn(9, 3, length), (torch.rand(9, 3) < 0.5).float()
+    targets[4, 1] = float("nan")
+    arguments = logits, targets, None, UNWEIGHTED, settings(SOFTMAX)
+    unscaled = exchanged(*arguments, torch.tensor(1.0))[2]
+    got = exchanged(*arguments, torch.tensor(grad_output))[2]
+    expected = torch.where(unscaled == 0, unscaled, unscaled * grad_output)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert got[4, 1].eq(0).all()
+
+
+@needs_kernel
+def test_the_order_of_blocks_changes_no_bit(kernels):
+    logits, targets = torch.randn(30, 2, 700), (torch.rand(30, 2) < 0.5).float()
+    results = []
+    for schedule in (0, 1, 5):
+        kernels.set_schedule(schedule)
+        results.append(exchanged(logits, targets, None, UNWEIGHTED, settings(), torch.tensor(2.0)))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@needs_kernel
+def test_what_it_does_not_do_is_refused(emulated):
+    with pytest.raises(RuntimeError, match="expected float32"):
+        exchanged(torch.zeros(2, 1, 3).double(), torch.ones(2, 1), None, UNWEIGHTED, settings(), torch.tensor(1.0))
