@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
-from conftest import needs_kernel
+from build_emulated import build_traffic
+from conftest import ROOT, needs_kernel
+
+from sgl_ops import SGLLoss
 
 MAX, SOFTMAX = 1, 4
 UNWEIGHTED = (None, None)
@@ -39,7 +44,7 @@ def exchanged(logits, targets, mask, weights, options, grad_output):
     return total, parts, grad
 
 
-# in rows of which some, all or none stay in shared memory; 6 blocks of 8192 numbers each
+# all rows stay in shared memory, some, or none: a block has room for 8192 numbers
 SHAPES = [(40, 3, 9), (7, 2, 700), (20, 2, 2500), (2, 1, 9001)]
 
 
@@ -98,3 +103,56 @@ def test_the_order_of_blocks_changes_no_bit(kernels):
 def test_what_it_does_not_do_is_refused(emulated):
     with pytest.raises(RuntimeError, match="expected float32"):
         exchanged(torch.zeros(2, 1, 3).double(), torch.ones(2, 1), None, UNWEIGHTED, settings(), torch.tensor(1.0))
+
+
+@needs_kernel
+def test_as_the_benchmark_calls_it(kernels, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from exchange import ExchangedLoss
+
+    logits, targets = torch.randn(9, 3, 40, requires_grad=True), (torch.rand(9, 3) < 0.5).float()
+    options = {
+        "delta_l": 0.2,
+        "lam": 2.0,
+        "pooling": "lse",
+        "normalize": "bag",
+        "mask_weight": 0.5,
+        "pos_weight": [2, 1, 3],
+    }
+    results = []
+    for loss in (SGLLoss(**options), ExchangedLoss(SGLLoss(**options), torch.ops.sgl_ops_emulated)):
+        logits.grad = None
+        total = loss(logits, targets)
+        (2 * total).backward()
+        results.append((total.detach(), logits.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def traffic(tmp_path_factory):
+    program = build_traffic(tmp_path_factory.mktemp("traffic"))
+
+    def run(*arguments: int) -> dict[str, list[float]]:
+        """Loads of logits, loads and stores of the gradient, each in sizes of the logits, by kernel."""
+        output = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+        lines = map(str.split, output.splitlines())
+        return {name: list(map(float, numbers)) for name, *numbers in lines}
+
+    return run
+
+
+@pytest.mark.parametrize(("bags", "positions", "positives"), [(12, 256, 0), (12, 256, 6), (10, 2500, 0), (10, 2500, 5)])
+def test_traffic_where_rows_stay_in_shared_memory(traffic, bags, positions, positives):
+    multiprocessors = 3
+    loads = traffic(bags, 1, positions, positives, multiprocessors)
+    assert loads["exchange"] == [1, 0, 1]
+    assert loads["scale_by_1"] == [0, 0, 0]
+    assert loads["scale"] == [0, 1, 1]
+    # later passes over the rows of positive bag-classes find them in the cache
+    assert loads["forward"] == [1, 0, 0] if positives == 0 else loads["forward"][0] > 4
+    assert loads["backward"] == [1, 0, 1]
+
+
+def test_traffic_where_they_do_not(traffic):
+    # 12 blocks keep 3 rows of 2500 each; the other 64 of 100 are loaded again
+    assert traffic(100, 1, 2500, 0, 3)["exchange"] == [1.64, 0, 1]

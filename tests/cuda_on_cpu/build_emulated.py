@@ -73,3 +73,11 @@ def build_comparison(folder: Path, sanitizer: list[str], root: Path = ROOT) -> P
     flags = [*UNOPTIMIZED, *sanitizer]
     kernels = compile_one(root / "csrc/cuda/launch.cu", flags, folder / "launch.o")
     return link([*objects_beside_kernels(tuple(sanitizer)), kernels], folder / "compare", sanitizer)
+
+
+def build_traffic(folder: Path) -> Path:
+    """The program of traffic.cpp, and the kernels with calls of what it counts with, but without any sanitizer."""
+    counted = ["-O1", *EMULATE, "-fsanitize=thread", "-U__SANITIZE_THREAD__"]
+    kernels = compile_one(ROOT / "csrc/cuda/launch.cu", counted, folder / "launch.o")
+    rest = compile_one(HERE / "traffic.cpp", ["-O1", *EMULATE], folder / "traffic.o")
+    return link([kernels, rest], folder / "traffic", [])
