@@ -27,8 +27,12 @@ def settings(pooling: int = MAX, per_bag: bool = False) -> tuple[object, ...]:
     return delta_l, lam, mask_weight, pooling, 1.0, per_bag, True, True
 
 
+def ops_for(logits):
+    return torch.ops.sgl_ops if logits.is_cuda else torch.ops.sgl_ops_emulated
+
+
 def shipped(logits, targets, mask, weights, options, grad_output):
-    ops = torch.ops.sgl_ops_emulated
+    ops = ops_for(logits)
     total, parts, saved = ops.sgl_forward(logits, targets, mask, None, *weights, *options)
     delta_l, _, _, pooling, parameter, _, rescale, _ = options
     grad = ops.sgl_backward(
@@ -38,7 +42,7 @@ def shipped(logits, targets, mask, weights, options, grad_output):
 
 
 def exchanged(logits, targets, mask, weights, options, grad_output):
-    ops = torch.ops.sgl_ops_emulated
+    ops = ops_for(logits)
     total, parts, grad = ops.sgl_exchange(logits, targets, mask, *weights, *options)
     ops.sgl_scale(grad_output, grad)
     return total, parts, grad
@@ -126,6 +130,19 @@ def test_as_the_benchmark_calls_it(kernels, monkeypatch):
         (2 * total).backward()
         results.append((total.detach(), logits.grad))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU: torch.cuda.is_available() is False")
+@pytest.mark.skipif(not hasattr(torch.ops.sgl_ops, "sgl_exchange"), reason="built without SGL_OPS_EXCHANGE=1")
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 14, 4096)])
+def test_on_a_gpu(shape):
+    logits, targets = torch.randn(shape, device="cuda"), (torch.rand(shape[:2], device="cuda") < 0.5).float()
+    for grad_output in (1.0, -3.0):
+        arguments = logits, targets, None, UNWEIGHTED, settings(SOFTMAX), torch.tensor(grad_output, device="cuda")
+        expected, got, again = (f(*arguments) for f in (shipped, exchanged, exchanged))
+        torch.testing.assert_close(got[:2], expected[:2], rtol=1e-6, atol=0)
+        torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-6 * expected[2].abs().max().item())
+        assert all(map(torch.equal, got, again))
 
 
 @pytest.fixture(scope="module")
