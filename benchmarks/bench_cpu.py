@@ -2,6 +2,7 @@
 
     python benchmarks/bench_cpu.py [--quick] [--json FILE]     the table
     python benchmarks/bench_cpu.py --plot FILE.png             time against size, drawn by matplotlib
+    python benchmarks/bench_cpu.py --where                     what of a step is arithmetic, what torch and Python
     python benchmarks/bench_cpu.py --profile DIR               where a training step spends its time, with and without
 
 Every contender runs in the same process, in turn, round after round; a figure is the median over the rounds, its
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +24,7 @@ from baselines import bce_all_instances, eager_sgl
 from measuring import Loss, commit, draw, figures, ratio, step, timed
 from training_step import profile_training_step
 
-from sgl_ops import SGLLoss
+from sgl_ops import SGLLoss, _fused
 
 CASES = [
     # (N, C, L), share of positive labels, what it stands for
@@ -97,6 +100,55 @@ def measure_all(rounds: int, compiled: bool) -> list[dict[str, object]]:
     return results
 
 
+class Nothing(torch.autograd.Function):
+    """A loss that computes nothing: what torch does around a function of tensors that is written in Python."""
+
+    @staticmethod
+    def forward(ctx, logits, total):
+        ctx.save_for_backward(logits)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (logits,) = ctx.saved_tensors
+        return torch.empty_like(logits), None
+
+
+def parts_of_a_step(shape: tuple[int, int, int], share: float) -> dict[str, Callable[[], object]]:
+    logits, targets = draw(shape, shape[:2], share)
+    leaf = logits.clone().requires_grad_()
+    settings = (0.3, 1.0, 0.0, 1, 1.0, False, True, True)
+    total, _, saved = _fused._forward(logits, targets, None, None, None, None, *settings)
+    loss = SGLLoss(impl="fused")
+    return {
+        "step": lambda: step(loss, leaf, targets),
+        "forward": lambda: _fused._forward(logits, targets, None, None, None, None, *settings),
+        "backward": lambda: _fused._backward(total, logits, None, None, None, saved, 0.3, 1, 1.0, True),
+        "autograd": lambda: step(lambda x, _: Nothing.apply(x, total), leaf, targets),
+    }
+
+
+def where(rounds: int) -> list[dict[str, object]]:
+    """The parts of a step, each by itself, in microseconds; the rest is mostly what Python does before the operator."""
+    print(f"{'(N, C, L)':>16} {'pos':>5} {'step':>9} {'forward':>9} {'backward':>9} {'autograd':>9} {'rest':>9}   us")
+    results = []
+    for shape, share, what in CASES:
+        parts = parts_of_a_step(shape, share)
+        times: dict[str, list[float]] = {name: [] for name in parts}
+        calls = max(1, 1_000_000 // math.prod(shape))
+        for run in parts.values():
+            timed(run, 5)
+        for _ in range(rounds):
+            for name, run in parts.items():
+                times[name].append(timed(run, calls))
+        medians, _ = figures(times)
+        medians["rest"] = round(medians["step"] - sum(medians[name] for name in ("forward", "backward", "autograd")), 1)
+        results.append({"what": what, "shape": shape, "positives": share, "median_us": medians})
+        cells = " ".join(f"{value:9.1f}" for value in medians.values())
+        print(f"{shape!s:>16} {share:5.0%} {cells}   {what}", flush=True)
+    return results
+
+
 def plot(path: Path, about: dict[str, object], rounds: int, compiled: bool) -> list[dict[str, object]]:
     """Nanoseconds per instance and class against the size of a bag, every contender a line."""
     import matplotlib
@@ -132,6 +184,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds and no torch.compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="time against the size of a bag, as PNG or SVG")
+    parser.add_argument("--where", action="store_true", help="the parts of a step")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="tables and Chrome traces of a training step")
     args = parser.parse_args()
     rounds = 5 if args.quick else 25
@@ -140,7 +193,9 @@ def main() -> None:
     if args.profile:
         profile_training_step(args.profile)
         return
-    if args.plot:
+    if args.where:
+        results = where(rounds)
+    elif args.plot:
         results = plot(args.plot, about, rounds, compiled=not args.quick)
     else:
         results = measure_all(rounds, compiled=not args.quick)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, needs_kernel
 
 import sgl_ops
@@ -21,12 +22,19 @@ def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_cpu, "CASES", [((4, 2, 16), 0.5, "tiny")])
     monkeypatch.setattr(bench_cpu, "SIZES", [(2, 3, 8), (2, 3, 32)])
-    for arguments in (["--json", str(tmp_path / "table.json")], ["--plot", str(tmp_path / "sizes.png")]):
+    for arguments in (
+        ["--json", str(tmp_path / "table.json")],
+        ["--plot", str(tmp_path / "sizes.png")],
+        ["--where", "--json", str(tmp_path / "where.json")],
+    ):
         monkeypatch.setattr(sys, "argv", ["bench_cpu.py", "--quick", *arguments])
         bench_cpu.main()
     (row,) = json.loads((tmp_path / "table.json").read_text())["results"]
     assert set(row["ratio"]) == {"eager", "bce"}
     assert (tmp_path / "sizes.png").stat().st_size > 10_000
+    (row,) = json.loads((tmp_path / "where.json").read_text())["results"]
+    parts = row["median_us"]
+    assert parts["step"] == pytest.approx(sum(parts[name] for name in ("forward", "backward", "autograd", "rest")))
 
 
 def test_a_training_step_is_profiled(tmp_path, capsys):

@@ -359,22 +359,6 @@ void gradient_pass(int64_t pooling, const T* x, int64_t n, const Coefficients<T>
 // ---------------------------------------------------------------------------------------------------------------------
 // Whole rows
 
-// The last piece is one of more than kPadded instances: it cannot be read past its end.
-inline int64_t pieces_of(int64_t n) { return n <= kPiece + kPadded ? 1 : (n - kPadded + kPiece - 1) / kPiece; }
-
-// piece(begin, size), for all pieces of n instances, by whom `spread` finds.
-template <class Piece>
-void for_pieces(Spread spread, int64_t n, const Piece& piece) {
-  const int64_t pieces = pieces_of(n);
-  const auto nth = [&](int64_t i) { piece(i * kPiece, i + 1 < pieces ? kPiece : n - i * kPiece); };
-  if (spread == nullptr || pieces == 1) {
-    for (int64_t i = 0; i < pieces; ++i) nth(i);
-  } else {
-    using Nth = decltype(nth);
-    spread(pieces, [](const void* what, int64_t i) { (*static_cast<const Nth*>(what))(i); }, &nth);
-  }
-}
-
 template <class Pass>
 auto over_pieces(Spread spread, int64_t n, const Pass& pass) {
   using Found = decltype(pass(n, n));
@@ -472,7 +456,7 @@ Batch forward_range(
     const int64_t cls = unit % layout.classes;
     Row<T> row{nullptr, 0};
     if (labels[unit] != Label::kUnknown)
-      row = load_row(problem, instances_of(layout, unit / layout.classes, cls), scratch);
+      row = load_row(problem, instances_of(layout, unit / layout.classes, cls), scratch, spread);
     const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
     const double class_weight = problem.class_weight == nullptr ? 1.0 : problem.class_weight[cls];
     const BagClass b =
@@ -521,7 +505,7 @@ void backward_range_as(
       fill(kind == Kind::kAbsent ? T(0) : nan_of(T()), problem.mask, r, grad);
       continue;
     }
-    const Row<T> row = load_row(problem, r, scratch);
+    const Row<T> row = load_row(problem, r, scratch, spread);
     const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
     T* direct = nullptr;
     if constexpr (sizeof(Out) == sizeof(T)) {
@@ -530,7 +514,7 @@ void backward_range_as(
     }
     const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, problem.settings);
     gradient_of(problem.settings.pooling, k, row, direct != nullptr ? direct : row_grad, spread);
-    if (direct == nullptr) scatter(row_grad, problem.mask, r, grad);
+    if (direct == nullptr) store_row(row_grad, problem.mask, r, grad, spread);
   }
 }
 

@@ -86,8 +86,52 @@ constexpr Type native_type() {
   return sizeof(T) == sizeof(float) ? Type::kFloat : Type::kDouble;
 }
 
+// The last piece is one of more than kPadded instances: it cannot be read past its end.
+inline int64_t pieces_of(int64_t n) { return n <= kPiece + kPadded ? 1 : (n - kPadded + kPiece - 1) / kPiece; }
+
+// piece(begin, size), for all pieces of n instances, by whom `spread` finds.
+template <class Piece>
+void for_pieces(Spread spread, int64_t n, const Piece& piece) {
+  const int64_t pieces = pieces_of(n);
+  const auto nth = [&](int64_t i) { piece(i * kPiece, i + 1 < pieces ? kPiece : n - i * kPiece); };
+  if (spread == nullptr || pieces == 1) {
+    for (int64_t i = 0; i < pieces; ++i) nth(i);
+  } else {
+    using Nth = decltype(nth);
+    spread(pieces, [](const void* what, int64_t i) { (*static_cast<const Nth*>(what))(i); }, &nth);
+  }
+}
+
+// part(begin, instances of a piece), where there is no padding in between, else part(0, all of them).
+template <class Part>
+void for_parts(Spread spread, const bool* mask, const Instances& r, const Part& part) {
+  if (mask != nullptr || r.count != 1) return part(0, r);
+  for_pieces(spread, r.positions, [&](int64_t begin, int64_t size) {
+    Instances some = r;
+    some.logits += begin * r.dimensions[0].logits;
+    some.grad += begin * r.dimensions[0].grad;
+    some.inner = some.positions = size;
+    part(begin, some);
+  });
+}
+
+template <class T, class In>
+int64_t gather_row(Spread spread, const In* logits, const bool* mask, const Instances& r, T* out) {
+  int64_t n = r.positions;
+  for_parts(spread, mask, r, [&](int64_t begin, const Instances& some) {
+    const int64_t found = gather(logits, mask, some, out + begin);
+    if (mask != nullptr) n = found;  // there is one part
+  });
+  return n;
+}
+
+template <class T, class Out>
+void store_row(const T* values, const bool* mask, const Instances& r, Out* grad, Spread spread) {
+  for_parts(spread, mask, r, [&](int64_t begin, const Instances& some) { scatter(values + begin, mask, some, grad); });
+}
+
 template <class T>
-Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch) {
+Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, Spread spread) {
   Row<T> row = {scratch, 0};
   if (problem.type == native_type<T>()) {
     const T* logits = static_cast<const T*>(problem.logits);
@@ -98,13 +142,13 @@ Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch) {
       std::memcpy(scratch, row.x, row.n * sizeof(T));
       row.x = scratch;
     } else {
-      row.n = gather(logits, problem.mask, r, scratch);
+      row.n = gather_row(spread, logits, problem.mask, r, scratch);
     }
   } else if constexpr (sizeof(T) == sizeof(float)) {
     if (problem.type == Type::kHalf) {
-      row.n = gather(static_cast<const Half*>(problem.logits), problem.mask, r, scratch);
+      row.n = gather_row(spread, static_cast<const Half*>(problem.logits), problem.mask, r, scratch);
     } else {
-      row.n = gather(static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch);
+      row.n = gather_row(spread, static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch);
     }
   }
   // with what is there anyway, so that lanes that do not count compute nothing strange
