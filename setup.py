@@ -32,7 +32,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
-from cuda_toolkit import compile_command, find_toolkit, link_flags
+from cuda_toolkit import architectures, compile_command, find_toolkit, link_flags
 
 
 def choice(name: str) -> str:
@@ -120,6 +120,8 @@ class BuildExtension(build_ext):
             return
         extension.sources += ["csrc/cuda/ops.cpp"]
         extension.define_macros += [(name, None) for name in ["SGL_WITH_CUDA", *EXCHANGE]]
+        names = " ".join(architectures(toolkit / "bin" / "nvcc"))
+        extension.define_macros += [("SGL_CUDA_ARCHITECTURES", f'"{names}"')]
         extension.extra_objects += [str(target)]
         extension.library_dirs += [str(folder)]
         extension.extra_link_args += flags

@@ -1,6 +1,8 @@
 // The operators' signatures, the same for every device. csrc/cpu and csrc/cuda implement them.
 #include "schema.h"
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(sgl_ops, m) {
   m.def(sgl::kForwardSchema);
   m.def(sgl::kBackwardSchema);
@@ -12,9 +14,11 @@ STABLE_TORCH_LIBRARY(sgl_ops, m) {
   m.def("check_values(Tensor targets, Tensor? offsets, int total) -> int");
   // whether the library holds kernels for CUDA
   m.def("has_cuda() -> bool");
+  // what the kernels for CUDA were compiled for, as in "7.5 8.0 9.0+PTX"; empty without them
+  m.def("cuda_architectures() -> str");
   // the instruction set the CPU kernels use: baseline, avx2 or avx512
   m.def("cpu_level() -> str");
-  // exp, log1p or expm1 as the kernels compute it, so that their accuracy can be tested
+  // exp, log1p_unit, log1p or expm1 as the kernels compute it, so that their accuracy can be tested
   m.def("_math(Tensor x, str function) -> Tensor");
 }
 
@@ -28,7 +32,18 @@ bool has_cuda() {
 #endif
 }
 
+std::string cuda_architectures() {
+#if defined(SGL_CUDA_ARCHITECTURES)
+  return SGL_CUDA_ARCHITECTURES;
+#else
+  return "";
+#endif
+}
+
 }  // namespace
 
-// no tensor tells it the device
-STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }
+// no tensor tells them the device
+STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) {
+  m.impl("has_cuda", TORCH_BOX(&has_cuda));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+}

@@ -108,9 +108,11 @@ class SGLLoss(nn.Module):
         features: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar."""
-        buffers = self._buffers  # nn.Module looks everywhere else first, which a step on small bags feels
+        # as attributes nn.Module would look for them everywhere else first, which a step on small bags feels
+        pooling, buffers = self._modules["pooling"], self._buffers
+        assert pooling is not None
         return functional._sgl(
-            logits, targets, mask, offsets, features, self.delta_l, self.lam, self._modules["pooling"], self.normalize,
+            logits, targets, mask, offsets, features, self.delta_l, self.lam, pooling, self.normalize,
             self.rescale, self.weighted, self.mask_weight, buffers["class_weight"], buffers["pos_weight"], self.check,
             self.impl, with_parts=False,
         )[0]  # fmt: skip

@@ -24,18 +24,21 @@ def find_toolkit() -> Path | None:
     return None
 
 
-def architecture_flags(nvcc: Path) -> list[str]:
+def architectures(nvcc: Path) -> list[str]:
     """What to compile for: TORCH_CUDA_ARCH_LIST as torch reads it, else all that this nvcc knows of ARCHITECTURES."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if wanted:
-        names = [name for name in wanted.split(";") if name]
-    else:
-        output = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-        known = set(re.findall(r"sm_(\d+)\b", output))
-        names = [name for name in ARCHITECTURES if name.replace(".", "") in known]
-        names[-1:] = [f"{name}+PTX" for name in names[-1:]]
+        return [name for name in wanted.split(";") if name]
+    output = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"sm_(\d+)\b", output))
+    names = [name for name in ARCHITECTURES if name.replace(".", "") in known]
+    return [*names[:-1], *(f"{name}+PTX" for name in names[-1:])]
+
+
+def architecture_flags(nvcc: Path) -> list[str]:
+    """nvcc's arguments for :func:`architectures`."""
     flags = []
-    for name in names:
+    for name in architectures(nvcc):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
         if match is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0 or 9.0+PTX, got {name!r}")
