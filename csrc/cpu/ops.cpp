@@ -164,8 +164,10 @@ class Chunks {
         scratch_size_(scratch_size(layout.longest)) {
     const int64_t threads = torch::stable::get_num_threads();
     count = (units_ + size_ - 1) / size_;
-    // bags so long that a thread would be left with one while the others have nothing to do are spread over all
-    together_ = threads > 1 && layout.longest >= 2 * kPiece && 2 * threads * layout.longest > numel;
+    // One bag-class after the other, each by all threads: where bags are so long that a thread would be left with one while
+    // the others have nothing to do. In instances, how long either way takes at most.
+    const int64_t at_once = std::min(threads, layout.longest / kPiece);
+    together_ = at_once > 1 && numel / at_once < numel / threads + layout.longest - layout.longest / threads;
     // a thread's start costs as much as some ten thousand instances
     tasks_ = together_ ? 1 : std::max<int64_t>(1, std::min({threads, count, numel / kPiece + 1}));
     scratch_.reset(new T[tasks_ * scratch_size_]);  // uninitialized; here, as nothing may throw in the threads
