@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from bags import Bags, draw_bags, to_device
 from instances import Instances, load_instances
 from plots import draw_bags as draw_panels
@@ -50,15 +51,24 @@ class LeNet(nn.Module):
 
     def __init__(self, channels: int = 1):
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2))
-        self.left = nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2))
-        self.right = nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2))
+        self.first = nn.Conv2d(channels, 6, 5)
+        self.left = nn.Conv2d(6, 16, 5)
+        self.right = nn.Conv2d(6, 16, 5)
         self.third = nn.Sequential(nn.Conv2d(16, 120, 5), nn.ReLU())
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 1))
+        # this, and the two second layers as one convolution, make it half as fast again on a CPU
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.head(self.third(self.left(x) + self.right(x)))
+        x = pooled(self.first(x))
+        weight = torch.cat((self.left.weight, self.right.weight))
+        left, right = pooled(F.conv2d(x, weight, torch.cat((self.left.bias, self.right.bias)))).chunk(2, 1)
+        return self.head(self.third(left + right))
+
+
+def pooled(x: Tensor) -> Tensor:
+    """ReLU and 2x2 max pooling, in the order that leaves the ReLU a quarter of the work."""
+    return F.relu(F.max_pool2d(x, 2))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

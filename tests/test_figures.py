@@ -1,0 +1,104 @@
+"""examples/reproduce_figures.py: what is computed, kept, summed up and drawn."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import reproduce_figures as figures
+
+TINY = ["--figure", "5a", "--sizes", "6", "--bags", "8", "12", "--epochs", "1", "--workers", "1", "--device", "cpu"]
+
+
+def test_the_papers_settings():
+    args = figures.parse_arguments(["--figure", "4"])
+    assert (args.sizes, args.bags[0], args.bags[-1], args.seeds, args.epochs) == ([10, 50, 100], 50, 500, 10, 300)
+    assert args.methods == ["sgl", "max", "mean", "mmm", "bil"]
+    assert figures.parse_arguments(["--figure", "5a"]).methods == ["max", "sgl_plain", "sgl_rescaled", "sgl"]
+    options = {}
+    for method in figures.METHODS:
+        (config,) = figures.configs_of(
+            figures.parse(figures.options_of(figures.Run(method, 50, 100, 3), args))
+        ).values()
+        assert (config["bag_size"], config["bags"], config["lr"], config["epochs"]) == (50, 100, 1e-4, 300)
+        options[method] = [config[name] for name in ("loss", "pooling", "rescale", "weighted")]
+    assert options == {
+        "sgl": ["sgl", "max", True, True],
+        "max": ["bag", "max", True, True],
+        "mean": ["bag", "mean_logits", True, True],
+        "mmm": ["mmm", "max", True, True],
+        "bil": ["bil", "mean_logits", True, True],
+        "sgl_plain": ["sgl", "max", False, False],
+        "sgl_rescaled": ["sgl", "max", True, False],
+    }
+
+
+def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
+    arguments = [*TINY, "--seeds", "2", "--methods", "max", "sgl", "--out", str(tmp_path)]
+    assert figures.main(arguments) == 0
+    assert "8 runs, 8 of them to compute" in capfd.readouterr().out
+    runs = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("size*.json")}
+    assert len(runs) == 8
+    assert not list(tmp_path.glob("*.pt"))
+    with (tmp_path / "figure5a.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if (row["bags"], row["method"]) == ("12", "sgl")]
+    values = [runs[f"size6_bags12_sgl_seed{seed}"]["result"]["last"]["auc"] for seed in (0, 1)]
+    assert float(row["auc"]) == pytest.approx(sum(values) / 2, abs=1e-4)
+    assert float(row["auc_worst"]) == pytest.approx(min(values), abs=1e-4)
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        assert (tmp_path / f"figure5a.{kind}").read_bytes().startswith(start)
+    assert (tmp_path / "figure5a.md").read_text().count("\n") == 2 + 4
+
+    (tmp_path / "size6_bags8_max_seed1.json").unlink()
+    assert figures.main(arguments) == 0
+    assert "8 runs, 1 of them to compute" in capfd.readouterr().out
+    again = json.loads((tmp_path / "size6_bags8_max_seed1.json").read_text())
+    assert again["result"] == runs["size6_bags8_max_seed1"]["result"]
+
+    assert figures.main([*arguments, "--epochs", "2", "--draw-only"]) == 2  # these are not those
+    assert "1 epochs, not 2" in capfd.readouterr().err
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    arguments = figures.parse_arguments([*TINY, "--epochs", "3", "--out", str(tmp_path)])
+    run = figures.Run("sgl", 6, 8, 0)
+    whole = json.loads(figures.compute(run, arguments).read_text())
+    (tmp_path / f"{run.name}.json").unlink()
+    import training
+
+    epochs = []
+
+    def interrupted(*given, train_epoch=training.train_epoch):
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            figures.compute(run, arguments)
+    assert list(tmp_path.glob("*.pt"))
+    epochs.clear()
+
+    def counted(*given, train_epoch=training.train_epoch):
+        epochs.append(1)
+        return train_epoch(*given)
+
+    monkeypatch.setattr(training, "train_epoch", counted)
+    assert json.loads(figures.compute(run, arguments).read_text())["result"] == whole["result"]
+    assert len(epochs) == 1
+
+
+def test_nothing_to_draw_and_no_data(tmp_path, capsys):
+    assert figures.main([*TINY, "--out", str(tmp_path), "--draw-only"]) == 2
+    assert "no run of figure 5a" in capsys.readouterr().err
+    assert figures.main([*TINY, "--out", str(tmp_path), "--data", "nothing.npz"]) == 2
+    assert "nothing.npz" in capsys.readouterr().err
+
+
+def test_a_command_names_no_folder_of_this_machine():
+    assert figures.without_paths(["--data", "mnist", "--data-dir", "/home/me", "--bags", "5"]) == [
+        "--data", "mnist", "--data-dir", "DIR", "--bags", "5",
+    ]  # fmt: skip
