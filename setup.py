@@ -139,6 +139,8 @@ class BuildExtension(build_ext):
     def build_extensions(self) -> None:
         torch = torch_folder()
         for extension in self.extensions:
+            if str(torch / "include") in extension.include_dirs:
+                continue  # a wheel is built by two rounds over the same extensions
             self.add_cuda(extension, torch)
             extension.include_dirs.append(str(torch / "include"))
             extension.library_dirs.append(str(torch / "lib"))
