@@ -3,6 +3,7 @@
     python benchmarks/bench_cpu.py [--quick] [--json FILE]     the table
     python benchmarks/bench_cpu.py --plot FILE.png             time against size, drawn by matplotlib
     python benchmarks/bench_cpu.py --where                     what of a step is arithmetic, what torch and Python
+    python benchmarks/bench_cpu.py --layouts                   other layouts and dtypes, and a second thread
     python benchmarks/bench_cpu.py --profile DIR               where a training step spends its time, with and without
 
 Every contender runs in the same process, in turn, round after round; a figure is the median over the rounds, its
@@ -149,6 +150,54 @@ def where(rounds: int) -> list[dict[str, object]]:
     return results
 
 
+def layouts_of(shape: tuple[int, int, int], share: float) -> dict[str, Callable[[], object]]:
+    """A step of the same bags in every layout and dtype."""
+    n, c, length = shape
+    logits, targets = draw(shape, shape[:2], share)
+    loss = SGLLoss(impl="fused")
+    mask = torch.rand(n, length, generator=torch.Generator().manual_seed(1)) < 0.9
+    calls: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {
+        "contiguous": (logits, {}),
+        "masked": (logits, {"mask": mask}),
+        "packed": (logits.transpose(1, 2).reshape(n * length, c), {"offsets": torch.arange(n + 1) * length}),
+        "channels_last": (logits.unsqueeze(-1).contiguous(memory_format=torch.channels_last), {}),
+        "bfloat16": (logits.bfloat16(), {}),
+        "float16": (logits.half(), {}),
+        "float64": (logits.double(), {}),
+    }
+
+    def step_of(x: torch.Tensor, options: dict[str, torch.Tensor]) -> Callable[[], object]:
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        return lambda: step(lambda a, b: loss(a, b, **options), leaf, targets)
+
+    return {name: step_of(*call) for name, call in calls.items()}
+
+
+def layouts(rounds: int) -> list[dict[str, object]]:
+    """ns per instance and class with one thread, and how many times as fast a contiguous step is with all of them."""
+    results, threads = [], torch.get_num_threads()
+    for shape, share, what in [*CASES[:-1], ((1, 1, 1_000_000), 1.0, "one long bag")]:
+        steps = layouts_of(shape, share)
+        calls = max(1, 100_000 // math.prod(shape))
+        try:
+            times: dict[str, list[float]] = {name: [] for name in [*steps, "all threads"]}
+            for _ in range(rounds):
+                torch.set_num_threads(1)
+                for name, run in steps.items():
+                    times[name].append(timed(run, calls))
+                torch.set_num_threads(threads)
+                times["all threads"].append(timed(steps["contiguous"], calls))
+        finally:
+            torch.set_num_threads(threads)
+        medians, _ = figures(times)
+        per_instance = {name: round(medians[name] * 1e3 / math.prod(shape), 2) for name in steps}
+        speed_up = ratio(times["contiguous"], times["all threads"])
+        results.append({"what": what, "shape": shape, "positives": share, "ns": per_instance, "speed_up": speed_up})
+        cells = ", ".join(f"{name} {value}" for name, value in per_instance.items())
+        print(f"{shape!s:>16} {share:5.0%} {cells} ns; {threads} threads {speed_up} times as fast", flush=True)
+    return results
+
+
 def plot(path: Path, about: dict[str, object], rounds: int, compiled: bool) -> list[dict[str, object]]:
     """Nanoseconds per instance and class against the size of a bag, every contender a line."""
     import matplotlib
@@ -185,6 +234,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="time against the size of a bag, as PNG or SVG")
     parser.add_argument("--where", action="store_true", help="the parts of a step")
+    parser.add_argument("--layouts", action="store_true", help="other layouts and dtypes, and a second thread")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="tables and Chrome traces of a training step")
     args = parser.parse_args()
     rounds = 5 if args.quick else 25
@@ -195,6 +245,8 @@ def main() -> None:
         return
     if args.where:
         results = where(rounds)
+    elif args.layouts:
+        results = layouts(rounds)
     elif args.plot:
         results = plot(args.plot, about, rounds, compiled=not args.quick)
     else:

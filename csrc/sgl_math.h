@@ -22,7 +22,7 @@
 namespace sgl {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// exp, log1p and expm1. float: own polynomials, at most 3 ulp, and no call, so that loops vectorize. double: libm.
+// exp, log1p and expm1. float: own polynomials, at most 2 ulp, and no call, so that loops vectorize. double: libm.
 
 template <class To, class From>
 SGL_HD To bits_of(From value) {

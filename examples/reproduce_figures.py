@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -140,6 +141,18 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
     return target
 
 
+def end_with_parent() -> None:
+    """Of a worker: killed by whatever signal, the script leaves nobody behind who goes on computing."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def without_paths(options: list[str]) -> list[str]:
     """What others can type: the folder of the data is theirs."""
     return [
@@ -177,7 +190,7 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
     unit = sum(run.cost for run in missing) / 1000
     progress = tqdm(total=1000, bar_format="{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}", disable=None)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.workers, mp_context=context)
+    pool = ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent)
     try:
         futures = {pool.submit(compute, run, args): run for run in missing}
         for future in as_completed(futures):

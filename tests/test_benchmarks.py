@@ -20,12 +20,14 @@ sys.path.append(str(ROOT / "benchmarks"))
 def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch):
     import bench_cpu
 
-    monkeypatch.setattr(bench_cpu, "CASES", [((4, 2, 16), 0.5, "tiny")])
+    tiny = ((4, 2, 16), 0.5, "tiny")
+    monkeypatch.setattr(bench_cpu, "CASES", [tiny])
     monkeypatch.setattr(bench_cpu, "SIZES", [(2, 3, 8), (2, 3, 32)])
     for arguments in (
         ["--json", str(tmp_path / "table.json")],
         ["--plot", str(tmp_path / "sizes.png")],
         ["--where", "--json", str(tmp_path / "where.json")],
+        ["--layouts", "--json", str(tmp_path / "layouts.json")],
     ):
         monkeypatch.setattr(sys, "argv", ["bench_cpu.py", "--quick", *arguments])
         bench_cpu.main()

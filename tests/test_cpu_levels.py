@@ -96,11 +96,11 @@ def ulp_error(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("function", ["exp", "log1p_unit", "log1p", "expm1"])
-def test_functions_are_within_3_ulp(report, level, function):
+def test_functions_are_within_2_ulp(report, level, function):
     x, y = math_inputs()[function], report(level)[function]
     exact = getattr(torch, function.removesuffix("_unit"))(x.double())
     assert torch.isfinite(y).all()
-    assert ulp_error(y, exact).max() <= 3
+    assert ulp_error(y, exact).max() <= 2
 
 
 @pytest.mark.parametrize("level", LEVELS)
