@@ -109,11 +109,12 @@ def train_run(
     bags: dict[str, Bags],
     checkpoint: Path,
     resume: bool,
-) -> tuple[dict[str, Any], list[dict[str, float]], nn.Module]:
+) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
     """Trains one network and tests it.
 
     ``images`` and ``bags`` have the keys train, val and test. The test bags are looked at twice, when all is over: with
-    the network of the last epoch, and with that of the epoch of the highest validation AUC (ties: the lowest loss).
+    the network of the last epoch, and with that of the epoch of the highest validation AUC (ties: the lowest loss), of
+    those that are validated: every ``val_every``-th and the last.
 
     Returns:
         its entry in metrics.json, the history (one row per epoch), and the network of the last epoch.
@@ -147,16 +148,19 @@ def train_run(
         order = torch.randperm(len(bags["train"].labels), generator=generator).to(device)
         model.train()
         loss = train_epoch(model, criterion, optimizer, images["train"], bags["train"], config["batch_size"], order)
-        model.eval()
-        logits = instance_logits(model, images["val"], bags["val"].index)
-        val_loss = float(criterion(logits, bags["val"].labels, offsets=bags["val"].offsets))
-        validation = measure(logits, bags["val"], config["pooling"])
-        row = {"epoch": epoch, "loss": loss, "val_loss": val_loss} | {f"val_{k}": v for k, v in validation.items()}
+        row = {"epoch": epoch, "loss": loss} | dict.fromkeys(("val_loss", *(f"val_{name}" for name in METRICS)))
+        if epoch % config["val_every"] == 0 or epoch == config["epochs"]:
+            model.eval()
+            logits = instance_logits(model, images["val"], bags["val"].index)
+            val_loss = float(criterion(logits, bags["val"].labels, offsets=bags["val"].offsets))
+            validation = measure(logits, bags["val"], config["pooling"])
+            row |= {"val_loss": val_loss} | {f"val_{k}": v for k, v in validation.items()}
+            merit = (validation["auc"], -val_loss)
+            if state["best"] is None or merit > tuple(state["best"]["merit"]):
+                weights = {name: value.clone() for name, value in model.state_dict().items()}
+                state["best"] = {"merit": list(merit), "epoch": epoch, "model": weights}
+            progress.set_postfix(loss=f"{loss:.3f}", val_auc=f"{validation['auc']:.3f}")
         state["history"].append(row)
-        merit = (validation["auc"], -val_loss)
-        if state["best"] is None or merit > tuple(state["best"]["merit"]):
-            weights = {name: value.clone() for name, value in model.state_dict().items()}
-            state["best"] = {"merit": list(merit), "epoch": epoch, "model": weights}
         state |= {
             "epoch": epoch,
             "config": config,
@@ -164,7 +168,6 @@ def train_run(
             "optimizer": optimizer.state_dict(),
         }
         save_atomically(state, checkpoint)
-        progress.set_postfix(loss=f"{loss:.3f}", val_auc=f"{validation['auc']:.3f}")
     progress.close()
     best = make_model().to(device)
     best.load_state_dict(state["best"]["model"])
@@ -205,7 +208,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     os.replace(beside, path)
 
 
-def write_history(histories: dict[int, list[dict[str, float]]], path: Path) -> None:
+def write_history(histories: dict[int, list[dict[str, Any]]], path: Path) -> None:
     """One row per seed and epoch."""
     with path.open("w", newline="") as file:
         names = ["seed", *next(iter(histories.values()))[0]]
