@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bags import Bags
 from instances import load_instances
 from tqdm import tqdm
-from train_mnist_bags import LeNet, bags_of, configs_of, parse
-from training import train_run, write_json
+from train_mnist_bags import LeNet, bags_of, configs_of, numbers_to_show, parse
+from training import instance_logits, train_run, write_json
 
 #: name: (label, what train_mnist_bags.py is told). The means are the authors': of logits.
 METHODS = {
@@ -126,11 +127,12 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
     start = time.perf_counter()
     os.environ["TQDM_DISABLE"] = "1"
     channels = instances.train_images.shape[1]
-    entry, _, _ = train_run(lambda: LeNet(channels), config, run.seed, images, bags, checkpoint, resume=True)
+    entry, _, model = train_run(lambda: LeNet(channels), config, run.seed, images, bags, checkpoint, resume=True)
     content = {
         "run": run._asdict(),
         "config": config,
         "result": entry,
+        "shown": [shown(model, images["test"], bags["test"], n) for n in numbers_to_show(bags["test"], 3, 1)],
         "command": "python train_mnist_bags.py " + " ".join(without_paths(options)),
         "seconds": round(time.perf_counter() - start, 1),
         "commit": commit(),
@@ -139,6 +141,18 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
     write_json(content, target)
     checkpoint.unlink()
     return target
+
+
+def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int) -> dict[str, Any]:
+    """What Figure 5b needs of test bag ``number``, of the network of the last epoch."""
+    inside = slice(int(bags.offsets[number]), int(bags.offsets[number + 1]))
+    probability = torch.sigmoid(instance_logits(model, images, bags.index[inside]))
+    return {
+        "number": number,
+        "index": bags.index[inside].tolist(),
+        "positive": bags.positive[inside].int().tolist(),
+        "probability": [round(p, 4) for p in probability.tolist()],
+    }
 
 
 def end_with_parent() -> None:

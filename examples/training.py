@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,11 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
+    """Indented, but for lists of numbers, which are a line each."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[[-+.e\d,\s]*\]", lambda found: " ".join(found[0].split()), text)
+    beside.write_text(text + "\n")
     os.replace(beside, path)
 
 

@@ -89,7 +89,7 @@ def test_network_is_the_authors():
     model = example.LeNet()
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 1)
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
-    assert shapes == [(6, 1, 5, 5), (16, 6, 5, 5), (16, 6, 5, 5), (120, 16, 5, 5), (84, 120), (1, 84)]
+    assert shapes == [(6, 1, 5, 5), (16, 6, 5, 5), (16, 6, 5, 5), (120, 16 * 5 * 5), (84, 120), (1, 84)]
 
 
 def run(out, *options):
