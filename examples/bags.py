@@ -25,12 +25,14 @@ def draw_bags(
     size: float,
     size_std: float,
     rng: np.random.Generator,
+    positives: int = 0,
 ) -> Bags:
     """``count`` bags of the images ``pool``, half of them positive, in random order.
 
     A bag's size is drawn from a normal distribution and rounded, at least 1. The instances of a bag are drawn at
-    random: a positive bag has as many targets as chance gives, under the condition that there is one; a negative bag is
-    drawn from the other images. A bag holds an image twice only where there are too few images for it.
+    random: a positive bag has ``positives`` targets, or, where that is 0, as many as chance gives, under the condition
+    that there is one; a negative bag is drawn from the other images. A bag holds an image twice only where there are
+    too few images for it.
 
     Args:
         pool: (n,), indices of the images that may be drawn.
@@ -42,12 +44,14 @@ def draw_bags(
             raise ValueError(f"data: expected at least one image {kind} among the {len(pool)} to draw bags from")
     if count < 1:
         raise ValueError(f"count: expected at least 1 bag, got {count}")
+    if positives > size or (positives and size_std):
+        raise ValueError(f"positives: expected up to {size:g}, and bags of one size, got {positives}")
     sizes = np.maximum(1, np.rint(rng.normal(size, size_std, count))).astype(np.int64)
     labels = rng.permutation(np.arange(count) % 2 == 0)
     rate = len(targets) / len(pool)
     index, positive = [], []
     for length, label in zip(sizes, labels, strict=True):
-        number = _at_least_one(length, rate, rng) if label else 0
+        number = (positives or _at_least_one(length, rate, rng)) if label else 0
         bag = np.concatenate((_choose(targets, number, rng), _choose(others, length - number, rng)))
         order = rng.permutation(length)
         index.append(bag[order])

@@ -26,7 +26,7 @@ class Instances(NamedTuple):
 
 
 def load_instances(data: str, data_dir: str, seed: int) -> Instances:
-    """Instances of ``data``: ``"digits"``, ``"mnist"`` (of ``data_dir``), or the path of an .npz file.
+    """Instances of ``data``: ``"digits"``, ``"mnist"`` or ``"cifar10"`` (of ``data_dir``), or the path of an .npz file.
 
     An .npz holds x_train (n, height, width) or (n, height, width, channels), y_train (n,), x_test and y_test.
     """
@@ -34,10 +34,12 @@ def load_instances(data: str, data_dir: str, seed: int) -> Instances:
         arrays = _digits(seed)
     elif data == "mnist":
         arrays = _mnist(Path(data_dir))
+    elif data == "cifar10":
+        arrays = _cifar10(data_dir)
     elif data.endswith(".npz"):
         arrays = _npz(Path(data))
     else:
-        raise ValueError(f"data: expected 'digits', 'mnist' or the path of an .npz file, got {data!r}")
+        raise ValueError(f"data: expected 'digits', 'mnist', 'cifar10' or the path of an .npz file, got {data!r}")
     x_train, y_train, x_test, y_test = arrays
     train, test = _scaled(x_train), _scaled(x_test)
     mean = train.mean(dim=(0, 2, 3), keepdim=True)
@@ -58,7 +60,7 @@ def import_torchvision() -> types.ModuleType:
         import torchvision
         import torchvision.datasets
     except ModuleNotFoundError:
-        raise ValueError("data: mnist needs torchvision, which is not installed: pip install torchvision") from None
+        raise ValueError("data: this needs torchvision, which is not installed: pip install torchvision") from None
 
     return torchvision
 
@@ -85,6 +87,12 @@ def _mnist(data_dir: Path) -> tuple[np.ndarray, ...]:
             both = [datasets.MNIST(scratch, train=train, download=True) for train in (True, False)]
     train, test = both
     return train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()
+
+
+def _cifar10(data_dir: str) -> tuple[np.ndarray, ...]:
+    datasets = import_torchvision().datasets
+    train, test = (datasets.CIFAR10(data_dir, train=train, download=True) for train in (True, False))
+    return train.data, np.array(train.targets), test.data, np.array(test.targets)
 
 
 def _npz(path: Path) -> tuple[np.ndarray, ...]:

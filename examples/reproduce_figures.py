@@ -1,11 +1,13 @@
-"""The paper's figures on MNIST-Bags, from runs that are computed where they are missing.
+"""The paper's figures of bags, from runs that are computed where they are missing.
 
-    python reproduce_figures.py --figure 4 --data mnist --data-dir DIR --quick      minutes, coarse
-    python reproduce_figures.py --figure 4 --data mnist --data-dir DIR              the whole of it: days of one core
-    python reproduce_figures.py --figure 5a --data mnist --data-dir DIR --sizes 50 --bags 50 150 --seeds 3
+    python reproduce_figures.py --figure 4 --data-dir DIR --quick        minutes, coarse
+    python reproduce_figures.py --figure 4 --data-dir DIR                the whole of it: days of one core
+    python reproduce_figures.py --figure 5a --data-dir DIR --bags 50 150 --seeds 3
+    python reproduce_figures.py --figure 6 --data cifar10.npz            for a GPU
 
-Figure 4: five losses against the number of training bags, for bags of 10, 50 and 100. Figure 5a: what each part of SGL
-brings. Every run leaves one small file in --out, and is continued after an interruption; a figure, its table and its
+Figure 4: five losses on MNIST-Bags against the number of training bags, for bags of 10, 50 and 100. Figure 5a: what
+each part of SGL brings; 5b: what networks say of single bags. Figure 6: CIFAR10-Bags, against the number of dogs in a
+bag. Every run leaves one small file in --out, and is continued after an interruption; a figure, its table and its
 numbers are drawn from all files that are there.
 """
 
@@ -22,17 +24,21 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import train_cifar10_bags
+import train_mnist_bags
 from bags import Bags
+from experiment import bags_of, numbers_to_show, pictures_of
 from instances import load_instances
+from plots import draw_bags
 from tqdm import tqdm
-from train_mnist_bags import LeNet, bags_of, configs_of, numbers_to_show, parse
-from training import instance_logits, train_run, write_json
+from training import Config, instance_logits, train_run, write_json
 
 #: name: (label, what train_mnist_bags.py is told). The means are the authors': of logits.
 METHODS = {
@@ -44,10 +50,35 @@ METHODS = {
     "sgl_plain": ("max + instance loss", ["--loss", "sgl", "--no-rescale", "--no-weight"]),
     "sgl_rescaled": ("+ rescaling", ["--loss", "sgl", "--no-weight"]),
 }
-FIGURES = {"4": ["sgl", "max", "mean", "mmm", "bil"], "5a": ["max", "sgl_plain", "sgl_rescaled", "sgl"]}
-SIZES = {"4": [10, 50, 100], "5a": [50]}
-LABELS_5A = {"sgl": "+ weighting (SGL)"}
 BAGS = [50, 100, 150, 200, 300, 400, 500]
+FIGURES = {
+    "4": ["sgl", "max", "mean", "mmm", "bil"],
+    "5a": ["max", "sgl_plain", "sgl_rescaled", "sgl"],
+    "5b": ["max", "sgl"],
+    "6": ["sgl", "max", "mean", "bil"],
+}
+DEFAULTS = {"data": "mnist", "bags": BAGS, "seeds": 10, "epochs": 300, "sizes": [50], "positives": [0]}
+DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "4": {"sizes": [10, 50, 100]},
+    "5a": {},
+    "5b": {"bags": [150], "seeds": 1},
+    "6": {
+        "data": "cifar10", "sizes": [50, 100], "bags": [2500], "positives": [1, 2, 5, 10, 20], "seeds": 5, "epochs": 50,
+    },
+}  # fmt: skip
+QUICK_MNIST = {"bags": [50, 150], "seeds": 1, "epochs": 30}
+QUICK = {
+    "4": QUICK_MNIST | {"sizes": [10, 50]},
+    "5a": QUICK_MNIST,
+    "5b": QUICK_MNIST | {"bags": [150]},
+    "6": {"sizes": [10], "bags": [100], "positives": [1, 3, 5], "seeds": 1, "epochs": 5},
+}
+#: Ten times the rate makes up for a tenth of the epochs.
+QUICK_OPTIONS = {figure: ["--lr", "1e-3"] for figure in ("4", "5a", "5b")} | {
+    "6": ["--stem", "imagenet", "--lr", "1e-3", "--batch-size", "10", "--val-bags", "50", "--val-every", "5"]
+}
+X_AXIS = {"4": ("bags", "training bags"), "5a": ("bags", "training bags"), "6": ("positives", "positive instances")}
+LABELS_5A = {"sgl": "+ weighting (SGL)"}
 COLOURS = {
     "sgl": "#d55e00", "max": "#0072b2", "mean": "#009e73", "mmm": "#cc79a7", "bil": "#e69f00",
     "sgl_plain": "#999999", "sgl_rescaled": "#56b4e9",
@@ -60,44 +91,57 @@ class Run(NamedTuple):
     size: int
     bags: int
     seed: int
+    positives: int = 0  # 0: MNIST-Bags, where chance decides
 
     @property
     def name(self) -> str:
-        return f"size{self.size}_bags{self.bags}_{self.method}_seed{self.seed}"
+        positives = f"positives{self.positives}_" if self.positives else ""
+        return f"size{self.size}_{positives}bags{self.bags}_{self.method}_seed{self.seed}"
 
     @property
     def cost(self) -> int:
-        """In instances of an epoch: those that are trained; of 100 validation bags a third of a tenth."""
-        return self.size * self.bags + self.size * 100 // 30
+        """In instances of an epoch."""
+        return self.size * self.bags
+
+    @property
+    def example(self) -> types.ModuleType:
+        return train_cifar10_bags if self.positives else train_mnist_bags
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--figure", choices=FIGURES, required=True)
-    add("--data", default="digits", help="digits, mnist, or an .npz file (train_mnist_bags.py --help)")
-    add("--data-dir", default="data", help="folder of MNIST")
-    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
-    add("--sizes", nargs="+", type=int, help="instances in a bag (4: 10 50 100; 5a: 50)")
-    add("--bags", nargs="+", type=int, help=f"training bags ({' '.join(map(str, BAGS))})")
-    add("--seeds", type=int, help="runs of everything (10)")
-    add("--epochs", type=int, help="(300)")
     add(
-        "--quick",
-        action="store_true",
-        help="bags of 10 and 50, 50 and 150 of them, 1 seed, 30 epochs at ten times the rate",
+        "--data",
+        help="mnist, digits, cifar10, or an .npz file (train_mnist_bags.py --help) (mnist; 6: cifar10)",
     )
+    add("--data-dir", default="data", help="folder of MNIST or CIFAR-10")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
+    add("--sizes", nargs="+", type=int, help="instances in a bag (4: 10 50 100; 5a, 5b: 50; 6: 50 100)")
+    add("--bags", nargs="+", type=int, help=f"training bags ({' '.join(map(str, BAGS))}; 5b: 150; 6: 2500)")
+    add("--positives", nargs="+", type=int, help="6: instances of the target class in a positive bag (1 2 5 10 20)")
+    add("--seeds", type=int, help="runs of everything (10; 5b: 1; 6: 5)")
+    add("--epochs", type=int, help="(300; 6: 50)")
+    add("--quick", action="store_true", help="a coarse version: small bags and few of them, 1 seed, few epochs")
     add("--workers", type=int, default=0, help="runs at once (a core each; on a GPU 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, help="folder of the files (runs/figures, runs/figures_quick)")
     add("--draw-only", action="store_true", help="compute nothing")
+    add(
+        "--options",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="last: more for the training command, as --options --stem imagenet --lr 1e-3",
+    )
     args = parser.parse_args(argv)
-    coarse = {"sizes": [10, 50] if args.figure == "4" else [50], "bags": [50, 150], "seeds": 1, "epochs": 30}
-    full = {"sizes": SIZES[args.figure], "bags": BAGS, "seeds": 10, "epochs": 300}
-    for name, value in (coarse if args.quick else full).items():
+    for name, value in (DEFAULTS | DEFAULTS_OF[args.figure] | (QUICK[args.figure] if args.quick else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if min(*args.sizes, *args.bags, args.seeds, args.epochs) < 1 or args.workers < 0:
+    args.options = [*(QUICK_OPTIONS[args.figure] if args.quick else []), *args.options]
+    if (args.figure == "6") != any(args.positives):
+        parser.error("--positives: expected at least 1 for figure 6, and for no other")
+    if min(*args.sizes, *args.bags, args.seeds, args.epochs) < 1 or min(args.workers, *args.positives) < 0:
         parser.error("--sizes, --bags, --seeds, --epochs: expected at least 1, --workers at least 0")
     args.methods = args.methods or FIGURES[args.figure]
     args.out = args.out or Path("runs", "figures_quick" if args.quick else "figures")
@@ -106,34 +150,44 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def options_of(run: Run, args: argparse.Namespace) -> list[str]:
-    """What train_mnist_bags.py would be told."""
-    rate = ["--val-every", "10", "--lr", "1e-3" if args.quick else "1e-4"]
-    return [
+    """What the training command would be told."""
+    options = [
         "--data", args.data, "--data-dir", args.data_dir, "--bag-size", str(run.size), "--bags", str(run.bags),
-        "--epochs", str(args.epochs), "--seed", str(run.seed), "--device", args.device, *rate, *METHODS[run.method][1],
+        "--epochs", str(args.epochs), "--seed", str(run.seed), "--device", args.device,
     ]  # fmt: skip
+    if run.positives:
+        options += ["--positives", str(run.positives), "--runs", "1"]
+    else:
+        options += ["--val-every", "10", "--lr", "1e-4"]
+    return [*options, *METHODS[run.method][1], *args.options]
+
+
+def config_of(run: Run, args: argparse.Namespace) -> Config:
+    (config,) = run.example.configs_of(run.example.parse(options_of(run, args))).values()
+    return config
 
 
 def compute(run: Run, args: argparse.Namespace) -> Path:
     """Train, test, and write the run's file; from the last full epoch on where it was interrupted."""
     if args.device == "cpu":
         torch.set_num_threads(1)  # as many runs at once as there are cores
-    options = options_of(run, args)
-    parsed = parse(options)
-    (config,) = configs_of(parsed).values()
+    config = config_of(run, args)
     target, checkpoint = args.out / f"{run.name}.json", args.out / f"{run.name}.pt"
-    instances = load_instances(parsed.data, parsed.data_dir, run.seed)
+    instances = load_instances(args.data, args.data_dir, run.seed)
     images, bags = bags_of(instances, config, run.seed, args.device)
     start = time.perf_counter()
     os.environ["TQDM_DISABLE"] = "1"
     channels = instances.train_images.shape[1]
-    entry, _, model = train_run(lambda: LeNet(channels), config, run.seed, images, bags, checkpoint, resume=True)
+    make_model = run.example.make_model
+    entry, _, model = train_run(
+        lambda: make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True
+    )
     content = {
         "run": run._asdict(),
-        "config": config,
+        "config": config | {"data": Path(args.data).name},
         "result": entry,
         "shown": [shown(model, images["test"], bags["test"], n) for n in numbers_to_show(bags["test"], 3, 1)],
-        "command": "python train_mnist_bags.py " + " ".join(without_paths(options)),
+        "command": f"python {run.example.__name__}.py " + " ".join(without_paths(options_of(run, args))),
         "seconds": round(time.perf_counter() - start, 1),
         "commit": commit(),
         "machine": f"{args.device}, {machine()}, torch {torch.__version__}",
@@ -169,9 +223,8 @@ def end_with_parent() -> None:
 
 def without_paths(options: list[str]) -> list[str]:
     """What others can type: the folder of the data is theirs."""
-    return [
-        "DIR" if before == "--data-dir" else option for before, option in zip(["", *options], options, strict=False)
-    ]
+    named = {"--data-dir": lambda path: "DIR", "--data": lambda path: Path(path).name}
+    return [named.get(before, str)(option) for before, option in zip(["", *options], options, strict=False)]
 
 
 def commit() -> str:
@@ -221,16 +274,19 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
         progress.close()
 
 
-def collect(runs: list[Run], args: argparse.Namespace) -> dict[tuple[str, int, int], list[dict[str, float]]]:
-    """What the networks of the last epoch reached, by method, size and bags, a seed each."""
-    found: dict[tuple[str, int, int], list[dict[str, float]]] = {}
+def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, Any]]:
+    """The files of the runs that are there, if they were trained as they would be now."""
+    found = {}
     for run in runs:
         path = args.out / f"{run.name}.json"
         if path.exists():
-            content = read(path)
-            if content["config"]["epochs"] != args.epochs:
-                raise ValueError(f"out: {path} is of {content['config']['epochs']} epochs, not {args.epochs}")
-            found.setdefault((run.method, run.size, run.bags), []).append(content["result"]["last"])
+            found[run] = content = read(path)
+            expected = config_of(run, args) | {"data": Path(args.data).name}
+            # how often was validated decides nothing that is drawn
+            other = [k for k in expected if k != "val_every" and content["config"].get(k, expected[k]) != expected[k]]
+            if other:
+                there, here = ({k: config[k] for k in other} for config in (content["config"], expected))
+                raise ValueError(f"out: {path} is of {there}, not {here}")
     return found
 
 
@@ -238,20 +294,30 @@ def label_of(method: str, figure: str) -> str:
     return LABELS_5A.get(method, METHODS[method][0]) if figure == "5a" else METHODS[method][0]
 
 
-def draw(found: dict[tuple[str, int, int], list[dict[str, float]]], args: argparse.Namespace) -> list[Path]:
+def values_of(found: dict[Run, dict[str, Any]], metric: str, **point: Any) -> list[float]:
+    """What the networks of the last epoch reached, a value for each seed."""
+    return [
+        content["result"]["last"][metric]
+        for run, content in found.items()
+        if all(getattr(run, name) == value for name, value in point.items())
+    ]
+
+
+def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """A row for each metric, a column for each size; lines are means, bands reach from the worst seed to the best."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sizes = [size for size in args.sizes if any(key[1] == size for key in found)]
+    axis, axis_title = X_AXIS[args.figure]
+    sizes = [size for size in args.sizes if any(run.size == size for run in found)]
     figure = Figure(figsize=(3.6 * len(sizes) + 1.6, 2.5 * len(METRICS)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(METRICS), len(sizes), squeeze=False, sharex="col", sharey="row")
     for (row, (metric, title)), (column, size) in itertools.product(enumerate(METRICS.items()), enumerate(sizes)):
         axes = grid[row, column]
         for method in args.methods:
-            points = {bags: [r[metric] for r in found[method, size, bags]] for bags in args.bags
-                      if (method, size, bags) in found}  # fmt: skip
+            points = {x: values_of(found, metric, method=method, size=size, **{axis: x}) for x in getattr(args, axis)}
+            points = {x: values for x, values in points.items() if values}
             if not points:
                 continue
             x = list(points)
@@ -266,7 +332,7 @@ def draw(found: dict[tuple[str, int, int], list[dict[str, float]]], args: argpar
         if column == 0:
             axes.set_ylabel(title)
         if row == len(METRICS) - 1:
-            axes.set_xlabel("training bags")
+            axes.set_xlabel(axis_title)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     paths = [args.out / f"figure{args.figure}.{kind}" for kind in ("png", "svg")]
@@ -275,25 +341,50 @@ def draw(found: dict[tuple[str, int, int], list[dict[str, float]]], args: argpar
     return paths
 
 
-def write_tables(found: dict[tuple[str, int, int], list[dict[str, float]]], args: argparse.Namespace) -> list[Path]:
+def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
+    """Figure 5b: the first test bags, and beside each other what the methods say of them."""
+    (size, *_), (bags, *_) = args.sizes, args.bags
+    contents = {run.method: content for run, content in found.items() if run[1:4] == (size, bags, 0)}
+    if any("shown" not in content for content in contents.values()):
+        raise ValueError(f"out: runs in {args.out} do not hold what their networks say of single bags; remove them")
+    images = load_instances(args.data, args.data_dir, 0).test_images
+    panels = []
+    for number in range(len(next(iter(contents.values()))["shown"])):
+        for method, content in contents.items():
+            bag = {name: np.array(value) for name, value in content["shown"][number].items()}
+            positive = bag["positive"].astype(bool)
+            label = "positive" if positive.any() else "negative"
+            title = f"{METHODS[method][0]}, test bag {bag['number']}: labelled {label}"
+            panels.append((pictures_of(images[bag["index"]]), bag["probability"], positive, title))
+    paths = [args.out / f"figure5b.{kind}" for kind in ("png", "svg")]
+    heading = f"What the networks say of single instances, after training with {bags} bags of {size}"
+    for path in paths:
+        draw_bags(panels, len(contents), heading, path, shown=20)
+    return paths
+
+
+def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """Means, worst and best of every point, as Markdown for people and as CSV for machines."""
+    axis, axis_title = X_AXIS[args.figure]
     lines = [
-        "| bags of | training bags | loss | seeds | " + " | ".join(METRICS) + " |",
+        f"| bags of | {axis_title} | loss | seeds | " + " | ".join(METRICS.values()) + " |",
         "|---" * (4 + len(METRICS)) + "|",
     ]
     rows = []
-    for size, bags, method in itertools.product(args.sizes, args.bags, args.methods):
-        results = found.get((method, size, bags))
-        if not results:
-            continue
+    for size, x, method in itertools.product(args.sizes, getattr(args, axis), args.methods):
         cells = []
-        row: dict[str, Any] = {"size": size, "bags": bags, "method": method, "seeds": len(results)}
+        row: dict[str, Any] = {"size": size, axis: x, "method": method}
         for metric in METRICS:
-            values = [result[metric] for result in results]
-            row |= {metric: np.mean(values), f"{metric}_worst": min(values), f"{metric}_best": max(values)}
+            values = values_of(found, metric, size=size, method=method, **{axis: x})
+            if not values:
+                break
+            row |= {"seeds": len(values), metric: np.mean(values)}
+            row |= {f"{metric}_worst": min(values), f"{metric}_best": max(values)}
             cells.append(f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
-        lines.append(f"| {size} | {bags} | {label_of(method, args.figure)} | {len(results)} | {' | '.join(cells)} |")
-        rows.append({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()})
+        else:
+            cells = [str(size), str(x), label_of(method, args.figure), str(row["seeds"]), *cells]
+            lines.append("| " + " | ".join(cells) + " |")
+            rows.append({name: round(float(v), 4) if isinstance(v, float) else v for name, v in row.items()})
     table, numbers = (args.out / f"figure{args.figure}.{kind}" for kind in ("md", "csv"))
     table.write_text("\n".join(lines) + "\n")
     with numbers.open("w", newline="") as file:
@@ -305,21 +396,25 @@ def write_tables(found: dict[tuple[str, int, int], list[dict[str, float]]], args
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    runs = [Run(*point) for point in itertools.product(args.methods, args.sizes, args.bags, range(args.seeds))]
+    points = itertools.product(args.methods, args.sizes, args.bags, range(args.seeds), args.positives)
+    runs = [Run(*point) for point in points]
     try:
         if not args.draw_only:
             compute_all(runs, args)
         found = collect(runs, args)
         if not found:
             raise ValueError(f"out: there is no run of figure {args.figure} in {args.out}")
+        if args.figure == "5b":
+            paths = draw_examples(found, args)
+        else:
+            paths = [*draw(found, args), *write_tables(found, args)]
+            print((args.out / f"figure{args.figure}.md").read_text())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
-    paths = [*draw(found, args), *write_tables(found, args)]
-    print((args.out / f"figure{args.figure}.md").read_text())
     print("written:", ", ".join(map(str, paths)))
     return 0
 

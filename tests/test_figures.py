@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 
 import pytest
 import reproduce_figures as figures
 
-TINY = ["--figure", "5a", "--sizes", "6", "--bags", "8", "12", "--epochs", "1", "--workers", "1", "--device", "cpu"]
+TINY = [
+    "--figure", "5a", "--data", "digits", "--sizes", "6", "--bags", "8", "12", "--epochs", "1", "--workers", "1",
+    "--device", "cpu",
+]  # fmt: skip
 
 
 def test_the_papers_settings():
@@ -18,9 +22,7 @@ def test_the_papers_settings():
     assert figures.parse_arguments(["--figure", "5a"]).methods == ["max", "sgl_plain", "sgl_rescaled", "sgl"]
     options = {}
     for method in figures.METHODS:
-        (config,) = figures.configs_of(
-            figures.parse(figures.options_of(figures.Run(method, 50, 100, 3), args))
-        ).values()
+        config = figures.config_of(figures.Run(method, 50, 100, 3), args)
         assert (config["bag_size"], config["bags"], config["lr"], config["epochs"]) == (50, 100, 1e-4, 300)
         options[method] = [config[name] for name in ("loss", "pooling", "rescale", "weighted")]
     assert options == {
@@ -57,7 +59,7 @@ def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
     assert again["result"] == runs["size6_bags8_max_seed1"]["result"]
 
     assert figures.main([*arguments, "--epochs", "2", "--draw-only"]) == 2  # these are not those
-    assert "1 epochs, not 2" in capfd.readouterr().err
+    assert "{'epochs': 1}, not {'epochs': 2}" in capfd.readouterr().err
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
@@ -91,6 +93,59 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert len(epochs) == 1
 
 
+def test_figure_5b_shows_what_the_runs_keep(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "draw_bags", lambda panels, *rest, **more: drawn.extend(panels))
+    arguments = ["--figure", "5b", "--data", "digits", "--sizes", "6", "--bags", "8", "--epochs", "1", "--workers", "1"]
+    assert figures.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    kept = json.loads((tmp_path / "size6_bags8_sgl_seed0.json").read_text())["shown"]
+    assert [any(bag["positive"]) for bag in kept] == [True, True, True, False]
+    assert len(drawn) == 2 * 2 * len(kept)  # two methods, PNG and SVG
+    for bag, (pictures, probability, positive, title) in zip(kept, drawn[1::2], strict=False):
+        assert pictures.shape == (6, 32, 32)
+        assert probability.tolist() == bag["probability"]
+        assert positive.tolist() == [bool(p) for p in bag["positive"]]
+        assert title.startswith(f"SGL, test bag {bag['number']}: ")
+        # it is the picture that the probability was computed of: of the target class just where it says so
+        classes = figures.load_instances("digits", "", 0).test_classes[bag["index"]]
+        assert ((classes == 9) == positive).all()
+
+
+def test_figure_6_goes_over_the_positives(tmp_path):
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    arguments = [
+        "--figure", "6", "--data", "digits", "--sizes", "4", "--bags", "4", "--positives", "1", "3", "--seeds", "1",
+        "--epochs", "1", "--workers", "1", "--device", "cpu", "--methods", "sgl", "--out", str(tmp_path),
+        "--options", "--stem", "imagenet", "--test-bags", "6", "--val-bags", "4",
+    ]  # fmt: skip
+    assert figures.main(arguments) == 0
+    for positives in (1, 3):
+        content = json.loads((tmp_path / f"size4_positives{positives}_bags4_sgl_seed0.json").read_text())
+        config = content["config"]
+        assert [config[n] for n in ("positives", "target", "stem", "test_bags")] == [positives, 5, "imagenet", 6]
+        assert {sum(bag["positive"]) for bag in content["shown"]} == {0, positives}
+        assert content["command"].startswith("python train_cifar10_bags.py --data digits --data-dir DIR")
+    with (tmp_path / "figure6.csv").open() as file:
+        assert [row["positives"] for row in csv.DictReader(file)] == ["1", "3"]
+    # without the options that they were trained with, they are not what the figure would be drawn of
+    assert figures.main([*arguments[: arguments.index("--options")], "--draw-only"]) == 2
+
+
+@pytest.mark.parametrize("figure", figures.FIGURES)
+def test_quick_is_a_part_of_the_figure(figure):
+    quick, full = (figures.parse_arguments(["--figure", figure, *more]) for more in (["--quick"], []))
+    assert quick.methods == full.methods
+    assert quick.epochs * max(quick.bags) * max(quick.sizes) <= 30 * 150 * 50
+    assert quick.out != full.out
+
+
+@pytest.mark.parametrize("wrong", [["--figure", "6", "--positives", "0"], ["--figure", "4", "--positives", "2"]])
+def test_positives_are_of_figure_6(wrong):
+    with pytest.raises(SystemExit):
+        figures.parse_arguments(wrong)
+
+
 def test_nothing_to_draw_and_no_data(tmp_path, capsys):
     assert figures.main([*TINY, "--out", str(tmp_path), "--draw-only"]) == 2
     assert "no run of figure 5a" in capsys.readouterr().err
@@ -99,6 +154,6 @@ def test_nothing_to_draw_and_no_data(tmp_path, capsys):
 
 
 def test_a_command_names_no_folder_of_this_machine():
-    assert figures.without_paths(["--data", "mnist", "--data-dir", "/home/me", "--bags", "5"]) == [
-        "--data", "mnist", "--data-dir", "DIR", "--bags", "5",
+    assert figures.without_paths(["--data", "/home/me/x.npz", "--data-dir", "/home/me", "--bags", "5"]) == [
+        "--data", "x.npz", "--data-dir", "DIR", "--bags", "5",
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 
+import experiment
 import instances
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from metrics import auc, iou, iou_pooled
 SMALL = ["--bags", "6", "--val-bags", "4", "--test-bags", "8", "--bag-size", "6", "--batch-size", "4"]
 
 
-def draw(count=200, size=10.0, std=3.0, seed=0):
+def draw(count=200, size=10.0, std=3.0, seed=0, positives=0):
     is_target = np.arange(500) % 10 == 9
     pool = np.arange(100, 400)
-    return draw_bags(pool, is_target, count, size, std, np.random.default_rng(seed)), is_target, pool
+    return draw_bags(pool, is_target, count, size, std, np.random.default_rng(seed), positives), is_target, pool
 
 
 def test_bags_are_what_they_say():
@@ -50,6 +51,15 @@ def test_bags_are_reproducible_and_at_least_one_instance():
         draw_bags(np.arange(5), np.zeros(5, bool), 2, 3, 0, np.random.default_rng(0))
 
 
+def test_a_chosen_number_of_positives():
+    bags, is_target, _ = draw(size=10, std=0.0, positives=4)
+    assert (bags.positive.numpy() == is_target[bags.index.numpy()]).all()
+    assert torch.equal(bags.positive.reshape(200, 10).sum(1), 4 * bags.labels.long())
+    for wrong in ({"positives": 11}, {"positives": 2, "std": 1.0}):
+        with pytest.raises(ValueError, match="positives"):
+            draw(**({"size": 10, "std": 0.0} | wrong))
+
+
 def test_take_keeps_bags_together():
     bags, *_ = draw(count=5)
     some = take(bags, torch.tensor([3, 0, 3]))
@@ -75,8 +85,8 @@ def test_metrics_by_hand():
 
 def test_splits_share_no_image():
     data = instances.load_instances("digits", "", 0)
-    config = example.configs_of(example.parse(SMALL))["sgl"]
-    images, bags = example.bags_of(data, config, 0, "cpu")
+    config = experiment.configs_of(example.parse(SMALL))["sgl"]
+    images, bags = experiment.bags_of(data, config, 0, "cpu")
     assert images["train"] is images["val"]
     assert not set(bags["train"].index.tolist()) & set(bags["val"].index.tolist())
     flat = [x.flatten(1) for x in (data.train_images, data.test_images)]
@@ -113,6 +123,16 @@ def test_what_a_run_writes(tmp_path):
     rows = list(csv.DictReader((tmp_path / "history.csv").open()))
     assert [(r["seed"], r["epoch"]) for r in rows] == [("5", "1"), ("5", "2"), ("6", "1"), ("6", "2")]
     assert (tmp_path / "bags.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_validation_every_few_epochs(tmp_path):
+    every = run(tmp_path / "1", "--loss", "sgl", "--epochs", "5")
+    some = run(tmp_path / "2", "--loss", "sgl", "--epochs", "5", "--val-every", "2")
+    assert some["runs"][0]["last"] == every["runs"][0]["last"]
+    histories = [list(csv.DictReader((tmp_path / k / "history.csv").open())) for k in ("1", "2")]
+    for one, other in zip(*histories, strict=True):
+        validated = int(one["epoch"]) in (2, 4, 5)
+        assert other == one if validated else other == one | {n: "" for n in one if n.startswith("val_")}
 
 
 def test_without_loss_both_methods_and_their_comparison(tmp_path, capsys):
@@ -162,7 +182,8 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     "options",
     [
         ["--bags", "0"], ["--bag-size", "0"], ["--delta-l", "0.7"], ["--lam", "-1"], ["--loss", "hinge"],
-        ["--loss", "mmm", "--pooling", "mean"], ["--resume"],
+        ["--loss", "mmm", "--pooling", "mean"], ["--resume"], ["--positives", "51"],
+        ["--positives", "2", "--bag-std", "1"],
     ],
 )  # fmt: skip
 def test_bad_options(options):

@@ -1,0 +1,264 @@
+"""What the commands that train on bags of images share: their options, the drawing of bags, and what they write.
+
+Plain functions; a command adds a network, its defaults and its own options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bags import Bags, draw_bags, to_device
+from instances import Instances, load_instances
+from plots import draw_bags as draw_panels
+from torch import Tensor, nn
+from training import (
+    DEFAULT_POOLING,
+    LOSSES,
+    METRICS,
+    Config,
+    instance_logits,
+    make_criterion,
+    summarize,
+    train_epoch,
+    train_run,
+    write_history,
+    write_json,
+)
+
+from sgl_ops.pooling import POOLINGS
+
+#: What decides a result, and so what a run has to agree in to be continued.
+DECISIVE = (
+    "data", "target", "bag_size", "bag_std", "positives", "bags", "val_bags", "test_bags", "epochs", "batch_size", "lr",
+    "weight_decay", "val_every", "loss", "pooling", "delta_l", "lam", "rescale", "weighted",
+)  # fmt: skip
+
+MakeModel = Callable[[Config, int], nn.Module]
+
+
+def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that are common to all; ``defaults`` of those that differ."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, *, kind: Any = int, text: str, **more: Any) -> None:
+        value = defaults.get(name.replace("-", "_"))
+        shown = "" if value is None else f" ({value:g})" if isinstance(value, float) else f" ({value})"
+        parser.add_argument(f"--{name}", type=kind, default=value, help=text + shown, **more)
+
+    add("data", kind=str, text="digits, mnist, cifar10, or an .npz file of x_train, y_train, x_test, y_test")
+    add("data-dir", kind=str, text="folder of MNIST or CIFAR-10, downloaded into it where missing")
+    add("target", text="the class that makes a bag positive")
+    add("bag-size", kind=float, text="mean number of instances in a bag")
+    add("bag-std", kind=float, text="its standard deviation")
+    add("positives", text="instances of the target class in a positive bag; 0: as many as chance gives, at least one")
+    add("bags", text="training bags")
+    add("val-bags", text="validation bags")
+    add("test-bags", text="test bags")
+    add("epochs", text="passes over the training bags" + ("" if defaults["epochs"] else " (300; of digits 70)"))
+    add("batch-size", text="bags in a step")
+    add(
+        "lr",
+        kind=float,
+        text="learning rate of Adam" + ("" if defaults["lr"] else ": 1e-4; of digits, to be quick, 1e-3"),
+    )
+    add("weight-decay", kind=float, text="of Adam")
+    add("val-every", text="validate in every N-th epoch, and in the last")
+    add("loss", kind=str, choices=LOSSES, text="without it sgl, and bag with max pooling beside it")
+    add("pooling", kind=str, choices=list(POOLINGS), text="sgl, bag: max; bil: mean")
+    add("delta-l", kind=float, text="threshold of the ternary targets, in [0, 0.5]")
+    add("lam", kind=float, text="weight of the instance loss")
+    parser.add_argument("--no-rescale", action="store_true", help="theta = p instead of Eq. 5")
+    parser.add_argument("--no-weight", action="store_true", help="w = 1 instead of Eq. 7 and 8")
+    add("seed", text="first seed")
+    add("runs", text="number of seeds")
+    add("device", kind=str, text="cpu or cuda")
+    parser.add_argument("--out", type=Path, help="folder to write into (below runs/, the next free name)")
+    parser.add_argument("--resume", action="store_true", help="continue what is in --out")
+    parser.add_argument("--dry-run", action="store_true", help="one step of training, and write nothing")
+    return parser
+
+
+#: Where the paper's two experiments agree.
+COMMON = {
+    "data_dir": "data", "bag_size": 50.0, "bag_std": 0.0, "batch_size": 64, "weight_decay": 1e-4, "val_every": 1,
+    "delta_l": 0.3, "lam": 1.0, "seed": 0, "device": "cuda" if torch.cuda.is_available() else "cpu",
+}  # fmt: skip
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Ends the command, naming the option, where a value makes no sense."""
+    for name in ("bags", "val_bags", "test_bags", "epochs", "batch_size", "runs", "val_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.bag_size < 1 or args.bag_std < 0:
+        parser.error(f"--bag-size, --bag-std: expected >= 1 and >= 0, got {args.bag_size} and {args.bag_std}")
+    if args.positives < 0 or (args.positives and (args.bag_std or args.positives > args.bag_size)):
+        parser.error(
+            f"--positives: expected 0, or up to --bag-size with a --bag-std of 0, got {args.positives} "
+            f"with {args.bag_size:g} and {args.bag_std:g}"
+        )
+    if not 0 <= args.delta_l <= 0.5 or not 0 <= args.lam < float("inf"):
+        parser.error(f"--delta-l, --lam: expected 0 to 0.5 and finite >= 0, got {args.delta_l} and {args.lam}")
+    if args.loss == "mmm" and args.pooling:
+        parser.error("--pooling: mmm has poolings of its own")
+    if args.resume and args.out is None:
+        parser.error("--resume: say with --out what to continue")
+    return args
+
+
+def configs_of(args: argparse.Namespace, decisive: tuple[str, ...] = DECISIVE) -> dict[str, Config]:
+    """What to train, by name: one method, or SGL and the max-pooling baseline."""
+    common = vars(args) | {"rescale": not args.no_rescale, "weighted": not args.no_weight}
+    methods = {args.loss: {"loss": args.loss}} if args.loss else {"sgl": {"loss": "sgl"}, "max": {"loss": "bag"}}
+    configs = {}
+    for name, method in methods.items():
+        pooling = args.pooling if args.pooling and name != "max" else DEFAULT_POOLING[method["loss"]]
+        config = common | method | {"pooling": pooling}
+        configs[name] = {key: config[key] for key in decisive}
+    return configs
+
+
+def bags_of(instances: Instances, config: Config, seed: int, device: str) -> tuple[dict[str, Tensor], dict[str, Bags]]:
+    """Images and bags for train, val and test; no image lies in two of them."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(instances.train_classes))
+    cut = len(order) // 5
+    parts = {
+        "train": (instances.train_images, instances.train_classes, order[cut:], config["bags"]),
+        "val": (instances.train_images, instances.train_classes, order[:cut], config["val_bags"]),
+        "test": (
+            instances.test_images, instances.test_classes, np.arange(len(instances.test_classes)), config["test_bags"],
+        ),
+    }  # fmt: skip
+    images, bags = {}, {}
+    for name, (pictures, classes, pool, count) in parts.items():
+        drawn = draw_bags(pool, classes == config["target"], count, config["bag_size"], config["bag_std"], rng,
+                          config["positives"])  # fmt: skip
+        images[name], bags[name] = pictures.to(device), to_device(drawn, torch.device(device))
+    return images, bags
+
+
+def pictures_of(images: Tensor) -> np.ndarray:
+    """(n, height, width[, 3]) in [0, 1] of normalized images (n, channels, height, width)."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    shown = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1).cpu().numpy()
+    return shown[..., 0] if shown.shape[-1] != 3 else shown
+
+
+def panel(model: nn.Module, images: Tensor, bags: Bags, number: int, title: str) -> tuple[Any, ...]:
+    """What draw_panels shows of test bag ``number``."""
+    inside = slice(int(bags.offsets[number]), int(bags.offsets[number + 1]))
+    index = bags.index[inside]
+    probability = torch.sigmoid(instance_logits(model, images, index)).cpu().numpy()
+    return pictures_of(images[index]), probability, bags.positive[inside].cpu().numpy(), title
+
+
+def numbers_to_show(bags: Bags, positives: int, negatives: int) -> list[int]:
+    """The first test bags of both kinds: not the ones that look best."""
+    labels = bags.labels.cpu()
+    return [*labels.nonzero()[:positives, 0].tolist(), *(labels == 0).nonzero()[:negatives, 0].tolist()]
+
+
+def title_of(bags: Bags, number: int) -> str:
+    return f"test bag {number}: labelled {'positive' if bags.labels[number] else 'negative'}"
+
+
+def train_method(
+    name: str, config: Config, args: argparse.Namespace, instances: Instances, make_model: MakeModel, folder: Path
+) -> tuple[dict[str, Any], nn.Module]:
+    """All seeds of one method, with everything that it writes; its metrics and the last network of the first seed."""
+    channels = instances.train_images.shape[1]
+    runs, histories, first = [], {}, None
+    start = time.perf_counter()
+    for seed in range(args.seed, args.seed + args.runs):
+        images, bags = bags_of(instances, config, seed, args.device)
+        entry, history, model = train_run(
+            lambda: make_model(config, channels), config, seed, images, bags, folder / f"seed{seed}.pt", args.resume
+        )
+        runs.append(entry)
+        histories[seed] = history
+        if first is None:
+            first = model
+            panels = [panel(model, images["test"], bags["test"], n, title_of(bags["test"], n))
+                      for n in numbers_to_show(bags["test"], 3, 1)]  # fmt: skip
+            heading = f"{name}: what the network says of each instance (class {config['target']} makes a bag positive)"
+            draw_panels(panels, 2, heading, folder / "bags.png")
+        metrics = {"config": config, "runs": runs, **summarize(runs), "seconds": round(time.perf_counter() - start, 1)}
+        write_json(metrics, folder / "metrics.json")
+        write_history(histories, folder / "history.csv")
+    return metrics, first
+
+
+def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, target: int, path: Path) -> None:
+    """Both methods on the same test bags, side by side; the twenty most probable instances of each."""
+    panels = [
+        panel(models[name], images, bags, n, f"{label}, {title_of(bags, n)}")
+        for n in numbers_to_show(bags, 4, 1)
+        for name, label in (("max", "max pooling"), ("sgl", "SGL"))
+    ]
+    draw_panels(panels, 2, f"Told only which bags hold a {target}: the probability of each instance", path, shown=20)
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{'':10}{'':10}" + "".join(f"{name:>12}" for name in METRICS))
+    for name, metrics in results.items():
+        for which in ("last", "best_val"):
+            print(f"{name:10}{which:10}" + "".join(f"{metrics['mean'][which][m]:12.3f}" for m in METRICS))
+            if len(metrics["runs"]) > 1:
+                span = (f"{metrics['worst'][which][m]:.3f}-{metrics['best'][which][m]:.3f}" for m in METRICS)
+                print(f"{'':20}" + "".join(f"{s:>12}" for s in span))
+
+
+def free_folder(name: str) -> Path:
+    base = Path("runs")
+    names = [name, *(f"{name}{k}" for k in range(2, 1000))]
+    return next(base / name for name in names if not (base / name).exists())
+
+
+def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_model: MakeModel) -> int:
+    """The command ``name``: trains, writes and prints what ``configs`` ask for; its exit status.
+
+    ``make_model(config, channels)`` is a network of images (n, channels, 32, 32) with n logits.
+    """
+    try:
+        instances = load_instances(args.data, args.data_dir, args.seed)
+        images, bags = bags_of(instances, next(iter(configs.values())), args.seed, args.device)
+        for split, some in bags.items():
+            print(f"{split:6}{len(some.labels):5} bags, {int(some.labels.sum())} positive;"
+                  f" {len(some.index)} instances, {int(some.positive.sum())} of class {args.target}")  # fmt: skip
+        if args.dry_run:
+            for method, config in configs.items():
+                model = make_model(config, instances.train_images.shape[1]).to(args.device)
+                optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
+                first = torch.arange(min(config["batch_size"], config["bags"]), device=args.device)
+                loss = train_epoch(
+                    model, make_criterion(config), optimizer, images["train"], bags["train"], len(first), first
+                )
+                print(f"{method}: {config}\n{method}: loss of one step {loss:.4f}; nothing written")
+            return 0
+        out = free_folder(name) if args.out is None else args.out
+        if not args.resume and any(out.glob("**/seed*.pt")):
+            raise ValueError(f"out: {out} holds runs; continue them with --resume, or name another folder")
+        results, models = {}, {}
+        for method, config in configs.items():
+            folder = out if args.loss else out / method
+            folder.mkdir(parents=True, exist_ok=True)
+            results[method], models[method] = train_method(method, config, args, instances, make_model, folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; --resume with the same --out and options goes on after the last full epoch", file=sys.stderr)
+        return 130
+    if len(models) > 1:
+        compare(models, images["test"], bags["test"], args.target, out / "comparison.png")
+    print_table(results)
+    print(f"\nTest bags; the pictures and figures are in {out}/")
+    return 0
