@@ -191,12 +191,28 @@ SGL_HD void save_row(const BagClass& b, const Settings& settings, double class_w
 }
 
 template <class T>
-SGL_HD void save_shares(const Batch& batch, const Settings& settings, T* row) {
+SGL_HD void save_shares(const Batch& batch, const Settings& settings, double times, T* row) {
   for (int k = 0; k < kColumns; ++k) row[k] = T(0);
-  row[kShareBagClass] = static_cast<T>(1 / at_least_one(batch.participants));
+  row[kShareBagClass] = static_cast<T>(times / at_least_one(batch.participants));
   for (int k = 0; k < 3; ++k)
-    row[kShareNegative + k] = settings.per_bag ? row[kShareBagClass] : static_cast<T>(1 / at_least_one(batch.count[k]));
+    row[kShareNegative + k] =
+        settings.per_bag ? row[kShareBagClass] : static_cast<T>(times / at_least_one(batch.count[k]));
 }
+
+// What is left to do when all bag-classes are known; the gradient will be ``times`` that of the loss.
+template <class T>
+SGL_HD void conclude(const Batch& batch, const Settings& settings, double times, T* total, T* parts, T* shares) {
+  save_shares(batch, settings, times, shares);
+  const Loss loss = loss_of(batch, settings);
+  *total = static_cast<T>(loss.total);
+  parts[0] = static_cast<T>(loss.bag);
+  parts[1] = static_cast<T>(loss.instance);
+  parts[2] = static_cast<T>(loss.mask);
+}
+
+// A Batch as the operators hand it out, to be added up over processes: its integers first, then its floating numbers.
+constexpr int64_t kBatchNumbers = 10;
+static_assert(sizeof(Batch) == kBatchNumbers * sizeof(double), "");
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradient of one instance

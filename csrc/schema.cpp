@@ -5,6 +5,8 @@
 
 STABLE_TORCH_LIBRARY(sgl_ops, m) {
   m.def(sgl::kForwardSchema);
+  m.def(sgl::kForwardSumsSchema);
+  m.def(sgl::kConcludeSchema);
   m.def(sgl::kBackwardSchema);
 #if defined(SGL_WITH_EXCHANGE)
   m.def(sgl::kExchangeSchema);

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "batch.h"
 #include "half.h"
 #include "layout.h"
 
@@ -102,6 +103,17 @@ const T* class_vector(const std::optional<Tensor>& v, const char* name, int64_t 
       v->scalar_type() == scalar_type<T>() && v->dim() == 1 && v->size(0) == classes && v->is_contiguous(), name,
       ": expected contiguous (C,) of the loss's dtype");
   return static_cast<const T*>(v->const_data_ptr());
+}
+
+inline void check_sums(const Tensor& sums, const Tensor& saved) {
+  STD_TORCH_CHECK(
+      sums.scalar_type() == ScalarType::Double && sums.dim() == 1 && sums.size(0) == kBatchNumbers &&
+          sums.is_contiguous(),
+      "sums: not what sgl_forward_sums gave");
+  STD_TORCH_CHECK(
+      (saved.scalar_type() == ScalarType::Float || saved.scalar_type() == ScalarType::Double) && saved.dim() == 2 &&
+          saved.size(0) >= 1 && saved.size(1) == kColumns && saved.is_contiguous(),
+      "saved: not what sgl_forward_sums gave");
 }
 
 inline void check_targets(const Tensor& targets, const Layout& layout) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._bags import working_dtype
+from ._ranks import Group, size_of, summed
 from .pooling import (
     LinearSoftmaxPooling,
     LSEPooling,
@@ -62,6 +63,8 @@ def unavailable(device: torch.device) -> str:
 
 if DEVICES:
     _forward = torch.ops.sgl_ops.sgl_forward.default
+    _forward_sums = torch.ops.sgl_ops.sgl_forward_sums.default
+    _conclude = torch.ops.sgl_ops.sgl_conclude.default
     _backward = torch.ops.sgl_ops.sgl_backward.default
     count_violations = torch.ops.sgl_ops.check_values.default
 
@@ -75,9 +78,32 @@ if DEVICES:
         new = logits.new_empty
         return new((), dtype=dtype), new((3,), dtype=dtype), new((bags * classes + 1, SAVED_COLUMNS), dtype=dtype)
 
+    @torch.library.register_fake("sgl_ops::sgl_forward_sums")
+    def _forward_sums_fake(logits, *rest):  # type: ignore[no-untyped-def]
+        return *_forward_fake(logits, *rest), logits.new_empty((10,), dtype=torch.float64)
+
+    @torch.library.register_fake("sgl_ops::sgl_conclude")
+    def _conclude_fake(sums, saved, *settings):  # type: ignore[no-untyped-def]
+        return saved.new_empty(()), saved.new_empty((3,))
+
     @torch.library.register_fake("sgl_ops::sgl_backward")
     def _backward_fake(grad_output, logits, *rest):  # type: ignore[no-untyped-def]
         return torch.empty_like(logits)
+
+
+def _of_ranks(  # type: ignore[no-untyped-def]
+    logits, targets, mask, offsets, class_weight, pos_weight, settings, group: Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, (bag, instance, mask), what the backward needs), of the batch that the ranks of ``group`` share."""
+    if group is None:
+        return _forward(logits, targets, mask, offsets, class_weight, pos_weight, *settings)  # type: ignore[no-any-return]
+    *_, saved, sums = _forward_sums(logits, targets, mask, offsets, class_weight, pos_weight, *settings)
+    # what is counted is added up as integers
+    counts, numbers = summed(sums.view(torch.int64)[:4], group), summed(sums[4:], group)
+    sums = torch.cat((counts.view(torch.float64), numbers))
+    _, lam, mask_weight, _, _, per_bag, _, _ = settings
+    total, parts = _conclude(sums, saved, lam, mask_weight, per_bag, float(size_of(group)))
+    return total, parts, saved
 
 
 class _FusedSGL(torch.autograd.Function):
@@ -90,8 +116,8 @@ class _FusedSGL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, mask, offsets, class_weight, pos_weight, settings, with_parts):  # type: ignore[no-untyped-def]
-        total, parts, saved = _forward(logits, targets, mask, offsets, class_weight, pos_weight, *settings)
+    def forward(ctx, logits, targets, mask, offsets, class_weight, pos_weight, settings, group, with_parts):  # type: ignore[no-untyped-def]
+        total, parts, saved = _of_ranks(logits, targets, mask, offsets, class_weight, pos_weight, settings, group)
         ctx.save_for_backward(logits, mask, offsets, pos_weight, saved)
         ctx.settings = settings
         if not with_parts:
@@ -103,7 +129,7 @@ class _FusedSGL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _grad_parts=None):  # type: ignore[no-untyped-def]
         if grad_total is None:
-            return (None,) * 8
+            return (None,) * 9
         logits, mask, offsets, pos_weight, saved = ctx.saved_tensors
         delta_l, _, _, code, parameter, _, rescale, _ = ctx.settings
         arguments = (grad_total, logits, mask, offsets, pos_weight, saved, delta_l, code, parameter, rescale)
@@ -113,7 +139,7 @@ class _FusedSGL(torch.autograd.Function):
             grad = _Once.apply(grad, logits, grad_total)  # type: ignore[no-untyped-call]
         else:
             grad = _backward(*arguments)
-        return grad, None, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -140,6 +166,7 @@ def fused_terms(
     class_weight: Tensor | None,
     pos_weight: Tensor | None,
     settings: tuple[float, float, float, int, float, bool, bool, bool],
+    group: Group,
     with_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(total, (bag, instance, mask)) by the fused operator, the latter None unless asked for.
@@ -148,8 +175,8 @@ def fused_terms(
     """
     if logits.requires_grad and torch.is_grad_enabled():
         result = _FusedSGL.apply(  # type: ignore[no-untyped-call]
-            logits, targets, mask, offsets, class_weight, pos_weight, settings, with_parts
+            logits, targets, mask, offsets, class_weight, pos_weight, settings, group, with_parts
         )
         return result if with_parts else (result, None)
-    total, parts, _ = _forward(logits, targets, mask, offsets, class_weight, pos_weight, *settings)
+    total, parts, _ = _of_ranks(logits, targets, mask, offsets, class_weight, pos_weight, settings, group)
     return total, parts

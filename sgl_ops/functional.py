@@ -19,6 +19,11 @@ Arguments of every call:
 
 * ``targets``: bag labels (N, C), or (N,) for one class; bool, integer or floating; 0, 1, or NaN = unknown.
 * ``features``: (N, L, D) or (T, D), for :class:`~sgl_ops.pooling.AttentionPooling` alone.
+* ``process_group``: a ``torch.distributed.ProcessGroup`` whose ranks each hold a part of the batch. Every denominator
+  is then counted over all of them, every rank returns the loss of the whole batch, and the gradient is such that
+  ``DistributedDataParallel``, which averages, gives exactly that of one process that sees everything. All ranks have to
+  call the loss as often; one that has run out of bags gives a bag whose labels are unknown. Without a group each rank
+  has a loss of its own bags: its parts are normalized by what the rank happens to hold.
 * ``check``: whether to look at the *values* of targets and offsets: None does so on the CPU, True always (on CUDA that
   waits for the device), False never. Kinds and shapes are always checked; while ``torch.compile`` traces, values never.
 
@@ -40,6 +45,7 @@ from torch import Tensor, nn
 from . import _fused, reference
 from ._bags import working_dtype
 from ._checks import check_call, check_class_vector, check_settings, check_values, looks_at_values, unnest
+from ._ranks import Group, check_group
 from .pooling import make_pooling
 
 __all__ = [
@@ -98,6 +104,7 @@ def sgl_loss(
     pos_weight: Tensor | None = None,
     check: bool | None = None,
     impl: str = "auto",
+    process_group: Group = None,
 ) -> Tensor:
     """The Self-Guiding Loss, a scalar: see :class:`sgl_ops.SGLLoss` for what it computes and every argument.
 
@@ -109,7 +116,7 @@ def sgl_loss(
     """
     total, _ = _sgl(
         logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl, with_parts=False,
+        class_weight, pos_weight, check, impl, process_group, with_parts=False,
     )  # fmt: skip
     return total
 
@@ -132,11 +139,12 @@ def sgl_terms(
     pos_weight: Tensor | None = None,
     check: bool | None = None,
     impl: str = "auto",
+    process_group: Group = None,
 ) -> SGLTerms:
     """:func:`sgl_loss` with its three terms beside it, for logging; ``total.backward()`` works."""
     total, parts = _sgl(
         logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl, with_parts=True,
+        class_weight, pos_weight, check, impl, process_group, with_parts=True,
     )  # fmt: skip
     assert parts is not None
     bag, instance, penalty = parts.unbind()
@@ -160,10 +168,13 @@ def _sgl(
     pos_weight: Tensor | None,
     check: bool | None,
     impl: str,
+    group: Group,
     with_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(total, (bag, instance, mask) detached); the latter may be None unless asked for."""
     check_settings(delta_l, lam, mask_weight, normalize)
+    if group is not None:
+        check_group(group)
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
     fused = _use_fused(impl, logits)
     if class_weight is not None or pos_weight is not None:
@@ -174,7 +185,7 @@ def _sgl(
     if not fused:
         bag, instance, penalty = reference.sgl_terms(
             logits, targets, mask, offsets, features, delta_l=delta_l, pooling=module, normalize=normalize,
-            rescale=rescale, weighted=weighted, class_weight=class_weight, pos_weight=pos_weight,
+            rescale=rescale, weighted=weighted, class_weight=class_weight, pos_weight=pos_weight, group=group,
         )  # fmt: skip
         total = bag + lam * instance + mask_weight * penalty
         return total, torch.stack((bag.detach(), instance.detach(), penalty.detach()))
@@ -184,11 +195,13 @@ def _sgl(
         logits = logits.to(working_dtype(logits.dtype))
     settings = (delta_l, lam, mask_weight, code, parameter, normalize == "bag", rescale, weighted)
     total, parts = _fused.fused_terms(
-        logits, targets, mask, offsets, class_weight, pos_weight, settings, with_parts
+        logits, targets, mask, offsets, class_weight, pos_weight, settings, group, with_parts
     )  # fmt: skip
     if code == _fused.EXTERNAL:
-        instances = reference.read(logits, targets, mask, offsets)
-        bag = reference.bag_term(instances, module, mask, offsets, features, class_weight, pos_weight)
+        bag = reference.bag_loss(
+            logits, targets, mask, offsets, features, pooling=module, class_weight=class_weight, pos_weight=pos_weight,
+            group=group,
+        )  # fmt: skip
         total = total + bag
         if parts is not None:
             parts = torch.cat((bag.detach().reshape(1), parts[1:]))
@@ -245,6 +258,7 @@ def bag_loss(
     class_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     check: bool | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     """The bag loss alone (Eq. 3, 4), a scalar: see :class:`sgl_ops.BagLoss`.
 
@@ -254,11 +268,13 @@ def bag_loss(
     tensor(0.1809)
     """
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
-    instances = reference.read(logits, targets, mask, offsets)
-    classes = instances.labels.y.shape[1]
-    class_weight = _class_vector("class_weight", class_weight, classes, logits)
-    pos_weight = _class_vector("pos_weight", pos_weight, classes, logits)
-    return reference.bag_term(instances, make_pooling(pooling), mask, offsets, features, class_weight, pos_weight)
+    check_group(process_group)
+    classes = 1 if targets.dim() == 1 else targets.shape[1]
+    return reference.bag_loss(
+        logits, targets, mask, offsets, features, pooling=make_pooling(pooling),
+        class_weight=_class_vector("class_weight", class_weight, classes, logits),
+        pos_weight=_class_vector("pos_weight", pos_weight, classes, logits), group=process_group,
+    )  # fmt: skip
 
 
 def bil_loss(
@@ -270,6 +286,7 @@ def bil_loss(
     features: Tensor | None = None,
     pooling: str | nn.Module = "mean",
     check: bool | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     """The bag-instance loss of Zhou et al. 2017, a scalar: see :class:`sgl_ops.BILLoss`.
 
@@ -279,7 +296,10 @@ def bil_loss(
     tensor(0.4683)
     """
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
-    return reference.bil_loss(logits, targets, mask, offsets, features, pooling=make_pooling(pooling))
+    check_group(process_group)
+    return reference.bil_loss(
+        logits, targets, mask, offsets, features, pooling=make_pooling(pooling), group=process_group
+    )
 
 
 def mmm_loss(
@@ -290,6 +310,7 @@ def mmm_loss(
     offsets: Tensor | None = None,
     features: Tensor | None = None,
     check: bool | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     """The min-mean-max loss of Morfi & Stowell 2018, a scalar: see :class:`sgl_ops.MMMLoss`. ``features`` is not used.
 
@@ -299,7 +320,8 @@ def mmm_loss(
     tensor(0.2314)
     """
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
-    return reference.mmm_loss(logits, targets, mask, offsets)
+    check_group(process_group)
+    return reference.mmm_loss(logits, targets, mask, offsets, group=process_group)
 
 
 def _validated(

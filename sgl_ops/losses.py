@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._checks import check_settings, class_vector
+from ._ranks import Group, check_group
 from .functional import SGLTerms
 from .pooling import make_pooling
 
@@ -47,6 +48,8 @@ class SGLLoss(nn.Module):
         pos_weight: (C,), > 0: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
         check: whether to look at the values of targets and offsets; None: on the CPU only.
         impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"``, ``"reference"``.
+        process_group: the ``torch.distributed.ProcessGroup`` that shares the batch (``torch.distributed.group.WORLD``
+            for all): loss and gradient of one process that sees it all, under ``DistributedDataParallel``.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a float32 (or float64) scalar.
 
@@ -81,6 +84,7 @@ class SGLLoss(nn.Module):
         pos_weight: Tensor | Sequence[float] | None = None,
         check: bool | None = None,
         impl: str = "auto",
+        process_group: Group = None,
     ):
         super().__init__()
         check_settings(delta_l, lam, mask_weight, normalize)
@@ -97,6 +101,8 @@ class SGLLoss(nn.Module):
         self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
         self.check = check
         self.impl = impl
+        check_group(process_group)
+        self.process_group = process_group
 
     def forward(
         self,
@@ -114,7 +120,7 @@ class SGLLoss(nn.Module):
         return functional._sgl(
             logits, targets, mask, offsets, features, self.delta_l, self.lam, pooling, self.normalize,
             self.rescale, self.weighted, self.mask_weight, buffers["class_weight"], buffers["pos_weight"], self.check,
-            self.impl, with_parts=False,
+            self.impl, self.process_group, with_parts=False,
         )[0]  # fmt: skip
 
     def terms(
@@ -131,7 +137,7 @@ class SGLLoss(nn.Module):
             logits, targets, mask=mask, offsets=offsets, features=features, delta_l=self.delta_l, lam=self.lam,
             pooling=self.pooling, normalize=self.normalize, rescale=self.rescale, weighted=self.weighted,
             mask_weight=self.mask_weight, class_weight=self.class_weight, pos_weight=self.pos_weight, check=self.check,
-            impl=self.impl,
+            impl=self.impl, process_group=self.process_group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -149,6 +155,7 @@ class BagLoss(nn.Module):
         class_weight: (C,), >= 0: multiplies every term of a class; the denominator stays.
         pos_weight: (C,), > 0: multiplies the positive half of the BCE.
         check: whether to look at the values of targets and offsets; None: on the CPU only.
+        process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`.
 
@@ -168,8 +175,11 @@ class BagLoss(nn.Module):
         class_weight: Tensor | Sequence[float] | None = None,
         pos_weight: Tensor | Sequence[float] | None = None,
         check: bool | None = None,
+        process_group: Group = None,
     ):
         super().__init__()
+        check_group(process_group)
+        self.process_group = process_group
         self.pooling = make_pooling(pooling)
         self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
         self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
@@ -188,6 +198,7 @@ class BagLoss(nn.Module):
         return functional.bag_loss(
             logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling,
             class_weight=self.class_weight, pos_weight=self.pos_weight, check=self.check,
+            process_group=self.process_group,
         )  # fmt: skip
 
 
@@ -200,6 +211,7 @@ class BILLoss(nn.Module):
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module (the authors of SGL: ``"mean_logits"``).
         check: whether to look at the values of targets and offsets; None: on the CPU only.
+        process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`.
 
@@ -209,8 +221,10 @@ class BILLoss(nn.Module):
     tensor(0.4683)
     """
 
-    def __init__(self, pooling: str | nn.Module = "mean", *, check: bool | None = None):
+    def __init__(self, pooling: str | nn.Module = "mean", *, check: bool | None = None, process_group: Group = None):
         super().__init__()
+        check_group(process_group)
+        self.process_group = process_group
         self.pooling = make_pooling(pooling)
         self.check = check
 
@@ -225,8 +239,9 @@ class BILLoss(nn.Module):
     ) -> Tensor:
         """The loss, a scalar."""
         return functional.bil_loss(
-            logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling, check=self.check
-        )
+            logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling, check=self.check,
+            process_group=self.process_group,
+        )  # fmt: skip
 
 
 class MMMLoss(nn.Module):
@@ -236,6 +251,7 @@ class MMMLoss(nn.Module):
 
     Args:
         check: whether to look at the values of targets and offsets; None: on the CPU only.
+        process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`; ``features`` is accepted and not used.
 
@@ -245,8 +261,10 @@ class MMMLoss(nn.Module):
     tensor(0.2314)
     """
 
-    def __init__(self, *, check: bool | None = None):
+    def __init__(self, *, check: bool | None = None, process_group: Group = None):
         super().__init__()
+        check_group(process_group)
+        self.process_group = process_group
         self.check = check
 
     def forward(
@@ -259,4 +277,6 @@ class MMMLoss(nn.Module):
         features: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar."""
-        return functional.mmm_loss(logits, targets, mask=mask, offsets=offsets, check=self.check)
+        return functional.mmm_loss(
+            logits, targets, mask=mask, offsets=offsets, check=self.check, process_group=self.process_group
+        )

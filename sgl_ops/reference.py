@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._bags import Bags, bags_of, working_dtype
+from ._ranks import Group, of_all_ranks, summed
 from .pooling import MaxPooling, MeanPooling, MinPooling
 
 NEGATIVE, AMBIGUOUS, POSITIVE, NO_PART = 0, 1, 2, -1
@@ -24,7 +25,7 @@ class Labels(NamedTuple):
     takes_part: Tensor  # bool: the label is known and the bag has an instance
     positive: Tensor  # bool, among those
     y: Tensor  # 0 or 1 as a number, 0 for what does not take part
-    participants: Tensor  # (), how many take part
+    participants: Tensor  # (), how many take part, on all ranks
 
 
 class Guidance(NamedTuple):
@@ -41,22 +42,26 @@ class Instances(NamedTuple):
 
     bags: Bags
     labels: Labels
+    group: Group
     x: Tensor  # 0 with no gradient in what does not take part; NaN throughout a bag-class that holds a NaN or inf
 
 
-def read(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Instances:
+def read(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None, group: Group = None
+) -> Instances:
+    """With a ``group`` every mean below is this rank's share of the mean over all ranks."""
     bags = bags_of(logits, mask, offsets)
-    labels = _labels(bags, targets, working_dtype(logits.dtype))
+    labels = _labels(bags, targets, working_dtype(logits.dtype), group)
     # what takes no part is left out before any arithmetic: 0 * NaN is NaN
     x = torch.where(bags.spread(labels.takes_part), bags.instances(logits), 0.0)
-    return Instances(bags, labels, bags.screen(x))
+    return Instances(bags, labels, group, bags.screen(x))
 
 
-def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype) -> Labels:
+def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype, group: Group) -> Labels:
     targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     takes_part = (targets == targets) & (bags.size > 0)
     positive = takes_part & (targets != 0)
-    return Labels(takes_part, positive, positive.to(dtype), takes_part.sum())
+    return Labels(takes_part, positive, positive.to(dtype), summed(takes_part.sum(), group))
 
 
 def bce(x: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
@@ -146,14 +151,14 @@ def instance_term(
     total = x.new_zeros(())
     for part in (NEGATIVE, AMBIGUOUS, POSITIVE):
         inside = guidance.part == part
-        summed = guidance.weight * bags.sum(torch.where(inside, loss, 0.0))
-        summed = torch.where(instances.labels.takes_part, summed, 0.0)
+        loss_sum = guidance.weight * bags.sum(torch.where(inside, loss, 0.0))
+        loss_sum = torch.where(instances.labels.takes_part, loss_sum, 0.0)
         number = bags.count(inside)
         if normalize == "batch":
-            summed = summed if class_weight is None else class_weight * summed
-            total = total + summed.sum() / number.sum().clamp(min=1)
+            loss_sum = loss_sum if class_weight is None else class_weight * loss_sum
+            total = total + loss_sum.sum() / summed(number.sum(), instances.group).clamp(min=1)
         else:
-            total = total + mean_over_bag_classes(instances, summed / number.clamp(min=1), class_weight)
+            total = total + mean_over_bag_classes(instances, loss_sum / number.clamp(min=1), class_weight)
     return total
 
 
@@ -192,14 +197,16 @@ def sgl_terms(
     weighted: bool,
     class_weight: Tensor | None,
     pos_weight: Tensor | None,
+    group: Group,
 ) -> Terms:
-    instances = read(logits, targets, mask, offsets)
+    instances = read(logits, targets, mask, offsets, group)
     guidance = guide(instances, delta_l, rescale, weighted)
-    return Terms(
+    terms = (
         bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight),
         instance_term(instances, guidance, normalize, class_weight, pos_weight),
         mask_term(instances, guidance, class_weight),
     )
+    return Terms(*of_all_ranks(torch.stack(terms), group).unbind()) if group else Terms(*terms)
 
 
 def bil_loss(
@@ -210,22 +217,40 @@ def bil_loss(
     features: Tensor | None,
     *,
     pooling: nn.Module,
+    group: Group,
 ) -> Tensor:
     """Bag-instance loss (Zhou et al. 2017): instances against their own rounded probabilities."""
-    instances = read(logits, targets, mask, offsets)
+    instances = read(logits, targets, mask, offsets, group)
     bags, labels, x = instances.bags, instances.labels, instances.x
     pseudo = ((x.detach() > 0) & bags.spread(labels.positive)).to(x.dtype)
     instance = bags.mean(bce(x, pseudo))
     bag = bce(pooled(instances, pooling, mask, offsets, features), labels.y)
     positive = bag + (bag.detach() - instance) ** 2
-    return mean_over_bag_classes(instances, torch.where(labels.positive, positive, instance))
+    return of_all_ranks(mean_over_bag_classes(instances, torch.where(labels.positive, positive, instance)), group)
 
 
-def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tensor:
+def bag_loss(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    features: Tensor | None,
+    *,
+    pooling: nn.Module,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    group: Group,
+) -> Tensor:
+    """L_bag with its gradient, of all ranks."""
+    instances = read(logits, targets, mask, offsets, group)
+    return of_all_ranks(bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight), group)
+
+
+def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None, *, group: Group) -> Tensor:
     """Min-mean-max loss (Morfi & Stowell 2018)."""
-    instances = read(logits, targets, mask, offsets)
+    instances = read(logits, targets, mask, offsets, group)
     y = instances.labels.y
     loss = torch.zeros_like(y)
     for pooling, target in ((MaxPooling(), y), (MinPooling(), torch.zeros_like(y)), (MeanPooling(), y / 2)):
         loss = loss + bce(pooled(instances, pooling, mask, offsets, None), target) / 3
-    return mean_over_bag_classes(instances, loss)
+    return of_all_ranks(mean_over_bag_classes(instances, loss), group)

@@ -196,13 +196,24 @@ class Chunks {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
+// (total, parts), and the last row of saved
+template <class T>
+std::tuple<Tensor, Tensor> concluded(const Batch& batch, const Settings& settings, double times, T* shares) {
+  const ScalarType type = scalar_type<T>();
+  Tensor total = empty<0>(type, {}), parts = empty<1>(type, {3});
+  conclude(
+      batch, settings, times, static_cast<T*>(total.mutable_data_ptr()), static_cast<T*>(parts.mutable_data_ptr()),
+      shares);
+  return {total, parts};
+}
+
+// ``batch_out``, where it is not null, gets what the loss is made of.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(
-    const Tensor& logits, const Tensor& targets, const Layout& layout, const Problem<T>& problem) {
+    const Tensor& logits, const Tensor& targets, const Layout& layout, const Problem<T>& problem, Batch* batch_out) {
   const int64_t units = layout.bags * layout.classes;
   const std::vector<Label> labels = labels_of(targets, layout);
-  const ScalarType type = scalar_type<T>();
-  Tensor total = empty<0>(type, {}), parts = empty<1>(type, {3}), saved = empty<2>(type, {units + 1, kColumns});
+  Tensor saved = empty<2>(scalar_type<T>(), {units + 1, kColumns});
   T* rows = static_cast<T*>(saved.mutable_data_ptr());
   const Kernels<T>& kernel = kernels<T>();
   const Chunks<T> chunks(layout, logits.numel());
@@ -212,13 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(
   });
   Batch batch = {};
   for (const Batch& some : sums) merge(batch, some);
-  save_shares(batch, problem.settings, rows + units * kColumns);
-  const Loss loss = loss_of(batch, problem.settings);
-  *static_cast<T*>(total.mutable_data_ptr()) = static_cast<T>(loss.total);
-  T* part = static_cast<T*>(parts.mutable_data_ptr());
-  part[0] = static_cast<T>(loss.bag);
-  part[1] = static_cast<T>(loss.instance);
-  part[2] = static_cast<T>(loss.mask);
+  if (batch_out != nullptr) *batch_out = batch;
+  const auto [total, parts] = concluded(batch, problem.settings, 1, rows + units * kColumns);
   return {total, parts, saved};
 }
 
@@ -236,17 +242,48 @@ Problem<T> problem_of(
       settings};
 }
 
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& offsets, const std::optional<Tensor>& class_weight,
+    const std::optional<Tensor>& pos_weight, const Settings& settings, Batch* batch) {
+  const Layout layout = layout_of(logits, mask, offsets, nullptr);
+  if (type_of(logits) == Type::kDouble)
+    return forward_as(
+        logits, targets, layout, problem_of<double>(logits, mask, class_weight, pos_weight, layout, settings), batch);
+  return forward_as(
+      logits, targets, layout, problem_of<float>(logits, mask, class_weight, pos_weight, layout, settings), batch);
+}
+
 std::tuple<Tensor, Tensor, Tensor> sgl_forward(
     const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
     std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
     double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
-  const Layout layout = layout_of(logits, mask, offsets, nullptr);
-  const Settings settings{delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted};
-  if (type_of(logits) == Type::kDouble)
-    return forward_as(
-        logits, targets, layout, problem_of<double>(logits, mask, class_weight, pos_weight, layout, settings));
-  return forward_as(
-      logits, targets, layout, problem_of<float>(logits, mask, class_weight, pos_weight, layout, settings));
+  return forward(
+      logits, targets, mask, offsets, class_weight, pos_weight,
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted}, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sgl_forward_sums(
+    const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
+    std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+  Tensor sums = empty<1>(ScalarType::Double, {kBatchNumbers});
+  const auto [total, parts, saved] = forward(
+      logits, targets, mask, offsets, class_weight, pos_weight,
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted},
+      static_cast<Batch*>(sums.mutable_data_ptr()));
+  return {total, parts, saved, sums};
+}
+
+std::tuple<Tensor, Tensor> sgl_conclude(
+    const Tensor& sums, Tensor saved, double lam, double mask_weight, bool per_bag, double times) {
+  check_sums(sums, saved);
+  const Batch batch = *static_cast<const Batch*>(sums.const_data_ptr());
+  const Settings settings{0, lam, mask_weight, 0, 0, per_bag, false, false};
+  const int64_t last = (saved.size(0) - 1) * kColumns;
+  if (saved.scalar_type() == ScalarType::Double)
+    return concluded(batch, settings, times, static_cast<double*>(saved.mutable_data_ptr()) + last);
+  return concluded(batch, settings, times, static_cast<float*>(saved.mutable_data_ptr()) + last);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -328,6 +365,8 @@ Tensor math(const Tensor& x, const std::string& function) {
 
 STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CPU, m) {
   m.impl("sgl_forward", TORCH_BOX(&sgl_forward));
+  m.impl("sgl_forward_sums", TORCH_BOX(&sgl_forward_sums));
+  m.impl("sgl_conclude", TORCH_BOX(&sgl_conclude));
   m.impl("sgl_backward", TORCH_BOX(&sgl_backward));
   m.impl("check_values", TORCH_BOX(&check_values));
   m.impl("_math", TORCH_BOX(&math));

@@ -326,14 +326,18 @@ SGL_DEVICE void save_batch(const Call& call, const Forward& forward, ForwardShar
   for (unsigned b = block.rank(); b < gridDim.x; b += block.size()) batch.merge(of_block[b]);
   batch = block.reduce(batch);
   if (block.rank() == 0) {
-    save_shares(batch, call.settings, static_cast<T*>(forward.saved) + int64_t{call.rows.units} * kColumns);
-    const Loss loss = loss_of(batch, call.settings);
-    *static_cast<T*>(forward.total) = static_cast<T>(loss.total);
-    T* parts = static_cast<T*>(forward.parts);
-    parts[0] = static_cast<T>(loss.bag);
-    parts[1] = static_cast<T>(loss.instance);
-    parts[2] = static_cast<T>(loss.mask);
+    if (forward.sums != nullptr) *forward.sums = batch;
+    conclude(
+        batch, call.settings, 1, static_cast<T*>(forward.total), static_cast<T*>(forward.parts),
+        static_cast<T*>(forward.saved) + int64_t{call.rows.units} * kColumns);
   }
+}
+
+// By one thread: what save_batch does, from sums over several batches.
+template <class T>
+__global__ void conclude_kernel(
+    const Batch* sums, const __grid_constant__ Settings settings, double times, T* total, T* parts, T* shares) {
+  conclude(*sums, settings, times, total, parts, shares);
 }
 
 template <class T, class In>

@@ -132,6 +132,22 @@ int launch_backward(const Call& call, const Backward& backward, const Plan& plan
   }
 }
 
+int launch_conclude(
+    const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts, void* shares,
+    void* stream_) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  if (is_double) {
+    SGL_LAUNCH(
+        conclude_kernel<double>, 1, 1, stream, sums, settings, times, static_cast<double*>(total),
+        static_cast<double*>(parts), static_cast<double*>(shares));
+  } else {
+    SGL_LAUNCH(
+        conclude_kernel<float>, 1, 1, stream, sums, settings, times, static_cast<float*>(total),
+        static_cast<float*>(parts), static_cast<float*>(shares));
+  }
+  return cudaGetLastError();
+}
+
 #if defined(SGL_WITH_EXCHANGE)
 int exchange_plan_of(const Call& call, int multiprocessors, Plan* plan) {
   *plan = plan_of(call, multiprocessors);

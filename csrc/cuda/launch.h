@@ -47,6 +47,7 @@ struct Forward {
   const void* class_weight;  // like pos_weight
   void *total, *parts, *saved;  // of the loss's type
   Batch* of_block;  // one for each block of the plan, and one more
+  Batch* sums;  // null, or what gets the sums over the batch
   uint32_t* blocks_done;  // set by launch_forward: 0 before the launch and after it
 };
 
@@ -68,6 +69,10 @@ Plan plan_of(const Call& call, int multiprocessors);
 // All of these give an error of the CUDA runtime, 0 where there is none.
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream);
 int launch_backward(const Call& call, const Backward& backward, const Plan& plan, void* stream);
+// The loss and the denominators, of the loss's type, from sums over several batches.
+int launch_conclude(
+    const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts, void* shares,
+    void* stream);
 #if defined(SGL_WITH_EXCHANGE)
 // exchange.cuh: forward that also writes the gradient for grad_output = 1, and what makes it that of another, in place.
 // exchange_plan_of() cuts the blocks of a plan to those that a GPU of so many multiprocessors holds at a time.

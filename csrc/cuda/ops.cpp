@@ -161,20 +161,57 @@ struct Outputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> sgl_forward(
-    const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
-    std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
-    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& offsets, const std::optional<Tensor>& class_weight,
+    const std::optional<Tensor>& pos_weight, const Settings& settings, Batch* sums) {
   const Layout layout = layout_of(logits, mask, offsets, nullptr);
-  const Settings settings{delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted};
   const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
   const int device = device_of(logits);
   const SelectedDevice selected(device);
   const Plan plan = plan_of(call, multiprocessors_of(device));
 
   Outputs out(logits, targets, class_weight, layout, plan);
+  out.forward.sums = sums;
   check(launch_forward(call, out.forward, plan, device, current_stream(device)));
   return {out.total, out.parts, out.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sgl_forward(
+    const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
+    std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+  return forward(
+      logits, targets, mask, offsets, class_weight, pos_weight,
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted}, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sgl_forward_sums(
+    const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
+    std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+  Tensor sums = torch::stable::new_empty(logits, {kBatchNumbers}, ScalarType::Double);
+  const auto [total, parts, saved] = forward(
+      logits, targets, mask, offsets, class_weight, pos_weight,
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted},
+      static_cast<Batch*>(sums.mutable_data_ptr()));
+  return {total, parts, saved, sums};
+}
+
+std::tuple<Tensor, Tensor> sgl_conclude(
+    const Tensor& sums, Tensor saved, double lam, double mask_weight, bool per_bag, double times) {
+  check_sums(sums, saved);
+  const int device = device_of(saved);
+  STD_TORCH_CHECK(device_of(sums) == device, "sums, saved: expected on one device");
+  const SelectedDevice selected(device);
+  Tensor total = torch::stable::new_empty(saved, {}), parts = torch::stable::new_empty(saved, {3});
+  const bool is_double = saved.scalar_type() == ScalarType::Double;
+  const int64_t last = (saved.size(0) - 1) * kColumns * saved.element_size();
+  check(launch_conclude(
+      static_cast<const Batch*>(sums.const_data_ptr()), Settings{0, lam, mask_weight, 0, 0, per_bag, false, false},
+      times, is_double, total.mutable_data_ptr(), parts.mutable_data_ptr(),
+      static_cast<char*>(saved.mutable_data_ptr()) + last, current_stream(device)));
+  return {total, parts};
 }
 
 Tensor sgl_backward(
@@ -237,6 +274,8 @@ void sgl_scale(const Tensor& grad_output, Tensor grad) {
 #define SGL_REGISTER(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 SGL_REGISTER(SGL_LIBRARY, SGL_DISPATCH_KEY, m) {
   m.impl("sgl_forward", TORCH_BOX(&sgl_forward));
+  m.impl("sgl_forward_sums", TORCH_BOX(&sgl_forward_sums));
+  m.impl("sgl_conclude", TORCH_BOX(&sgl_conclude));
   m.impl("sgl_backward", TORCH_BOX(&sgl_backward));
 #if defined(SGL_WITH_EXCHANGE)
   m.impl("sgl_exchange", TORCH_BOX(&sgl_exchange));

@@ -37,7 +37,7 @@ void run(const Case& c, Result& result) {
   std::vector<T> scratch(scratch_size(layout.longest)), saved((units + 1) * kColumns);
   const Kernels<T> kernel = baseline_kernels(T());
   const Batch batch = kernel.forward(problem, labels.data(), saved.data(), 0, units, scratch.data(), nullptr);
-  save_shares(batch, settings, saved.data() + units * kColumns);
+  save_shares(batch, settings, 1, saved.data() + units * kColumns);
   const Loss loss = loss_of(batch, settings);
   result.loss[0] = loss.total;
   result.loss[1] = loss.bag;

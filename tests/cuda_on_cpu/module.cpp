@@ -13,6 +13,8 @@ void set_captured(uint32_t launches);  // launch.cu
 
 STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) {
   m.def(sgl::kForwardSchema);
+  m.def(sgl::kForwardSumsSchema);
+  m.def(sgl::kConcludeSchema);
   m.def(sgl::kBackwardSchema);
   m.def(sgl::kExchangeSchema);
   m.def(sgl::kScaleSchema);

@@ -1,0 +1,48 @@
+"""Batches that several processes share: sums over the ranks of a process group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    Group: TypeAlias = ProcessGroup | None
+else:
+    Group: TypeAlias = Any  # torch may be built without
+
+
+def check_group(group: Group) -> None:
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group: expected None or a torch.distributed.ProcessGroup that this process is a member of "
+            f"(torch.distributed.group.WORLD is the default one), got {type(group).__name__}"
+        )
+
+
+def size_of(group: Group) -> int:
+    return 1 if group is None else group.size()
+
+
+def summed(count: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of a number that no gradient flows through."""
+    if group is None:
+        return count
+    count = count.clone()
+    dist.all_reduce(count, group=group)
+    return count
+
+
+def of_all_ranks(share: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of each one's ``share``; the gradient is world_size times that of the own share.
+
+    DistributedDataParallel divides the sum of all gradients by world_size.
+    """
+    if group is None:
+        return share
+    own = share.detach()
+    # where the own share is NaN the difference is, too, and so is the sum
+    return summed(own, group) + size_of(group) * (share - own)

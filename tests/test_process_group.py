@@ -1,0 +1,238 @@
+"""Batches that several processes share: loss and gradient are those of one process that sees everything."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import needs_kernel
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
+from sgl_ops.functional import sgl_loss
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+
+CLASSES, LENGTH = 3, 6
+SPLITS = {2: [5, 2], 3: [4, 1, 2]}  # bags of each rank: unequal, and one that no label is known of
+
+LOSSES = {
+    f"{impl}, {name}": (SGLLoss, {"impl": impl, **options})
+    for impl in ("reference", *(["fused"] if "cpu" in _fused.DEVICES else []))
+    for name, options in {
+        "max": {},
+        "softmax, lam": {"pooling": "softmax", "lam": 20.0, "mask_weight": 0.5},
+        "per bag": {"normalize": "bag", "mask_weight": 0.5},
+        "weights": {"class_weight": [1.0, 0.5, 2.0], "pos_weight": [2.0, 1.0, 3.0]},
+        "a pooling without kernel": {"pooling": "generalized_mean"},
+    }.items()
+} | {
+    "bag": (BagLoss, {"pos_weight": [2.0, 1.0, 3.0]}),
+    "bil": (BILLoss, {}),
+    "mmm": (MMMLoss, {}),
+}
+CASES = list(itertools.product(LOSSES, ("padded", "packed")))
+
+
+def batch(layout):
+    """Seven bags; padded (7, C, L) with a mask, or packed (T, C): (logits, targets, mask, lengths)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(7, CLASSES, LENGTH, generator=generator, dtype=torch.float64)
+    targets = (torch.rand(7, CLASSES, generator=generator) < 0.5).double()
+    targets[1, 2] = math.nan
+    targets[4] = math.nan
+    lengths = torch.tensor([6, 1, 4, 3, 6, 2, 5])
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    if layout == "packed":
+        logits = logits.transpose(1, 2)[mask]
+    return logits, targets, mask, lengths
+
+
+def of_bags(layout, first, last):
+    """The call's arguments for bags first to last."""
+    logits, targets, mask, lengths = batch(layout)
+    if layout == "padded":
+        return logits[first:last], targets[first:last], {"mask": mask[first:last]}
+    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    rows = slice(int(offsets[first]), int(offsets[last]))
+    return logits[rows], targets[first:last], {"offsets": offsets[first : last + 1] - offsets[first]}
+
+
+def loss_of(name, group):
+    kind, options = LOSSES[name]
+    tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in options.items() if isinstance(v, list)}
+    return kind(**(options | tensors), process_group=group).double()
+
+
+def step(name, layout, first, last, group, poison=None, loss=None):
+    logits, targets, where = of_bags(layout, first, last)
+    logits = logits.clone()
+    if poison is not None and len(logits):
+        logits[0, 0] = poison
+    logits.requires_grad_()
+    value = (loss_of(name, group) if loss is None else loss)(logits, targets, **where)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, CLASSES, dtype=torch.float64)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.arange(12).reshape(3, 4) / 7 - 0.6)
+            self.linear.bias.zero_()
+
+    def forward(self, x):
+        return self.linear(x).transpose(1, 2)
+
+
+def network_input():
+    return torch.randn(7, LENGTH, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def gradients_of(model, first, last, group):
+    _, targets, mask, _ = batch("padded")
+    loss = SGLLoss(lam=3.0, mask_weight=0.1, process_group=group)
+    loss(model(network_input()[first:last]), targets[first:last], mask=mask[first:last]).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def rank(number, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=world)
+    try:
+        group = dist.group.WORLD
+        first = sum(SPLITS[world][:number])
+        last = first + SPLITS[world][number]
+        results = {case: step(*case, first, last, group) for case in CASES}
+        results["poisoned"] = [
+            step("reference, max" if "fused, max" not in LOSSES else "fused, max", "padded", first, last, group,
+                 poison=math.nan if number == world - 1 else None)
+        ]  # fmt: skip
+        terms = loss_of(CASES[0][0], group).terms(*of_bags("padded", first, last)[:2])
+        results["terms"] = list(terms)
+        # a group of some of them: the others have nothing to do with it
+        some = dist.new_group([0])
+        results["alone"] = step(CASES[0][0], "padded", 0, 7, some) if number == 0 else None
+        torch.compiler.reset()
+        whole = torch.compile(loss_of(CASES[0][0], group), backend="aot_eager", fullgraph=True)
+        results["compiled"] = step(CASES[0][0], "padded", first, last, group, loss=whole)
+        results["ddp"] = gradients_of(DistributedDataParallel(Network()), first, last, group)
+        torch.save(results, f"{folder}/rank{number}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def ranks(request, tmp_path_factory):
+    """What every rank found."""
+    world = request.param
+    folder = tmp_path_factory.mktemp(f"ranks{world}")
+    torch.multiprocessing.spawn(rank, (world, os.fspath(folder)), nprocs=world)
+    return [torch.load(folder / f"rank{k}.pt", weights_only=True) for k in range(world)]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_ranks_equal_one_process(ranks, name, layout):
+    loss, gradient = step(name, layout, 0, 7, None)
+    assert gradient.abs().sum() > 0
+    for found, _ in (of_rank[name, layout] for of_rank in ranks):
+        torch.testing.assert_close(found, loss, rtol=1e-12, atol=0)
+    together = torch.cat([of_rank[name, layout][1] for of_rank in ranks]) / len(ranks)
+    torch.testing.assert_close(together, gradient, rtol=1e-12, atol=1e-15)
+    # a loss of its own on every rank is another one: were the group not looked at, this would be as near
+    alone = step(name, layout, 0, SPLITS[len(ranks)][0], None)[0]
+    assert abs(alone - loss) > 1e-6
+
+
+def test_the_terms_are_of_the_whole_batch(ranks):
+    expected = loss_of(CASES[0][0], None).terms(*of_bags("padded", 0, 7)[:2])
+    for of_rank in ranks:
+        torch.testing.assert_close(of_rank["terms"], [t.detach() for t in expected], rtol=1e-12, atol=0)
+
+
+def test_nan_of_one_rank_is_seen_by_all_and_spoils_no_other_gradient(ranks):
+    ((_, broken),) = ranks[-1]["poisoned"]
+    assert all(bool(of_rank["poisoned"][0][0].isnan()) for of_rank in ranks)
+    assert broken[0, 0].isnan().any()
+    assert broken[0, 1:].isfinite().all()
+    assert all(of_rank["poisoned"][0][1].isfinite().all() for of_rank in ranks[:-1])
+
+
+def test_compiled_in_one_graph(ranks):
+    for of_rank in ranks:
+        torch.testing.assert_close(of_rank["compiled"], of_rank[CASES[0]], rtol=1e-12, atol=1e-15)
+
+
+def test_a_group_of_one(ranks):
+    loss, gradient = step(CASES[0][0], "padded", 0, 7, None)
+    torch.testing.assert_close(ranks[0]["alone"], (loss, gradient), rtol=1e-12, atol=1e-15)
+
+
+def test_distributed_data_parallel_gets_the_gradient_of_one_process(ranks):
+    expected = gradients_of(Network(), 0, 7, None)
+    for of_rank in ranks:
+        torch.testing.assert_close(of_rank["ddp"], expected, rtol=1e-12, atol=1e-15)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators, on every device and without processes
+
+
+@needs_kernel
+@pytest.mark.parametrize("kernels", ["cpu", "emulated", pytest.param("cuda", id="cuda")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("per_bag", [False, True])
+def test_sums_of_two_halves_conclude_to_the_whole(request, kernels, dtype, per_bag):
+    if kernels == "emulated":
+        request.getfixturevalue("emulated")
+    elif kernels == "cuda" and not (torch.cuda.is_available() and "cuda" in _fused.DEVICES):
+        pytest.skip("there is no GPU, or no kernel for it")
+    ops = torch.ops.sgl_ops_emulated if kernels == "emulated" else torch.ops.sgl_ops
+    device = "cuda" if kernels == "cuda" else "cpu"
+    logits = torch.randn(40, CLASSES, 90, dtype=dtype).to(device)
+    targets = (torch.rand(40, CLASSES) < 0.4).float().to(device)
+    settings = (0.3, 2.0, 0.5, 4, 1.0, per_bag, True, True)
+
+    def sums_of(part):
+        return ops.sgl_forward_sums(logits[part], targets[part], None, None, None, None, *settings)
+
+    total, parts, saved = ops.sgl_forward(logits, targets, None, None, None, None, *settings)
+    *_, saved_a, a = sums_of(slice(0, 15))
+    *_, saved_b, b = sums_of(slice(15, 40))
+    counts = a.view(torch.int64)[:4] + b.view(torch.int64)[:4]
+    known = (targets == targets).sum()
+    assert counts[0] == known
+    assert counts[1:].sum() == known * 90
+    sums = torch.cat((counts.view(torch.float64), a[4:] + b[4:]))
+    tolerance = {"rtol": 1e-6 if dtype == torch.float32 else 1e-12, "atol": 0}
+    for some, first in ((saved_a, 0), (saved_b, 15)):
+        bag_classes = some.shape[0] - 1
+        assert torch.equal(some[:-1], saved[first * CLASSES :][:bag_classes])
+        found = ops.sgl_conclude(sums, some, 2.0, 0.5, per_bag, 3.0)
+        torch.testing.assert_close(found, (total, parts), **tolerance)
+        torch.testing.assert_close(some[-1], 3 * saved[-1], **tolerance)
+        assert torch.equal(some[:-1], saved[first * CLASSES :][:bag_classes])  # the bag-classes are left alone
+
+
+@needs_kernel
+def test_what_conclude_refuses():
+    sums, saved = torch.zeros(10, dtype=torch.float64), torch.zeros(3, _fused.SAVED_COLUMNS)
+    torch.library.opcheck(torch.ops.sgl_ops.sgl_conclude.default, (sums, saved, 1.0, 0.0, False, 2.0))
+    for wrong in ((sums.float(), saved), (sums[:9], saved), (sums, saved[:, :5]), (sums, saved.half())):
+        with pytest.raises(RuntimeError, match="not what sgl_forward_sums gave"):
+            torch.ops.sgl_ops.sgl_conclude(*wrong, 1.0, 0.0, False, 2.0)
+
+
+@pytest.mark.parametrize("kind", [SGLLoss, BagLoss, BILLoss, MMMLoss])
+def test_what_is_no_group(kind):
+    with pytest.raises(TypeError, match="process_group: expected None or"):
+        kind(process_group="world")
+    with pytest.raises(TypeError, match="process_group"):
+        sgl_loss(torch.zeros(1, 2), torch.ones(1), process_group=2)
