@@ -326,6 +326,7 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
             low, high = ([of(v) for v in points.values()] for of in (min, max))
             axes.fill_between(x, low, high, color=COLOURS[method], alpha=0.15, lw=0)
         axes.grid(alpha=0.3)
+        axes.set_xticks(sorted({getattr(run, axis) for run in found}))
         axes.set(ylim=(0.4 if metric == "auc" else 0.0, 1.0))
         if row == 0:
             axes.set_title(f"bags of {size}")
