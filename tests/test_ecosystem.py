@@ -12,11 +12,13 @@ import pytest
 import torch
 from instances import import_torchvision
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from sgl_ops import SGLLoss
 from sgl_ops.pooling import AutoPooling
 
 WORLD = 2
+KINDS = ("ddp", "fsdp")
 
 
 class Step(nn.Module):
@@ -39,37 +41,33 @@ def step_and_batches(impl: str = "auto") -> tuple[Step, list[tuple[Tensor, Tenso
     return Step(impl), [(torch.randn(3, 1, 9, 9, generator=generator), labels) for _ in range(WORLD)]
 
 
-def work(rank: int, folder: str, kind: str) -> None:
-    """One process: a step on its own batch, and the gradients that it ends up with."""
+def work(rank: int, folder: str) -> None:
+    """One process: a step on its own batch under DDP, another under FSDP, and the gradients that it ends up with."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    step, batches = step_and_batches()
-    if kind == "ddp":
-        wrapped: nn.Module = nn.parallel.DistributedDataParallel(step)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        wrapped = fully_shard(step, mesh=init_device_mesh("cpu", (WORLD,)))
-    wrapped(*batches[rank]).backward()
-    gradients = {name: p.grad if kind == "ddp" else p.grad.full_tensor() for name, p in step.named_parameters()}
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+    gradients = {}
+    for kind in KINDS:
+        step, batches = step_and_batches()
+        wrapped = nn.parallel.DistributedDataParallel(step) if kind == "ddp" else fully_shard(step, mesh=mesh)
+        wrapped(*batches[rank]).backward()
+        gradients[kind] = {
+            name: p.grad if kind == "ddp" else p.grad.full_tensor() for name, p in step.named_parameters()
+        }
     torch.save(gradients, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_gradients_of_two_processes_are_averaged(tmp_path, kind):
-    torch.multiprocessing.spawn(work, (str(tmp_path), kind), nprocs=WORLD)
+def test_gradients_of_two_processes_are_averaged(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=WORLD)
     step, batches = step_and_batches()
-    loss = torch.stack([step(*batch) for batch in batches]).mean()
-    loss.backward()
+    torch.stack([step(*batch) for batch in batches]).mean().backward()
+    expected = {name: p.grad for name, p in step.named_parameters()}
+    assert all(gradient.abs().sum() > 0 for gradient in expected.values())
     for rank in range(WORLD):
         gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert len(gradients) == 5
-        for name, parameter in step.named_parameters():
-            assert gradients[name].abs().sum() > 0
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-7)
+        for kind in KINDS:
+            torch.testing.assert_close(gradients[kind], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_lightning(tmp_path):
@@ -94,7 +92,7 @@ def test_lightning(tmp_path):
         enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     step, batches = step_and_batches()
-    trainer.fit(module, batches)
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     optimizer = torch.optim.SGD(step.parameters(), lr=0.5)
     for batch in batches:
         optimizer.zero_grad()
