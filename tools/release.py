@@ -87,7 +87,7 @@ def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
     if size >= LARGEST:
         raise Wrong(f"{wheel.name} has {size} bytes, {LARGEST} or more")
     with zipfile.ZipFile(wheel) as file:
-        names = [name for name in file.namelist() if ".dist-info/" not in name]
+        names = [name for name in file.namelist() if ".dist-info/" not in name and not name.endswith("/")]
         sources = {f"sgl_ops/{path.name}" for path in (ROOT / "sgl_ops").glob("*.py")}
         wanted = sources | {"sgl_ops/py.typed", "sgl_ops/_C.abi3.so"}
         if set(names) != wanted:
