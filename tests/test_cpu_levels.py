@@ -22,7 +22,7 @@ import sys
 import torch
 import sgl_ops
 ops = torch.ops.sgl_ops
-inputs = torch.load(sys.argv[1])
+inputs = torch.load(sys.argv[1], weights_only=True)
 result = {"level": ops.cpu_level()}
 for function, x in inputs["math"].items():
     result[function] = ops._math(x, function)
@@ -80,7 +80,7 @@ def report(tmp_path_factory):
             cwd=folder,  # not in the checkout, whose sgl_ops has no extension
             check=True,
         )
-        result = torch.load(out)
+        result = torch.load(out, weights_only=True)
         if result["level"] != level:
             pytest.skip(f"this machine has no {level}, only {result['level']}")
         return result
