@@ -1,0 +1,467 @@
+"""NIH ChestX-ray14 as it lies on disks: the tables, the splits, the images, and a cache of them.
+
+Whatever does not fit is a ValueError that names file and line: a label is never guessed. Images are found by name, in
+the twelve folders ``images_001/images`` to ``images_012/images``, in one folder ``images``, or beside the tables.
+Copies of another size are welcome, also as JPEG. Boxes stay what the table says, in pixels of the 1024x1024 image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import disk_usage
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+#: The paper's order, and that of the columns of labels.
+CLASSES = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
+    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
+)  # fmt: skip
+NO_FINDING = "No Finding"
+#: Boxes are in pixels of an image of this width and height, whatever the size of the image at hand.
+BOX_SIDE = 1024
+#: What the official tables hold.
+OFFICIAL_IMAGES, OFFICIAL_BOXES = 112_120, 984
+
+ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+BOXES = "BBox_List_2017.csv"
+TRAIN_VAL_LIST, TEST_LIST = "train_val_list.txt", "test_list.txt"
+
+# "OriginalImage[Width,Height]" and the like fall apart at their commas
+ENTRY_HEADER = [
+    "Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position",
+    "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]",
+]  # fmt: skip
+BOX_HEADER = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""]
+BOX_CLASSES = {name: number for number, name in enumerate(CLASSES)} | {"Infiltrate": CLASSES.index("Infiltration")}
+NAME = re.compile(r"(\d{8})_\d{3}\.png")
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+#: Mean and deviation per channel of what torchvision's networks were trained on.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Index(NamedTuple):
+    """What is known of n images.
+
+    ``names`` as in the tables; ``labels`` (n, 14) float32, columns as in CLASSES, all 0 where there is no finding;
+    ``patients`` (n,); ``test`` (n,) bool, those of the official test list; ``paths`` of the files; ``boxes`` by name:
+    (class number, x, y, width, height), x and y of the upper left corner, in pixels of the BOX_SIDE x BOX_SIDE image;
+    ``sizes`` (n, 2), width and height of the radiograph before it was made 1024x1024 (boxes do not refer to it);
+    ``missing``: names that the tables have and the disk has not.
+    """
+
+    names: list[str]
+    labels: np.ndarray
+    patients: np.ndarray
+    test: np.ndarray
+    paths: list[Path]
+    boxes: dict[str, list[tuple[int, float, float, float, float]]]
+    sizes: np.ndarray
+    missing: list[str]
+
+
+class Entries(NamedTuple):
+    """The entry table: like Index, but of every row."""
+
+    names: list[str]
+    labels: np.ndarray
+    patients: np.ndarray
+    sizes: np.ndarray
+
+
+def load_index(data_dir: Path, allow_missing: bool = False, tables: Path | None = None) -> Index:
+    """The images of ``data_dir`` with all that the tables (of ``tables``, else of ``data_dir``) say of them.
+
+    Raises:
+        ValueError: a table is absent, broken, or contradicts another one; an image is there twice; there is none;
+            or some are missing and that is not allowed.
+    """
+    data_dir = Path(data_dir)
+    entries, test, boxes = read_tables(Path(tables or data_dir))
+    found = find_images(data_dir)
+    there = np.array([Path(name).stem in found for name in entries.names])
+    missing = [name for name, is_there in zip(entries.names, there, strict=True) if not is_there]
+    if not there.any():
+        raise ValueError(
+            f"{data_dir}: none of the {len(there)} images of the tables is in images_001/images to images_012/images, "
+            "in images, or in the folder itself"
+        )
+    if missing and not allow_missing:
+        raise ValueError(
+            f"{data_dir}: {len(missing)} of {len(there)} images of the tables are missing ({_some(missing)}); "
+            "--allow-missing leaves them out"
+        )
+    names = [name for name, is_there in zip(entries.names, there, strict=True) if is_there]
+    return Index(
+        names,
+        entries.labels[there],
+        entries.patients[there],
+        test[there],
+        [found[Path(name).stem] for name in names],
+        boxes,
+        entries.sizes[there],
+        missing,
+    )
+
+
+# the tables
+
+
+def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[tuple[int, float, float, float, float]]]]:
+    """All four tables of ``folder``, and that they agree: entries, (rows,) bool of the test list, boxes by name."""
+    path = next((folder / name for name in ENTRIES if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder}: expected {' or '.join(ENTRIES)}, found neither")
+    entries = read_entries(path)
+    rows = {name: row for row, name in enumerate(entries.names)}
+    test = np.zeros(len(rows), dtype=bool)
+    listed: dict[str, Path] = {}
+    for file in (folder / TRAIN_VAL_LIST, folder / TEST_LIST):
+        for line, name in read_list(file):
+            if name not in rows:
+                raise ValueError(f"{file}, line {line}: {name} is not in {path.name}, which may be truncated")
+            if name in listed:
+                raise ValueError(f"{file}, line {line}: {name} is listed before, in {listed[name].name}")
+            listed[name] = file
+            test[rows[name]] = file.name == TEST_LIST
+    unlisted = [name for name in rows if name not in listed]
+    if unlisted:
+        raise ValueError(
+            f"{folder}: {len(unlisted)} images of {path.name} ({_some(unlisted)}) are neither in {TRAIN_VAL_LIST} nor "
+            f"in {TEST_LIST}, which may be truncated"
+        )
+    both = np.intersect1d(entries.patients[test], entries.patients[~test])
+    if len(both):
+        raise ValueError(f"{folder}: {len(both)} patients are in {TRAIN_VAL_LIST} and in {TEST_LIST} ({_some(both)})")
+    boxes = read_boxes(folder / BOXES)
+    unknown = [name for name in boxes if name not in rows]
+    if unknown:
+        raise ValueError(f"{folder / BOXES}: {len(unknown)} images are not in {path.name} ({_some(unknown)})")
+    count = sum(map(len, boxes.values()))
+    if len(rows) == OFFICIAL_IMAGES and count != OFFICIAL_BOXES:
+        raise ValueError(f"{folder / BOXES}: expected {OFFICIAL_BOXES} boxes, got {count}; it may be truncated")
+    return entries, test, boxes
+
+
+def read_entries(path: Path) -> Entries:
+    """The entry table, of 2020 or the older one, whose rows end with a comma and whose ages may be ``058Y``."""
+    rows = _rows(path)
+    line, header = next(rows, (1, []))
+    width = len(ENTRY_HEADER)
+    old = header == [*ENTRY_HEADER, ""]
+    if not old and header != ENTRY_HEADER:
+        raise ValueError(f"{path}, line {line}: expected the columns {ENTRY_HEADER}, got {header}")
+    first: dict[str, int] = {}
+    labels, patients, sizes = [], [], []
+    for line, cells in rows:
+        at = f"{path}, line {line}"
+        if len(cells) != width + old or (old and cells[-1]):
+            raise ValueError(f"{at}: expected {width} cells{' and a comma' if old else ''}, got {len(cells)}: {cells}")
+        name = cells[0]
+        if name in first:
+            raise ValueError(f"{at}: {name} is already in line {first[name]}")
+        first[name] = line
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{at}: expected a name like 00000001_000.png, got {name!r}")
+        if not cells[3].isdecimal() or int(cells[3]) != int(match[1]):
+            raise ValueError(f"{at}: expected patient {int(match[1])}, whose image {name} is, got {cells[3]!r}")
+        if not re.fullmatch(r"\d+[YMD]?", cells[4]):
+            raise ValueError(f"{at}: expected an age such as 58 or 058Y, got {cells[4]!r}")
+        labels.append(_findings(cells[1], at))
+        patients.append(int(cells[3]))
+        sizes.append([int(_positive(cell, "width and height", at)) for cell in cells[7:9]])
+        for cell in cells[9:width]:
+            _positive(cell, "pixel spacing", at)
+    if not labels:
+        raise ValueError(f"{path}: there are no rows below the header")
+    table = np.zeros((len(labels), len(CLASSES)), dtype=np.float32)
+    for row, columns in enumerate(labels):
+        table[row, columns] = 1
+    return Entries(list(first), table, np.array(patients), np.array(sizes))
+
+
+def read_boxes(path: Path) -> dict[str, list[tuple[int, float, float, float, float]]]:
+    """The boxes by name of the image, as in Index. The header has more cells than the rows."""
+    rows = _rows(path)
+    line, header = next(rows, (1, []))
+    if header != BOX_HEADER:
+        raise ValueError(f"{path}, line {line}: expected the columns {BOX_HEADER}, got {header}")
+    boxes: dict[str, list[tuple[int, float, float, float, float]]] = {}
+    for line, cells in rows:
+        at = f"{path}, line {line}"
+        while len(cells) > 6 and not cells[-1]:
+            cells = cells[:-1]
+        if len(cells) != 6 or not NAME.fullmatch(cells[0]):
+            raise ValueError(f"{at}: expected an image, a class and four numbers, got {cells}")
+        if cells[1] not in BOX_CLASSES:
+            raise ValueError(f"{at}: expected one of {', '.join(BOX_CLASSES)}, got {cells[1]!r}")
+        x, y = (_positive(cell, "x and y", at, zero=True) for cell in cells[2:4])
+        w, h = (_positive(cell, "w and h", at) for cell in cells[4:])
+        if max(x + w, y + h) > BOX_SIDE:
+            raise ValueError(f"{at}: the box {x, y, w, h} leaves the image of {BOX_SIDE}x{BOX_SIDE}")
+        boxes.setdefault(cells[0], []).append((BOX_CLASSES[cells[1]], x, y, w, h))
+    if path.read_bytes()[-1:] not in (b"\n", b"\r"):
+        raise ValueError(f"{path}, line {line}: the last line has no end: its last number may be cut off")
+    return boxes
+
+
+def read_list(path: Path) -> list[tuple[int, str]]:
+    """(line, name of an image) of one of the two lists; the last line need not end."""
+    names = []
+    for line, text in enumerate(_text(path).splitlines(), 1):
+        name = text.strip()
+        if not name:
+            continue
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{path}, line {line}: expected a name like 00000001_000.png, got {name!r}")
+        names.append((line, name))
+    return names
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: no {path.name}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of a table, but for blank lines."""
+    reader = csv.reader(_text(path).splitlines(), strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _findings(text: str, at: str) -> list[int]:
+    """The columns of ``Mass|Nodule``; none of ``No Finding``, which stands alone."""
+    if text == NO_FINDING:
+        return []
+    names = text.split("|")
+    wrong = [name for name in names if name not in CLASSES]
+    if wrong or len(set(names)) != len(names):
+        raise ValueError(
+            f"{at}: expected {NO_FINDING!r} alone, or some of {', '.join(CLASSES)} joined by |, got {text!r}"
+        )
+    return [CLASSES.index(name) for name in names]
+
+
+def _positive(text: str, what: str, at: str, zero: bool = False) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not (value > 0 or (zero and value == 0)) or np.isinf(value):
+        raise ValueError(f"{at}: {what}: expected numbers > 0{' or 0' if zero else ''}, got {text!r}")
+    return value
+
+
+def _some(names: Iterable[object], count: int = 3) -> str:
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:count]) + (" ..." if len(listed) > count else "")
+
+
+# the images
+
+
+def image_folders(data_dir: Path) -> dict[str, list[Path]]:
+    """The folders where images are looked for, by layout; only those that exist."""
+    twelve = [data_dir / f"images_{k:03}" for k in range(1, 13)]
+    layouts = {
+        "twelve folders": [inner for outer in twelve for inner in (outer / "images", outer)],
+        "one folder": [data_dir / "images"],
+        "flat": [data_dir],
+    }
+    return {layout: [f for f in folders if f.is_dir()] for layout, folders in layouts.items()}
+
+
+def find_images(data_dir: Path) -> dict[str, Path]:
+    """The files that look like images, by name without suffix.
+
+    Raises:
+        ValueError: there is no such folder, or an image is there twice.
+    """
+    if not data_dir.is_dir():
+        raise ValueError(f"{data_dir}: no such folder")
+    found: dict[str, Path] = {}
+    for folder in (folder for folders in image_folders(data_dir).values() for folder in folders):
+        for entry in os.scandir(folder):
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix.lower() in SUFFIXES and entry.is_file():
+                if stem in found:
+                    raise ValueError(f"{stem} is there twice: {found[stem]} and {entry.path}")
+                found[stem] = Path(entry.path)
+    return found
+
+
+def load_image(path: Path, size: int) -> np.ndarray:
+    """The radiograph as grey values (size, size) uint8.
+
+    Colours become grey, an alpha channel is dropped, 16 bits become the upper 8.
+
+    Raises:
+        ValueError: it cannot be read to its end, it is not square (so that boxes would not fit), or its pixels are
+            neither 8 nor 16 bits.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image: {error}") from None
+    if image.width != image.height:
+        raise ValueError(f"{path}: expected a square image, got {image.width}x{image.height}")
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError(f"{path}: expected 8 or 16 bits, got values {wide.min()} to {wide.max()}")
+        image = Image.fromarray((wide >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError(f"{path}: expected 8 or 16 bits, got floating point")
+    image = image.convert("L")
+    if image.width != size:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)  # of all pixels that fall into one
+    return np.array(image)
+
+
+def to_input(images: np.ndarray | Tensor) -> Tensor:
+    """What a network takes, (n, 3, height, width) float32, of grey values (n, height, width) uint8."""
+    x = torch.as_tensor(images)
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (x.unsqueeze(1).float() / 255 - mean) / std
+
+
+# splits
+
+
+def validation_patients(index: Index, fraction: float, seed: int) -> np.ndarray:
+    """The patients of the official training list that validate: ``fraction`` of them, drawn by ``seed``; sorted.
+
+    1/8 makes of the official lists the paper's 70, 10 and 20 percent.
+    """
+    patients = np.unique(index.patients[~index.test])
+    count = round(fraction * len(patients))
+    return np.sort(np.random.default_rng(seed).permutation(patients)[:count])
+
+
+# the cache
+
+
+def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | None = None) -> np.ndarray:
+    """The images of ``paths`` as grey values (n, size, size) uint8, memory-mapped, decoded at the first time.
+
+    A file in ``folder`` that grows image by image, so that it goes on where it was killed, and gets its name when it is
+    whole. Its name depends on size, names and lengths of the files: another selection is another file. Of several
+    processes that ask at the same time one builds, and the others wait.
+
+    Raises:
+        ValueError: an image cannot be read (all such of some hundred are named), or there is no room.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(f"{size}".encode())
+    for path in paths:
+        digest.update(f"/{path.name}:{path.stat().st_size}".encode())
+    whole = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
+    with _locked(whole.with_suffix(".lock")):
+        if not whole.exists():
+            _build(whole, paths, size, workers or os.cpu_count() or 1)
+    return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), size, size))
+
+
+def _build(whole: Path, paths: Sequence[Path], size: int, workers: int) -> None:
+    part = whole.with_suffix(".part")
+    done = part.stat().st_size // size**2 if part.exists() else 0
+    needed, free = (len(paths) - done) * size**2, disk_usage(part.parent).free
+    if needed > free:
+        raise ValueError(f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
+    # decoding and resizing leave the interpreter to other threads
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        part.open("ab") as file,
+        tqdm(total=len(paths), initial=done, desc="cache", unit="image", disable=None) as progress,
+    ):
+        file.truncate(done * size**2)  # half an image may have been written
+        for start in range(done, len(paths), 64 * workers):
+            block = list(pool.map(lambda path: _image_or_error(path, size), paths[start : start + 64 * workers]))
+            errors = [image for image in block if isinstance(image, ValueError)]
+            if errors:
+                raise ValueError("\n".join(map(str, errors)))
+            file.write(b"".join(image.tobytes() for image in block))
+            file.flush()
+            progress.update(len(block))
+        os.fsync(file.fileno())
+    os.replace(part, whole)
+
+
+def _image_or_error(path: Path, size: int) -> np.ndarray | ValueError:
+    try:
+        return load_image(path, size)
+    except ValueError as error:
+        return error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; a killed one holds nothing."""
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# what a network is fed with
+
+
+class Radiographs(Dataset):
+    """Images with labels, for a torch DataLoader.
+
+    ``images``: an array (n, size, size) uint8, or n paths, decoded when asked for. ``labels``: (n, 14). An item is
+    asked for by (epoch, number), and is (grey values (crop, crop) uint8, labels (14,), number); where it is cropped
+    depends on ``seed``, epoch and number alone, and so not on workers, processes, or an interruption. Without ``crop``
+    it is the whole image.
+    """
+
+    def __init__(
+        self, images: np.ndarray | Sequence[Path], labels: np.ndarray, size: int, crop: int | None = None, seed: int = 0
+    ):
+        self.images, self.labels, self.size, self.crop, self.seed = images, labels, size, crop, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        epoch, number = key
+        image = self.images[number]
+        if isinstance(image, Path):
+            image = load_image(image, self.size)
+        if self.crop is not None:
+            rng = np.random.default_rng((self.seed, epoch, number))
+            y, x = rng.integers(0, self.size - self.crop + 1, 2)
+            image = image[y : y + self.crop, x : x + self.crop]
+        return torch.from_numpy(np.array(image)), torch.from_numpy(self.labels[number]), number
