@@ -1,0 +1,224 @@
+"""Networks that give a logit per class and patch: (n, 3, height, width) to (n, classes, height / s, width / s).
+
+torchvision's ResNets and DenseNet-121, whose patches see most of the image, and local ones, whose patches see a stated
+number of pixels and nothing else (in the manner of BagNets: Brendel & Bethge, ICLR 2019).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from instances import import_torchvision
+from torch import Tensor, nn
+
+#: Of the local networks, by receptive field: in how many blocks of each of the four stages there is a 3x3 convolution.
+THREES = {9: (1, 1, 0, 0), 17: (1, 1, 1, 0), 33: (1, 1, 1, 1), 65: (1, 1, 2, 2)}
+TORCHVISION = ("resnet18", "resnet50", "densenet121")
+BACKBONES = (*TORCHVISION, *(f"{kind}{field}" for kind in ("local", "bagnet") for field in THREES))
+STRIDES = (32, 16, 8)
+
+
+class PatchClassifier(nn.Module):
+    """A backbone and a 1x1 convolution: logits (n, classes, height / s, width / s) of images (n, 3, height, width)."""
+
+    def __init__(self, backbone: str, output_stride: int, classes: int):
+        super().__init__()
+        self.features, channels = make_backbone(backbone, output_stride)
+        self.head = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def make_backbone(name: str, output_stride: int) -> tuple[nn.Module, int]:
+    """A network without head, with random weights, and the number of its channels.
+
+    ``local9`` to ``local65`` are small, for training from nothing; ``bagnet9`` to ``bagnet65`` as deep and wide as a
+    ResNet-50. The number is the receptive field in pixels. Their stride is 8 or 16.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+    if output_stride not in STRIDES:
+        raise ValueError(f"output stride: expected 32, 16 or 8, got {output_stride}")
+    if name not in TORCHVISION:
+        kind, field = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
+        local = kind == "local"
+        network = LocalNet(
+            int(field),
+            output_stride,
+            Plain if local else Bottleneck,
+            (32, 64, 128, 192) if local else (256, 512, 1024, 2048),
+            (2, 2, 2, 2) if local else (3, 4, 6, 3),
+        )
+        return network, network.channels
+    import_torchvision()
+    from torchvision import models
+
+    network = getattr(models, name)()
+    features = nn.Sequential()  # under torchvision's names, so that its weights fit
+    if name == "densenet121":
+        channels = network.classifier.in_features
+        for key, part in network.features.named_children():
+            features.add_module(key, part)
+        features.add_module("relu", nn.ReLU())
+        stages = [[features.transition2, features.denseblock3], [features.transition3, features.denseblock4]]
+    else:
+        channels = network.fc.in_features
+        for key, part in network.named_children():
+            if key not in ("avgpool", "fc"):
+                features.add_module(key, part)
+        stages = [[features.layer3], [features.layer4]]
+    keep_resolution(stages[STRIDES.index(16) + 1 - STRIDES.index(output_stride) :])
+    return features, channels
+
+
+def keep_resolution(stages: list[list[nn.Module]]) -> None:
+    """Takes the stride out of each stage and dilates what comes after it, in place ("a trous").
+
+    At the positions where the network had an output before, it says the same.
+    """
+    dilation = 1
+    for stage in stages:
+        for part in stage:
+            for module in list(part.modules()):
+                if isinstance(module, nn.Conv2d):
+                    if module.kernel_size == (3, 3):
+                        # the one that had the stride still reads what lies before it, the others come after it
+                        module.dilation = (dilation if module.stride == (2, 2) else 2 * dilation,) * 2
+                        module.padding = module.dilation
+                    module.stride = (1, 1)
+                elif hasattr(module, "pool"):  # a transition of a DenseNet
+                    module.pool = DilatedPool(dilation)
+        dilation *= 2
+
+
+class DilatedPool(nn.Module):
+    """Mean of 2x2 pixels that lie ``dilation`` apart, at every pixel; beyond the edge the edge goes on."""
+
+    def __init__(self, dilation: int):
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = self.dilation
+        x = F.pad(x, (0, d, 0, d), mode="replicate")
+        x = x[..., :-d] + x[..., d:]
+        return 0.25 * (x[..., :-d, :] + x[..., d:, :])
+
+
+class Plain(nn.Module):
+    """Two convolutions, of which the first may be 3x3 and have a stride, beside a shortcut."""
+
+    def __init__(self, inward: int, outward: int, size: int, stride: int):
+        super().__init__()
+        self.border = size // 2  # what the 3x3 takes from each side
+        self.stride = stride
+        self.change = nn.Conv2d(inward, outward, 1, bias=False) if inward != outward or stride > 1 else nn.Identity()
+        self.convolutions = self.make(inward, outward, size, stride)
+
+    @staticmethod
+    def make(inward: int, outward: int, size: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(*convolution(inward, outward, size, stride), *convolution(outward, outward)[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s = self.border, self.stride
+        shortcut = x[..., b : x.shape[-2] - b : s, b : x.shape[-1] - b : s]
+        return F.relu(self.change(shortcut) + self.convolutions(x))
+
+
+class Bottleneck(Plain):
+    """The same with a narrow middle, as a ResNet-50 has it."""
+
+    @staticmethod
+    def make(inward: int, outward: int, size: int, stride: int) -> nn.Sequential:
+        middle = outward // 4
+        return nn.Sequential(
+            *convolution(inward, middle),
+            *convolution(middle, middle, size, stride),
+            *convolution(middle, outward)[:-1],
+        )
+
+
+def convolution(inward: int, outward: int, size: int = 1, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(inward, outward, size, stride, bias=False), nn.BatchNorm2d(outward), nn.ReLU()]
+
+
+class LocalNet(nn.Module):
+    """A residual network whose every output sees ``receptive_field`` pixels, in the middle of which is its cell.
+
+    Nothing is padded but the image, so that a patch cannot tell where it is, but for the border of the image.
+    """
+
+    def __init__(
+        self,
+        receptive_field: int,
+        output_stride: int,
+        block: type[Plain],
+        widths: tuple[int, ...],
+        depths: tuple[int, ...],
+    ):
+        super().__init__()
+        if output_stride not in (8, 16) or receptive_field < output_stride:
+            raise ValueError(
+                f"output stride: a local backbone of {receptive_field} pixels has 8"
+                f"{' or 16' if receptive_field > 16 else ''}, got {output_stride}"
+            )
+        first = widths[0] // 4 if block is Bottleneck else widths[0]
+        layers = convolution(3, first, 3)
+        field, jump, channels = 3, 1, first
+        for stage, (width, depth, threes) in enumerate(zip(widths, depths, THREES[receptive_field], strict=True)):
+            for number in range(depth):
+                size = 3 if number < threes else 1
+                # the fourth halving comes last, where it leaves the receptive field as it is
+                halves = number == 0 if stage < 3 else number == depth - 1 and output_stride == 16
+                stride = 2 if halves else 1
+                layers.append(block(channels, width, size, stride))
+                field += (size - 1) * jump
+                jump *= stride
+                channels = width
+        assert (field, jump) == (receptive_field, output_stride)
+        self.layers = nn.Sequential(*layers)
+        self.channels = channels
+        self.stride = jump
+        self.before = (field - jump) // 2
+        self.after = field - jump - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(F.pad(x, (self.before, self.after) * 2))
+
+
+def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
+    """``weights``: ``"none"``, ``"imagenet"`` (downloaded by torchvision), or a file with a state_dict.
+
+    Of a file what belongs to a classifier is left out; all else has to fit.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        if backbone not in TORCHVISION:
+            raise ValueError(f"weights: there are none of ImageNet for {backbone}: name a file, or 'none'")
+        import_torchvision()
+        from torchvision import models
+
+        try:
+            state = getattr(models, backbone)(weights="IMAGENET1K_V1").state_dict()
+        except OSError as error:
+            raise ValueError(f"weights: could not be downloaded ({error}); name a file, or 'none'") from None
+    else:
+        path = Path(weights)
+        if not path.is_file():
+            raise ValueError(f"weights: expected 'none', 'imagenet' or a file, got {weights!r}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+    found = {}
+    for key, value in state.items():
+        key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])", r"\1\2", key)  # as older files have it
+        if not key.startswith(("fc.", "classifier.", "head.")):
+            found[key.removeprefix("features.")] = value
+    try:
+        model.features.load_state_dict(found)
+    except RuntimeError as error:
+        raise ValueError(f"weights: {weights} does not fit {backbone}: {error}") from None
