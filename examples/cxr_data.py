@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import disk_usage
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -451,6 +451,19 @@ class Radiographs(Dataset):
         self, images: np.ndarray | Sequence[Path], labels: np.ndarray, size: int, crop: int | None = None, seed: int = 0
     ):
         self.images, self.labels, self.size, self.crop, self.seed = images, labels, size, crop, seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a process that loads images opens the file itself, instead of being sent what is in it
+        state = dict(self.__dict__)
+        if isinstance(self.images, np.memmap):
+            state["images"] = (self.images.filename, self.images.shape)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["images"], tuple):
+            name, shape = state["images"]
+            state["images"] = np.memmap(name, dtype=np.uint8, mode="r", shape=shape)
+        self.__dict__ = state
 
     def __len__(self) -> int:
         return len(self.labels)

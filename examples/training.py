@@ -31,7 +31,11 @@ METRICS = ("auc", "iou", "iou_pooled")
 Config = dict[str, Any]
 
 
-def make_criterion(config: Config) -> nn.Module:
+def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
+    """The loss that a configuration asks for; with ``process_group`` its counts are those of all processes together.
+
+    The other losses divide by the number of bags and classes alone, which are as many in every process.
+    """
     pooling = config["pooling"]
     if pooling not in POOLINGS:
         raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -42,6 +46,9 @@ def make_criterion(config: Config) -> nn.Module:
             pooling=pooling,
             rescale=config["rescale"],
             weighted=config["weighted"],
+            normalize=config.get("normalize", "batch"),
+            mask_weight=config.get("mask_weight", 0.0),
+            **({} if process_group is None else {"process_group": process_group}),
         )
     if config["loss"] == "bag":
         return BagLoss(pooling=pooling)
