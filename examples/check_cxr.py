@@ -27,6 +27,7 @@ from cxr_data import (
     image_folders,
     load_image,
     load_index,
+    refuse_missing,
 )
 
 #: Beginning and end of a whole file. After the end of a JPEG some programs append zeros.
@@ -69,8 +70,8 @@ def checked_index(data_dir: Path, allow_missing: bool = False, tables: Path | No
         ValueError: as load_index, and where files are broken.
     """
     found = inspect(data_dir, tables)
-    if found.index.missing and not allow_missing:
-        load_index(data_dir, False, tables)  # says so
+    if not allow_missing:
+        refuse_missing(data_dir, found.index.missing, len(found.index.names) + len(found.index.missing))
     if found.broken:
         raise ValueError("\n".join([f"{len(found.broken)} images cannot be read:", *found.broken[:20]]))
     return found.index, found.report

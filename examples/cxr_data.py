@@ -104,11 +104,8 @@ def load_index(data_dir: Path, allow_missing: bool = False, tables: Path | None 
             f"{data_dir}: none of the {len(there)} images of the tables is in images_001/images to images_012/images, "
             "in images, or in the folder itself"
         )
-    if missing and not allow_missing:
-        raise ValueError(
-            f"{data_dir}: {len(missing)} of {len(there)} images of the tables are missing ({_some(missing)}); "
-            "--allow-missing leaves them out"
-        )
+    if not allow_missing:
+        refuse_missing(data_dir, missing, len(there))
     names = [name for name, is_there in zip(entries.names, there, strict=True) if is_there]
     return Index(
         names,
@@ -120,6 +117,15 @@ def load_index(data_dir: Path, allow_missing: bool = False, tables: Path | None 
         entries.sizes[there],
         missing,
     )
+
+
+def refuse_missing(data_dir: Path, missing: list[str], count: int) -> None:
+    """Raises ValueError where some of ``count`` images are missing."""
+    if missing:
+        raise ValueError(
+            f"{data_dir}: {len(missing)} of {count} images of the tables are missing ({_some(missing)}); "
+            "--allow-missing leaves them out"
+        )
 
 
 # the tables

@@ -203,9 +203,10 @@ def pneumothorax(canvas: Canvas, chest: Chest, rng: np.random.Generator) -> tupl
     shrunk = rng.uniform(0.5, 0.85)
     rest = (cx - outward * rx * (1 - shrunk) * 0.8, cy + ry * (1 - shrunk) * 1.1, rx * shrunk, ry * shrunk)
     inside = canvas.ellipse(*rest, 12)
-    where = lung * (1 - inside) * step((cy + rng.uniform(-0.5, 0.3) * ry - canvas.y) / 25)
-    pleura = canvas.line(4 * inside * (1 - inside) - 1, 0.2) * step((cy - canvas.y) / 25) * lung
-    return -where + 0.6 * pleura, where
+    above = lung * step((cy + rng.uniform(-0.5, 0.3) * ry - canvas.y) / 25)
+    where = above * (1 - inside)
+    pleura = above * canvas.line(4 * inside * (1 - inside) - 1, 0.2)  # where inside is 1/2
+    return 0.6 * pleura - where, where
 
 
 def cardiomegaly(canvas: Canvas, chest: Chest, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -249,8 +250,8 @@ def pleural_thickening(canvas: Canvas, chest: Chest, rng: np.random.Generator) -
     return where, where
 
 
-DRAW: dict[str, tuple[Finding, float]] = {  # and the most that it adds; the least is a third
-    "Atelectasis": (atelectasis, 0.30), "Cardiomegaly": (cardiomegaly, 0.30), "Consolidation": (consolidation, 0.35),
+DRAW: dict[str, tuple[Finding, float]] = {  # and the most that it adds; the least is a third of that
+    "Atelectasis": (atelectasis, 0.30), "Cardiomegaly": (cardiomegaly, 1.0), "Consolidation": (consolidation, 0.35),
     "Edema": (edema, 0.22), "Effusion": (effusion, 0.36), "Emphysema": (emphysema, 0.22), "Fibrosis": (fibrosis, 0.24),
     "Hernia": (hernia, 0.24), "Infiltration": (infiltration, 0.30), "Mass": (mass, 0.34), "Nodule": (nodule, 0.34),
     "Pleural_Thickening": (pleural_thickening, 0.34), "Pneumonia": (pneumonia, 0.36),
@@ -322,8 +323,9 @@ def draw_image(
         number = CLASSES.index(name)
         # drawn anew from patient and class: the same in the patient's next image, but for its strength
         added, where = draw(canvas, chest, np.random.default_rng((seed, FINDING, patient, number)))
-        strength = most * rng.uniform(1 / 3, 1)
-        image = np.maximum(image, 0.2 + 0.46 * added) if name == "Cardiomegaly" else image + strength * added
+        strength = most * np.random.default_rng((seed, FINDING, patient, number, 1 + follow_up)).uniform(1 / 3, 1)
+        # a large heart is as dense as a heart, whatever is behind it
+        image = image + added * (np.clip(0.66 - image, 0, None) if name == "Cardiomegaly" else strength)
         boxes[name] = box_of(where > 0.5 * where.max(), canvas.scale)
     image = image + draw_distractors(canvas, chest, rng)
     image = np.clip(image, 0, None) ** rng.uniform(0.8, 1.25) * rng.uniform(0.85, 1.15)
