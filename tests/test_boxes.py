@@ -138,7 +138,7 @@ def test_opening_is_the_union_of_the_squares_that_fit(mask, side):
     assert (b.open_and_close(mask, side) == ~opened(~opened(mask))).all()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(heatmap=MAPS, scale=st.integers(1, 4), threshold=st.integers(-1, 8).map(lambda k: k / 8))
 def test_box_is_that_of_the_flooded_component(heatmap, scale, threshold):
     """Against a flood from the maximum, one cell at a time."""
@@ -281,7 +281,7 @@ def test_ceiling_by_hand():
     assert b.iou(best, true).tolist() == [1, 1 / 16, 0.8]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(box=BOXES, rows=st.integers(1, 6), columns=st.integers(1, 6))
 def test_no_union_of_cells_beats_the_ceiling(box, rows, columns):
     size = (26, 25)

@@ -1,0 +1,103 @@
+"""AUC with intervals over patients, against scikit-learn and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import cxr_metrics as m
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+
+def drawn(n=400, classes=3, patients=120, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((n, classes)) < [0.4, 0.2, 0.01][:classes]).astype(np.float32)
+    scores = rng.normal(size=(n, classes)) + labels
+    return scores, labels, rng.integers(0, patients, n)
+
+
+def test_auc_by_hand():
+    scores = np.array([[0.1, 0.3], [0.4, 0.2], [0.35, 0.9], [0.8, 0.1]])
+    labels = np.array([[0, 0], [0, 0], [1, 0], [1, 0]])
+    values = m.auc_per_class(scores, labels, ["a", "b"])
+    assert values["a"] == 0.75
+    assert math.isnan(values["b"])
+    assert values["mean"] == 0.75
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12))
+def test_weighted_auc_is_scikit_learns(rows):
+    scores, positive, weight = (np.array(column) for column in zip(*rows, strict=True))
+    value = m._weighted_auc(scores.astype(float), positive)(weight)
+    if not weight[positive].sum() or not weight[~positive].sum():
+        assert math.isnan(value)
+    else:
+        assert value == pytest.approx(roc_auc_score(positive, scores, sample_weight=weight))
+
+
+def test_patients_are_drawn_whole():
+    patients = np.array([5, 9, 5, 7, 9, 5])
+    for weight in m.draws_of_patients(patients, np.zeros(6, int), 20, seed=1):
+        assert weight[0] == weight[2] == weight[5]
+        assert weight[1] == weight[4]
+        assert weight[0] + weight[1] + weight[3] == 3
+
+
+def test_a_class_that_few_patients_show_does_not_vanish():
+    scores, labels, patients = drawn()
+    few = len(np.unique(patients[labels[:, 2] > 0]))
+    assert 0 < few < m.FEW_PATIENTS <= len(np.unique(patients[labels[:, 1] > 0]))
+    strata = m.strata_of(patients, labels > 0)
+    assert set(strata) == {0, 1}
+    for patient in np.unique(patients):
+        assert len(set(strata[patients == patient])) == 1
+    for weight in m.draws_of_patients(patients, strata, 200, seed=0):
+        assert weight[labels[:, 2] > 0].sum() > 0
+    plain = m.draws_of_patients(patients, np.zeros(len(patients), int), 200, seed=0)
+    assert min(weight[labels[:, 2] > 0].sum() for weight in plain) == 0
+    low, high = m.auc_intervals(scores, labels, patients, ["a", "b", "c"], draws=50)["c"]
+    assert 0 < low < high <= 1
+
+
+def test_intervals_hold_the_value_and_are_seeded():
+    scores, labels, patients = drawn()
+    names = ["a", "b", "c"]
+    values = m.auc_per_class(scores, labels, names)
+    intervals = m.auc_intervals(scores, labels, patients, names, draws=300, seed=3)
+    assert list(intervals) == list(values)
+    for name, (low, high) in intervals.items():
+        assert low < values[name] < high
+    assert intervals == m.auc_intervals(scores, labels, patients, names, draws=300, seed=3)
+    assert intervals != m.auc_intervals(scores, labels, patients, names, draws=300, seed=4)
+    again = np.repeat(np.arange(len(scores)), 4)  # four images of a patient that are alike tell no more than one
+    wide = m.auc_intervals(scores[again], labels[again], patients[again], names, draws=300, seed=3)
+    assert wide["a"] == pytest.approx(intervals["a"])
+
+
+def test_interval_of_a_share_is_the_binomials():
+    """Of 400 patients with a box each and a share of 0.3: 1.96 sqrt(0.3 0.7 / 400) = 0.045 to either side."""
+    hits = np.arange(400) % 10 < 3
+    low, high = m.mean_intervals(hits, np.zeros(400, int), np.arange(400), ["a", "b"], draws=2000)["a"]
+    assert 0.3 - low == pytest.approx(0.045, abs=0.006)
+    assert high - 0.3 == pytest.approx(0.045, abs=0.006)
+    none = m.mean_intervals(hits[:0], np.zeros(0, int), np.arange(0), ["a"], draws=10)
+    assert all(math.isnan(v) for v in none["mean"])
+
+
+def test_threshold_by_hand():
+    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
+    # above 0.25: sensitivity 1, specificity 2/3
+    assert m.best_threshold(scores, np.array([0, 0, 1, 0, 1])) == pytest.approx(0.25)
+    assert m.best_threshold(scores, np.array([0, 0, 0, 0, 1])) == pytest.approx(0.65)
+    assert m.best_threshold(scores, np.zeros(5)) == 0.5
+    assert (scores > m.best_threshold(scores, np.array([0, 1, 0, 0, 0]))).sum() == 4
+    assert not (scores > m.best_threshold(scores, np.array([1, 0, 0, 0, 0]))).any()
+
+
+def test_the_papers_rows_have_a_mean():
+    for row in m.PAPER_LOCALIZATION.values():
+        assert [row[t]["mean"] for t in ("0.1", "0.3", "0.5", "0.7")] == [0.66, 0.36, 0.13, 0.01]
