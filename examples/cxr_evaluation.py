@@ -1,0 +1,240 @@
+"""Asking a trained network about the official test list of ChestX-ray14, and measuring what it says.
+
+Thresholds are numbers that the caller gives, or are chosen by the labels of validation images; boxes choose nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boxes as bx
+import cxr_data
+import numpy as np
+import torch
+import train_cxr
+from cxr_data import BOX_SIDE, CLASSES, Index
+from cxr_metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from training import Config
+
+from sgl_ops.pooling import make_pooling
+
+#: In place of a number: the threshold that the validation images' labels choose.
+VALIDATION = "validation"
+TABLE_SIZE = (BOX_SIDE, BOX_SIDE)
+
+
+class Truth(NamedTuple):
+    """The n images of the test list that are there, and the k boxes on them.
+
+    ``rows`` (n,) of the index, and what it says of them; per box its ``image`` (k,), a number below n, its class
+    ``classes`` (k,), and ``boxes`` (k, 4) in pixels of the table's BOX_SIDE x BOX_SIDE image.
+    """
+
+    index: Index
+    rows: np.ndarray
+    names: list[str]
+    paths: list[Path]
+    labels: np.ndarray
+    patients: np.ndarray
+    image: np.ndarray
+    classes: np.ndarray
+    boxes: np.ndarray
+
+
+class Said(NamedTuple):
+    """What a network says: (n, C) probability of the image and of its greatest patch, and (k,) maps (h, w) of boxes."""
+
+    probability: np.ndarray
+    peak: np.ndarray
+    maps: list[np.ndarray]
+
+
+class Evaluated(NamedTuple):
+    """A run: its name, its settings, what it says, per box what was found, and what is written of it."""
+
+    name: str
+    config: Config
+    said: Said
+    found: np.ndarray
+    overlaps: np.ndarray
+    predicted: np.ndarray
+    metrics: dict[str, Any]
+    details: dict[str, Any]
+
+
+def truth_of(index: Index) -> Truth:
+    rows = np.flatnonzero(index.test)
+    names = [index.names[row] for row in rows]
+    boxes = [(i, *box) for i, name in enumerate(names) for box in index.boxes.get(name, ())]
+    columns = np.array(boxes, np.float64).reshape(-1, 6)
+    return Truth(
+        index,
+        rows,
+        names,
+        [index.paths[row] for row in rows],
+        index.labels[rows],
+        index.patients[rows],
+        columns[:, 0].astype(int),
+        columns[:, 1].astype(int),
+        columns[:, 2:],
+    )
+
+
+def refuse_trained(truth: Truth, trained: set[str], run: Path) -> None:
+    """
+    Raises:
+        ValueError: images of the test list were trained or validated on, or others of the same patients.
+    """
+    both = [name for name in truth.names if name in trained]
+    if both:
+        boxed = {truth.names[i] for i in truth.image} & trained
+        raise ValueError(
+            f"run: {run} was trained or validated on {len(both)} images of the test list, {len(boxed)} of them with "
+            f"boxes ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): what it says of them means nothing"
+        )
+    index = truth.index
+    patients = {p for name, p in zip(index.names, index.patients.tolist(), strict=True) if name in trained}
+    shared = patients & set(truth.patients.tolist())
+    if shared:
+        raise ValueError(
+            f"run: {run} was trained or validated on other images of {len(shared)} patients of the test list "
+            f"({min(shared)}, for one): what it says of them means nothing"
+        )
+
+
+def ask(
+    model: torch.nn.Module,
+    config: Config,
+    index: Index,
+    rows: np.ndarray,
+    args: argparse.Namespace,
+    image: np.ndarray | None = None,
+    classes: np.ndarray | None = None,
+) -> Said:
+    """What ``model`` says of the images ``rows`` (n,) of the index, with its maps of ``classes`` (k,) in the images
+    ``image`` (k,), numbers below n."""
+    size = config["image_size"]
+    images = index.paths if args.cache is None else cxr_data.open_cache(args.cache, index.paths, size)
+    data = cxr_data.Radiographs(images, index.labels, size)
+    loader = DataLoader(data, args.batch_size, sampler=[(0, int(row)) for row in rows], num_workers=args.workers)
+    pooling = make_pooling(config["pooling"])
+    image = np.zeros(0, int) if image is None else image
+    probability, peak = (np.zeros((len(rows), len(CLASSES)), np.float32) for _ in range(2))
+    maps = [np.zeros((0, 0), np.float32)] * len(image)
+    start = 0
+    for batch, _, _ in tqdm(loader, desc=name_of(config), unit="batch", disable=None):
+        with torch.inference_mode():
+            logits = model(cxr_data.to_input(batch.to(args.device))).float()
+            inside = slice(start, start + len(batch))
+            probability[inside] = torch.sigmoid(pooling(logits)).cpu()
+            patches = torch.sigmoid(logits).cpu().numpy()
+        peak[inside] = patches.max((2, 3))
+        for k in np.flatnonzero((image >= inside.start) & (image < inside.stop)):
+            maps[k] = patches[image[k] - start, classes[k]].copy()
+        start = inside.stop
+    return Said(probability, peak, maps)
+
+
+def thresholds_of(
+    model: torch.nn.Module, config: Config, index: Index, args: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray]:
+    """T_p and the gate, per class (C,): a number of the options, or what separates the validation images best.
+
+    For the gate by the probability of the image; for T_p by that of its greatest patch, so that an image has a patch
+    above T_p where it is likely to have the class. Labels of images are all that is looked at.
+
+    Raises:
+        ValueError: they are to be chosen, and the run has no validation images, or the data lacks them.
+    """
+    asked = (args.threshold, args.gate)
+    if VALIDATION not in asked:
+        return np.full(len(CLASSES), args.threshold), np.full(len(CLASSES), args.gate)
+    rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])) & ~index.test)
+    if not len(rows):
+        raise ValueError(f"threshold, gate: {VALIDATION}: there are no validation images of the run in the data")
+    said, labels = ask(model, config, index, rows, args), index.labels[rows]
+    t_p, gate = (
+        np.array([best_threshold(scores[:, c], labels[:, c]) for c in range(len(CLASSES))])
+        if value == VALIDATION
+        else np.full(len(CLASSES), value)
+        for value, scores in zip(asked, (said.peak, said.probability), strict=True)
+    )
+    return t_p, gate
+
+
+def name_of(config: Config) -> str:
+    loss = {"sgl": "SGL", "bag": "bag loss", "bil": "BIL", "mmm": "MMM"}.get(config["loss"], str(config["loss"]))
+    return f"{loss}, {config['pooling']} pooling"
+
+
+def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
+    """Asks the network of ``run``, and measures what it says."""
+    model, config = train_cxr.load_run(run, torch.device(args.device))
+    model.eval()
+    t_p, gate = thresholds_of(model, config, truth.index, args)
+    said = ask(model, config, truth.index, truth.rows, args, truth.image, truth.classes)
+    side = config["image_size"]
+    found = np.array(
+        [
+            bx.heatmap_to_box(heatmap, (side, side), t_p[c], args.upsampling, args.morphology)
+            for heatmap, c in zip(said.maps, truth.classes, strict=True)
+        ]
+    )
+    found = found.reshape(-1, 4) * (BOX_SIDE / side)
+    overlaps = bx.iou(found, truth.boxes)
+    predicted = said.probability[truth.image, truth.classes] > gate[truth.classes]
+    peaks = np.array([bx.peak_of(heatmap, TABLE_SIZE) for heatmap in said.maps]).reshape(-1, 2)
+    drawn = {"names": CLASSES, "draws": args.draws, "seed": args.seed}
+    metrics = {
+        "auc": auc_per_class(said.probability, truth.labels, CLASSES),
+        "auc_ci": auc_intervals(said.probability, truth.labels, truth.patients, **drawn),
+        "localization": bx.localization_accuracy(overlaps, truth.classes, CLASSES, predicted),
+        "localization_ungated": bx.localization_accuracy(overlaps, truth.classes, CLASSES),
+        "max_box_acc": bx.max_box_accuracy(
+            said.maps, truth.boxes * (side / BOX_SIDE), truth.classes, CLASSES, (side, side), args.upsampling
+        ),
+        "pointing_game": bx.per_class(bx.contains(truth.boxes, peaks), truth.classes, CLASSES),
+        "baselines": {
+            name: bx.localization_accuracy(bx.iou(boxes, truth.boxes), truth.classes, CLASSES)
+            for name, boxes in trivial_boxes(truth, said.maps).items()
+        },
+        "images": len(truth.rows),
+        "boxes": len(truth.boxes),
+    }
+    details = {
+        "name": name_of(config),
+        "config": {key: value for key, value in config.items() if not isinstance(value, list)},
+        "threshold": args.threshold,
+        "gate": args.gate,
+        "threshold_of_class": dict(zip(CLASSES, t_p.tolist(), strict=True)),
+        "gate_of_class": dict(zip(CLASSES, gate.tolist(), strict=True)),
+        "upsampling": args.upsampling,
+        "morphology": args.morphology,
+        "draws": args.draws,
+        "seed": args.seed,
+        "grid": list(said.maps[0].shape) if said.maps else [],
+        "patients": {name: len(set(truth.patients[truth.labels[:, c] > 0])) for c, name in enumerate(CLASSES)},
+        "boxes": {name: int((truth.classes == c).sum()) for c, name in enumerate(CLASSES)},
+    }
+    for key, counts in (("localization", predicted), ("localization_ungated", np.ones_like(predicted))):
+        details[f"{key}_ci"] = {
+            f"{t:g}": mean_intervals((overlaps > t) & counts, truth.classes, truth.patients[truth.image], **drawn)
+            for t in bx.T_IOU
+        }
+    return Evaluated(name_of(config), config, said, found, overlaps, predicted, metrics, details)
+
+
+def trivial_boxes(truth: Truth, maps: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Boxes (k, 4) that need no network, and the best that the cells of this one's ``maps`` could give."""
+    count = len(truth.boxes)
+    return {
+        "whole image": np.tile(bx.whole_image(TABLE_SIZE), (count, 1)),
+        "centre box": np.tile(bx.centre_box(TABLE_SIZE), (count, 1)),
+        "mean box of the class": bx.mean_boxes(truth.boxes, truth.classes, truth.patients[truth.image]),
+        "ceiling of the grid": bx.grid_ceiling(truth.boxes, maps[0].shape if count else (1, 1), TABLE_SIZE),
+    }

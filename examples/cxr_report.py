@@ -1,0 +1,274 @@
+"""The figure and the report of one evaluated run, or of two beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import boxes as bx
+import cxr_data
+import numpy as np
+import report
+from cxr_data import BOX_SIDE, CLASSES
+from cxr_evaluation import VALIDATION, Evaluated, Truth, trivial_boxes
+from cxr_metrics import FEW_PATIENTS, PAPER_AUC, PAPER_LOCALIZATION
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from sklearn.metrics import roc_curve
+
+#: Runs beside each other; the colours after theirs are those of boxes without a network.
+COMPARED = 2
+
+
+def first_of_each_class(truth: Truth) -> list[int]:
+    """Numbers of boxes: not those that look best."""
+    return [int(np.flatnonzero(truth.classes == c)[0]) for c in range(len(CLASSES)) if (truth.classes == c).any()]
+
+
+def said_of(run: Evaluated, truth: Truth, k: int) -> str:
+    """Of box ``k``: the probability of its class in the image, and how well it was met."""
+    iou = "no box" if np.isnan(run.found[k]).any() else f"IoU {run.overlaps[k]:.2f}"
+    return f"p {run.said.probability[truth.image[k], truth.classes[k]]:.2f}, {iou}"
+
+
+def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, smooth: bool) -> None:
+    """The first box of each class: the radiograph, then each run's map over it, as in the paper's Fig. 7."""
+    shown = first_of_each_class(truth)
+    columns = 1 + len(runs)
+    pairs = 2 if len(shown) > 4 else 1  # classes beside each other
+    rows = -(-len(shown) // pairs)
+    figure = Figure(figsize=(2.4 * columns * pairs, 2.55 * rows + 0.9), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns * pairs, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for place, k in enumerate(shown):
+        row, pair = divmod(place, pairs)
+        i, c = truth.image[k], truth.classes[k]
+        picture = cxr_data.load_image(truth.paths[i], 512)
+        for column in range(columns):
+            axes = grid[row, pair * columns + column]
+            extent = (0, BOX_SIDE, BOX_SIDE, 0)
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
+            axes.set(xlim=(0, BOX_SIDE), ylim=(BOX_SIDE, 0))
+            framed = [(truth.boxes[k], report.TRUE)]
+            title = CLASSES[c]
+            if column:
+                run = runs[column - 1]
+                axes.imshow(run.said.maps[k], cmap=report.COLOURS, vmin=0, vmax=1, alpha=0.4, extent=extent,
+                            interpolation="bilinear" if smooth else "nearest")  # fmt: skip
+                framed.append((run.found[k], report.FOUND))
+                title = f"{run.name}\n{said_of(run, truth, k)}"
+            for (x, y, w, h), colour in framed:
+                if not math.isnan(x):
+                    axes.add_patch(Rectangle((x, y), w, h, fill=False, lw=2, ec=colour))
+            axes.set_title(title, fontsize=7.5)
+    figure.colorbar(ScalarMappable(cmap=report.COLOURS), ax=grid, shrink=0.5, label="probability of the class")
+    frames = [
+        Patch(fill=False, ec=colour, lw=2, label=name)
+        for name, colour in (("true box", report.TRUE), ("found box", report.FOUND))
+    ]
+    figure.legend(handles=frames, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
+def with_interval(value: float, ci: Sequence[float]) -> str:
+    low, high = ci
+    return report.number(value) if math.isnan(low) else f"{value:.3f} ({low:.3f}-{high:.3f})"
+
+
+def auc_section(runs: Sequence[Evaluated]) -> report.Markup:
+    patients = runs[0].details["patients"]
+    rows, bars = [], []
+    for name in (*CLASSES, "mean"):
+        marked = f"{name}*" if 0 < patients.get(name, 0) < FEW_PATIENTS else name
+        values = [(run.metrics["auc"][name], run.metrics["auc_ci"][name]) for run in runs]
+        paper = [report.number(row.get(name)) for row in PAPER_AUC.values()]
+        rows.append([marked, *(with_interval(*v) for v in values), *paper, patients.get(name, "")])
+        spans = [report.Span(ci[0], value, ci[1], k) for k, (value, ci) in enumerate(values)]
+        bars.append((marked, spans))
+    lowest = min([0.5, *(span.low for _, spans in bars for span in spans if not math.isnan(span.low))])
+    notes = []
+    if any(row[0].endswith("*") for row in rows):
+        about = f"* fewer than {FEW_PATIENTS} patients: every draw keeps their number, and the interval is too narrow."
+        notes.append(report.paragraph(about, "note"))
+    if not PAPER_AUC:
+        notes.append(report.paragraph("The rows of the paper's Table 1 are not at hand, and so not printed.", "note"))
+    return report.section(
+        "Classification",
+        report.table(
+            ["class", *(run.name for run in runs), *PAPER_AUC, "patients with it"],
+            rows,
+            f"AUC over {runs[0].metrics['images']} test images, 95 % interval over patients",
+        ),
+        *notes,
+        report.intervals(bars, "AUC and its interval", math.floor(10 * lowest) / 10, 1.0),
+        report.legend([(run.name, k, False) for k, run in enumerate(runs)]),
+    )
+
+
+def localization_rows(runs: Sequence[Evaluated]) -> list[tuple[str, dict[str, dict[str, float]]]]:
+    """(name, accuracy by T_IoU and class) of all that is compared."""
+    rows = []
+    for run in runs:
+        rows.append((run.name, run.metrics["localization"]))
+        rows.append((f"{run.name}, without gate", run.metrics["localization_ungated"]))
+        rows.append((f"{run.name}, MaxBoxAcc", run.metrics["max_box_acc"]))
+    for name, accuracy in runs[0].metrics["baselines"].items():
+        rows.append((name, accuracy))
+        other = runs[-1].metrics["baselines"][name]
+        if other != accuracy:  # the maps are of different grids
+            rows[-1] = (f"{name}, {runs[0].name}", accuracy)
+            rows.append((f"{name}, {runs[-1].name}", other))
+    return [*rows, *PAPER_LOCALIZATION.items()]
+
+
+def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Markup:
+    steps = [f"{t:g}" for t in bx.T_IOU]
+    heads = [f"IoU > {step}" for step in steps]
+    details = runs[0].details
+    present = [name for name, count in details["boxes"].items() if count]
+    counts = ", ".join(f"{name} {details['boxes'][name]}" for name in present)
+
+    def chosen(key: str) -> str:
+        return "chosen by validation labels" if details[key] == VALIDATION else f"{details[key]:g}"
+
+    def cells(accuracy: dict[str, float], names: Sequence[str]) -> list[str]:
+        return [report.number(accuracy.get(name), 2) for name in names]
+
+    rows = localization_rows(runs)
+    overview = [[name, *(report.number(accuracy[step]["mean"], 2) for step in steps)] for name, accuracy in rows]
+    intervals = [
+        [
+            run.name + end,
+            *(with_interval(run.metrics[key][s]["mean"], run.details[f"{key}_ci"][s]["mean"]) for s in steps),
+        ]
+        for run in runs
+        for key, end in (("localization", ""), ("localization_ungated", ", without gate"))
+    ]
+    columns = (*present, "mean")
+    by_class = [
+        report.table(["", *columns], [[name, *cells(accuracy[step], columns)] for name, accuracy in rows], head)
+        for step, head in zip(steps, heads, strict=True)
+    ]
+    pointing = [[run.name, *cells(run.metrics["pointing_game"], columns)] for run in runs]
+    return report.section(
+        "Localization",
+        report.paragraph(
+            f"{len(truth.boxes)} boxes: {counts}. T_p {chosen('threshold')}, gate {chosen('gate')}, "
+            f"{details['upsampling']} upsampling, opening and closing by {details['morphology']} pixels."
+        ),
+        report.table(["", *heads], overview, "share of boxes found, mean over the classes"),
+        report.paragraph(
+            "Behind the gate a box counts where the class is predicted, too; without it, and in all rows that have no "
+            "network, whatever is predicted. MaxBoxAcc takes the one threshold that is best on these very boxes: what "
+            "the maps could give, not what the method gave. The mean box of a class is that of the boxes of other "
+            "patients; the ceiling is the best box that whole cells of the map can give.",
+            "note",
+        ),
+        report.table(["", *heads], intervals, "the same with 95 % intervals over patients"),
+        report.details("By class", *by_class),
+        report.table(["", *columns], pointing, "pointing game: boxes that hold the centre of the map's greatest cell"),
+    )
+
+
+def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> report.Markup:
+    def share(hits: np.ndarray) -> list[float]:
+        """Mean over the classes of every column of hits (k, steps)."""
+        return [bx.per_class(column, truth.classes, CLASSES)["mean"] for column in hits.T]
+
+    at = np.linspace(0, 1, 41)
+    lines = []
+    for k, run in enumerate(runs):
+        hits = run.overlaps[:, None] > at
+        lines.append(report.Line(run.name, at, share(hits & run.predicted[:, None]), k))
+        lines.append(report.Line(f"{run.name}, without gate", at, share(hits), k, True))
+    for k, (name, found) in enumerate(trivial_boxes(truth, runs[0].said.maps).items(), COMPARED):
+        lines.append(report.Line(name, at, share(bx.iou(found, truth.boxes)[:, None] > at), k, True))
+    charts = [report.chart(lines, "Boxes found, mean over the classes", "T_IoU", "share")]
+
+    thresholds = np.arange(100) / 100
+    overlaps = []
+    for run in runs:
+        side = run.config["image_size"]
+        boxes = [bx.boxes_by_threshold(heatmap, (side, side), thresholds, upsampling) for heatmap in run.said.maps]
+        overlaps.append(bx.iou(np.array(boxes), truth.boxes[:, None] * (side / BOX_SIDE)))
+    for t in (0.3, 0.5):
+        lines = [report.Line(run.name, thresholds, share(overlaps[k] > t), k) for k, run in enumerate(runs)]
+        charts.append(report.chart(lines, f"What T_p does: IoU > {t:g}, no gate, no morphology", "T_p", "share"))
+
+    at = np.linspace(0, 1, 101)
+    rocs = []
+    for c, name in enumerate(CLASSES):
+        labels = truth.labels[:, c]
+        if 0 < labels.sum() < len(labels):
+            curves = [roc_curve(labels, run.said.probability[:, c])[:2] for run in runs]
+            lines = [
+                report.Line(run.name, at, np.interp(at, *curve), k)
+                for k, (run, curve) in enumerate(zip(runs, curves, strict=True))
+            ]
+            rocs.append(report.chart(lines, name, "1 - specificity", "sensitivity"))
+    return report.section(
+        "Curves",
+        report.side_by_side(*charts),
+        report.paragraph("The curves over T_p look at the test boxes; nothing was chosen by them.", "note"),
+        report.details("ROC of every class", report.side_by_side(*rocs)),
+    )
+
+
+def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, count: int, side: int) -> report.Markup:
+    """``count`` boxes, the first of each class first, on images of ``side`` pixels."""
+    first = first_of_each_class(truth)
+    order = [*first, *(k for k in range(len(truth.boxes)) if k not in set(first))][:count]
+    cards = []
+    for k in order:
+        i, c = truth.image[k], truth.classes[k]
+        cards.append(
+            report.Card(
+                title=f"{CLASSES[c]} · {truth.names[i]}",
+                group=CLASSES[c],
+                image=cxr_data.load_image(truth.paths[i], side),
+                side=BOX_SIDE,
+                box=truth.boxes[k],
+                views=[report.View(run.name, run.said.maps[k], run.found[k], said_of(run, truth, k)) for run in runs],
+                best=float(runs[0].overlaps[k]),
+            )
+        )
+    about = f"{len(cards)} of {len(truth.boxes)} boxes, one of each class first. A click makes one larger."
+    return report.section(
+        "Gallery", report.paragraph(about), report.KEY, report.gallery(cards, upsampling == "bilinear")
+    )
+
+
+def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespace, path: Path) -> None:
+    """The page of ``runs`` at ``path``."""
+    sections = []
+    if truth.index.missing:
+        about = f"{len(truth.index.missing)} images of the tables are not there, and were left out."
+        sections.append(report.paragraph(about, "warning"))
+    sections.append(auc_section(runs))
+    if len(truth.boxes):
+        sections.append(localization_section(runs, truth))
+        sections.append(curves_section(runs, truth, args.upsampling))
+        sections.append(gallery_section(runs, truth, args.upsampling, args.gallery, args.gallery_size))
+    else:
+        sections.append(report.paragraph("None of these images has a box.", "warning"))
+    settings = []
+    for run in runs:
+        of_class = [run.details[f"{key}_of_class"] for key in ("threshold", "gate")]
+        settings.append(
+            report.details(
+                run.name,
+                report.table(["setting", "value"], list(run.details["config"].items())),
+                report.table(["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in CLASSES]),
+            )
+        )
+    lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the official test list."
+    content = report.page(
+        "ChestX-ray14: what is found, and where", lead, *sections, report.section("Settings", *settings)
+    )
+    path.write_text(content, encoding="utf-8")

@@ -1,0 +1,145 @@
+"""Classification and localization of a trained network on the official test list of ChestX-ray14.
+
+    python localize_cxr.py --run RUN --data-dir DIR                     RUN/localization/report.html and the rest
+    python localize_cxr.py --run RUN BASELINE --data-dir DIR --out OUT  the second run beside the first
+    python localize_cxr.py --run RUN --data-dir DIR --threshold validation --gate validation
+
+A map becomes a box as in the paper's section 4.4 (boxes.heatmap_to_box). A box is found where its IoU with the true one
+is greater than T_IoU and, behind the gate, the class is predicted. The thresholds are those of the options, or are
+chosen by the labels of the validation images; boxes choose nothing. Images that were trained on are refused.
+
+Writes into --out metrics.json, details.json (settings, thresholds, intervals), predictions.csv (an image a row),
+boxes.csv (a true box a row), localization.png and report.html; of a second run the tables into OUT/baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import boxes as bx
+import cxr_data
+import report
+import torch
+import train_cxr
+from cxr_data import CLASSES
+from cxr_evaluation import VALIDATION, Evaluated, Truth, evaluate, refuse_trained, truth_of
+from cxr_report import draw, localization_rows, write_report
+from training import write_json
+
+
+def without_nan(content: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(without_nan(run.metrics), folder / "metrics.json")
+    write_json(without_nan(run.details), folder / "details.json")
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "patient", *(f"p_{c}" for c in CLASSES), *(f"label_{c}" for c in CLASSES)])
+        for name, patient, p, y in zip(truth.names, truth.patients, run.said.probability, truth.labels, strict=True):
+            writer.writerow([name, patient, *(f"{v:.6g}" for v in p), *(f"{v:g}" for v in y)])
+    with (folder / "boxes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        sides = ("x", "y", "w", "h")
+        writer.writerow(["image", "patient", "class", "probability", "predicted",
+                         *(f"true_{s}" for s in sides), *(f"found_{s}" for s in sides), "iou"])  # fmt: skip
+        for k, (i, c) in enumerate(zip(truth.image, truth.classes, strict=True)):
+            found = ["" if math.isnan(v) else f"{v:g}" for v in run.found[k]]
+            writer.writerow(
+                [truth.names[i], truth.patients[i], CLASSES[c], f"{run.said.probability[i, c]:.6g}",
+                 int(run.predicted[k]), *(f"{v:.6g}" for v in truth.boxes[k]), *found, f"{run.overlaps[k]:.4f}"]
+            )  # fmt: skip
+
+
+def print_table(runs: Sequence[Evaluated]) -> None:
+    print(f"\n{'mean over the classes':48}{'AUC':>7}" + "".join(f"{f'> {t:g}':>8}" for t in bx.T_IOU))
+    auc = {run.name: run.metrics["auc"]["mean"] for run in runs}
+    for name, accuracy in localization_rows(runs):
+        values = (accuracy.get(f"{t:g}", {}).get("mean") for t in bx.T_IOU)
+        print(f"{name:48}{report.number(auc.get(name)):>7}" + "".join(f"{report.number(v, 2):>8}" for v in values))
+
+
+def threshold(text: str) -> float | str:
+    if text == VALIDATION:
+        return text
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a probability below 1, or {VALIDATION}, got {text}")
+    return value
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", nargs="+", type=Path, required=True, help="a folder that train_cxr.py wrote, and one to compare with")
+    add("--data-dir", type=Path, required=True, help="folder of the images")
+    add("--tables", type=Path, help="folder of the tables (--data-dir)")
+    add("--allow-missing", action="store_true", help="leave out images that the tables have and the disk has not")
+    add("--cache", type=Path, help="folder of decoded images, as of train_cxr.py")
+    add("--out", type=Path, help="folder to write into (RUN/localization)")
+    add("--threshold", type=threshold, default=0.5, help="T_p of the map, or validation: by labels (0.5)")
+    add("--gate", type=threshold, default=0.5, help="probability that predicts a class, or validation (0.5)")
+    add("--upsampling", choices=bx.UPSAMPLING, default="nearest", help="of the map to the image (nearest)")
+    add("--morphology", type=int, default=5, help="side of the square that opens and closes, odd; 1: none (5)")
+    add("--draws", type=int, default=1000, help="draws of patients for the intervals (1000)")
+    add("--seed", type=int, default=0, help="of these draws (0)")
+    add("--gallery", type=int, default=1000, help="boxes shown in the report at most (1000)")
+    add("--gallery-size", type=int, default=320, help="side of its images in pixels (320)")
+    add("--batch-size", type=int, default=16)
+    add("--workers", type=int, default=0, help="processes that decode images (0: none beside this one)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if len(args.run) > 2:
+        parser.error(f"--run: expected one or two, got {len(args.run)}")
+    if args.morphology < 1 or args.morphology % 2 == 0:
+        parser.error(f"--morphology: expected an odd number of pixels, got {args.morphology}")
+    for name in ("draws", "batch_size", "gallery_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if min(args.gallery, args.workers) < 0:
+        parser.error("--gallery, --workers: expected at least 0")
+    args.out = args.out or args.run[0] / "localization"
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        index = cxr_data.load_index(args.data_dir, args.allow_missing, args.tables)
+        truth = truth_of(index)
+        if not len(truth.rows):
+            raise ValueError(f"data-dir: no image of the test list is in {args.data_dir}")
+        for run in args.run:
+            refuse_trained(truth, train_cxr.trained_names(run), run)
+        print(f"{len(truth.rows)} images of the test list, {len(truth.boxes)} boxes on {len(set(truth.image))} of them")
+        runs = [evaluate(run, truth, args) for run in args.run]
+        if len({run.name for run in runs}) < len(runs):
+            runs = [run._replace(name=f"{run.name} ({path.name})") for run, path in zip(runs, args.run, strict=True)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for run, folder in zip(runs, (args.out, args.out / "baseline"), strict=False):
+        write_tables(run, truth, folder)
+    if len(truth.boxes):
+        draw(runs, truth, args.out / "localization.png", args.upsampling == "bilinear")
+    write_report(runs, truth, args, args.out / "report.html")
+    print_table(runs)
+    print(f"\nThe report is {args.out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""A page of results in one file: tables, curves and a gallery, without anything from outside.
+
+Plain functions that give HTML or SVG as text. Every text is escaped here, once; what is HTML already is a ``Markup``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+#: Probability 0 ... 1, blue to red; the frames of true and found boxes.
+COLOURS = colormaps["turbo"]
+TRUE, FOUND = "#2ee62e", "#ff9d1e"
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+class Line(NamedTuple):
+    """A curve: name, x and y of equal length, the number of its colour, whether it is dashed."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+    dashed: bool = False
+
+
+class Span(NamedTuple):
+    """A value with its interval, in a row of ``intervals``."""
+
+    low: float
+    value: float
+    high: float
+    colour: int
+
+
+class View(NamedTuple):
+    """What one network says of an image: its name, the map (h, w), the box (4,) found (NaN: none), a caption."""
+
+    name: str
+    heatmap: np.ndarray
+    box: np.ndarray
+    caption: str
+
+
+class Card(NamedTuple):
+    """An image of the gallery: (size, size) uint8, the true box (4,) and those found, all in pixels of ``side``.
+
+    ``group`` and ``best``, the IoU of the first view, are what the gallery is filtered by.
+    """
+
+    title: str
+    group: str
+    image: np.ndarray
+    side: int
+    box: np.ndarray
+    views: Sequence[View]
+    best: float
+
+
+def text(value: object) -> Markup:
+    return value if isinstance(value, Markup) else Markup(escape(str(value)))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Of NaN and None a dash."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def paragraph(content: str, kind: str = "") -> Markup:
+    return Markup(f'<p class="{text(kind)}">{text(content)}</p>' if kind else f"<p>{text(content)}</p>")
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]], caption: str = "") -> Markup:
+    """The first column names the row, and stays in sight where the page is narrower than the table."""
+    head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{text(row[0])}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    about = f"<caption>{text(caption)}</caption>" if caption else ""
+    return Markup(
+        f'<div class="wide" tabindex="0" role="group" aria-label="{text(caption or header[0])}"><table>{about}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def details(summary: str, *content: Markup) -> Markup:
+    return Markup(f"<details><summary>{text(summary)}</summary>{''.join(content)}</details>")
+
+
+def section(title: str, *content: Markup) -> Markup:
+    return Markup(f"<section><h2>{text(title)}</h2>{''.join(content)}</section>")
+
+
+def side_by_side(*content: Markup) -> Markup:
+    return Markup(f'<div class="charts">{"".join(content)}</div>')
+
+
+def legend(names: Sequence[tuple[str, int, bool]]) -> Markup:
+    """Of (name, colour, dashed)."""
+    items = "".join(
+        f'<li><svg class="key" viewBox="0 0 24 8" aria-hidden="true"><line x1="0" y1="4" x2="24" y2="4" '
+        f'class="c{colour}{" dashed" if dashed else ""}"/></svg>{text(name)}</li>'
+        for name, colour, dashed in names
+    )
+    return Markup(f'<ul class="legend">{items}</ul>')
+
+
+def chart(lines: Sequence[Line], title: str, x_name: str, y_name: str) -> Markup:
+    """Curves over 0 ... 1, in 0 ... 1. Points that are NaN are left out."""
+    width, height, left, top, right, bottom = 360, 260, 44, 10, 12, 40
+    across, down = width - left - right, height - top - bottom
+
+    def x_of(value: float) -> float:
+        return left + across * value
+
+    def y_of(value: float) -> float:
+        return top + down * (1 - value)
+
+    parts = []
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x, y = x_of(tick), y_of(tick)
+        parts.append(f'<line class="grid" x1="{x:g}" y1="{top}" x2="{x:g}" y2="{top + down}"/>')
+        parts.append(f'<line class="grid" x1="{left}" y1="{y:g}" x2="{left + across}" y2="{y:g}"/>')
+        parts.append(f'<text x="{x:g}" y="{top + down + 15}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:g}" text-anchor="end">{tick:g}</text>')
+    parts.append(f'<text x="{left + across / 2:g}" y="{height - 6}" text-anchor="middle">{text(x_name)}</text>')
+    parts.append(
+        f'<text transform="translate(12 {top + down / 2:g}) rotate(-90)" text-anchor="middle">{text(y_name)}</text>'
+    )
+    for line in lines:
+        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if not (math.isnan(x) or math.isnan(y))]
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="c{line.colour}{" dashed" if line.dashed else ""}" points="{path}"/>')
+    keys = legend([(line.name, line.colour, line.dashed) for line in lines])
+    return Markup(
+        f'<figure class="chart"><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{text(title)}">{"".join(parts)}</svg>{keys}</figure>'
+    )
+
+
+def intervals(rows: Sequence[tuple[str, Sequence[Span]]], title: str, low: float, high: float) -> Markup:
+    """A row per name, with a bar from low to high and a dot at the value for each of its spans."""
+    width, left, right, line = 360, 124, 12, 22
+    height = line * len(rows) + 26
+
+    def x_of(value: float) -> float:
+        return left + (width - left - right) * (min(max(value, low), high) - low) / (high - low)
+
+    parts = []
+    for tick in np.linspace(low, high, 6):
+        x = x_of(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{height - 20}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{tick:.1f}</text>')
+    for k, (name, spans) in enumerate(rows):
+        middle = line * k + line / 2 + 4
+        parts.append(f'<text x="{left - 8}" y="{middle + 4:g}" text-anchor="end">{text(name)}</text>')
+        for j, span in enumerate(spans):
+            y = middle + 7 * (j - (len(spans) - 1) / 2)
+            if not math.isnan(span.low):
+                parts.append(
+                    f'<line class="c{span.colour}" x1="{x_of(span.low):.1f}" y1="{y:g}" '
+                    f'x2="{x_of(span.high):.1f}" y2="{y:g}"/>'
+                )
+            if not math.isnan(span.value):
+                parts.append(f'<circle class="c{span.colour}" cx="{x_of(span.value):.1f}" cy="{y:g}" r="3.5"/>')
+    return Markup(
+        f'<figure class="chart"><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{text(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def data_uri(pixels: np.ndarray, kind: str) -> str:
+    """An image (h, w) or (h, w, 3) uint8 as an address that holds it; ``kind`` is png or jpeg."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **({"quality": 80} if kind == "jpeg" else {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def coloured(heatmap: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8 of probabilities (h, w)."""
+    return COLOURS(np.clip(heatmap, 0, 1), bytes=True)[..., :3]
+
+
+def _rect(box: np.ndarray, kind: str) -> str:
+    if np.isnan(box).any():
+        return ""
+    x, y, w, h = box
+    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"/>'
+
+
+def gallery(cards: Sequence[Card], smooth: bool) -> Markup:
+    """The cards, to be filtered by group and by whether the first network's box has an IoU > 0.3.
+
+    The image is there once for all views of a card. ``smooth``: the browser interpolates the maps.
+    """
+    groups = sorted({card.group for card in cards})
+    options = "".join(f'<option value="{text(name)}">{text(name)}</option>' for name in groups)
+    parts = [
+        '<form class="controls" hidden onsubmit="return false"><label>Class <select id="group">'
+        f'<option value="">all</option>{options}</select></label> <label>Show <select id="hits">'
+        '<option value="">all</option><option value="1">IoU &gt; 0.3</option><option value="0">IoU ≤ 0.3</option>'
+        '</select></label> <label>Map <input id="opacity" type="range" min="0" max="100" value="45"></label> '
+        '<output id="count"></output></form>'
+    ]
+    for k, card in enumerate(cards):
+        views = []
+        for j, view in enumerate(card.views):
+            base = (
+                f'<image id="i{k}" href="{data_uri(card.image, "jpeg")}" width="{card.side}" height="{card.side}"/>'
+                if j == 0
+                else f'<use href="#i{k}"/>'
+            )
+            views.append(
+                f'<div class="view"><svg viewBox="0 0 {card.side} {card.side}" role="img" '
+                f'aria-label="{text(card.title)}, {text(view.name)}: {text(view.caption)}">{base}'
+                f'<image class="map" href="{data_uri(coloured(view.heatmap), "png")}" width="{card.side}" '
+                f'height="{card.side}" preserveAspectRatio="none"/>{_rect(card.box, "true")}{_rect(view.box, "found")}'
+                f"</svg><b>{text(view.name)}</b> {text(view.caption)}</div>"
+            )
+        parts.append(
+            f'<figure class="card" data-group="{text(card.group)}" data-hit="{int(card.best > 0.3)}">'
+            f'<div class="views">{"".join(views)}</div><figcaption>{text(card.title)}</figcaption></figure>'
+        )
+    return Markup(f'<div class="gallery{" smooth" if smooth else ""}">{"".join(parts)}</div>')
+
+
+def page(title: str, lead: str, *content: Markup) -> str:
+    """The whole page. What it is not allowed to do it says itself: a browser loads nothing from elsewhere for it."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f'<meta name="color-scheme" content="light dark"><title>{text(title)}</title><style>{STYLE}</style></head>'
+        f"<body><main><h1>{text(title)}</h1><p>{text(lead)}</p>{''.join(content)}</main><script>{SCRIPT}</script>"
+        "</body></html>\n"
+    )
+
+
+STYLE = """
+:root { --ground: #fff; --raised: #f5f5f3; --ink: #1c1c1a; --faint: #5e5e59; --rule: #d9d9d4; --map: .45;
+  --c0: #c14f00; --c1: #0072b2; --c2: #007a58; --c3: #b0548a; --c4: #777; --c5: #8a6500; }
+@media (prefers-color-scheme: dark) { :root { --ground: #161615; --raised: #222220; --ink: #ecece8; --faint: #a5a59f;
+  --rule: #3b3b37; --c0: #ff8f45; --c1: #5ab4f0; --c2: #3cc79c; --c3: #e39ac5; --c4: #a0a09a; --c5: #e6b540; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 76rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+.note { color: var(--faint); font-size: .9rem; }
+.warning { border-left: 4px solid var(--c0); padding-left: .7rem; }
+.wide { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
+thead th { vertical-align: bottom; font-weight: 600; }
+th:first-child { position: sticky; left: 0; background: var(--ground); text-align: left; }
+tbody th { font-weight: 400; }
+details { margin: .6rem 0; }
+summary { cursor: pointer; padding: .3rem 0; }
+figure { margin: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.2rem; }
+.chart figcaption { font-size: .9rem; }
+.chart svg { width: 100%; max-width: 34rem; display: block; }
+.chart svg text { font-size: 11px; fill: var(--faint); }
+.grid { stroke: var(--rule); stroke-width: 1; }
+polyline, line { fill: none; stroke-width: 2; }
+.dashed { stroke-dasharray: 5 4; }
+.c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
+.c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }
+circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); } circle { stroke: none; }
+.legend { list-style: none; margin: .2rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem;
+  font-size: .85rem; }
+.key { width: 24px; height: 8px; margin-right: .4rem; vertical-align: middle; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.controls { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center;
+  position: sticky; top: 0; background: var(--ground); padding: .5rem 0; z-index: 1; }
+.controls[hidden] { display: none; }
+select, input { font: inherit; }
+.card { background: var(--raised); border-radius: 6px; padding: .5rem; font-size: .8rem; content-visibility: auto;
+  contain-intrinsic-size: auto 15rem; }
+.card[hidden] { display: none; }
+.card figcaption { color: var(--faint); margin-top: .2rem; overflow-wrap: anywhere; }
+.views { display: flex; gap: .4rem; }
+.view { flex: 1 1 0; min-width: 0; }
+.view svg { width: 100%; display: block; margin-bottom: .2rem; background: #000; cursor: zoom-in; }
+.card.large { grid-column: 1 / -1; }
+.card.large .view svg { cursor: zoom-out; }
+@media (max-width: 40rem) { .card.large .views { flex-direction: column; } }
+.map { opacity: var(--map); image-rendering: pixelated; }
+.smooth .map { image-rendering: auto; }
+rect { fill: none; stroke-width: 10; }
+rect.true { stroke: TRUE; }
+rect.found { stroke: FOUND; stroke-dasharray: 36 14; }
+.swatch { display: inline-block; width: 8rem; height: .8rem; vertical-align: middle;
+  background: linear-gradient(to right, SCALE); }
+.box { display: inline-block; width: 1.1em; height: .8em; vertical-align: middle; border: 3px solid TRUE; }
+.box.found { border: 3px dashed FOUND; }
+"""
+STYLE = STYLE.replace("TRUE", TRUE).replace("FOUND", FOUND)
+STYLE = STYLE.replace("SCALE", ", ".join(f"rgb({r} {g} {b})" for r, g, b in coloured(np.linspace(0, 1, 9)).tolist()))
+
+SCRIPT = """
+const form = document.querySelector(".controls");
+if (form) {
+  const cards = [...document.querySelectorAll(".card")], at = (id) => document.getElementById(id);
+  const show = () => {
+    let shown = 0;
+    for (const card of cards) {
+      card.hidden = (at("group").value && card.dataset.group !== at("group").value)
+        || (at("hits").value && card.dataset.hit !== at("hits").value);
+      shown += !card.hidden;
+    }
+    at("count").textContent = `${shown} of ${cards.length}`;
+  };
+  at("group").onchange = at("hits").onchange = show;
+  at("opacity").oninput = (event) => document.documentElement.style.setProperty("--map", event.target.value / 100);
+  for (const card of cards) card.querySelector(".views").onclick = () => card.classList.toggle("large");
+  form.hidden = false;
+  show();
+}
+"""
+
+#: What the colours of the gallery mean.
+KEY = Markup(
+    '<p class="note"><span class="box"></span> true box &ensp; <span class="box found"></span> found box &ensp; '
+    '0 <span class="swatch"></span> 1 probability of the class</p>'
+)

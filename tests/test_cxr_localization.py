@@ -1,0 +1,315 @@
+"""The evaluation of a run: a network whose maps are known gives hits that are known, and all that is written of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import cxr_data
+import cxr_evaluation
+import localize_cxr
+import numpy as np
+import pytest
+import report
+import torch
+import train_cxr
+from cxr_data import CLASSES, Index
+from PIL import Image
+
+SIZE = 64
+CONFIG = {
+    "image_size": SIZE, "loss": "sgl", "pooling": "max", "backbone": "known", "seed": 0, "val_patients": [90],
+    "note": "<script>alert(1)</script>",
+}  # fmt: skip
+MASS, NODULE, EDEMA = (CLASSES.index(name) for name in ("Mass", "Nodule", "Edema"))
+UNIT = 1024 // 8  # a cell of an 8 x 8 map, in pixels of the table
+
+
+class Known(torch.nn.Module):
+    """A logit per cell of 8 x 8 pixels: the first two classes that matter are painted into the image.
+
+    Bright cells are Mass at p = 0.9, dim ones Nodule at p = 0.4; everything else is at 0.1.
+    """
+
+    def forward(self, x):
+        grey = torch.nn.functional.avg_pool2d(x[:, 0] * cxr_data.STD[0] + cxr_data.MEAN[0], 8)
+        probability = torch.full((len(x), len(CLASSES), 8, 8), 0.1)
+        probability[:, MASS] += 0.8 * (grey > 0.9)
+        probability[:, NODULE] += 0.3 * ((grey > 0.4) & (grey < 0.6))
+        return torch.logit(probability)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Five test images, two of training and validation, and a run that knows."""
+    rows = {
+        # name: patient, test, classes, (first cell, cells, value) painted, boxes
+        "00000001_000.png": (1, True, [MASS], ((2, 1, 2, 2), 255), [(MASS, 2, 1, 2, 2)]),  # met exactly
+        "00000001_001.png": (1, True, [MASS], ((2, 1, 2, 2), 255), [(MASS, 2, 1, 4, 2)]),  # IoU 1/2
+        "00000002_000.png": (2, True, [MASS], ((0, 0, 1, 1), 255), [(MASS, 4, 4, 2, 2)]),  # elsewhere
+        "00000003_000.png": (3, True, [NODULE], ((5, 5, 2, 1), 128), [(NODULE, 5, 5, 2, 1)]),  # seen at p = 0.4
+        "00000004_000.png": (4, True, [], ((0, 0, 0, 0), 0), []),
+        "00000080_000.png": (80, False, [MASS], ((1, 1, 2, 2), 255), []),
+        "00000090_000.png": (90, False, [NODULE], ((1, 1, 2, 2), 128), []),
+        "00000090_001.png": (90, False, [MASS], ((1, 1, 2, 2), 255), []),
+    }
+    labels = np.zeros((len(rows), len(CLASSES)), np.float32)
+    paths, boxes = [], {}
+    for row, (name, (_, _, classes, ((x, y, w, h), value), true)) in enumerate(rows.items()):
+        labels[row, classes] = 1
+        pixels = np.full((SIZE, SIZE), 30, np.uint8)
+        pixels[8 * y : 8 * (y + h), 8 * x : 8 * (x + w)] = value
+        paths.append(tmp_path / name)
+        Image.fromarray(pixels).save(paths[-1])
+        if true:
+            boxes[name] = [(c, *(UNIT * float(v) for v in box)) for c, *box in true]
+    index = Index(
+        names=list(rows),
+        labels=labels,
+        patients=np.array([row[0] for row in rows.values()]),
+        test=np.array([row[1] for row in rows.values()]),
+        paths=paths,
+        boxes=boxes,
+        sizes=np.full((len(rows), 2), 2500),
+        missing=["00000007_000.png"],
+    )
+    trained = {name for name, row in rows.items() if not row[1]}
+    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index)
+    monkeypatch.setattr(train_cxr, "load_run", lambda run, device: (Known(), dict(CONFIG)))
+    monkeypatch.setattr(train_cxr, "trained_names", lambda run: trained)
+    return tmp_path, index, trained
+
+
+def evaluate(folder, *more):
+    out = folder / "out"
+    status = localize_cxr.main(
+        ["--run", str(folder / "run"), "--data-dir", str(folder), "--out", str(out), "--device", "cpu", "--draws", "20",
+         "--batch-size", "3", *more]
+    )  # fmt: skip
+    assert status == 0
+    return json.loads((out / "metrics.json").read_text()), out
+
+
+def test_known_maps_give_known_hits(data):
+    folder, *_ = data
+    metrics, _ = evaluate(folder)
+    assert metrics["images"] == 5
+    assert metrics["boxes"] == 4
+    # Mass: IoU 1, 1/2, 0; Nodule is seen at 0.4 and so not at T_p = 0.5
+    assert metrics["localization_ungated"] == {
+        "0.1": {"Mass": pytest.approx(2 / 3), "Nodule": 0, "mean": pytest.approx(1 / 3)},
+        "0.3": {"Mass": pytest.approx(2 / 3), "Nodule": 0, "mean": pytest.approx(1 / 3)},
+        "0.5": {"Mass": pytest.approx(1 / 3), "Nodule": 0, "mean": pytest.approx(1 / 6)},
+        "0.7": {"Mass": pytest.approx(1 / 3), "Nodule": 0, "mean": pytest.approx(1 / 6)},
+    }
+    assert metrics["localization"] == metrics["localization_ungated"]  # Mass is predicted at 0.9
+    assert metrics["pointing_game"] == {"Mass": pytest.approx(2 / 3), "Nodule": 1, "mean": pytest.approx(5 / 6)}
+    # scaled, the nodule's map is as good as any
+    assert metrics["max_box_acc"]["0.7"]["Nodule"] == 1
+    assert metrics["auc"]["Mass"] == 1
+    assert metrics["auc"]["Edema"] is None
+    assert metrics["baselines"]["ceiling of the grid"]["0.7"] == {"Mass": 1, "Nodule": 1, "mean": 1}
+    assert metrics["baselines"]["whole image"]["0.1"]["mean"] == pytest.approx((1 / 3) / 2)  # 8 of 64 cells
+
+
+def test_the_gate_and_the_threshold_are_two_things(data):
+    folder, *_ = data
+    below, _ = evaluate(folder, "--threshold", "0.3")
+    assert below["localization_ungated"]["0.7"]["Nodule"] == 1
+    assert below["localization"]["0.7"]["Nodule"] == 0
+    open_gate, _ = evaluate(folder, "--threshold", "0.3", "--gate", "0.3")
+    assert open_gate["localization"]["0.7"]["Nodule"] == 1
+    shut, _ = evaluate(folder, "--gate", "0.95")
+    assert shut["localization"]["0.1"]["mean"] == 0
+    assert shut["localization_ungated"]["0.1"]["Mass"] == pytest.approx(2 / 3)
+
+
+def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch):
+    folder, index, _ = data
+    chosen, out = evaluate(folder, "--threshold", "validation", "--gate", "validation")
+    assert chosen["localization"]["0.7"]["Nodule"] == 1
+    details = json.loads((out / "details.json").read_text())
+    assert details["threshold_of_class"]["Nodule"] == pytest.approx(0.25)  # between 0.1 and 0.4
+    assert details["threshold_of_class"]["Edema"] == 0.5  # nothing to choose by
+    # the boxes have no part in it
+    other = {name: [(c, 0.0, 0.0, 8.0, 8.0) for c, *_ in boxes] for name, boxes in index.boxes.items()}
+    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index._replace(boxes=other))
+    evaluate(folder, "--threshold", "validation", "--gate", "validation")
+    again = json.loads((out / "details.json").read_text())
+    assert again["threshold_of_class"] == details["threshold_of_class"]
+    assert again["gate_of_class"] == details["gate_of_class"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"), [("00000002_000.png", "1 images of the test list, 1 of them"), ("00000004_001.png", "patients")]
+)
+def test_what_was_trained_on_is_refused(data, monkeypatch, capsys, extra, named):
+    folder, index, trained = data
+    if extra not in index.names:  # another image of a patient of the test list
+        index = index._replace(
+            names=[*index.names, extra], patients=np.append(index.patients, 4), test=np.append(index.test, False),
+            paths=[*index.paths, index.paths[0]], labels=np.append(index.labels, index.labels[:1], axis=0),
+        )  # fmt: skip
+        monkeypatch.setattr(cxr_data, "load_index", lambda *_: index)
+    monkeypatch.setattr(train_cxr, "trained_names", lambda run: trained | {extra})
+    out = folder / "out"
+    assert localize_cxr.main(["--run", "r", "--data-dir", str(folder), "--out", str(out), "--device", "cpu"]) == 2
+    assert named in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_schema(data):
+    folder, *_ = data
+    metrics, out = evaluate(folder)
+    assert list(metrics) == [
+        "auc", "auc_ci", "localization", "localization_ungated", "max_box_acc", "pointing_game", "baselines",
+        "images", "boxes",
+    ]  # fmt: skip
+    assert list(metrics["auc"]) == list(metrics["auc_ci"]) == [*CLASSES, "mean"]
+    assert len(metrics["auc_ci"]["Mass"]) == 2
+    for table in (metrics["localization"], metrics["localization_ungated"], metrics["max_box_acc"]):
+        assert list(table) == ["0.1", "0.3", "0.5", "0.7"]
+    for table in metrics["baselines"].values():
+        assert list(table) == ["0.1", "0.3", "0.5", "0.7"]
+    details = json.loads((out / "details.json").read_text())
+    low, high = details["localization_ungated_ci"]["0.5"]["Mass"]
+    assert low <= metrics["localization_ungated"]["0.5"]["Mass"] <= high
+
+
+def test_the_tables(data):
+    folder, index, _ = data
+    _, out = evaluate(folder)
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == index.names[:5]
+    assert float(rows[0]["p_Mass"]) == pytest.approx(0.9)
+    assert float(rows[3]["p_Nodule"]) == pytest.approx(0.4)
+    assert rows[3]["label_Nodule"] == "1"
+    with (out / "boxes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["iou"] for row in rows] == ["1.0000", "0.5000", "0.0000", "0.0000"]
+    # in pixels of the table, whatever the network's image
+    assert [float(rows[1][f"found_{s}"]) for s in "xywh"] == [256, 128, 256, 256]
+    assert rows[3]["found_x"] == ""
+
+
+class Elements(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.open = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "input", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_holds_everything_and_asks_for_nothing(data):
+    folder, *_ = data
+    _, out = evaluate(folder)
+    text = (out / "report.html").read_text()
+    page = Elements(text)
+    assert not page.open
+    assert "http" not in text.replace("http-equiv", "")
+    for _, attributes in page.found:
+        for name in ("src", "href", "action", "srcset", "data"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/")), attributes
+    assert not [tag for tag, _ in page.found if tag in ("link", "iframe", "object", "embed", "base")]
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    cards = [attributes for tag, attributes in page.found if attributes.get("class") == "card"]
+    assert [card["data-group"] for card in cards] == ["Mass", "Nodule", "Mass", "Mass"]
+    assert [card["data-hit"] for card in cards] == ["1", "0", "1", "0"]
+    frames = [attributes["class"] for tag, attributes in page.found if tag == "rect"]
+    assert frames.count("true") == 4
+    assert frames.count("found") == 3
+    for shown in (
+        "0.33",
+        "SGL, max pooling",
+        "MaxBoxAcc",
+        "centre box",
+        "SGL (paper, Table 2)",
+        "1 images of the tables",
+    ):
+        assert shown in text
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text.lower())
+    with Image.open(out / "localization.png") as picture:
+        assert picture.width > 300
+
+
+def test_two_runs_beside_each_other(data, monkeypatch):
+    folder, *_ = data
+
+    def load_run(run, device):
+        return Known(), CONFIG | ({"loss": "bag", "pooling": "mean"} if run.name == "other" else {})
+
+    monkeypatch.setattr(train_cxr, "load_run", load_run)
+    status = localize_cxr.main(["--run", str(folder / "one"), str(folder / "other"), "--data-dir", str(folder),
+                                "--device", "cpu", "--draws", "5", "--upsampling", "bilinear"])  # fmt: skip
+    assert status == 0
+    out = folder / "one" / "localization"
+    first, second = (json.loads((out / part / "metrics.json").read_text()) for part in ("", "baseline"))
+    assert first["localization_ungated"] == second["localization_ungated"]
+    assert first["localization"]["0.1"]["Mass"] > second["localization"]["0.1"]["Mass"] == 0  # a mean over the map
+    text = (out / "report.html").read_text()
+    assert text.count("<use ") == 4
+    assert "bag loss, mean pooling" in text
+    assert "gallery smooth" in text
+
+
+def test_no_boxes_is_no_error(data, monkeypatch):
+    folder, index, _ = data
+    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index._replace(boxes={}))
+    metrics, out = evaluate(folder, "--threshold", "validation")
+    assert metrics["boxes"] == 0
+    assert metrics["localization"]["0.1"] == {"mean": None}
+    assert "None of these images has a box" in (out / "report.html").read_text()
+
+
+def test_the_cache_gives_the_same(data):
+    folder, *_ = data
+    plain, _ = evaluate(folder)
+    cached, _ = evaluate(folder, "--cache", str(folder / "cache"))
+    assert cached == plain
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--morphology", "4"), ("--threshold", "1"), ("--gate", "test"), ("--draws", "0"), ("--run", "a", "b", "c")],
+)
+def test_options_that_make_no_sense(option, capsys):
+    with pytest.raises(SystemExit):
+        localize_cxr.main(["--run", "r", "--data-dir", "d", *option])
+    assert option[0] in capsys.readouterr().err
+
+
+def test_curves_leave_out_what_is_not_defined():
+    svg = report.chart([report.Line("a <b>", [0, 0.5, 1], [0, math.nan, 1], 0)], "title", "x", "y")
+    assert svg.count("344.0,") == 0 or "nan" not in svg
+    assert "a &lt;b&gt;" in svg
+    (points,) = re.findall(r'points="([^"]*)"', svg)
+    assert points == "44.0,220.0 348.0,10.0"
+
+
+def test_text_is_escaped_once():
+    assert report.text("<&>") == "&lt;&amp;&gt;"
+    assert report.text(report.text("<&>")) == "&lt;&amp;&gt;"
+    assert "<td>&lt;b&gt;</td>" in report.table(["", "x"], [["a", "<b>"]])
+
+
+def test_the_order_of_boxes_is_that_of_images(data):
+    _, index, _ = data
+    truth = cxr_evaluation.truth_of(index)
+    assert truth.image.tolist() == [0, 1, 2, 3]
+    assert truth.boxes[1].tolist() == [256, 128, 512, 256]
