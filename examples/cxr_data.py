@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +54,7 @@ ENTRY_HEADER = [
 BOX_HEADER = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""]
 BOX_CLASSES = {name: number for number, name in enumerate(CLASSES)} | {"Infiltrate": CLASSES.index("Infiltration")}
 NAME = re.compile(r"(\d{8})_\d{3}\.png")
+AGE = re.compile(r"\d+[YMD]?")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 #: Mean and deviation per channel of what torchvision's networks were trained on.
@@ -190,7 +193,7 @@ def read_entries(path: Path) -> Entries:
             raise ValueError(f"{at}: expected a name like 00000001_000.png, got {name!r}")
         if not cells[3].isdecimal() or int(cells[3]) != int(match[1]):
             raise ValueError(f"{at}: expected patient {int(match[1])}, whose image {name} is, got {cells[3]!r}")
-        if not re.fullmatch(r"\d+[YMD]?", cells[4]):
+        if not AGE.fullmatch(cells[4]):
             raise ValueError(f"{at}: expected an age such as 58 or 058Y, got {cells[4]!r}")
         labels.append(_findings(cells[1], at))
         patients.append(int(cells[3]))
@@ -276,12 +279,17 @@ def _findings(text: str, at: str) -> list[int]:
     return [CLASSES.index(name) for name in names]
 
 
-def _positive(text: str, what: str, at: str, zero: bool = False) -> float:
+@functools.lru_cache(10_000)  # few texts, many rows
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = np.nan
-    if not (value > 0 or (zero and value == 0)) or np.isinf(value):
+        return math.nan
+
+
+def _positive(text: str, what: str, at: str, zero: bool = False) -> float:
+    value = _number(text)
+    if not (value > 0 or (zero and value == 0)) or value == math.inf:
         raise ValueError(f"{at}: {what}: expected numbers > 0{' or 0' if zero else ''}, got {text!r}")
     return value
 

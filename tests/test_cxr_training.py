@@ -1,0 +1,443 @@
+"""Training on ChestX-ray14: networks, order, what is written, and that an end at any moment changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import cxr_data
+import cxr_models
+import numpy as np
+import pytest
+import torch
+import train_cxr as example
+import training
+from conftest import ROOT
+from cxr_data import CLASSES
+from cxr_models import PatchClassifier
+from make_synthetic_cxr import write_dataset
+
+from sgl_ops import SGLLoss
+
+pytest.importorskip("PIL")
+has_torchvision = importlib.util.find_spec("torchvision") is not None
+needs_torchvision = pytest.mark.skipif(not has_torchvision, reason="torchvision is not installed")
+
+SMALL = [
+    "--backbone", "local17", "--image-size", "64", "--batch-size", "8", "--epochs", "2", "--workers", "0", "--device",
+    "cpu", "--lr", "1e-3", "--val-fraction", "0.3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A small synthetic data set, 64 pixels wide."""
+    folder = tmp_path_factory.mktemp("cxr") / "data"
+    write_dataset(folder, images=48, size=64, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("cxr") / "whole"
+    assert run(drawn, out) == 0
+    return out
+
+
+def run(data, out, *options):
+    return example.main(["--data-dir", str(data), "--out", str(out), *SMALL, *options])
+
+
+def assert_same_run(one, other):
+    """To the bit, but for how fast it was."""
+    for name in ("last.pt", "best.pt"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
+        for part in ("model", "optimizer"):
+            if part in states[0]:
+                flat = [torch.utils._pytree.tree_flatten(state[part]) for state in states]
+                assert flat[0][1] == flat[1][1]
+                for a, b in zip(flat[0][0], flat[1][0], strict=True):
+                    assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert states[0]["epoch"] == states[1]["epoch"]
+    histories = [list(csv.DictReader((folder / "history.csv").open())) for folder in (one, other)]
+    for rows in histories:
+        for row in rows:
+            del row["images_per_s"]
+    assert histories[0] == histories[1]
+
+
+# the networks
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("name", [name for name in cxr_models.BACKBONES if name.startswith("local")] + ["bagnet9"])
+def test_local_patches_see_what_they_should(name, stride):
+    field = int("".join(filter(str.isdigit, name)))
+    if stride > field:
+        with pytest.raises(ValueError, match=f"a local backbone of {field} pixels has 8"):
+            PatchClassifier(name, stride, 14)
+        return
+    side = 96
+    model = PatchClassifier(name, stride, 14).eval()
+    x = torch.randn(1, 3, side, side, requires_grad=True)
+    y = model(x)
+    assert y.shape == (1, 14, side // stride, side // stride)
+    cell = side // stride // 2
+    y[0, :, cell, cell].sum().backward()
+    seen = x.grad[0].abs().sum(0) > 0
+    for along in (0, 1):
+        (where,) = seen.any(along).nonzero(as_tuple=True)
+        first, last = int(where[0]), int(where[-1])
+        assert last - first + 1 == field
+        # the cell is in its middle
+        before, after = cell * stride - first, last - ((cell + 1) * stride - 1)
+        assert after - before in (0, 1)
+
+
+@needs_torchvision
+@pytest.mark.parametrize("name", cxr_models.TORCHVISION)
+def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
+    """Taking out strides and dilating instead leaves the weights' meaning as it was."""
+    x = torch.randn(1, 3, 64, 64)
+    coarse = PatchClassifier(name, 32, 14).eval()
+    for module in coarse.modules():  # else nearly all is 0 or the bias
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(0.5)
+    with torch.inference_mode():
+        expected = coarse(x)
+        assert expected.shape == (1, 14, 2, 2)
+        for stride in (16, 8):
+            fine = PatchClassifier(name, stride, 14).eval()
+            fine.load_state_dict(coarse.state_dict())
+            got = fine(x)
+            assert got.shape == (1, 14, 64 // stride, 64 // stride)
+            step = 32 // stride
+            torch.testing.assert_close(got[..., ::step, ::step], expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_torchvision
+def test_weights_of_a_file(tmp_path, monkeypatch):
+    from torchvision import models
+
+    for name in ("resnet18", "densenet121"):
+        state = getattr(models, name)().state_dict()
+        if name == "densenet121":  # as torchvision's own file has it
+            state = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in k else k: v
+                     for k, v in state.items()}  # fmt: skip
+        torch.save(state, tmp_path / f"{name}.pth")
+        model = PatchClassifier(name, 16, 14)
+        head = model.head.weight.clone()
+        cxr_models.load_weights(model, name, str(tmp_path / f"{name}.pth"))
+        first = next(value for key, value in state.items() if key.endswith(("conv1.weight", "conv0.weight")))
+        assert torch.equal(next(model.features.parameters()), first)
+        assert torch.equal(model.head.weight, head)
+    with pytest.raises(ValueError, match="does not fit resnet50"):
+        cxr_models.load_weights(PatchClassifier("resnet50", 32, 14), "resnet50", str(tmp_path / "resnet18.pth"))
+    with pytest.raises(ValueError, match=r"expected 'none', 'imagenet' or a file, got 'no\.pth'"):
+        cxr_models.load_weights(model, "densenet121", "no.pth")
+    with pytest.raises(ValueError, match="none of ImageNet for local17"):
+        cxr_models.load_weights(PatchClassifier("local17", 8, 14), "local17", "imagenet")
+
+    def offline(*arguments, **named):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"could not be downloaded \(no network\); name a file"):
+        cxr_models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
+
+
+# settings and order
+
+
+def test_the_papers_settings():
+    config = example.config_of(example.parse(["--data-dir", "x", "--out", "y"]))
+    expected = {
+        "backbone": "resnet50", "weights": "imagenet", "image_size": 512, "loss": "sgl", "pooling": "softmax",
+        "delta_l": 0.3, "lam": 20, "lr": 1e-4, "weight_decay": 1e-4, "lr_step": 10, "lr_factor": 0.1, "epochs": 20,
+        "output_stride": 32, "rescale": True, "weighted": True, "amp": "off",
+    }  # fmt: skip
+    assert {name: config[name] for name in expected} == expected
+    assert example.crop_of(config) == 448
+    assert config["mask_weight"] > 0
+    criterion = training.make_criterion(config)
+    assert (criterion.lam, criterion.mask_weight) == (20, config["mask_weight"])
+    base = example.config_of(example.parse(["--data-dir", "x", "--out", "y", "--loss", "bag"]))
+    assert base["pooling"] == "mean"
+
+
+def test_lam_rises_in_its_warm_up():
+    config = {"lam": 20.0, "lam_warmup": 2.0}
+    assert [example.lam_at(config, at) for at in (0, 0.5, 2, 7)] == [0, 5, 20, 20]
+    assert example.lam_at(config | {"lam_warmup": 0.0}, 0) == 20
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_share_every_pass_of_the_same_order(accumulate):
+    config = {"batch_size": 12, "accumulate": accumulate, "seed": 4}
+    numbers = np.arange(100, 150)
+    alone = example.batches_of(numbers, config, 3, 0, 1)
+    shares = [example.batches_of(numbers, config, 3, rank, 3) for rank in range(3)]
+    assert len(alone) == 4 * accumulate
+    assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == alone
+    everything = [key for some in alone for key in some]
+    assert {epoch for epoch, _ in everything} == {3}
+    assert len(set(everything)) == 48
+    assert {number for _, number in everything} <= set(numbers.tolist())
+    assert example.batches_of(numbers, config, 3, 0, 1) == alone
+    assert {n for _, n in example.batches_of(numbers, config, 4, 0, 1)[0]} != {n for _, n in alone[0]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [], ["--out", "x"], ["--data-dir", "x"], ["--delta-l", "0.7"], ["--lam", "-1"], ["--lam", "nan"],
+        ["--epochs", "0"], ["--batch-size", "9", "--accumulate", "2"], ["--loss", "mmm", "--pooling", "max"],
+        ["--image-size", "100"], ["--image-size", "32"], ["--val-fraction", "1"], ["--backbone", "vgg"],
+        ["--synthetic"],
+    ],
+)  # fmt: skip
+def test_bad_options(options, capsys):
+    given = ["--data-dir", "x", "--out", "y"] if options and options[0] not in ("--out", "--data-dir") else []
+    with pytest.raises(SystemExit):
+        example.parse([*given, *options])
+    assert "error" in capsys.readouterr().err
+
+
+# a run
+
+
+def test_what_a_run_leaves(drawn, whole):
+    config = json.loads((whole / "config.json").read_text())
+    rows = list(csv.DictReader((whole / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(
+            float(row["bag"]) + 20 * float(row["instance"]) + config["mask_weight"] * float(row["mask"])
+        )
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"])
+    index = cxr_data.load_index(drawn)
+    names = example.trained_names(whole)
+    assert names == {name for name, test in zip(index.names, index.test, strict=True) if not test}
+    parts = {row["image"]: row["part"] for row in csv.DictReader((whole / "split.csv").open())}
+    for name, patient in zip(index.names, index.patients, strict=True):
+        if name in parts:
+            assert (parts[name] == "val") == (patient in config["val_patients"])
+    for which in (None, "best", "last"):
+        model, loaded = example.load_run(whole, "cpu", which)
+        assert loaded == config
+        assert not model.training
+        images = cxr_data.to_input(np.stack([cxr_data.load_image(path, 64) for path in index.paths[:2]]))
+        assert model(images).shape == (2, 14, 8, 8)
+    assert "missing" not in (whole / "data.txt").read_text()
+    if importlib.util.find_spec("tensorboard") is not None:
+        assert list((whole / "tensorboard").glob("events*"))
+
+
+def test_the_best_is_of_the_highest_validation_auc(drawn, whole):
+    rows = list(csv.DictReader((whole / "history.csv").open()))
+    best = max(rows, key=lambda row: float(row["val_auc"]))
+    assert torch.load(whole / "best.pt", weights_only=True)["epoch"] == int(best["epoch"])
+    # what it says of the validation images is what was written then
+    from sklearn.metrics import roc_auc_score
+
+    model, config = example.load_run(whole, "cpu", "best")
+    index = cxr_data.load_index(drawn)
+    val = np.isin(index.patients, config["val_patients"])
+    with torch.inference_mode():
+        maps = model(cxr_data.to_input(np.stack([cxr_data.load_image(p, 64) for p in np.array(index.paths)[val]])))
+        scores = training.make_pooling("softmax")(maps).numpy()
+    labels = index.labels[val]
+    values = [roc_auc_score(labels[:, c], scores[:, c]) for c in range(14) if 0 < labels[:, c].sum() < val.sum()]
+    assert float(best["val_auc"]) == pytest.approx(np.mean(values), abs=1e-6)
+    assert 3 <= len(values) == sum(best[f"val_auc_{name}"] != "nan" for name in CLASSES)
+
+
+def test_a_changed_list_of_trained_images_is_noticed(whole, tmp_path):
+    other = shutil.copytree(whole, tmp_path / "run")
+    lines = (other / "split.csv").read_text().splitlines()
+    (other / "split.csv").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(ValueError, match="not the images that the run was trained on"):
+        example.trained_names(other)
+    (other / "split.csv").unlink()
+    with pytest.raises(ValueError, match="holds no split"):
+        example.trained_names(other)
+    with pytest.raises(ValueError, match=r"holds no last\.pt"):
+        example.load_run(tmp_path, "cpu")
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.parametrize("when", ["first step", "third step", "epoch's last step", "best kept", "history"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path, monkeypatch, when):
+    options = ["--save-every", "1", "--cache", str(tmp_path / "cache")]
+    steps = []
+    with monkeypatch.context() as patch:
+
+        def take_step(self, passes, progress, original=example.Training.take_step):
+            original(self, passes, progress)
+            steps.append(progress)
+            if len(steps) == {"first step": 1, "third step": 3}.get(when) or (
+                when == "epoch's last step" and progress == max(steps) > 1
+            ):
+                raise Killed
+
+        def save(state, path, original=example.save_atomically):
+            if when == "best kept" and path.name == "last.pt" and state["step"] == 0:
+                raise Killed
+            original(state, path)
+
+        def write(*arguments):
+            raise Killed
+
+        patch.setattr(example.Training, "take_step", take_step)
+        patch.setattr(example, "save_atomically", save)
+        if when == "history":
+            patch.setattr(example, "write_history", write)
+        with pytest.raises(Killed):
+            run(drawn, tmp_path / "cut", *options)
+    before = len(steps)
+    assert run(drawn, tmp_path / "cut", *options, "--resume") == 0
+    assert before >= 1
+    assert_same_run(whole, tmp_path / "cut")
+
+
+def test_a_process_that_is_killed(drawn, whole, tmp_path):
+    """Without warning, in the middle of an epoch, while images are being loaded by another process."""
+    out = tmp_path / "cut"
+    options = ["--data-dir", drawn, "--out", out, *SMALL, "--save-every", "1", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "train_cxr.py", *map(str, options)],
+        env=environment, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) < (2, 0)
+    assert run(drawn, out, "--resume") == 0
+    assert_same_run(whole, out)
+
+
+def test_what_is_there_is_not_overwritten_nor_continued_otherwise(drawn, whole, capsys):
+    assert run(drawn, whole) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert run(drawn, whole, "--resume", "--lam", "3", "--seed", "1") == 2
+    assert "was trained with another lam, seed, val_patients" in capsys.readouterr().err
+
+
+def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
+    other = shutil.copytree(drawn, tmp_path / "data")
+    path = next(path for path in cxr_data.load_index(other).paths if "images_003" in str(path))
+    path.write_bytes(path.read_bytes()[:-30])
+    assert run(other, tmp_path / "out") == 2
+    assert f"1 images cannot be read:\n{path}: " in capsys.readouterr().err
+    path.unlink()
+    assert run(other, tmp_path / "out") == 2
+    assert f"images of the tables are missing ({path.name})" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(other, tmp_path / "out", "--allow-missing", "--epochs", "1") == 0
+    assert (tmp_path / "out" / "missing.txt").read_text() == path.name + "\n"
+    assert path.name not in example.trained_names(tmp_path / "out")
+    assert run(other, tmp_path / "more", "--allow-missing", "--batch-size", "64") == 2
+    assert "batch-size: 64 is more than the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--amp", "bf16"], ["--amp", "fp16"], ["--loss", "bag"], ["--loss", "bil"], ["--loss", "mmm"],
+        ["--batch-norm", "frozen", "--accumulate", "2"], ["--lam-warmup", "3"], ["--val-fraction", "0"],
+    ],
+)  # fmt: skip
+def test_dry_run_of_the_options(drawn, tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    assert run(drawn, "out", *options, "--dry-run") == 0
+    loss = float(capsys.readouterr().out.split("loss of one step ")[1].split(";")[0])
+    assert 0 < loss < 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def step_of(config, passes, **changed):
+    alone = example.Processes(0, 1, torch.device("cpu"), None)
+    some = example.Training(config | changed, alone, False)
+    example.train_mode(some.model, some.config)
+    some.take_step(passes, 0.0)
+    return torch.cat([p.detach().flatten() for p in some.network.parameters()]), some
+
+
+def test_two_passes_are_one_step(drawn):
+    """With the bag loss, which is a mean over images, and with statistics that do not depend on the others."""
+    base = example.config_of(example.parse(["--data-dir", "x", "--out", "y", *SMALL, "--loss", "bag"]))
+    index = cxr_data.load_index(drawn)
+    data = cxr_data.Radiographs(index.paths, index.labels, 64)
+    images, labels, _ = torch.utils.data.default_collate([data[0, n] for n in range(8)])
+    # plain steps, that a gradient near 0 does not turn round as Adam's do
+    one, a = step_of(base | {"batch_norm": "frozen"}, [(images, labels)])
+    two, b = step_of(base | {"batch_norm": "frozen"}, [(images[:4], labels[:4]), (images[4:], labels[4:])])
+    momenta = [torch.cat([s["exp_avg"].flatten() for s in x.optimizer.state_dict()["state"].values()]) for x in (a, b)]
+    torch.testing.assert_close(momenta[0], momenta[1], rtol=1e-4, atol=1e-7)
+    assert momenta[0].abs().max() > 1e-4
+    assert one.shape == two.shape
+    torch.testing.assert_close(a.sums, b.sums, rtol=1e-5, atol=0)
+    statistics = [m for m in a.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(int(m.num_batches_tracked) == 0 and m.weight.grad is None for m in statistics)
+
+
+def test_two_processes_are_one(drawn, tmp_path):
+    # instances are counted over both; without that option of the loss, what needs no such counts
+    loss = "sgl" if "process_group" in inspect.signature(SGLLoss).parameters else "bag"
+    options = ["--loss", loss, "--batch-norm", "frozen", "--epochs", "1", "--pooling", "max"]
+    assert run(drawn, tmp_path / "one", *options) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        command = ["--data-dir", str(drawn), "--out", str(tmp_path / "two"), *SMALL, *options]
+        processes.append(subprocess.Popen(
+            [sys.executable, ROOT / "examples" / "train_cxr.py", *command], env=environment, stdout=subprocess.DEVNULL,
+        ))  # fmt: skip
+    try:
+        assert [process.wait(90) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    rows = [next(csv.DictReader((tmp_path / k / "history.csv").open())) for k in ("one", "two")]
+    for name in ("loss", "bag", "instance", "mask", "val_loss"):
+        assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), rel=1e-3), name
+    one, two = (torch.load(tmp_path / k / "last.pt", weights_only=True) for k in ("one", "two"))
+    for key, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][key], rtol=0.02, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    assert json.loads((tmp_path / "two" / "config.json").read_text()) == one["config"]
+
+
+def test_genuine_images(data_dir, tmp_path):
+    folder = data_dir / "chestxray14"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    assert run(folder, tmp_path / "out", "--allow-missing", "--epochs", "1") == 0
+    here = {path.name for path in (folder / "images").iterdir()}
+    trained = example.trained_names(tmp_path / "out")
+    assert trained == here & set((folder / "train_val_list.txt").read_text().split())
+    assert trained
+    assert not trained & set(cxr_data.read_boxes(folder / "BBox_List_2017.csv"))
