@@ -52,12 +52,12 @@ TERMS = ("loss", "bag", "instance", "mask")
 DECISIVE = (
     "backbone", "weights", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_warmup",
     "mask_weight", "normalize", "rescale", "weighted", "epochs", "batch_size", "accumulate", "lr", "lr_step",
-    "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
+    "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm", "prior",
 )  # fmt: skip
 #: The tour: what --synthetic changes of the defaults.
 TOUR = {
     "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 96, "pooling": "max", "lam": 1.0,
-    "mask_weight": 0.0, "epochs": 6, "batch_size": 16, "lr": 2e-3, "lr_step": 4, "workers": 0,
+    "mask_weight": 0.0, "prior": 0.02, "epochs": 6, "batch_size": 16, "lr": 1e-3, "lr_step": 5, "workers": 0,
 }  # fmt: skip
 TOUR_IMAGES = 1200
 
@@ -225,6 +225,8 @@ class Training:
         self.network = make_model(config)
         if processes.first or config["weights"] != "imagenet":
             load_weights(self.network, config["backbone"], config["weights"])  # the others get them from the first
+        with torch.no_grad():
+            self.network.head.bias.add_(math.log(config["prior"] / (1 - config["prior"])))
         if config["batch_norm"] == "sync" and processes.group is not None:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.network.to(processes.device, memory_format=torch.channels_last)
@@ -499,6 +501,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("weight-decay", 1e-4, "of Adam")
     add("val-fraction", 0.125, "part of the training list's patients that validates")
     add("seed", 0, "of weights, order, crops and validation patients")
+    add("prior", 0.5, "probability of a patch before training; small, where training starts from nothing")
     add("amp", "off", "mixed precision", choices=tuple(AMP))
     norms = "statistics: own, of each process; sync, of all; frozen, as they came with the weights"
     add("batch-norm", "own", norms, choices=("own", "sync", "frozen"))
@@ -540,8 +543,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("lam", "lam_warmup", "mask_weight", "lr", "lr_factor", "weight_decay", "workers", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(args, name)}")
-    if not 0 <= args.delta_l <= 0.5 or not 0 <= args.val_fraction < 1:
-        parser.error("--delta-l: expected 0 to 0.5; --val-fraction: 0 to less than 1")
+    if not 0 <= args.delta_l <= 0.5 or not 0 <= args.val_fraction < 1 or not 0 < args.prior < 1:
+        parser.error("--delta-l: expected 0 to 0.5; --val-fraction: 0 to less than 1; --prior: between 0 and 1")
     shares = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % shares:
         parser.error(f"--batch-size: {args.batch_size} is no multiple of passes times processes, {shares}")
@@ -575,8 +578,8 @@ def tour(args: argparse.Namespace, processes: Processes) -> int:
     import localize_cxr
 
     return localize_cxr.main([
-        "--run", str(out / "sgl"), "--baseline", str(out / "bag"), "--data-dir", str(args.data_dir),
-        "--out", str(out / "report"),
+        "--run", str(out / "sgl"), str(out / "bag"), "--data-dir", str(args.data_dir), "--cache", str(args.cache),
+        "--out", str(out / "report"), "--device", args.device,
     ])  # fmt: skip
 
 
