@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import cxr_data
 import cxr_models
@@ -212,6 +213,18 @@ def test_bad_options(options, capsys):
     with pytest.raises(SystemExit):
         example.parse([*given, *options])
     assert "error" in capsys.readouterr().err
+
+
+def test_the_prior_is_what_an_untrained_patch_says():
+    base = example.config_of(example.parse(["--data-dir", "x", "--out", "y", *SMALL]))
+    alone = example.Processes(0, 1, torch.device("cpu"), None)
+    images = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
+    logits = []
+    for prior in (0.5, 0.02):
+        network = example.Training(base | {"prior": prior}, alone, False).network.eval()
+        with torch.inference_mode():
+            logits.append(network(cxr_data.to_input(images)))
+    torch.testing.assert_close(logits[1], logits[0] + torch.logit(torch.tensor(0.02)))
 
 
 # a run
@@ -429,6 +442,24 @@ def test_two_processes_are_one(drawn, tmp_path):
     for key, value in one["model"].items():
         torch.testing.assert_close(value, two["model"][key], rtol=0.02, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
     assert json.loads((tmp_path / "two" / "config.json").read_text()) == one["config"]
+
+
+def test_the_tour(tmp_path, monkeypatch):
+    """Two runs on what it drew, and both are handed to the report."""
+    handed = []
+    stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0)
+    monkeypatch.setitem(sys.modules, "localize_cxr", stub)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else stub)
+    monkeypatch.setattr(example, "TOUR", example.TOUR | {"epochs": 1, "image_size": 32})
+    monkeypatch.setattr(example, "TOUR_IMAGES", 40)
+    out = tmp_path / "tour"
+    assert example.main(["--synthetic", "--out", str(out)]) == 0
+    configs = [example.load_run(out / name, "cpu")[1] for name in ("sgl", "bag")]
+    assert [config["loss"] for config in configs] == ["sgl", "bag"]
+    assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"loss"}
+    ((_, sgl, bag, _, data, *_),) = handed
+    assert (sgl, bag, data) == (str(out / "sgl"), str(out / "bag"), str(out / "data"))
+    assert example.main(["--synthetic", "--out", str(out)]) == 2
 
 
 def test_genuine_images(data_dir, tmp_path):
