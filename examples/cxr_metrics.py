@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from metrics import auc
 from sklearn.metrics import roc_curve
 
-#: A class shown by fewer patients is one that a draw of patients may miss altogether.
+#: An interval from fewer patients says little.
 FEW_PATIENTS = 10
 
 #: Of the paper's Table 2 (localization accuracy, behind the class gate) what is known here: the mean over the eight
@@ -43,39 +43,24 @@ def auc_per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
     return values | {"mean": _mean(values.values())}
 
 
-def _mean(values) -> float:
+def _mean(values: Iterable[float]) -> float:
     defined = [value for value in values if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan
 
 
-def strata_of(patients: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """The stratum (n,) of each row: which of the classes that few patients show its patient shows.
-
-    Args:
-        patients: (n,) whose row it is.
-        shown: (n, C) bool, whether the row has the class.
-    """
-    _, patient = np.unique(patients, return_inverse=True)
-    shows = np.zeros((patient.max(initial=-1) + 1, shown.shape[1]), bool)
-    np.logical_or.at(shows, patient, shown)
-    count = shows.sum(0)
-    rare = shows[:, (count > 0) & (count < FEW_PATIENTS)]
-    if not rare.shape[1]:
-        return np.zeros(len(patients), int)
-    return np.unique(rare, axis=0, return_inverse=True)[1].reshape(-1)[patient]
-
-
-def draws_of_patients(patients: np.ndarray, strata: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+def draws_of_patients(patients: np.ndarray, shown: np.ndarray, draws: int, seed: Sequence[int]) -> Iterator[np.ndarray]:
     """How often each row (n,) is drawn, ``draws`` times: patients with replacement, all rows of a patient together.
 
-    Every stratum keeps its number of patients, so that a class that few show does not vanish from a draw. The interval
-    of such a class is one over those few, and narrower than one over more of them would be.
+    Those who have a row that is ``shown`` (n,) and those who have none are drawn apart, as many of each as there are:
+    what is shown does not vanish from a draw, however few show it.
     """
     _, first, patient = np.unique(patients, return_index=True, return_inverse=True)
-    members = [np.flatnonzero(strata[first] == s) for s in np.unique(strata)]
+    shows = np.zeros(len(first), bool)
+    np.logical_or.at(shows, patient, shown)
+    members = [np.flatnonzero(shows == kind) for kind in (False, True)]
     rng = np.random.default_rng(seed)
     for _ in range(draws):
-        chosen = np.concatenate([np.zeros(0, int), *(rng.choice(inside, len(inside)) for inside in members)])
+        chosen = np.concatenate([inside[rng.integers(0, max(len(inside), 1), len(inside))] for inside in members])
         yield np.bincount(chosen, minlength=len(first))[patient]
 
 
@@ -87,6 +72,28 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(float(low), float(high))
 
 
+def over_patients(
+    measures: dict[str, Callable[[np.ndarray], float]],
+    shown: np.ndarray,
+    patients: np.ndarray,
+    draws: int,
+    seed: int,
+) -> dict[str, Interval]:
+    """95 % intervals of the ``measures`` of classes and of their mean; a measure takes how often each row (n,) counts.
+
+    Each class has draws of its own, in which the patients who show it (rows ``shown`` (n, classes)) keep their number:
+    it does not vanish, but an interval from a few patients says little. The mean has draws of all patients alike; where
+    a class is missing from one, the mean moves as the other classes do.
+    """
+    result = {}
+    for c, (name, of) in enumerate(measures.items()):
+        result[name] = interval([of(weight) for weight in draws_of_patients(patients, shown[:, c], draws, (seed, c))])
+    whole = np.array([of(np.ones(len(patients), int)) for of in measures.values()])
+    alike = draws_of_patients(patients, np.zeros(len(patients), bool), draws, (seed, len(measures)))
+    moved = [_mean(np.array([of(weight) for of in measures.values()]) - whole) for weight in alike]
+    return result | {"mean": interval(_mean(whole) + np.array(moved))}
+
+
 def auc_intervals(
     scores: np.ndarray,
     labels: np.ndarray,
@@ -95,16 +102,9 @@ def auc_intervals(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals of what ``auc_per_class`` gives, from ``draws`` draws of patients (``strata_of``)."""
-    weighted = [_weighted_auc(scores[:, c], labels[:, c] > 0) for c in range(len(names))]
-    rows = [
-        [of(weight) for of in weighted]
-        for weight in draws_of_patients(patients, strata_of(patients, labels > 0), draws, seed)
-    ]
-    table = np.array(rows).reshape(draws, len(names))
-    return {name: interval(table[:, c]) for c, name in enumerate(names)} | {
-        "mean": interval([_mean(row) for row in table])
-    }
+    """95 % intervals over patients of what ``auc_per_class`` gives."""
+    measures = {name: _weighted_auc(scores[:, c], labels[:, c] > 0) for c, name in enumerate(names)}
+    return over_patients(measures, labels > 0, patients, draws, seed)
 
 
 def _weighted_auc(scores: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray], float]:
@@ -133,18 +133,18 @@ def mean_intervals(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals of what ``boxes.per_class`` gives of hits (n,) and class numbers (n,), over draws of patients."""
-    present = [c for c in range(len(names)) if (classes == c).any()]
-    shown = np.stack([classes == c for c in present], axis=1) if present else np.zeros((len(values), 0), bool)
-    table = []
-    for weight in draws_of_patients(patients, strata_of(patients, shown), draws, seed):
-        total = weight @ shown
-        hits = (weight * values) @ shown
-        table.append(np.divide(hits, total, out=np.full(len(present), math.nan), where=total > 0))
-    columns = np.array(table).reshape(draws, len(present))
-    return {names[c]: interval(columns[:, k]) for k, c in enumerate(present)} | {
-        "mean": interval([_mean(row) for row in columns])
-    }
+    """95 % intervals over patients of what ``boxes.per_class`` gives of values (n,) and class numbers (n,)."""
+    present = np.unique(classes)
+    measures = {names[c]: _weighted_mean(values, classes == c) for c in present}
+    return over_patients(measures, classes[:, None] == present, patients, draws, seed)
+
+
+def _weighted_mean(values: np.ndarray, inside: np.ndarray) -> Callable[[np.ndarray], float]:
+    def value(weight: np.ndarray) -> float:
+        total = float((weight * inside).sum())
+        return float((weight * inside) @ values) / total if total else math.nan
+
+    return value
 
 
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:

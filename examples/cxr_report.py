@@ -94,7 +94,7 @@ def auc_section(runs: Sequence[Evaluated]) -> report.Markup:
     lowest = min([0.5, *(span.low for _, spans in bars for span in spans if not math.isnan(span.low))])
     notes = []
     if any(row[0].endswith("*") for row in rows):
-        about = f"* fewer than {FEW_PATIENTS} patients: every draw keeps their number, and the interval is too narrow."
+        about = f"* fewer than {FEW_PATIENTS} patients: the interval says little."
         notes.append(report.paragraph(about, "note"))
     if not PAPER_AUC:
         notes.append(report.paragraph("The rows of the paper's Table 1 are not at hand, and so not printed.", "note"))

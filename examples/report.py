@@ -88,9 +88,9 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], caption: s
         f'<tr><th scope="row">{text(row[0])}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in row[1:]) + "</tr>"
         for row in rows
     )
-    about = f"<caption>{text(caption)}</caption>" if caption else ""
+    about = f'<p class="caption">{text(caption)}</p>' if caption else ""
     return Markup(
-        f'<div class="wide" tabindex="0" role="group" aria-label="{text(caption or header[0])}"><table>{about}'
+        f'{about}<div class="wide" tabindex="0" role="group" aria-label="{text(caption or header[0])}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -262,20 +262,21 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p { max-width: 46rem; margin: .5rem 0; }
 .note { color: var(--faint); font-size: .9rem; }
 .warning { border-left: 4px solid var(--c0); padding-left: .7rem; }
-.wide { overflow-x: auto; margin: .8rem 0; }
+.wide { overflow-x: auto; margin: .2rem 0 .8rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
+.caption { color: var(--faint); font-size: .875rem; margin: 1rem 0 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
 thead th { vertical-align: bottom; font-weight: 600; }
-th:first-child { position: sticky; left: 0; background: var(--ground); text-align: left; }
+th:first-child { position: sticky; left: 0; background: var(--ground); text-align: left; white-space: normal;
+  min-width: 7.5rem; }
 tbody th { font-weight: 400; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; padding: .3rem 0; }
 figure { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.2rem; }
 .chart figcaption { font-size: .9rem; }
-.chart svg { width: 100%; max-width: 34rem; display: block; }
-.chart svg text { font-size: 11px; fill: var(--faint); }
+.chart > svg { width: 100%; max-width: 34rem; display: block; }
+.chart > svg text { font-size: 11px; fill: var(--faint); }
 .grid { stroke: var(--rule); stroke-width: 1; }
 polyline, line { fill: none; stroke-width: 2; }
 .dashed { stroke-dasharray: 5 4; }

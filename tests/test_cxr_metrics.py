@@ -41,7 +41,7 @@ def test_weighted_auc_is_scikit_learns(rows):
 
 def test_patients_are_drawn_whole():
     patients = np.array([5, 9, 5, 7, 9, 5])
-    for weight in m.draws_of_patients(patients, np.zeros(6, int), 20, seed=1):
+    for weight in m.draws_of_patients(patients, np.zeros(6, bool), 20, (1,)):
         assert weight[0] == weight[2] == weight[5]
         assert weight[1] == weight[4]
         assert weight[0] + weight[1] + weight[3] == 3
@@ -49,18 +49,28 @@ def test_patients_are_drawn_whole():
 
 def test_a_class_that_few_patients_show_does_not_vanish():
     scores, labels, patients = drawn()
-    few = len(np.unique(patients[labels[:, 2] > 0]))
-    assert 0 < few < m.FEW_PATIENTS <= len(np.unique(patients[labels[:, 1] > 0]))
-    strata = m.strata_of(patients, labels > 0)
-    assert set(strata) == {0, 1}
-    for patient in np.unique(patients):
-        assert len(set(strata[patients == patient])) == 1
-    for weight in m.draws_of_patients(patients, strata, 200, seed=0):
-        assert weight[labels[:, 2] > 0].sum() > 0
-    plain = m.draws_of_patients(patients, np.zeros(len(patients), int), 200, seed=0)
-    assert min(weight[labels[:, 2] > 0].sum() for weight in plain) == 0
+    few = labels[:, 2] > 0
+    count = len(np.unique(patients[few]))
+    assert 1 < count < m.FEW_PATIENTS
+    one_each = np.unique(patients, return_index=True)[1]
+    shows = np.isin(patients, patients[few])
+    for weight in m.draws_of_patients(patients, few, 100, (0,)):
+        assert weight[few].sum() > 0
+        assert weight[one_each][shows[one_each]].sum() == count
+        assert weight[one_each].sum() == len(one_each)
+    plain = m.draws_of_patients(patients, np.zeros(len(patients), bool), 300, (0,))
+    assert min(weight[few].sum() for weight in plain) == 0
     low, high = m.auc_intervals(scores, labels, patients, ["a", "b", "c"], draws=50)["c"]
     assert 0 < low < high <= 1
+
+
+def test_a_class_that_is_missing_from_a_draw_does_not_move_the_mean():
+    """One patient shows b, at 1; where that patient is not drawn the mean moves by a's change alone."""
+    values = np.array([1.0, 0.0, 1.0, 0.0, 1.0])
+    classes = np.array([0, 0, 0, 0, 1])
+    low, high = m.mean_intervals(values, classes, np.arange(5), ["a", "b"], draws=400)["mean"]
+    assert low >= 0.75 - 0.5 and high <= 0.75 + 0.5  # a alone would have moved it to 0.5 - 0.5
+    assert low < 0.75 < high
 
 
 def test_intervals_hold_the_value_and_are_seeded():
@@ -76,6 +86,7 @@ def test_intervals_hold_the_value_and_are_seeded():
     again = np.repeat(np.arange(len(scores)), 4)  # four images of a patient that are alike tell no more than one
     wide = m.auc_intervals(scores[again], labels[again], patients[again], names, draws=300, seed=3)
     assert wide["a"] == pytest.approx(intervals["a"])
+    assert wide["mean"] == pytest.approx(intervals["mean"])
 
 
 def test_interval_of_a_share_is_the_binomials():
