@@ -129,7 +129,7 @@ def localization_rows(runs: Sequence[Evaluated]) -> list[tuple[str, dict[str, di
 
 def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Markup:
     steps = [f"{t:g}" for t in bx.T_IOU]
-    heads = [f"IoU > {step}" for step in steps]
+    heads = [f"IoU\u00a0> {step}" for step in steps]  # ">" is not torn off
     details = runs[0].details
     present = [name for name, count in details["boxes"].items() if count]
     counts = ", ".join(f"{name} {details['boxes'][name]}" for name in present)
@@ -167,7 +167,8 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Mark
             "Behind the gate a box counts where the class is predicted, too; without it, and in all rows that have no "
             "network, whatever is predicted. MaxBoxAcc takes the one threshold that is best on these very boxes: what "
             "the maps could give, not what the method gave. The mean box of a class is that of the boxes of other "
-            "patients; the ceiling is the best box that whole cells of the map can give.",
+            "patients; the ceiling is the best box that whole cells of the map can give. Draws of patients cannot tell "
+            "how certain a share of 0 or 1 is: its interval has no width.",
             "note",
         ),
         report.table(["", *heads], intervals, "the same with 95 % intervals over patients"),

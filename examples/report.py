@@ -159,7 +159,8 @@ def intervals(rows: Sequence[tuple[str, Sequence[Span]]], title: str, low: float
         return left + (width - left - right) * (min(max(value, low), high) - low) / (high - low)
 
     parts = []
-    for tick in np.linspace(low, high, 6):
+    step = 0.1 if high - low < 0.65 else 0.2
+    for tick in np.arange(math.ceil(round(low / step, 6)), math.floor(round(high / step, 6)) + 1) * step:
         x = x_of(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{height - 20}"/>')
         parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{tick:.1f}</text>')
@@ -197,7 +198,8 @@ def _rect(box: np.ndarray, kind: str) -> str:
     if np.isnan(box).any():
         return ""
     x, y, w, h = box
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"/>'
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"'
+    return f'<rect class="edge" {place}/><rect class="{kind}" {place}/>'
 
 
 def gallery(cards: Sequence[Card], smooth: bool) -> Markup:
@@ -266,7 +268,7 @@ p { max-width: 46rem; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 .caption { color: var(--faint); font-size: .875rem; margin: 1rem 0 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
-thead th { vertical-align: bottom; font-weight: 600; }
+thead th { vertical-align: bottom; font-weight: 600; white-space: normal; }
 th:first-child { position: sticky; left: 0; background: var(--ground); text-align: left; white-space: normal;
   min-width: 7.5rem; }
 tbody th { font-weight: 400; }
@@ -297,15 +299,17 @@ select, input { font: inherit; }
 .card figcaption { color: var(--faint); margin-top: .2rem; overflow-wrap: anywhere; }
 .views { display: flex; gap: .4rem; }
 .view { flex: 1 1 0; min-width: 0; }
+.view b { display: block; }
 .view svg { width: 100%; display: block; margin-bottom: .2rem; background: #000; cursor: zoom-in; }
 .card.large { grid-column: 1 / -1; }
 .card.large .view svg { cursor: zoom-out; }
-@media (max-width: 40rem) { .card.large .views { flex-direction: column; } }
+@media (max-width: 40rem) { th, td { padding: .25rem .35rem; } .card.large .views { flex-direction: column; } }
 .map { opacity: var(--map); image-rendering: pixelated; }
 .smooth .map { image-rendering: auto; }
-rect { fill: none; stroke-width: 10; }
+rect { fill: none; stroke-width: 2px; vector-effect: non-scaling-stroke; }
+rect.edge { stroke: #000; stroke-width: 4px; opacity: .6; }
 rect.true { stroke: TRUE; }
-rect.found { stroke: FOUND; stroke-dasharray: 36 14; }
+rect.found { stroke: FOUND; stroke-dasharray: 7 4; }
 .swatch { display: inline-block; width: 8rem; height: .8rem; vertical-align: middle;
   background: linear-gradient(to right, SCALE); }
 .box { display: inline-block; width: 1.1em; height: .8em; vertical-align: middle; border: 3px solid TRUE; }

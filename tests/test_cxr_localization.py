@@ -25,6 +25,7 @@ CONFIG = {
     "note": "<script>alert(1)</script>",
 }  # fmt: skip
 MASS, NODULE, EDEMA = (CLASSES.index(name) for name in ("Mass", "Nodule", "Edema"))
+DRAW = localize_cxr.draw
 UNIT = 1024 // 8  # a cell of an 8 x 8 map, in pixels of the table
 
 
@@ -80,6 +81,7 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(cxr_data, "load_index", lambda *_: index)
     monkeypatch.setattr(train_cxr, "load_run", lambda run, device: (Known(), dict(CONFIG)))
     monkeypatch.setattr(train_cxr, "trained_names", lambda run: trained)
+    monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
     return tmp_path, index, trained
 
 
@@ -215,8 +217,9 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_report_holds_everything_and_asks_for_nothing(data):
+def test_the_report_holds_everything_and_asks_for_nothing(data, monkeypatch):
     folder, *_ = data
+    monkeypatch.setattr(localize_cxr, "draw", DRAW)
     _, out = evaluate(folder)
     text = (out / "report.html").read_text()
     page = Elements(text)
