@@ -152,8 +152,8 @@ def boxes_by_threshold(
 ) -> np.ndarray:
     """Boxes (k, 4) of the component of the maximum at each of the rising ``thresholds`` (k,), without morphology.
 
-    The component shrinks while the threshold rises, and so does its box: where two thresholds give the same box, so
-    does every one between them. Few of them have to be labelled.
+    The component shrinks while the threshold rises, and its box lies in the box of any lower threshold: it is sought
+    there, and where two thresholds give the same box, so does every one between them.
     """
     if mode == "nearest" and all(k <= n for n, k in zip(size, heatmap.shape, strict=True)):
         # every cell is a block of pixels, and cells touch where their pixels do
@@ -164,6 +164,13 @@ def boxes_by_threshold(
     edge_y, edge_x = ((2 * np.arange(k + 1) * n + k - 1) // (2 * k) for n, k in zip(size, image.shape, strict=True))
     boxes = np.empty((len(thresholds), 4))
 
+    def find(k: int, within: np.ndarray) -> None:
+        if not np.isnan(within).any():
+            x, y, w, h = within.astype(int)
+            part = image[y : y + h, x : x + w]
+            within = np.add(box_of_peak(part, part > thresholds[k]), (x, y, 0, 0))
+        boxes[k] = within
+
     def fill(first: int, last: int) -> None:
         if last - first < 2:
             return
@@ -171,13 +178,13 @@ def boxes_by_threshold(
             boxes[first + 1 : last] = boxes[first]
             return
         middle = (first + last) // 2
-        boxes[middle] = box_of_peak(image, image > thresholds[middle])
+        find(middle, boxes[first])
         fill(first, middle)
         fill(middle, last)
 
-    for end in {0, len(thresholds) - 1}:
-        boxes[end] = box_of_peak(image, image > thresholds[end])
-    fill(0, len(thresholds) - 1)
+    find(0, whole_image(image.shape))
+    find(len(boxes) - 1, boxes[0])
+    fill(0, len(boxes) - 1)
     found = ~np.isnan(boxes[:, 0])
     x, y, w, h = boxes[found].astype(int).T
     boxes[found] = np.stack([edge_x[x], edge_y[y], edge_x[x + w] - edge_x[x], edge_y[y + h] - edge_y[y]], axis=1)
