@@ -53,3 +53,12 @@ def test_the_readme_starts_with_the_two_commands_of_a_fresh_machine():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks[0].split("\n")[:2] == ['pip install ".[examples]"', "python examples/train_mnist_bags.py"]
     assert blocks[1].split("\n")[:2] == ['pip install ".[test]"', "python -m pytest"]
+
+
+def test_pre_commit_and_ci_use_the_same_tools():
+    pins = [
+        set(re.findall(r"\b(ruff|mypy|clang-format)==([\d.]+)", (ROOT / name).read_text()))
+        for name in (".pre-commit-config.yaml", ".ci/run")
+    ]
+    assert pins[0] == pins[1]
+    assert len(pins[0]) == 3
