@@ -1,0 +1,42 @@
+"""examples/notebooks/quickstart.ipynb runs as it stands, and shows what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import sgl_ops
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+NOTEBOOK = ROOT / "examples" / "notebooks" / "quickstart.ipynb"
+
+
+def printed(notebook) -> str:
+    return "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output
+    )
+
+
+def test_the_notebook_runs(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(sgl_ops.__file__).parents[1]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    auc, found = map(
+        float, re.findall(r"Self-Guiding Loss: bag AUC ([\d.]+), IoU of the nines ([\d.]+)", printed(notebook))[0]
+    )
+    assert auc > 0.95
+    assert found > 0.7
+
+
+def test_what_the_notebook_keeps_is_small_and_of_no_machine():
+    assert NOTEBOOK.stat().st_size < 100_000
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert "Self-Guiding Loss: bag AUC" in printed(notebook)
+    assert not re.search(r"/(home|root|tmp|Users)/", NOTEBOOK.read_text())
