@@ -48,13 +48,21 @@ def architecture_flags(nvcc: Path) -> list[str]:
     return flags
 
 
+def compression_flags(nvcc: Path) -> list[str]:
+    """nvcc leaves machine code as it is, which would be most of a wheel; what it spends on small code is spent once."""
+    helped = subprocess.run([nvcc, "--help"], capture_output=True, text=True, check=True).stdout
+    smallest = ["--compress-mode=size"] if "--compress-mode" in helped else []
+    return [*smallest, "-Xfatbin=-compress-all"]
+
+
 def compile_command(
     toolkit: Path, source: str, target: str, host_flags: list[str], macros: Sequence[str] = ()
 ) -> list[str]:
     """The call of nvcc that compiles ``source``; ``host_flags`` go to the host's compiler."""
     nvcc = toolkit / "bin" / "nvcc"
     return [
-        str(nvcc), "-O3", "-std=c++17", "--threads", "0", *architecture_flags(nvcc), *(f"-D{name}" for name in macros),
+        str(nvcc), "-O3", "-std=c++17", "--threads", "0", *architecture_flags(nvcc), *compression_flags(nvcc),
+        *(f"-D{name}" for name in macros),
         "-Xcompiler", ",".join(host_flags), "-c", source, "-o", target,
     ]  # fmt: skip
 

@@ -84,8 +84,6 @@ def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
     if tags is None:
         raise Wrong(f"{wheel.name}: the tag is not cp310-abi3-manylinux…")
     size = wheel.stat().st_size
-    if size >= LARGEST:
-        raise Wrong(f"{wheel.name} has {size} bytes, {LARGEST} or more")
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if ".dist-info/" not in name and not name.endswith("/")]
         sources = {f"sgl_ops/{path.name}" for path in (ROOT / "sgl_ops").glob("*.py")}
@@ -184,7 +182,7 @@ Written by `python tools/release.py` from matrix.json, which has more numbers.
 | `{sdist["name"]}` | {sdist["bytes"]} |
 
 Compiled with {result["compilers"]}; kernels for CUDA {result["cuda_architectures"]}.
-Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size.
+Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size{"" if wheel["bytes"] < LARGEST else f" (**{LARGEST} or more**)"}.
 On {result["machine"]}, in fresh environments: {passed} passed, {failed} failed, {missing} not to be had.
 
 | torch | build | Python | result | CPU kernels | error | `import sgl_ops` |
@@ -233,8 +231,11 @@ def main() -> int:
         except Wrong as error:
             print(f"WRONG: {error}")
             return 1
+        small = result["wheel"]["bytes"] < LARGEST  # that it is not is told, and does not end the check
         for kind in ("wheel", "sdist"):
-            print(f"{result[kind]['name']}: {result[kind]['bytes']} bytes, as it should be", flush=True)
+            print(f"{result[kind]['name']}: {result[kind]['bytes']} bytes", flush=True)
+        if not small:
+            print(f"WRONG: a wheel of {LARGEST} bytes or more")
         entries = arguments.environments
         if arguments.quick:
             torch, local = f"{version('torch')}+".split("+")[:2]
@@ -257,7 +258,8 @@ def main() -> int:
     if not arguments.quick and not arguments.environments:
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
         TABLE.write_text(table(result))
-    return int(not any(row["status"] == PASSED for row in rows) or any(row["status"] == FAILED for row in rows))
+    passed = any(row["status"] == PASSED for row in rows) and all(row["status"] != FAILED for row in rows)
+    return int(not (passed and small))
 
 
 if __name__ == "__main__":
