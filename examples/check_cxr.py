@@ -30,7 +30,7 @@ from cxr_data import (
     refuse_missing,
 )
 
-#: Beginning and end of a whole file. After the end of a JPEG some programs append zeros.
+#: Beginning and end of a whole file; some programs append something.
 WHOLE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
 WHOLE[".jpeg"] = WHOLE[".jpg"]
 
@@ -94,7 +94,7 @@ def _unlike_an_image(path: Path) -> str:
     try:
         with path.open("rb") as file:
             head = file.read(len(start))
-            file.seek(max(0, path.stat().st_size - 64))
+            file.seek(max(0, path.stat().st_size - 4096))
             tail = file.read()
     except OSError as error:
         return f"{path}: {error.strerror}"

@@ -40,7 +40,7 @@ NO_FINDING = "No Finding"
 #: Boxes are in pixels of an image of this width and height, whatever the size of the image at hand.
 BOX_SIDE = 1024
 #: What the official tables hold.
-OFFICIAL_IMAGES, OFFICIAL_BOXES = 112_120, 984
+OFFICIAL_IMAGES, OFFICIAL_TEST_IMAGES, OFFICIAL_BOXES = 112_120, 25_596, 984
 
 ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 BOXES = "BBox_List_2017.csv"
@@ -160,6 +160,11 @@ def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[tuple
     both = np.intersect1d(entries.patients[test], entries.patients[~test])
     if len(both):
         raise ValueError(f"{folder}: {len(both)} patients are in {TRAIN_VAL_LIST} and in {TEST_LIST} ({_some(both)})")
+    if len(rows) == OFFICIAL_IMAGES and test.sum() != OFFICIAL_TEST_IMAGES:
+        raise ValueError(
+            f"{folder / TEST_LIST}: expected the official {OFFICIAL_TEST_IMAGES} images, got {test.sum()}; in another "
+            "split images with boxes may be for training"
+        )
     boxes = read_boxes(folder / BOXES)
     unknown = [name for name in boxes if name not in rows]
     if unknown:
@@ -402,9 +407,10 @@ def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | No
     for path in paths:
         digest.update(f"/{path.name}:{path.stat().st_size}".encode())
     whole = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
-    with _locked(whole.with_suffix(".lock")):
-        if not whole.exists():
-            _build(whole, paths, size, workers or os.cpu_count() or 1)
+    if not whole.exists():
+        with _locked(whole.with_suffix(".lock")):
+            if not whole.exists():  # another one may have built it meanwhile
+                _build(whole, paths, size, workers or os.cpu_count() or 1)
     return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), size, size))
 
 
@@ -488,7 +494,7 @@ class Radiographs(Dataset):
         if isinstance(image, Path):
             image = load_image(image, self.size)
         if self.crop is not None:
-            rng = np.random.default_rng((self.seed, epoch, number))
+            rng = np.random.default_rng((self.seed, epoch, 1 + number))  # a 0 at the end would change nothing
             y, x = rng.integers(0, self.size - self.crop + 1, 2)
             image = image[y : y + self.crop, x : x + self.crop]
         return torch.from_numpy(np.array(image)), torch.from_numpy(self.labels[number]), number

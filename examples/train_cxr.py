@@ -390,6 +390,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
     logs = None
     if processes.first:
         write_beginning(out, config, index, split, report)
+        if training.history:  # it may have ended before this was written
+            write_history(training.history, out / "history.csv")
         logs = tensorboard(out, training.epoch)
     while training.epoch < config["epochs"]:
         speed = train_epoch(training, fed, split, args, last if processes.first else None)
@@ -590,7 +592,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.synthetic:
                 return tour(args, processes)
             train(args, config_of(args), processes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

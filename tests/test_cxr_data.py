@@ -169,6 +169,21 @@ def test_a_truncated_table_is_refused_wherever_it_ends(copy, file):
             cxr_data.load_index(copy)
 
 
+def test_what_is_not_the_official_split_or_list_of_boxes_is_refused(copy, monkeypatch):
+    entries, test, boxes = cxr_data.read_tables(copy)
+    count = sum(map(len, boxes.values()))
+    monkeypatch.setattr(cxr_data, "OFFICIAL_IMAGES", len(test))
+    monkeypatch.setattr(cxr_data, "OFFICIAL_TEST_IMAGES", test.sum())
+    monkeypatch.setattr(cxr_data, "OFFICIAL_BOXES", count)
+    assert cxr_data.read_tables(copy)[0].names == entries.names
+    monkeypatch.setattr(cxr_data, "OFFICIAL_BOXES", count + 1)
+    with pytest.raises(ValueError, match=f"{BOX}: expected {count + 1} boxes, got {count}; it may be truncated"):
+        cxr_data.read_tables(copy)
+    monkeypatch.setattr(cxr_data, "OFFICIAL_TEST_IMAGES", test.sum() + 1)
+    with pytest.raises(ValueError, match=r"test_list\.txt: expected the official"):
+        cxr_data.read_tables(copy)
+
+
 def test_absent_tables_and_folders(copy, tmp_path):
     for file in (BOX, "test_list.txt"):
         content = (copy / file).read_text()

@@ -293,7 +293,7 @@ class Killed(BaseException):
     """Nothing catches it."""
 
 
-@pytest.mark.parametrize("when", ["first step", "third step", "epoch's last step", "best kept", "history"])
+@pytest.mark.parametrize("when", ["first step", "third step", "epoch's last step", "best kept", "last history"])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path, monkeypatch, when):
     options = ["--save-every", "1", "--cache", str(tmp_path / "cache")]
     steps = []
@@ -312,18 +312,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path
                 raise Killed
             original(state, path)
 
-        def write(*arguments):
-            raise Killed
+        def write(history, path):
+            if len(history) == 2:
+                raise Killed
 
         patch.setattr(example.Training, "take_step", take_step)
         patch.setattr(example, "save_atomically", save)
-        if when == "history":
+        if when == "last history":
             patch.setattr(example, "write_history", write)
         with pytest.raises(Killed):
             run(drawn, tmp_path / "cut", *options)
-    before = len(steps)
     assert run(drawn, tmp_path / "cut", *options, "--resume") == 0
-    assert before >= 1
     assert_same_run(whole, tmp_path / "cut")
 
 
