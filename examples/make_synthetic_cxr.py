@@ -32,7 +32,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -361,8 +361,9 @@ class Plan(NamedTuple):
         return f"{self.patient:08}_{self.follow_up:03}.png"
 
 
-def plan_images(count: int, seed: int) -> list[Plan]:
+def plan_images(count: int, seed: int, findings_drawn: Sequence[str] = CLASSES, rate: float = 1.0) -> list[Plan]:
     """What ``count`` images, or up to seven more, show; every fifth patient or so is in the test list."""
+    rates = {name: rate * RATES[name] for name in findings_drawn}
     plans: list[Plan] = []
     patient = 0
     while len(plans) < count:
@@ -371,32 +372,42 @@ def plan_images(count: int, seed: int) -> list[Plan]:
         test = rng.random() < TEST_SHARE
         findings: list[str] = []
         for follow_up in range(min(int(rng.geometric(0.42)), 8)):
-            findings = draw_findings([f for f in findings if rng.random() < STAYS], rng, TEST_RATE if test else 1)
+            more = TEST_RATE if test else 1
+            findings = draw_findings([f for f in findings if rng.random() < STAYS], rng, rates, more)
             plans.append(Plan(patient, follow_up, findings, bool(rng.random() < (0.57 if test else 0.35)), test))
     return plans
 
 
-def draw_findings(kept: list[str], rng: np.random.Generator, rate: float) -> list[str]:
+def draw_findings(kept: list[str], rng: np.random.Generator, rates: dict[str, float], rate: float) -> list[str]:
     """The findings of an image of a patient who keeps some of the last one; in the order of CLASSES."""
     found = set(kept)
-    for name in sorted(RATES, key=lambda name: any(name == second for _, second in TOGETHER)):  # those brought, last
+    for name in sorted(rates, key=lambda name: any(name == second for _, second in TOGETHER)):  # those brought, last
         more = [factor for (first, second), factor in TOGETHER.items() if second == name and first in found]
         # a patient with several images is not to have ever more: new findings only as often as old ones go
-        often = rate * RATES[name] * float(np.prod(more)) * (1 if not kept else 1 - STAYS)
+        often = rate * rates[name] * float(np.prod(more)) * (1 if not kept else 1 - STAYS)
         if rng.random() < often:
             found.add(name)
     return [name for name in CLASSES if name in found]
 
 
-def write_dataset(out: Path, images: int, size: int, seed: int, layout: str = "twelve", workers: int = 1) -> list[Plan]:
-    """Everything into ``out``, the tables last; what was drawn.
+def write_dataset(
+    out: Path,
+    images: int,
+    size: int,
+    seed: int,
+    layout: str = "twelve",
+    workers: int = 1,
+    findings: Sequence[str] = CLASSES,
+    rate: float = 1.0,
+) -> list[Plan]:
+    """Everything into ``out``, the tables last; what was drawn. Only ``findings``, ``rate`` times as often as else.
 
     Raises:
         ValueError: there is something in ``out``.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: expected an empty folder, or none")
-    plans = plan_images(images, seed)
+    plans = plan_images(images, seed, findings, rate)
     folders = [out / f"images_{k:03}" / "images" for k in range(1, 13)]
     folders = {"twelve": folders, "one": [out / "images"], "flat": [out]}[layout]
     for folder in folders:
@@ -450,11 +461,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another one draws another data set (0)")
     parser.add_argument("--layout", choices=("twelve", "one", "flat"), default="twelve", help="of the folders (twelve)")
     parser.add_argument("--workers", type=int, default=1, help="threads (1)")
+    parser.add_argument("--findings", nargs="+", choices=CLASSES, default=CLASSES, help="draw only these (all 14)")
+    parser.add_argument("--rate", type=float, default=1.0, help="how often, of what is usual (1)")
     args = parser.parse_args(argv)
-    if args.images < 1 or args.size < 32 or args.workers < 1 or args.seed < 0:
-        parser.error("--images, --workers: at least 1; --size: at least 32; --seed: at least 0")
+    if args.images < 1 or args.size < 32 or args.workers < 1 or args.seed < 0 or not args.rate > 0:
+        parser.error("--images, --workers: at least 1; --size: at least 32; --seed: at least 0; --rate: more than 0")
     try:
-        plans = write_dataset(args.out, args.images, args.size, args.seed, args.layout, args.workers)
+        plans = write_dataset(
+            args.out, args.images, args.size, args.seed, args.layout, args.workers, args.findings, args.rate
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

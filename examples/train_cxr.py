@@ -59,7 +59,8 @@ TOUR = {
     "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 96, "pooling": "max", "lam": 1.0,
     "mask_weight": 0.0, "prior": 0.02, "epochs": 6, "batch_size": 16, "lr": 1e-3, "lr_step": 5, "workers": 0,
 }  # fmt: skip
-TOUR_IMAGES = 1200
+#: And what it draws: few findings, often, for there is little time.
+TOUR_DATA = {"images": 1200, "size": 192, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
 
 
 class Processes(NamedTuple):
@@ -566,7 +567,7 @@ def tour(args: argparse.Namespace, processes: Processes) -> int:
     args.out = Path("runs/cxr") if args.out is None else args.out
     args.data_dir = args.out / "data"
     if processes.first:
-        write_dataset(args.data_dir, TOUR_IMAGES, 2 * args.image_size, args.seed, workers=os.cpu_count() or 1)
+        write_dataset(args.data_dir, seed=args.seed, workers=os.cpu_count() or 1, **TOUR_DATA)
     if processes.group is not None:
         dist.barrier()
     args.cache = args.out / "cache"

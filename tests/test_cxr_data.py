@@ -447,6 +447,15 @@ def test_the_plan_of_the_data_set():
     assert np.mean(several) > 0.2
 
 
+def test_some_findings_more_often():
+    few = synthetic.plan_images(1000, 1, ("Mass", "Effusion"), 3.0)
+    counts = {name: np.mean([name in plan.findings for plan in few]) for name in CLASSES}
+    assert {name for name, share in counts.items() if share} == {"Mass", "Effusion"}
+    usual = synthetic.plan_images(1000, 1)
+    for name in ("Mass", "Effusion"):
+        assert 2 < counts[name] / np.mean([name in plan.findings for plan in usual]) < 4
+
+
 def test_only_into_an_empty_folder(drawn, tmp_path, capsys):
     assert synthetic.main(["--out", str(drawn)]) == 2
     assert "expected an empty folder" in capsys.readouterr().err

@@ -446,11 +446,10 @@ def test_two_processes_are_one(drawn, tmp_path):
 def test_the_tour(tmp_path, monkeypatch):
     """Two runs on what it drew, and both are handed to the report."""
     handed = []
-    stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0)
+    stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0, __spec__="found")
     monkeypatch.setitem(sys.modules, "localize_cxr", stub)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else stub)
     monkeypatch.setattr(example, "TOUR", example.TOUR | {"epochs": 1, "image_size": 32})
-    monkeypatch.setattr(example, "TOUR_IMAGES", 40)
+    monkeypatch.setattr(example, "TOUR_DATA", example.TOUR_DATA | {"images": 40, "size": 32})
     out = tmp_path / "tour"
     assert example.main(["--synthetic", "--out", str(out)]) == 0
     configs = [example.load_run(out / name, "cpu")[1] for name in ("sgl", "bag")]
@@ -458,6 +457,8 @@ def test_the_tour(tmp_path, monkeypatch):
     assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"loss"}
     ((_, sgl, bag, _, data, *_),) = handed
     assert (sgl, bag, data) == (str(out / "sgl"), str(out / "bag"), str(out / "data"))
+    labels = cxr_data.load_index(out / "data").labels
+    assert {CLASSES[c] for c in np.flatnonzero(labels.any(0))} == set(example.TOUR_DATA["findings"])
     assert example.main(["--synthetic", "--out", str(out)]) == 2
 
 
