@@ -7,6 +7,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import cxr_data
 import cxr_evaluation
@@ -17,6 +18,7 @@ import report
 import torch
 import train_cxr
 from cxr_data import CLASSES, Index
+from make_synthetic_cxr import write_dataset
 from PIL import Image
 
 SIZE = 64
@@ -92,6 +94,7 @@ def evaluate(folder, *more):
          "--batch-size", "3", *more]
     )  # fmt: skip
     assert status == 0
+    out = Path(more[more.index("--out") + 1]) if "--out" in more else out
     return json.loads((out / "metrics.json").read_text()), out
 
 
@@ -202,6 +205,44 @@ def test_the_tables(data):
     # in pixels of the table, whatever the network's image
     assert [float(rows[1][f"found_{s}"]) for s in "xywh"] == [256, 128, 256, 256]
     assert rows[3]["found_x"] == ""
+
+
+def test_a_run_of_train_cxr(tmp_path, capsys):
+    """From drawn images to the report; then the same run, asked about images that it was trained on."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    write_dataset(data, images=40, size=32, seed=1)
+    small = ["--backbone", "local9", "--output-stride", "8", "--image-size", "32", "--batch-size", "8", "--epochs", "1"]
+    common = ["--data-dir", str(data), "--device", "cpu", "--workers", "0"]
+    assert train_cxr.main([*common, *small, "--out", str(run), "--val-fraction", "0.3"]) == 0
+    evaluation = ["--run", str(run), "--draws", "5", "--threshold", "validation", "--gate", "validation"]
+    assert localize_cxr.main([*common, *evaluation]) == 0
+    metrics = json.loads((run / "localization" / "metrics.json").read_text())
+    index = cxr_data.load_index(data)
+    assert metrics["images"] == index.test.sum()
+    assert metrics["boxes"] == sum(len(boxes) for boxes in index.boxes.values()) > 0
+    assert metrics["baselines"]["ceiling of the grid"]["0.1"]["mean"] > 0.5
+    # the lists exchanged: a split that is not the one it was trained with
+    lists = data / cxr_data.TRAIN_VAL_LIST, data / cxr_data.TEST_LIST
+    train, test = (path.read_bytes() for path in lists)
+    lists[0].write_bytes(test)
+    lists[1].write_bytes(train)
+    assert localize_cxr.main([*common, *evaluation]) == 2
+    assert f"trained or validated on {(~index.test).sum()} images of the test list" in capsys.readouterr().err
+
+
+def test_genuine_images_with_boxes(data_dir, tmp_path, monkeypatch):
+    images, tables = data_dir / "chestxray14_256", data_dir / "chestxray14"
+    if not (images / "images").is_dir() or not tables.is_dir():
+        pytest.skip(f"there is no {images} or {tables}")
+    monkeypatch.setattr(train_cxr, "load_run", lambda run, device: (Known(), dict(CONFIG)))
+    monkeypatch.setattr(train_cxr, "trained_names", lambda run: set())
+    more = ["--tables", str(tables), "--allow-missing", "--gallery", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
+    metrics, _ = evaluate(images, *more)
+    assert (metrics["images"], metrics["boxes"]) == (311, 53)
+    assert metrics["localization"]["0.1"]["mean"] < metrics["baselines"]["centre box"]["0.1"]["mean"]
+    with (tmp_path / "boxes.csv").open() as file:
+        assert sum(row["class"] == "Infiltration" for row in csv.DictReader(file)) == 4  # "Infiltrate" in the list
 
 
 class Elements(HTMLParser):
