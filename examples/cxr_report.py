@@ -239,7 +239,7 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
                 best=float(runs[0].overlaps[k]),
             )
         )
-    about = f"{len(cards)} of {len(truth.boxes)} boxes, one of each class first. A click makes one larger."
+    about = f"{len(cards)} of {len(truth.boxes)} boxes, one of each class first. A click, or Enter, makes one larger."
     return report.section(
         "Gallery", report.paragraph(about), report.KEY, report.gallery(cards, upsampling == "bilinear")
     )

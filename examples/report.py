@@ -233,7 +233,8 @@ def gallery(cards: Sequence[Card], smooth: bool) -> Markup:
             )
         parts.append(
             f'<figure class="card" data-group="{text(card.group)}" data-hit="{int(card.best > 0.3)}">'
-            f'<div class="views">{"".join(views)}</div><figcaption>{text(card.title)}</figcaption></figure>'
+            f'<div class="views" tabindex="0">{"".join(views)}</div>'
+            f"<figcaption>{text(card.title)}</figcaption></figure>"
         )
     return Markup(f'<div class="gallery{" smooth" if smooth else ""}">{"".join(parts)}</div>')
 
@@ -333,7 +334,11 @@ if (form) {
   };
   at("group").onchange = at("hits").onchange = show;
   at("opacity").oninput = (event) => document.documentElement.style.setProperty("--map", event.target.value / 100);
-  for (const card of cards) card.querySelector(".views").onclick = () => card.classList.toggle("large");
+  for (const card of cards) {
+    const views = card.querySelector(".views");
+    views.onclick = () => card.classList.toggle("large");
+    views.onkeydown = (event) => event.key === "Enter" && views.onclick();
+  }
   form.hidden = false;
   show();
 }
