@@ -104,9 +104,8 @@ def check_sdist(sdist: Path) -> dict[str, Any]:
     with tarfile.open(sdist) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     tracked = set(run(["git", "ls-files"], cwd=ROOT).split("\n")) - {""}
-    # what builds and tests it; not the history's own files
-    wanted = {name for name in tracked if name.startswith(("sgl_ops/", "csrc/", "tests/", "tools/", "examples/"))}
-    wanted |= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"}
+    # all but what is git's own, and the last result
+    wanted = {name for name in tracked if not name.startswith((".git", "tools/matrix"))}
     if wanted - names:
         raise Wrong(f"{sdist.name}: not there: {sorted(wanted - names)}")
     return {"name": sdist.name, "bytes": sdist.stat().st_size}
@@ -172,6 +171,7 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     wheel, sdist, rows = result["wheel"], result["sdist"], result["environments"]
     passed, failed, missing = (sum(row["status"] == status for row in rows) for status in (PASSED, FAILED, MISSING))
+    excess = "" if wheel["bytes"] < LARGEST else f" (**not below {LARGEST}**)"
     text = f"""# The last release check: sgl-ops {result["version"]}, {result["date"]}
 
 Written by `python tools/release.py` from matrix.json, which has more numbers.
@@ -182,7 +182,7 @@ Written by `python tools/release.py` from matrix.json, which has more numbers.
 | `{sdist["name"]}` | {sdist["bytes"]} |
 
 Compiled with {result["compilers"]}; kernels for CUDA {result["cuda_architectures"]}.
-Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size{"" if wheel["bytes"] < LARGEST else f" (**{LARGEST} or more**)"}.
+Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size{excess}.
 On {result["machine"]}, in fresh environments: {passed} passed, {failed} failed, {missing} not to be had.
 
 | torch | build | Python | result | CPU kernels | error | `import sgl_ops` |
@@ -213,6 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environments", nargs="*", metavar="TORCH:BUILD:PYTHON", help="default: all of the matrix")
     parser.add_argument("--quick", action="store_true", help="only this Python, with the torch that is installed here")
+    parser.add_argument("--cuda", action="store_true", help="kernels for CUDA are asked for, also by --quick")
     parser.add_argument("--wheel", type=Path, help="a repaired wheel, with its sdist beside it: build nothing")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where wheel, sdist and logs go")
     arguments = parser.parse_args()
@@ -225,7 +226,7 @@ def main() -> int:
                 wheel = arguments.wheel.resolve()
                 (sdist,) = wheel.parent.glob("*.tar.gz")
             else:
-                wheel, sdist = build(dist, scratch, "auto" if arguments.quick else "1")
+                wheel, sdist = build(dist, scratch, "auto" if arguments.quick and not arguments.cuda else "1")
             private = [str(scratch), str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()]
             result: dict[str, Any] = {"wheel": check_wheel(wheel, private), "sdist": check_sdist(sdist)}
         except Wrong as error:
