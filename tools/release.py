@@ -138,7 +138,7 @@ def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
     if base is None:
         return {**row, "note": f"no Python {python} on this machine"}
     folder, log = scratch / "env", logs / f"smoke-{entry.replace(':', '-')}.log"
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir", "--no-compile"]
     try:
         run([base, "-m", "venv", folder], log)
         if torch == "newest":
@@ -170,6 +170,7 @@ def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     wheel, sdist, rows = result["wheel"], result["sdist"], result["environments"]
+    cuda = next((row["cuda_architectures"] for row in rows if row["status"] == PASSED), "")
     passed, failed, missing = (sum(row["status"] == status for row in rows) for status in (PASSED, FAILED, MISSING))
     excess = "" if wheel["bytes"] < LARGEST else f" (**not below {LARGEST}**)"
     text = f"""# The last release check: sgl-ops {result["version"]}, {result["date"]}
@@ -181,7 +182,7 @@ Written by `python tools/release.py` from matrix.json, which has more numbers.
 | `{wheel["name"]}` (library: {wheel["library_bytes"]}) | {wheel["bytes"]} |
 | `{sdist["name"]}` | {sdist["bytes"]} |
 
-Compiled with {result["compilers"]}; kernels for CUDA {result["cuda_architectures"]}.
+Compiled with {result["compilers"]}; kernels for CUDA {cuda}.
 Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size{excess}.
 On {result["machine"]}, in fresh environments: {passed} passed, {failed} failed, {missing} not to be had.
 
@@ -243,22 +244,21 @@ def main() -> int:
             python = ".".join(platform.python_version_tuple()[:2])
             entries = entries or [f"{torch}:{'cpu' if local == 'cpu' else 'cuda'}:{python}"]
         entries = entries or MATRIX
-        rows = []
+        rows: list[dict[str, Any]] = []
+        result |= {
+            "version": wheel.name.split("-")[1],
+            "date": f"{datetime.date.today()}",
+            "machine": f"{platform.system()} {platform.machine()}, {'-'.join(platform.libc_ver())}",
+            "compilers": compilers(),
+            "abi3audit": version("abi3audit"),
+            "environments": rows,
+        }
         for entry in entries:
             rows.append(smoke(wheel, entry, scratch, dist))
             print(f"{entry}: {rows[-1]['status']} {rows[-1]['note']}", flush=True)
-    result |= {
-        "version": wheel.name.split("-")[1],
-        "date": f"{datetime.date.today()}",
-        "machine": f"{platform.system()} {platform.machine()}, {'-'.join(platform.libc_ver())}",
-        "compilers": compilers(),
-        "abi3audit": version("abi3audit"),
-        "cuda_architectures": next((row["cuda_architectures"] for row in rows if row["status"] == PASSED), ""),
-        "environments": rows,
-    }
-    if not arguments.quick and not arguments.environments:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-        TABLE.write_text(table(result))
+            if entries is MATRIX:
+                RESULT.write_text(json.dumps(result, indent=1) + "\n")
+                TABLE.write_text(table(result))
     passed = any(row["status"] == PASSED for row in rows) and all(row["status"] != FAILED for row in rows)
     return int(not (passed and small))
 
