@@ -228,7 +228,8 @@ def main() -> int:
                 (sdist,) = wheel.parent.glob("*.tar.gz")
             else:
                 wheel, sdist = build(dist, scratch, "auto" if arguments.quick and not arguments.cuda else "1")
-            private = [str(scratch), str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()]
+            # with a slash: CUDA's runtime has "/tmp" of its own, as where to look without TMPDIR
+            private = [f"{place}/" for place in (ROOT, Path.home(), sys.prefix, tempfile.gettempdir())]
             result: dict[str, Any] = {"wheel": check_wheel(wheel, private), "sdist": check_sdist(sdist)}
         except Wrong as error:
             print(f"WRONG: {error}")
