@@ -222,6 +222,7 @@ class Training:
 
     def __init__(self, config: Config, processes: Processes, compiled: bool):
         torch.manual_seed(config["seed"])
+        torch.backends.cudnn.benchmark = True  # all crops are of one size
         self.config, self.processes = config, processes
         self.network = make_model(config)
         if processes.first or config["weights"] != "imagenet":
