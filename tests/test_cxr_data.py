@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import check_cxr
 import cxr_data
@@ -367,6 +369,22 @@ def test_the_cache_goes_on_where_it_was_killed(drawn, tmp_path, monkeypatch):
     assert np.array_equal(cache, expected)
     with pytest.raises(TypeError):
         cxr_data.open_cache(tmp_path, paths[:-1], 16)  # another selection, another file
+
+
+def test_of_two_that_want_a_cache_one_builds_it(drawn, tmp_path, monkeypatch):
+    paths = cxr_data.load_index(drawn).paths
+    seen = []
+
+    def slowly(path, size, load_image=cxr_data.load_image):
+        seen.append(path)
+        time.sleep(0.005)
+        return load_image(path, size)
+
+    monkeypatch.setattr(cxr_data, "load_image", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: cxr_data.open_cache(tmp_path, paths, 16, workers=1), range(2))
+    assert np.array_equal(one, other)
+    assert sorted(seen) == sorted(paths)
 
 
 def test_a_cache_that_does_not_fit_says_so(drawn, tmp_path, monkeypatch):
