@@ -45,6 +45,11 @@ class Truth(NamedTuple):
     classes: np.ndarray
     boxes: np.ndarray
 
+    @property
+    def official(self) -> bool:
+        """Whether the tables are those of the NIH, of which the paper reports, whatever images are there."""
+        return len(self.index.names) + len(self.index.missing) == cxr_data.OFFICIAL_IMAGES
+
 
 class Said(NamedTuple):
     """What a network says: (n, C) probability of the image and of its greatest patch, and (k,) maps (h, w) of boxes."""

@@ -81,13 +81,14 @@ def with_interval(value: float, ci: Sequence[float]) -> str:
     return report.number(value) if math.isnan(low) else f"{value:.3f} ({low:.3f}-{high:.3f})"
 
 
-def auc_section(runs: Sequence[Evaluated]) -> report.Markup:
+def auc_section(runs: Sequence[Evaluated], official: bool) -> report.Markup:
     patients = runs[0].details["patients"]
+    papers = PAPER_AUC if official else {}
     rows, bars = [], []
-    for name in (*CLASSES, "mean"):
+    for name in (*(name for name in CLASSES if patients[name]), "mean"):
         marked = f"{name}*" if 0 < patients.get(name, 0) < FEW_PATIENTS else name
         values = [(run.metrics["auc"][name], run.metrics["auc_ci"][name]) for run in runs]
-        paper = [report.number(row.get(name)) for row in PAPER_AUC.values()]
+        paper = [report.number(row.get(name)) for row in papers.values()]
         rows.append([marked, *(with_interval(*v) for v in values), *paper, patients.get(name, "")])
         spans = [report.Span(ci[0], value, ci[1], k) for k, (value, ci) in enumerate(values)]
         bars.append((marked, spans))
@@ -96,12 +97,12 @@ def auc_section(runs: Sequence[Evaluated]) -> report.Markup:
     if any(row[0].endswith("*") for row in rows):
         about = f"* fewer than {FEW_PATIENTS} patients: the interval says little."
         notes.append(report.paragraph(about, "note"))
-    if not PAPER_AUC:
+    if official and not papers:
         notes.append(report.paragraph("The rows of the paper's Table 1 are not at hand, and so not printed.", "note"))
     return report.section(
         "Classification",
         report.table(
-            ["class", *(run.name for run in runs), *PAPER_AUC, "patients with it"],
+            ["class", *(run.name for run in runs), *papers, "patients with it"],
             rows,
             f"AUC over {runs[0].metrics['images']} test images, 95 % interval over patients",
         ),
@@ -111,8 +112,8 @@ def auc_section(runs: Sequence[Evaluated]) -> report.Markup:
     )
 
 
-def localization_rows(runs: Sequence[Evaluated]) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """(name, accuracy by T_IoU and class) of all that is compared."""
+def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[str, dict[str, dict[str, float]]]]:
+    """(name, accuracy by T_IoU and class) of all that is compared; with what the paper reports, if it is of these."""
     rows = []
     for run in runs:
         rows.append((run.name, run.metrics["localization"]))
@@ -124,7 +125,7 @@ def localization_rows(runs: Sequence[Evaluated]) -> list[tuple[str, dict[str, di
         if other != accuracy:  # the maps are of different grids
             rows[-1] = (f"{name}, {runs[0].name}", accuracy)
             rows.append((f"{name}, {runs[-1].name}", other))
-    return [*rows, *PAPER_LOCALIZATION.items()]
+    return [*rows, *(PAPER_LOCALIZATION.items() if official else ())]
 
 
 def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Markup:
@@ -140,7 +141,7 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Mark
     def cells(accuracy: dict[str, float], names: Sequence[str]) -> list[str]:
         return [report.number(accuracy.get(name), 2) for name in names]
 
-    rows = localization_rows(runs)
+    rows = localization_rows(runs, truth.official)
     overview = [[name, *(report.number(accuracy[step]["mean"], 2) for step in steps)] for name, accuracy in rows]
     intervals = [
         [
@@ -251,7 +252,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
     if truth.index.missing:
         about = f"{len(truth.index.missing)} images of the tables are not there, and were left out."
         sections.append(report.paragraph(about, "warning"))
-    sections.append(auc_section(runs))
+    sections.append(auc_section(runs, truth.official))
     if len(truth.boxes):
         sections.append(localization_section(runs, truth))
         sections.append(curves_section(runs, truth, args.upsampling))
@@ -268,7 +269,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
                 report.table(["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in CLASSES]),
             )
         )
-    lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the official test list."
+    lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the test list."
     content = report.page(
         "ChestX-ray14: what is found, and where", lead, *sections, report.section("Settings", *settings)
     )

@@ -64,10 +64,10 @@ def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
             )  # fmt: skip
 
 
-def print_table(runs: Sequence[Evaluated]) -> None:
+def print_table(runs: Sequence[Evaluated], official: bool) -> None:
     print(f"\n{'mean over the classes':48}{'AUC':>7}" + "".join(f"{f'> {t:g}':>8}" for t in bx.T_IOU))
     auc = {run.name: run.metrics["auc"]["mean"] for run in runs}
-    for name, accuracy in localization_rows(runs):
+    for name, accuracy in localization_rows(runs, official):
         values = (accuracy.get(f"{t:g}", {}).get("mean") for t in bx.T_IOU)
         print(f"{name:48}{report.number(auc.get(name)):>7}" + "".join(f"{report.number(v, 2):>8}" for v in values))
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(truth.boxes):
         draw(runs, truth, args.out / "localization.png", args.upsampling == "bilinear")
     write_report(runs, truth, args, args.out / "report.html")
-    print_table(runs)
+    print_table(runs, truth.official)
     print(f"\nThe report is {args.out / 'report.html'}")
     return 0
 
