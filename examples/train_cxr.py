@@ -367,7 +367,7 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         raise ValueError(f"batch-size: {config['batch_size']} is more than the {len(split.train)} training images")
     names = [index.names[number] for number in (*split.train, *split.val)]
     config |= {"val_patients": split.val_patients.tolist(), "train_names_digest": digest_of(names)}
-    out: Path = args.out
+    out = Path() if args.dry_run else args.out
     last = out / "last.pt"
     if last.exists() and not args.resume and not args.dry_run:
         raise ValueError(f"out: {out} holds a run; continue it with --resume, or name another folder")

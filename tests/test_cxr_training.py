@@ -379,7 +379,7 @@ def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
 )  # fmt: skip
 def test_dry_run_of_the_options(drawn, tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
-    assert run(drawn, "out", *options, "--dry-run") == 0
+    assert example.main(["--data-dir", str(drawn), *SMALL, *options, "--dry-run"]) == 0
     loss = float(capsys.readouterr().out.split("loss of one step ")[1].split(";")[0])
     assert 0 < loss < 100
     assert list(tmp_path.iterdir()) == []
