@@ -56,11 +56,12 @@ DECISIVE = (
 )  # fmt: skip
 #: The tour: what --synthetic changes of the defaults.
 TOUR = {
-    "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 96, "pooling": "max", "lam": 1.0,
-    "mask_weight": 0.0, "prior": 0.02, "epochs": 6, "batch_size": 16, "lr": 1e-3, "lr_step": 5, "workers": 0,
+    "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 64, "pooling": "max", "lam": 1.0,
+    "lam_warmup": 2.0, "mask_weight": 0.0, "prior": 0.3, "epochs": 8, "batch_size": 8, "lr": 1e-3, "lr_step": 7,
+    "workers": 0,
 }  # fmt: skip
 #: And what it draws: few findings, often, for there is little time.
-TOUR_DATA = {"images": 1200, "size": 192, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
+TOUR_DATA = {"images": 1200, "size": 128, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
 
 
 class Processes(NamedTuple):
