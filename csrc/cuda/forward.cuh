@@ -124,7 +124,7 @@ guided_pass(const Row<In>& row, const Guide<T>& guide, const Scale<T>& scale, T 
         found.square += static_cast<double>(square);
         negative = ambiguous = positive = square = T(0);
       });
-  return group.reduce(found);
+  return found;
 }
 
 template <int64_t pooling, bool scaled, class T, class In>
@@ -147,7 +147,7 @@ pooled_pass(const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>&
         found.sum[2] += static_cast<double>(c);
         a = b = c = T(0);
       });
-  return group.reduce(found);
+  return found;
 }
 
 template <bool scaled, class T, class In>
@@ -221,8 +221,9 @@ SGL_DEVICE void find_sums(
   const Scale<T> scale = scale_of(first.low, first.high, first.nearest, settings.pooling);
   if (positive && !unranked) {
     const Guide<T> guide = guide_of(first.low, first.high, scale, settings.delta_l, settings.rescale);
-    const GuidedPass guided = scale.any ? guided_pass<true>(row, guide, scale, pos_weight, first.low, group)
-                                        : guided_pass<false>(row, guide, scale, pos_weight, first.low, group);
+    const GuidedPass guided = group.reduce(
+        scale.any ? guided_pass<true>(row, guide, scale, pos_weight, first.low, group)
+                  : guided_pass<false>(row, guide, scale, pos_weight, first.low, group));
     if (writes) {
       for (int k = 0; k < 3; ++k) out.loss[k] = guided.loss[k];
       out.count[0] = guided.negatives;
@@ -238,8 +239,9 @@ SGL_DEVICE void find_sums(
   if (settings.pooling == kNone || settings.pooling == kMax) return;
   const PoolingSettings<T> pooling =
       pooling_settings(settings.pooling, first.low, first.high, settings.pooling_parameter);
-  const PooledPass pooled = scale.any ? pooled_pass<true>(settings.pooling, row, scale, pooling, group)
-                                      : pooled_pass<false>(settings.pooling, row, scale, pooling, group);
+  const PooledPass pooled = group.reduce(
+      scale.any ? pooled_pass<true>(settings.pooling, row, scale, pooling, group)
+                : pooled_pass<false>(settings.pooling, row, scale, pooling, group));
   if (writes)
     for (int k = 0; k < 3; ++k) out.pooled[k] = pooled.sum[k];
 }
