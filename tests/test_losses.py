@@ -108,10 +108,10 @@ def test_class_vectors():
         ):
             with pytest.raises(kind, match=name):
                 SGLLoss(**{name: value})(X, Y)
-    with pytest.raises(ValueError, match="pos_weight"):
-        SGLLoss(pos_weight=torch.tensor([0.0, 1.0]))(X, Y)
         with pytest.raises(TypeError, match=name):
             functional.sgl_loss(X, Y, **{name: [1.0, 1.0]})
+    with pytest.raises(ValueError, match="pos_weight"):
+        SGLLoss(pos_weight=torch.tensor([0.0, 1.0]))(X, Y)
     assert SGLLoss(class_weight=torch.tensor([0.0, 0.0]))(X, Y) == 0
 
 
