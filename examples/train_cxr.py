@@ -50,14 +50,14 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TERMS = ("loss", "bag", "instance", "mask")
 #: What decides a result, and so what a run has to agree in to be continued, beside the images.
 DECISIVE = (
-    "backbone", "weights", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_warmup",
+    "backbone", "weights", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay", "lam_warmup",
     "mask_weight", "normalize", "rescale", "weighted", "epochs", "batch_size", "accumulate", "lr", "lr_step",
     "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm", "prior",
 )  # fmt: skip
 #: The tour: what --synthetic changes of the defaults.
 TOUR = {
     "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 64, "pooling": "max", "lam": 1.0,
-    "lam_warmup": 2.0, "mask_weight": 0.0, "prior": 0.3, "epochs": 8, "batch_size": 8, "lr": 1e-3, "lr_step": 7,
+    "lam_delay": 4.0, "lam_warmup": 2.0, "mask_weight": 0.0, "prior": 0.3, "epochs": 8, "batch_size": 8, "lr": 1e-3, "lr_step": 7,
     "workers": 0,
 }  # fmt: skip
 #: And what it draws: few findings, often, for there is little time.
@@ -204,9 +204,10 @@ def train_mode(model: nn.Module, config: Config) -> None:
 
 
 def lam_at(config: Config, progress: float) -> float:
-    """The weight of the instance loss after ``progress`` epochs: rising from 0 where there is a warm-up."""
+    """The weight of the instance loss after ``progress`` epochs: first none, then rising, then whole."""
+    begun = progress - config["lam_delay"]
     warmup = config["lam_warmup"]
-    return config["lam"] * (min(1.0, progress / warmup) if warmup else 1.0)
+    return config["lam"] * min(max(begun / warmup if warmup else float(begun >= 0), 0.0), 1.0)
 
 
 def terms_of(criterion: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -492,7 +493,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("pooling", None, "sgl: softmax; bag, bil: mean; mmm has its own", choices=list(POOLINGS))
     add("delta-l", 0.3, "threshold of the ternary targets, in [0, 0.5]")
     add("lam", 20.0, "weight of the instance loss")
-    add("lam-warmup", 0.0, "epochs in which it rises from 0")
+    add("lam-delay", 0.0, "epochs without it: what an untrained network says of patches is no guide")
+    add("lam-warmup", 0.0, "epochs in which it then rises from 0")
     add("mask-weight", 1.0, "weight of the penalty on the mask, which the paper does not tell")
     add("normalize", "batch", "where instances are counted", choices=("batch", "bag"))
     parser.add_argument("--no-rescale", action="store_true", help="theta = p instead of Eq. 5")
@@ -545,7 +547,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "accumulate", "lr_step", "save_every", "image_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    for name in ("lam", "lam_warmup", "mask_weight", "lr", "lr_factor", "weight_decay", "workers", "seed"):
+    for name in ("lam", "lam_delay", "lam_warmup", "mask_weight", "lr", "lr_factor", "weight_decay", "workers", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(args, name)}")
     if not 0 <= args.delta_l <= 0.5 or not 0 <= args.val_fraction < 1 or not 0 < args.prior < 1:

@@ -177,10 +177,13 @@ def test_the_papers_settings():
     assert base["pooling"] == "mean"
 
 
-def test_lam_rises_in_its_warm_up():
-    config = {"lam": 20.0, "lam_warmup": 2.0}
-    assert [example.lam_at(config, at) for at in (0, 0.5, 2, 7)] == [0, 5, 20, 20]
-    assert example.lam_at(config | {"lam_warmup": 0.0}, 0) == 20
+@pytest.mark.parametrize(
+    ("delay", "warmup", "expected"),
+    [(0, 0, [20, 20, 20, 20, 20]), (0, 2, [0, 5, 10, 20, 20]), (1, 0, [0, 0, 20, 20, 20]), (1, 2, [0, 0, 0, 10, 20])],
+)
+def test_lam_starts_and_rises_when_it_should(delay, warmup, expected):
+    config = {"lam": 20.0, "lam_delay": float(delay), "lam_warmup": float(warmup)}
+    assert [example.lam_at(config, at) for at in (0, 0.5, 1, 2, 7)] == expected
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
