@@ -50,15 +50,15 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TERMS = ("loss", "bag", "instance", "mask")
 #: What decides a result, and so what a run has to agree in to be continued, beside the images.
 DECISIVE = (
-    "backbone", "weights", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay", "lam_warmup",
-    "mask_weight", "normalize", "rescale", "weighted", "epochs", "batch_size", "accumulate", "lr", "lr_step",
-    "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm", "prior",
+    "backbone", "weights", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay",
+    "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
+    "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
 )  # fmt: skip
 #: The tour: what --synthetic changes of the defaults.
 TOUR = {
     "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 64, "pooling": "max", "lam": 1.0,
-    "lam_delay": 4.0, "lam_warmup": 2.0, "mask_weight": 0.0, "prior": 0.3, "epochs": 8, "batch_size": 8, "lr": 1e-3, "lr_step": 7,
-    "workers": 0,
+    "lam_delay": 4.0, "lam_warmup": 2.0, "mask_weight": 0.0, "prior": 0.3, "epochs": 8, "batch_size": 8, "lr": 1e-3,
+    "lr_step": 7, "workers": 0,
 }  # fmt: skip
 #: And what it draws: few findings, often, for there is little time.
 TOUR_DATA = {"images": 1200, "size": 128, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
