@@ -184,29 +184,31 @@ Written by `python tools/release.py` from matrix.json, which has more numbers.
 | `{wheel["name"]}` (library: {wheel["library_bytes"]}) | {wheel["bytes"]} |
 | `{sdist["name"]}` | {sdist["bytes"]} |
 
-Compiled with {result["compilers"]}; kernels for CUDA {cuda}.
+Compilers: {result["compilers"]}; kernels for CUDA {cuda}.
 Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size{excess}.
 On {result["machine"]}, in fresh environments: {passed} passed, {failed} failed, {missing} not to be had.
 
-| torch | build | Python | result | CPU kernels | error | `import sgl_ops` |
+| torch | build | Python | result | CPU kernels | error | first `import sgl_ops` |
 |---|---|---|---|---|---|---|
 """
     for row in rows:
         torch, build, python = row["entry"].split(":")
         if row["status"] == PASSED:
-            numbers = f"{row['cpu_level']} | {row['error']} | {row['import_sgl_ops_ms']} ms"
             build = f"CUDA {row['cuda']}" if row["cuda"] else "CPU"
-            text += f"| {torch} | {build} | {row['python']} | {PASSED} | {numbers} |\n"
-        else:
-            text += f"| {torch} | {build.upper()} | {python} | {row['status']}: {row['note']} | | | |\n"
-    return text
+            numbers = f"{row['cpu_level']} | {row['error']} | {row['import_sgl_ops_ms']} ms"
+            text += f"| {row['torch']} | {build} | {row['python']} | {PASSED} | {numbers} |\n"
+        elif row["status"] == FAILED:
+            text += f"| {torch} | {build.upper()} | {python} | {FAILED}: {row['note']} | | | |\n"
+    notes = [f"- {row['entry']}: {row['note']}" for row in rows if row["status"] == MISSING]
+    return text + "\n".join(["", "Not to be had where this ran:", "", *notes, ""] if notes else [])
 
 
 def compilers() -> str:
+    """The compilers on the PATH, which are those that setup.py takes unless told otherwise."""
     found = []
-    for command, pattern in ((["c++", "--version"], r"^.*"), (["nvcc", "--version"], r"release [\d.]+")):
+    for command, pattern in ((["c++", "--version"], r"^.*"), (["nvcc", "--version"], r"Cuda compilation tools.*")):
         try:
-            found += [" ".join([*command[:1], *re.findall(pattern, run(command), re.M)[:1]])]
+            found += re.findall(pattern, run(command), re.M)[:1]
         except (OSError, Wrong):
             continue
     return ", ".join(found)
