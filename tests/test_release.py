@@ -1,0 +1,67 @@
+"""tools/release.py: what it finds wrong with a wheel, and that the result in the repository is as it wrote it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("release", ROOT / "tools" / "release.py")
+release = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(release)
+
+NAME = "sgl_ops-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
+
+
+def made_up_wheel(folder, name=NAME, more=(), without=(), text="") -> Path:
+    files = {f"sgl_ops/{path.name}" for path in (ROOT / "sgl_ops").glob("*.py")}
+    files |= {"sgl_ops/py.typed", "sgl_ops/_C.abi3.so", "sgl_ops-0.1.0.dist-info/METADATA", *more}
+    path = folder / name
+    with zipfile.ZipFile(path, "w") as file:
+        for name in files - set(without):
+            file.writestr(name, text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "wrong"),
+    [
+        ({"more": ["tests/test_losses.py"]}, "tests/test_losses.py"),
+        ({"more": ["examples/training.py"]}, "examples/training.py"),
+        ({"more": ["sgl_ops/notes.txt"]}, "sgl_ops/notes.txt"),
+        ({"without": ["sgl_ops/py.typed"]}, "py.typed"),
+        ({"name": NAME.replace("cp310-abi3", "cp313-cp313")}, "tag"),
+        ({"name": NAME.replace("manylinux_2_28", "linux")}, "tag"),
+        ({"text": "compiled in /home/somebody/sgl-ops"}, "/home/somebody"),
+    ],
+)
+def test_a_wrong_wheel_is_refused(tmp_path, how, wrong):
+    with pytest.raises(release.Wrong, match=wrong):
+        release.check_wheel(made_up_wheel(tmp_path, **how), ["/home/somebody"])
+
+
+def test_a_right_wheel_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "run", lambda command, *_, **__: "")  # abi3audit, which asks for a real library
+    found = release.check_wheel(made_up_wheel(tmp_path), ["/home/somebody"])
+    assert found["platforms"] == ["manylinux_2_28_x86_64"]
+
+
+def test_this_python_is_found_and_no_other():
+    assert release.interpreter("{}.{}".format(*sys.version_info))
+    assert release.interpreter("3.1") is None
+
+
+def test_the_result_in_the_repository():
+    result = json.loads(release.RESULT.read_text())
+    assert release.TABLE.read_text() == release.table(result)
+    assert len(result["environments"]) == len(release.MATRIX)
+    for row in result["environments"]:
+        assert row["status"] == release.PASSED or (row["status"] == release.MISSING and row["note"]), row
+    assert {row["entry"].split(":")[0] for row in result["environments"] if row["status"] == release.PASSED} >= {
+        torch for torch in release.TORCHES if torch != "newest"
+    }
