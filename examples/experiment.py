@@ -45,7 +45,9 @@ MakeModel = Callable[[Config, int], nn.Module]
 
 def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     """The options that are common to all; ``defaults`` of those that differ."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
     def add(name: str, *, kind: Any = int, text: str, **more: Any) -> None:
         value = defaults.get(name.replace("-", "_"))
@@ -121,7 +123,7 @@ def configs_of(args: argparse.Namespace, decisive: tuple[str, ...] = DECISIVE) -
     for name, method in methods.items():
         pooling = args.pooling if args.pooling and name != "max" else DEFAULT_POOLING[method["loss"]]
         config = common | method | {"pooling": pooling}
-        configs[name] = {key: config[key] for key in decisive}
+        configs[name] = {key: config[key] for key in decisive} | {"data": Path(args.data).name}
     return configs
 
 
@@ -228,7 +230,7 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
     ``make_model(config, channels)`` is a network of images (n, channels, 32, 32) with n logits.
     """
     try:
-        instances = load_instances(args.data, args.data_dir, args.seed)
+        instances = load_instances(args.data, args.data_dir)
         images, bags = bags_of(instances, next(iter(configs.values())), args.seed, args.device)
         for split, some in bags.items():
             print(f"{split:6}{len(some.labels):5} bags, {int(some.labels.sum())} positive;"

@@ -23,7 +23,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 import types
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -77,6 +76,11 @@ QUICK = {
 QUICK_OPTIONS = {figure: ["--lr", "1e-3"] for figure in ("4", "5a", "5b")} | {
     "6": ["--stem", "imagenet", "--lr", "1e-3", "--batch-size", "10", "--val-bags", "50", "--val-every", "5"]
 }
+#: What a run is named by, and what is asked for apart: --options must not say otherwise.
+DECIDED = {
+    "--data", "--data-dir", "--bag-size", "--bags", "--epochs", "--seed", "--runs", "--device", "--positives", "--loss",
+    "--pooling", "--no-rescale", "--no-weight", "--out", "--resume", "--dry-run",
+}  # fmt: skip
 X_AXIS = {"4": ("bags", "training bags"), "5a": ("bags", "training bags"), "6": ("positives", "positive instances")}
 LABELS_5A = {"sgl": "+ weighting (SGL)"}
 COLOURS = {
@@ -139,6 +143,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.options = [*(QUICK_OPTIONS[args.figure] if args.quick else []), *args.options]
+    taken = DECIDED & {option.split("=")[0] for option in args.options}
+    if taken:
+        parser.error(
+            f"--options: {', '.join(sorted(taken))} is decided by the figure, or has an option of its own here"
+        )
+    if args.figure == "6" and len(args.bags) > 1:
+        parser.error("--bags: figure 6 is of one number of training bags")
     if (args.figure == "6") != any(args.positives):
         parser.error("--positives: expected at least 1 for figure 6, and for no other")
     if min(*args.sizes, *args.bags, args.seeds, args.epochs) < 1 or min(args.workers, *args.positives) < 0:
@@ -173,14 +184,13 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
         torch.set_num_threads(1)  # as many runs at once as there are cores
     config = config_of(run, args)
     target, checkpoint = args.out / f"{run.name}.json", args.out / f"{run.name}.pt"
-    instances = load_instances(args.data, args.data_dir, run.seed)
+    instances = load_instances(args.data, args.data_dir)
     images, bags = bags_of(instances, config, run.seed, args.device)
-    start = time.perf_counter()
-    os.environ["TQDM_DISABLE"] = "1"
+    trained_by = commit()
     channels = instances.train_images.shape[1]
     make_model = run.example.make_model
     entry, _, model = train_run(
-        lambda: make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True
+        lambda: make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True, quiet=True
     )
     content = {
         "run": run._asdict(),
@@ -188,8 +198,8 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
         "result": entry,
         "shown": [shown(model, images["test"], bags["test"], n) for n in numbers_to_show(bags["test"], 3, 1)],
         "command": f"python {run.example.__name__}.py " + " ".join(without_paths(options_of(run, args))),
-        "seconds": round(time.perf_counter() - start, 1),
-        "commit": commit(),
+        "seconds": round(torch.load(checkpoint, weights_only=True)["seconds"], 1),
+        "commit": trained_by,
         "machine": f"{args.device}, {machine()}, torch {torch.__version__}",
     }
     write_json(content, target)
@@ -253,7 +263,7 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
     if not missing:
         return
     # one load, so that a wrong folder is told at once and a download happens once
-    load_instances(args.data, args.data_dir, 0)
+    load_instances(args.data, args.data_dir)
     unit = sum(run.cost for run in missing) / 1000
     progress = tqdm(total=1000, bar_format="{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}", disable=None)
     context = multiprocessing.get_context("spawn")
@@ -346,9 +356,11 @@ def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) ->
     """Figure 5b: the first test bags, and beside each other what the methods say of them."""
     (size, *_), (bags, *_) = args.sizes, args.bags
     contents = {run.method: content for run, content in found.items() if run[1:4] == (size, bags, 0)}
+    if not contents:
+        raise ValueError(f"out: {args.out} has no run of {bags} bags of {size} and seed 0")
     if any("shown" not in content for content in contents.values()):
         raise ValueError(f"out: runs in {args.out} do not hold what their networks say of single bags; remove them")
-    images = load_instances(args.data, args.data_dir, 0).test_images
+    images = load_instances(args.data, args.data_dir).test_images
     panels = []
     for number in range(len(next(iter(contents.values()))["shown"])):
         for method, content in contents.items():
@@ -400,6 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     points = itertools.product(args.methods, args.sizes, args.bags, range(args.seeds), args.positives)
     runs = [Run(*point) for point in points]
     try:
+        collect(runs, args)  # what is there and does not fit is told before anything is computed
         if not args.draw_only:
             compute_all(runs, args)
         found = collect(runs, args)

@@ -4,8 +4,8 @@
     python train_cifar10_bags.py --data FILE.npz --positives 10 --bag-size 100 --loss sgl
     python train_cifar10_bags.py --data digits --bags 40 --epochs 2 --runs 1    what it does, in minutes, on a CPU
 
-Meant for a GPU: 50 epochs of 2500 bags of 50 are 6 million pictures through a ResNet-18. --stem imagenet takes an
-eighth of the time on a CPU, with a quarter of the resolution in each direction.
+Meant for a GPU: 50 epochs of 2500 bags of 50 are 6 million pictures through a ResNet-18. --stem imagenet takes a
+fifth to an eighth of the time on a CPU, with a quarter of the resolution in each direction.
 
 Writes into --out metrics.json, history.csv, bags.png and a checkpoint per seed; without --loss into a folder for SGL
 and one for max pooling, with comparison.png beside them.

@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def train_run(
     bags: dict[str, Bags],
     checkpoint: Path,
     resume: bool,
+    quiet: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
     """Trains one network and tests it.
 
@@ -136,7 +138,7 @@ def train_run(
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config["lr"], betas=(0.9, 0.999), weight_decay=config["weight_decay"]
     )
-    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None}
+    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "seconds": 0.0}
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state["config"] != config:
@@ -149,10 +151,11 @@ def train_run(
         desc=f"{config['loss']} ({config['pooling']}) seed {seed}",
         initial=state["epoch"],
         total=config["epochs"],
-        disable=None,
+        disable=quiet or None,
         mininterval=0.5,
     )
     for epoch in progress:
+        start = time.perf_counter()
         # drawn anew from seed and epoch, so that a checkpoint need not hold the generator's state
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(bags["train"].labels), generator=generator).to(device)
@@ -173,6 +176,7 @@ def train_run(
         state["history"].append(row)
         state |= {
             "epoch": epoch,
+            "seconds": state["seconds"] + time.perf_counter() - start,
             "config": config,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +17,20 @@ from .pooling import make_pooling
 __all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
 
 
-class SGLLoss(nn.Module):
+class _Loss(nn.Module):
+    """A module that may hold a process group, which its copies share."""
+
+    process_group: Group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        memo[id(self.process_group)] = self.process_group
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+class SGLLoss(_Loss):
     r"""The Self-Guiding Loss (Seibold et al., ACCV 2020): learn from bag labels where in the bag the label is.
 
     For a bag of instances with logits :math:`x_j`, probabilities :math:`p_j = \sigma(x_j)` and a label y per class:
@@ -49,7 +64,8 @@ class SGLLoss(nn.Module):
         check: whether to look at the values of targets and offsets; None: on the CPU only.
         impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"``, ``"reference"``.
         process_group: the ``torch.distributed.ProcessGroup`` that shares the batch (``torch.distributed.group.WORLD``
-            for all): loss and gradient of one process that sees it all, under ``DistributedDataParallel``.
+            for all, which is None before ``init_process_group``): loss and gradient of one process that sees it all,
+            under ``DistributedDataParallel``.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a float32 (or float64) scalar.
 
@@ -147,7 +163,7 @@ class SGLLoss(nn.Module):
         )
 
 
-class BagLoss(nn.Module):
+class BagLoss(_Loss):
     r"""The bag loss alone: mean over bags and classes with a known label of :math:`BCE(P, y)` (Eq. 3, 4).
 
     Args:
@@ -202,7 +218,7 @@ class BagLoss(nn.Module):
         )  # fmt: skip
 
 
-class BILLoss(nn.Module):
+class BILLoss(_Loss):
     r"""The bag-instance loss of Zhou et al. 2017: instances against their own rounded probabilities.
 
     With :math:`s_j = [p_j > 0.5]\, y`, :math:`r = \mathrm{mean}_j BCE(p_j, s_j)` and :math:`b = BCE(P, y)`: a positive
@@ -244,7 +260,7 @@ class BILLoss(nn.Module):
         )  # fmt: skip
 
 
-class MMMLoss(nn.Module):
+class MMMLoss(_Loss):
     r"""The min-mean-max loss of Morfi & Stowell 2018, averaged over bags and classes with a known label:
 
     :math:`(BCE(\max p, y) + BCE(\min p, 0) + BCE(\mathrm{mean}\, p, y / 2)) / 3`.

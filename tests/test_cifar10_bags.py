@@ -100,7 +100,7 @@ def test_real_cifar10(data_dir, tmp_path):
         pytest.skip(f"no {script}")
     pytest.importorskip("PIL")
     subprocess.run([sys.executable, script, tmp_path / "cifar10.npz"], check=True, capture_output=True)
-    data = instances.load_instances(str(tmp_path / "cifar10.npz"), "", 0)
+    data = instances.load_instances(str(tmp_path / "cifar10.npz"), "")
     assert data.train_images.shape == (50000, 3, 32, 32)
     assert np.bincount(data.train_classes).tolist() == [5000] * 10
     config = example.configs_of(example.parse(["--bags", "20", "--test-bags", "10", "--positives", "7"]))["sgl"]

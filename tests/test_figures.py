@@ -8,6 +8,7 @@ import json
 
 import pytest
 import reproduce_figures as figures
+import torch
 
 TINY = [
     "--figure", "5a", "--data", "digits", "--sizes", "6", "--bags", "8", "12", "--epochs", "1", "--workers", "1",
@@ -58,7 +59,9 @@ def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
     again = json.loads((tmp_path / "size6_bags8_max_seed1.json").read_text())
     assert again["result"] == runs["size6_bags8_max_seed1"]["result"]
 
-    assert figures.main([*arguments, "--epochs", "2", "--draw-only"]) == 2  # these are not those
+    (tmp_path / "size6_bags8_max_seed1.json").unlink()
+    assert figures.main([*arguments, "--epochs", "2"]) == 2  # these are not those, and nothing is computed beside them
+    assert not (tmp_path / "size6_bags8_max_seed1.json").exists()
     assert "{'epochs': 1}, not {'epochs': 2}" in capfd.readouterr().err
 
 
@@ -82,6 +85,10 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             figures.compute(run, arguments)
     assert list(tmp_path.glob("*.pt"))
+    (checkpoint,) = tmp_path.glob("*.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["seconds"] > 0
+    torch.save(state | {"seconds": 1000.0}, checkpoint)
     epochs.clear()
 
     def counted(*given, train_epoch=training.train_epoch):
@@ -89,7 +96,9 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         return train_epoch(*given)
 
     monkeypatch.setattr(training, "train_epoch", counted)
-    assert json.loads(figures.compute(run, arguments).read_text())["result"] == whole["result"]
+    content = json.loads(figures.compute(run, arguments).read_text())
+    assert content["result"] == whole["result"]
+    assert 1000 < content["seconds"] < 1100  # with what was before the interruption
     assert len(epochs) == 1
 
 
@@ -107,7 +116,7 @@ def test_figure_5b_shows_what_the_runs_keep(tmp_path, monkeypatch):
         assert positive.tolist() == [bool(p) for p in bag["positive"]]
         assert title.startswith(f"SGL, test bag {bag['number']}: ")
         # it is the picture that the probability was computed of: of the target class just where it says so
-        classes = figures.load_instances("digits", "", 0).test_classes[bag["index"]]
+        classes = figures.load_instances("digits", "").test_classes[bag["index"]]
         assert ((classes == 9) == positive).all()
 
 
@@ -140,8 +149,17 @@ def test_quick_is_a_part_of_the_figure(figure):
     assert quick.out != full.out
 
 
-@pytest.mark.parametrize("wrong", [["--figure", "6", "--positives", "0"], ["--figure", "4", "--positives", "2"]])
-def test_positives_are_of_figure_6(wrong):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--figure", "6", "--positives", "0"],
+        ["--figure", "4", "--positives", "2"],
+        ["--figure", "6", "--bags", "100", "200"],
+        ["--figure", "4", "--options", "--loss", "mmm"],
+        ["--figure", "4", "--options", "--data=x.npz"],
+    ],
+)
+def test_what_contradicts_the_figure(wrong):
     with pytest.raises(SystemExit):
         figures.parse_arguments(wrong)
 

@@ -84,7 +84,7 @@ def test_metrics_by_hand():
 
 
 def test_splits_share_no_image():
-    data = instances.load_instances("digits", "", 0)
+    data = instances.load_instances("digits", "")
     config = experiment.configs_of(example.parse(SMALL))["sgl"]
     images, bags = experiment.bags_of(data, config, 0, "cpu")
     assert images["train"] is images["val"]
@@ -206,7 +206,7 @@ def test_instances_of_a_user(tmp_path):
     run(tmp_path / "out", "--data", str(tmp_path / "mine.npz"), "--target", "2", "--epochs", "1", "--loss", "bag")
     np.savez(tmp_path / "bad.npz", **(arrays | {"y_train": np.arange(59)}))
     with pytest.raises(ValueError, match="y_train"):
-        instances.load_instances(str(tmp_path / "bad.npz"), "", 0)
+        instances.load_instances(str(tmp_path / "bad.npz"), "")
 
 
 def test_real_mnist(data_dir, tmp_path):
@@ -216,7 +216,7 @@ def test_real_mnist(data_dir, tmp_path):
     raw.mkdir(parents=True)
     for packed in (data_dir / "MNIST" / "raw").glob("*.gz"):  # they are unpacked where they lie
         (raw / packed.name).symlink_to(packed)
-    data = instances.load_instances("mnist", str(tmp_path), 0)
+    data = instances.load_instances("mnist", str(tmp_path))
     assert data.train_images.shape == (60000, 1, 32, 32)
     assert data.test_images.shape == (10000, 1, 32, 32)
     assert np.bincount(data.test_classes)[9] == 1009

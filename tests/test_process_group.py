@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -37,6 +38,7 @@ LOSSES = {
     "mmm": (MMMLoss, {}),
 }
 CASES = list(itertools.product(LOSSES, ("padded", "packed")))
+MAX = [case for case in CASES if case[0].endswith(", max") and case[1] == "padded"]  # of each implementation
 
 
 def batch(layout):
@@ -111,18 +113,17 @@ def rank(number, world, folder):
         first = sum(SPLITS[world][:number])
         last = first + SPLITS[world][number]
         results = {case: step(*case, first, last, group) for case in CASES}
-        results["poisoned"] = [
-            step("reference, max" if "fused, max" not in LOSSES else "fused, max", "padded", first, last, group,
-                 poison=math.nan if number == world - 1 else None)
-        ]  # fmt: skip
-        terms = loss_of(CASES[0][0], group).terms(*of_bags("padded", first, last)[:2])
-        results["terms"] = list(terms)
         # a group of some of them: the others have nothing to do with it
         some = dist.new_group([0])
-        results["alone"] = step(CASES[0][0], "padded", 0, 7, some) if number == 0 else None
-        torch.compiler.reset()
-        whole = torch.compile(loss_of(CASES[0][0], group), backend="aot_eager", fullgraph=True)
-        results["compiled"] = step(CASES[0][0], "padded", first, last, group, loss=whole)
+        for case in MAX:
+            poison = math.nan if number == world - 1 else None
+            results["poisoned", case] = step(*case, first, last, group, poison=poison)
+            results["terms", case] = list(loss_of(case[0], group).terms(*of_bags("padded", first, last)[:2]))
+            results["alone", case] = step(*case, 0, 7, some) if number == 0 else None
+            torch.compiler.reset()
+            whole = torch.compile(loss_of(case[0], group), backend="aot_eager", fullgraph=True)
+            results["compiled", case] = step(*case, first, last, group, loss=whole)
+            results["copied", case] = step(*case, first, last, group, loss=copy.deepcopy(loss_of(case[0], group)))
         results["ddp"] = gradients_of(DistributedDataParallel(Network()), first, last, group)
         torch.save(results, f"{folder}/rank{number}.pt")
     finally:
@@ -151,28 +152,33 @@ def test_ranks_equal_one_process(ranks, name, layout):
     assert abs(alone - loss) > 1e-6
 
 
-def test_the_terms_are_of_the_whole_batch(ranks):
-    expected = loss_of(CASES[0][0], None).terms(*of_bags("padded", 0, 7)[:2])
+@pytest.mark.parametrize("case", MAX, ids=str)
+def test_the_terms_are_of_the_whole_batch(ranks, case):
+    expected = loss_of(case[0], None).terms(*of_bags("padded", 0, 7)[:2])
     for of_rank in ranks:
-        torch.testing.assert_close(of_rank["terms"], [t.detach() for t in expected], rtol=1e-12, atol=0)
+        torch.testing.assert_close(of_rank["terms", case], [t.detach() for t in expected], rtol=1e-12, atol=0)
 
 
-def test_nan_of_one_rank_is_seen_by_all_and_spoils_no_other_gradient(ranks):
-    ((_, broken),) = ranks[-1]["poisoned"]
-    assert all(bool(of_rank["poisoned"][0][0].isnan()) for of_rank in ranks)
+@pytest.mark.parametrize("case", MAX, ids=str)
+def test_nan_of_one_rank_is_seen_by_all_and_spoils_no_other_gradient(ranks, case):
+    _, broken = ranks[-1]["poisoned", case]
+    assert all(bool(of_rank["poisoned", case][0].isnan()) for of_rank in ranks)
     assert broken[0, 0].isnan().any()
     assert broken[0, 1:].isfinite().all()
-    assert all(of_rank["poisoned"][0][1].isfinite().all() for of_rank in ranks[:-1])
+    assert all(of_rank["poisoned", case][1].isfinite().all() for of_rank in ranks[:-1])
 
 
-def test_compiled_in_one_graph(ranks):
+@pytest.mark.parametrize("case", MAX, ids=str)
+@pytest.mark.parametrize("how", ["compiled", "copied"])
+def test_in_one_graph_and_as_a_copy(ranks, case, how):
     for of_rank in ranks:
-        torch.testing.assert_close(of_rank["compiled"], of_rank[CASES[0]], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(of_rank[how, case], of_rank[case], rtol=1e-12, atol=1e-15)
 
 
-def test_a_group_of_one(ranks):
-    loss, gradient = step(CASES[0][0], "padded", 0, 7, None)
-    torch.testing.assert_close(ranks[0]["alone"], (loss, gradient), rtol=1e-12, atol=1e-15)
+@pytest.mark.parametrize("case", MAX, ids=str)
+def test_a_group_of_one(ranks, case):
+    loss, gradient = step(*case, 0, 7, None)
+    torch.testing.assert_close(ranks[0]["alone", case], (loss, gradient), rtol=1e-12, atol=1e-15)
 
 
 def test_distributed_data_parallel_gets_the_gradient_of_one_process(ranks):
