@@ -54,8 +54,8 @@ DECISIVE = (
     "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
     "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
 )  # fmt: skip
-#: The tour: what --synthetic changes of the defaults. Counted over the batch, the patches of the many findings that an
-#: image does not have would leave too little weight to those of the few that it is trained to tell from them.
+#: The tour: what --synthetic changes of the defaults. Instances are counted within bags: counted over the batch, no run
+#: that was tried with so few images learned to classify.
 TOUR = {
     "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 64, "pooling": "max", "lam": 1.0,
     "lam_delay": 2.0, "lam_warmup": 4.0, "normalize": "bag", "mask_weight": 0.0, "prior": 0.3, "epochs": 8,
