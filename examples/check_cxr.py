@@ -125,7 +125,7 @@ def _about_files(data_dir: Path, tables: Path, index: Index, sample: int) -> lis
         try:
             with Image.open(path) as image:
                 kinds[f"{image.width}x{image.height} {image.mode} {image.format}"] += 1
-        except OSError:
+        except (OSError, ValueError, Image.DecompressionBombError):
             kinds["unreadable"] += 1
     known = {Path(name).stem for name in (*index.names, *index.missing)}
     others = sorted(set(find_images(data_dir)) - known)

@@ -232,6 +232,8 @@ def read_boxes(path: Path) -> dict[str, list[tuple[int, float, float, float, flo
         w, h = (_positive(cell, "w and h", at) for cell in cells[4:])
         if max(x + w, y + h) > BOX_SIDE:
             raise ValueError(f"{at}: the box {x, y, w, h} leaves the image of {BOX_SIDE}x{BOX_SIDE}")
+        if any(box[0] == BOX_CLASSES[cells[1]] for box in boxes.get(cells[0], ())):
+            raise ValueError(f"{at}: {cells[0]} has a box of {cells[1]} already")
         boxes.setdefault(cells[0], []).append((BOX_CLASSES[cells[1]], x, y, w, h))
     if path.read_bytes()[-1:] not in (b"\n", b"\r"):
         raise ValueError(f"{path}, line {line}: the last line has no end: its last number may be cut off")
@@ -411,6 +413,8 @@ def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | No
         with _locked(whole.with_suffix(".lock")):
             if not whole.exists():  # another one may have built it meanwhile
                 _build(whole, paths, size, workers or os.cpu_count() or 1)
+    if whole.stat().st_size != len(paths) * size**2:
+        raise ValueError(f"{whole}: cut off, or not a cache; remove it, and it is built anew")
     return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), size, size))
 
 

@@ -102,8 +102,8 @@ def refuse_trained(truth: Truth, trained: set[str], run: Path) -> None:
             f"run: {run} was trained or validated on {len(both)} images of the test list, {len(boxed)} of them with "
             f"boxes ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): what it says of them means nothing"
         )
-    index = truth.index
-    patients = {p for name, p in zip(index.names, index.patients.tolist(), strict=True) if name in trained}
+    # by name, which begins with the patient's number: what was trained on may lie on another disk
+    patients = {int(name[:8]) for name in trained}
     shared = patients & set(truth.patients.tolist())
     if shared:
         raise ValueError(
@@ -129,12 +129,13 @@ def ask(
     loader = DataLoader(data, args.batch_size, sampler=[(0, int(row)) for row in rows], num_workers=args.workers)
     pooling = make_pooling(config["pooling"])
     image = np.zeros(0, int) if image is None else image
-    probability, peak = (np.zeros((len(rows), len(CLASSES)), np.float32) for _ in range(2))
-    maps = [np.zeros((0, 0), np.float32)] * len(image)
+    probability, peak = (np.zeros((len(rows), len(CLASSES))) for _ in range(2))
+    maps = [np.zeros((0, 0))] * len(image)
     start = 0
     for batch, _, _ in tqdm(loader, desc=name_of(config), unit="batch", disable=None):
         with torch.inference_mode():
-            logits = model(cxr_data.to_input(batch.to(args.device))).float()
+            # in float32 every logit above 17 would be the same probability, and where the greatest is a matter of order
+            logits = model(cxr_data.to_input(batch.to(args.device))).double()
             inside = slice(start, start + len(batch))
             probability[inside] = torch.sigmoid(pooling(logits)).cpu()
             patches = torch.sigmoid(logits).cpu().numpy()
@@ -159,7 +160,7 @@ def thresholds_of(
     asked = (args.threshold, args.gate)
     if VALIDATION not in asked:
         return np.full(len(CLASSES), args.threshold), np.full(len(CLASSES), args.gate)
-    rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])))
+    rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])) & ~index.test)
     if not len(rows):
         raise ValueError(f"threshold, gate: {VALIDATION}: there are no validation images of the run in the data")
     said, labels = ask(model, config, index, rows, args), index.labels[rows]

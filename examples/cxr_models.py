@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from instances import import_torchvision
 from torch import Tensor, nn
+from training import load_state
 
 #: Of the local networks, by receptive field: in how many blocks of each of the four stages there is a 3x3 convolution.
 THREES = {9: (1, 1, 0, 0), 17: (1, 1, 1, 0), 33: (1, 1, 1, 1), 65: (1, 1, 2, 2)}
@@ -211,7 +211,7 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
         path = Path(weights)
         if not path.is_file():
             raise ValueError(f"weights: expected 'none', 'imagenet' or a file, got {weights!r}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_state(path)
         state = state.get("model", state)
     found = {}
     for key, value in state.items():

@@ -40,7 +40,7 @@ from metrics import auc
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training import LOSSES, Config, make_criterion, save_atomically, write_json
+from training import LOSSES, Config, load_state, make_criterion, save_atomically, write_json
 
 from sgl_ops import SGLLoss
 from sgl_ops.pooling import POOLINGS, make_pooling
@@ -168,7 +168,10 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
     path = run / f"{which}.pt"
     if not path.is_file():
         raise ValueError(f"run: {run} holds no {path.name}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_state(path)
+    last = load_state(run / "last.pt", mmap=True)["config"]
+    if any(state["config"].get(key) != last.get(key) for key in ("train_names_digest", "backbone", "loss", "seed")):
+        raise ValueError(f"run: {path} and last.pt are of different trainings")
     model = make_model(state["config"])
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state["config"]
@@ -185,7 +188,7 @@ def trained_names(run: Path) -> set[str]:
         raise ValueError(f"run: {run} holds no split.csv, which says what it was trained on")
     with path.open(newline="") as file:
         names = [row["image"] for row in csv.DictReader(file)]
-    last = torch.load(Path(run) / "last.pt", map_location="cpu", weights_only=True, mmap=True)
+    last = load_state(Path(run) / "last.pt", mmap=True)
     if digest_of(names) != last["config"]["train_names_digest"]:
         raise ValueError(f"{path}: these are not the images that the run was trained on")
     return set(names)
@@ -264,7 +267,7 @@ class Training:
 
     def restore(self, path: Path) -> None:
         """Raises ValueError where ``path`` was trained otherwise."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_state(path)
         different = [key for key in self.config if state["config"].get(key) != self.config[key]]
         if different:
             raise ValueError(f"resume: {path} was trained with another {', '.join(different)}")
@@ -333,6 +336,9 @@ def predict(training: Training, data: Radiographs, numbers: np.ndarray, args: ar
     mine = np.arange(processes.rank, len(numbers), processes.count)
     size = max(config["batch_size"] // config["accumulate"] // processes.count, 1)
     batches = [[(0, int(n)) for n in numbers[mine[k : k + size]]] for k in range(0, len(mine), size)]
+    if processes.group is not None:  # statistics that each process took of its own images; the first's are saved
+        for buffer in training.network.buffers():
+            dist.broadcast(buffer, 0, group=processes.group)
     training.network.eval()
     logits = torch.zeros(len(numbers), len(CLASSES))
     some = [torch.zeros(0, len(CLASSES))]
@@ -392,6 +398,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         return
     if args.resume and last.exists():
         training.restore(last)
+    elif processes.first:
+        (out / "best.pt").unlink(missing_ok=True)  # of a training that ended before its first last.pt
     logs = None
     if processes.first:
         write_beginning(out, config, index, split, report)

@@ -140,7 +140,7 @@ def train_run(
     )
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "seconds": 0.0}
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = load_state(checkpoint)
         if state["config"] != config:
             different = [key for key in config if state["config"].get(key) != config[key]]
             raise ValueError(f"resume: {checkpoint} was trained with another {', '.join(different)}")
@@ -193,6 +193,21 @@ def train_run(
         entry[name] = measure(logits, bags["test"], config["pooling"])
     entry["best_val"]["epoch"] = state["best"]["epoch"]
     return entry, state["history"], model
+
+
+def load_state(path: Path, **options: Any) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU; nothing in it is executed.
+
+    Raises:
+        ValueError: it is not there, cut off, or something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # reading something else ends in many ways
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not a checkpoint, but a {type(state).__name__}")
+    return state
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
