@@ -344,8 +344,10 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
             axes.set_ylabel(title)
         if row == len(METRICS) - 1:
             axes.set_xlabel(axis_title)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    # a column may lack methods that others have
+    lines = {line.get_label(): line for axes in reversed(grid[0]) for line in axes.get_lines()}
+    labels = [label for label in (label_of(method, args.figure) for method in args.methods) if label in lines]
+    figure.legend([lines[label] for label in labels], labels, loc="outside right upper", frameon=False)
     paths = [args.out / f"figure{args.figure}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path)
