@@ -123,13 +123,18 @@ SGL_HD F reciprocal(F x) {
   return 1.0f / x;
 }
 
+// x 2^n from n + kRound, for n > -190. In two factors: as one, 2^n leaves the range of floats where the result does not yet.
+template <class F>
+SGL_HD F times_power_of_two(F x, F shifted) {
+  return x * power_of_two(shifted, 64) * 5.42101086e-20f;
+}
+
 // For x <= 40, which is all that is needed: what is called has arguments <= 0.
 template <class F>
 SGL_HD F exp(F x) {
   x = select(x < -105.0f, F(-105.0f), x);  // 0
   const ReducedExponent<F> e = reduce_exponent(x);
-  // 2^n in two factors: as one it leaves the range of floats where the result does not yet
-  return (expm1_polynomial(e.r) + 1.0f) * power_of_two(e.shifted, 64) * 5.42101086e-20f;
+  return times_power_of_two(expm1_polynomial(e.r) + 1.0f, e.shifted);
 }
 
 #endif

@@ -48,9 +48,10 @@ def math_inputs() -> dict[str, torch.Tensor]:
     # an odd size, so that loops have a tail
     exp = torch.cat([torch.linspace(-104.5, 40.0, 400_001), special])
     unit = torch.cat([torch.linspace(0.0, 1.0, 400_001), torch.logspace(-44, 0, 10_001)])
-    product = torch.cat([unit, torch.linspace(1.0, 2.0**16 - 1, 400_001)])  # of 16 factors of at most 2
+    product = torch.cat([unit, torch.logspace(0, 64, 400_001, base=2)])  # of 64 factors of at most 2
     expm1 = torch.cat([torch.linspace(-110.0, 0.0, 400_001), -torch.logspace(-44, 0, 10_001), special[special <= 0]])
-    return {"exp": exp, "log1p_unit": unit, "log1p": product, "expm1": expm1}
+    inverse = torch.linspace(1.0, 2.0, 400_001)  # what sigmoids divide by
+    return {"exp": exp, "log1p_unit": unit, "log1p": product, "expm1": expm1, "reciprocal": inverse}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def ulp_error(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("function", ["exp", "log1p_unit", "log1p", "expm1"])
+@pytest.mark.parametrize("function", ["exp", "log1p_unit", "log1p", "expm1", "reciprocal"])
 def test_functions_are_within_2_ulp(report, level, function):
     x, y = math_inputs()[function], report(level)[function]
     exact = getattr(torch, function.removesuffix("_unit"))(x.double())

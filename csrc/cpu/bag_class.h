@@ -41,8 +41,6 @@ SGL_HD C both(C live, C condition) {
   return live & condition;
 }
 
-#define SGL_INLINED __attribute__((always_inline))
-
 // Sums of floats run over this many vectors, then go on in double: enough digits for a bag of a million.
 constexpr int64_t kBlock = 16;
 static_assert(kBlock <= LogOfProduct<float>::kFactors, "a block's factors go into one product");
@@ -128,7 +126,7 @@ template <class T>
 Extremes<T> negative_pass(const T* x, int64_t n) {
   using F = typename VectorOf<T>::F;
   Ends<F> ends = {F(x[0]), F(x[0])};
-  typename Lanes<F>::Sum loss;
+  typename Lanes<typename Lanes<F>::Narrow>::Sum loss;
   F above = F(0);
   LogOfProduct<F> product;
   for_vectors<F>(
@@ -139,7 +137,7 @@ Extremes<T> negative_pass(const T* x, int64_t n) {
         product.multiply_by_1_plus(keep(live, exp(minus_magnitude(v))));
       },
       [&]() SGL_INLINED {
-        loss.add(above + product.log());
+        loss.add(Lanes<F>::narrow_sum(above) + Lanes<F>::log_of(product));
         above = F(0);
         product = LogOfProduct<F>();
       });
@@ -542,6 +540,7 @@ void math(int function, const T* x, T* y, int64_t n) {
   if (function == 1) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return log1p_unit(v); });
   if (function == 2) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return expm1_negative(v); });
   if (function == 3) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return log1p_any(v); });
+  if (function == 4) map_vectors<F>(x, n, y, [](F v) SGL_INLINED { return reciprocal(v); });
 }
 
 template <class T>

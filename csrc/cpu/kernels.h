@@ -37,7 +37,8 @@ struct Kernels {
   void (*backward)(
       const Problem<T>&, const T* saved, T grad_output, void* grad, int64_t begin, int64_t end, T* scratch,
       Spread spread);
-  void (*math)(int function, const T* x, T* y, int64_t n);  // 0 exp, 1 log1p_unit, 2 expm1_negative, 3 log1p_any
+  // 0 exp, 1 log1p_unit, 2 expm1_negative, 3 log1p_any, 4 reciprocal
+  void (*math)(int function, const T* x, T* y, int64_t n);
 };
 
 const char* cpu_level();

@@ -353,11 +353,12 @@ std::string level_name() { return cpu_level(); }
 
 Tensor math(const Tensor& x, const std::string& function) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "x: expected contiguous float32");
-  STD_TORCH_CHECK(
-      function == "exp" || function == "log1p_unit" || function == "expm1" || function == "log1p",
-      "function: expected exp, log1p_unit, expm1 or log1p");
+  // as Kernels::math numbers them
+  constexpr const char* names[] = {"exp", "log1p_unit", "expm1", "log1p", "reciprocal"};
+  int number = 0;
+  while (number < 5 && function != names[number]) ++number;
+  STD_TORCH_CHECK(number < 5, "function: expected exp, log1p_unit, expm1, log1p or reciprocal");
   Tensor y = torch::stable::empty_like(x);
-  const int number = function == "exp" ? 0 : function == "log1p_unit" ? 1 : function == "expm1" ? 2 : 3;
   kernels<float>().math(
       number, static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(y.mutable_data_ptr()), x.numel());
   return y;

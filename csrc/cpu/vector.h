@@ -11,6 +11,12 @@
 
 #include "../sgl_math.h"
 
+#if SGL_WIDTH == 16
+#include <immintrin.h>
+#endif
+
+#define SGL_INLINED __attribute__((always_inline))
+
 namespace sgl {
 
 // The compiler's types; spelled out, as gcc forgets the size of a vector where it depends on a template's parameter.
@@ -88,6 +94,36 @@ SGL_HD Floats<N> from_bits(Bits<N> bits) {
   return {bits_of<typename Raw<N>::F>(bits.a), bits_of<typename Raw<N>::F>(bits.b)};
 }
 
+#if SGL_WIDTH == 16
+
+// what AVX-512 has an instruction for
+
+SGL_HD Floats<16> times_power_of_two(Floats<16> x, Floats<16> shifted) {
+  const Floats<16> n = shifted - kRound;
+  return {_mm512_scalef_ps(x.a, n.a), _mm512_scalef_ps(x.b, n.b)};
+}
+
+// at most 1 ulp, for the numbers between 1 and 2 that it is asked: a division takes as long as ten multiplications
+SGL_HD Floats<16> reciprocal(Floats<16> x) {
+  const Floats<16> guess = {_mm512_rcp14_ps(x.a), _mm512_rcp14_ps(x.b)};
+  return guess + guess * (1.0f - x * guess);
+}
+
+#endif
+
+// Eight numbers of 2N, each combined from as many lanes: what comes next then costs a fraction.
+template <int N, class Combine>
+SGL_HD Floats<4> narrowed(Floats<N> x, const Combine& combine) {
+  if constexpr (N == 4) {
+    return x;
+  } else {
+    const typename Raw<N>::F both = combine(x.a, x.b);
+    Floats<N / 2> halves;
+    std::memcpy(&halves, &both, sizeof(both));
+    return narrowed(halves, combine);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What loops over a row need of Floats, and of a plain double, which goes one by one: its exp and log are calls anyway.
 
@@ -117,6 +153,17 @@ struct Lanes<Floats<N>> {
     for (int i = 0; i < N; ++i) lane[i] = i;
     const int32_t end = static_cast<int32_t>(n);
     return {lane < end, lane < end - N};
+  }
+
+  using Narrow = Floats<4>;
+  static SGL_HD Narrow narrow_sum(Floats<N> x) {
+    return narrowed(x, [](auto a, auto b) SGL_INLINED { return a + b; });
+  }
+  // up to 2N / 8 times as many factors in one product as without: 2^64 at most
+  static SGL_HD Narrow log_of(LogOfProduct<Floats<N>> product) {
+    LogOfProduct<Narrow> all;
+    all.excess = narrowed(product.excess, [](auto a, auto b) SGL_INLINED { return a * b + (a + b); });
+    return all.log();
   }
 
   // Sums of floats go on in double, lane by lane; twice as many vectors, as they are half as many to a vector.
@@ -160,17 +207,11 @@ struct Lanes<Floats<N>> {
 
   template <class Better>
   static SGL_HD float best(Floats<N> x, const Better& better) {
-    const typename Raw<N>::F both = select(better(x.a, x.b), x.a, x.b);
-    float lanes[N];
-    std::memcpy(lanes, &both, sizeof(both));
-    for (int half = N / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] = better(lanes[i + half], lanes[i]) ? lanes[i + half] : lanes[i];
-    return lanes[0];
-  }
-
- private:
-  static SGL_HD typename Raw<N>::F select(typename Raw<N>::I c, typename Raw<N>::F x, typename Raw<N>::F y) {
-    return c ? x : y;
+    const Floats<4> v = narrowed(x, [&](auto a, auto b) SGL_INLINED { return better(a, b) ? a : b; });
+    const auto both = better(v.a, v.b) ? v.a : v.b;
+    const float left = better(both[0], both[2]) ? both[0] : both[2],
+                right = better(both[1], both[3]) ? both[1] : both[3];
+    return better(left, right) ? left : right;
   }
 };
 
@@ -183,6 +224,10 @@ struct Lanes<double> {
   static SGL_HD double load(const double* x) { return *x; }
   static SGL_HD void store(double* x, double v) { *x = v; }
   static SGL_HD bool first(int64_t n) { return n > 0; }
+
+  using Narrow = double;
+  static SGL_HD double narrow_sum(double x) { return x; }
+  static SGL_HD double log_of(LogOfProduct<double> product) { return product.log(); }
 
   struct Sum {
     double v;
