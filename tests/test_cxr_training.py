@@ -333,7 +333,10 @@ def test_a_process_that_is_killed(drawn, whole, tmp_path):
     """Without warning, in the middle of an epoch, while images are being loaded by another process."""
     out = tmp_path / "cut"
     options = ["--data-dir", drawn, "--out", out, *SMALL, "--save-every", "1", "--workers", "1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    # as many threads as here, where the rest is computed: convolutions add up in an order that depends on their number
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, ROOT / "examples" / "train_cxr.py", *map(str, options)],
         env=environment, stdout=subprocess.DEVNULL, start_new_session=True,

@@ -65,6 +65,15 @@ def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
     assert "{'epochs': 1}, not {'epochs': 2}" in capfd.readouterr().err
 
 
+@pytest.fixture
+def threads_kept():
+    """What is computed in this process, and not in one of its own, sets their number for all that comes after it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("threads_kept")
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     arguments = figures.parse_arguments([*TINY, "--epochs", "3", "--out", str(tmp_path)])
     run = figures.Run("sgl", 6, 8, 0)
