@@ -20,6 +20,9 @@ struct Layout {
   int64_t longest = 0;  // most instances of a bag
 
   bool packed() const { return !starts.empty(); }
+
+  // Whether an instance's classes lie side by side, and its neighbours elsewhere: packed bags, channels_last.
+  bool classes_inside() const { return logits_class == 1 && grad_class <= 1 && dimensions.back().logits != 1; }
 };
 
 // Neighbouring dimensions that one step walks through become one, and those of size 1 go: a contiguous map is a row.

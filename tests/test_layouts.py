@@ -181,3 +181,43 @@ def test_guidance_lies_as_the_logits_do(device):
     torch.testing.assert_close(by_bag.alpha, by_row.alpha, equal_nan=True)
     torch.testing.assert_close(by_bag.weight, by_row.weight, equal_nan=True)
     assert by_bag.alpha[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [7, 8, 37])
+def test_classes_side_by_side(fused_device, dtype, classes):
+    """Where an instance's classes lie side by side, rows are filled several at once: the gradient is that of single rows.
+
+    Bags longer and shorter than what is read at once, so many instances that chunks end within a bag; classes that take
+    no part, and one that holds a NaN, among them.
+    """
+    lengths = torch.tensor([3, 0, 40, 1500, 16, 1, 7000])
+    total, bags = int(lengths.sum()), len(lengths)
+    rows = (torch.randn(total, classes) * 3).to(fused_device, dtype)
+    rows[4, classes - 2] = torch.nan
+    targets = (torch.rand(bags, classes) < 0.5).float()
+    targets[torch.rand(bags, classes) < 0.2] = torch.nan
+    targets[2, classes - 2] = 1.0
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(fused_device)
+    loss = SGLLoss(impl="fused", mask_weight=0.3, pooling="softmax", normalize="bag")
+
+    def gradient(logits, **call):
+        return value_and_gradient(loss, logits, targets.to(fused_device), **call)[1]
+
+    together = gradient(rows, offsets=offsets)
+    assert together[3:43, classes - 2].isnan().all()
+    # a step between classes: no longer side by side
+    apart = torch.stack([rows, torch.full_like(rows, 7.0)], 2).flatten(1)[:, ::2]
+    torch.testing.assert_close(together, gradient(apart, offsets=offsets), rtol=0, atol=0, equal_nan=True)
+    # padded: the same instances, with others in between
+    mask = torch.zeros(bags, 7100, dtype=torch.bool)
+    for bag, length in enumerate(lengths):
+        mask[bag, torch.randperm(7100)[:length]] = True
+    wide = torch.full((bags, 7100, classes), 9.0).to(fused_device, dtype)
+    mask = mask.to(fused_device)
+    wide[mask] = rows
+    masked = gradient(wide.transpose(1, 2), mask=mask).transpose(1, 2)
+    assert (masked[~mask] == 0).all()
+    if by_kernels_for_cuda(fused_device):  # between padding other threads meet an instance
+        return
+    torch.testing.assert_close(masked[mask], together, rtol=0, atol=0, equal_nan=True)

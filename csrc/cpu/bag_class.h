@@ -450,11 +450,11 @@ Batch forward_range(
     const Problem<T>& problem, const Label* labels, T* saved, int64_t begin, int64_t end, T* scratch, Spread spread) {
   const Layout& layout = *problem.layout;
   Batch batch = {};
+  Rows<T> rows(problem, end, scratch, spread);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t cls = unit % layout.classes;
     Row<T> row{nullptr, 0};
-    if (labels[unit] != Label::kUnknown)
-      row = load_row(problem, instances_of(layout, unit / layout.classes, cls), scratch, spread);
+    if (labels[unit] != Label::kUnknown) row = rows.row(unit, instances_of(layout, unit / layout.classes, cls));
     const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
     const double class_weight = problem.class_weight == nullptr ? 1.0 : problem.class_weight[cls];
     const BagClass b =
@@ -491,7 +491,8 @@ void backward_range_as(
     Spread spread) {
   const Layout& layout = *problem.layout;
   const T* shares = saved + layout.bags * layout.classes * kColumns;
-  T* row_grad = scratch + layout.longest + 64;
+  T* row_grad = scratch + row_step(layout);
+  Rows<T> rows(problem, end, scratch, spread);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t cls = unit % layout.classes;
     const Instances r = instances_of(layout, unit / layout.classes, cls);
@@ -500,17 +501,29 @@ void backward_range_as(
     const Kind kind = static_cast<Kind>(static_cast<int>(columns[kColumnKind]));
     if (kind == Kind::kAbsent || kind == Kind::kBroken) {
       // not a product with 0 or NaN: what takes no part may hold anything, what is broken is so for any weight
-      fill(kind == Kind::kAbsent ? T(0) : nan_of(T()), problem.mask, r, grad);
+      const T value = kind == Kind::kAbsent ? T(0) : nan_of(T());
+      if (rows.together()) {
+        const int64_t n = rows.row(unit, r).n;
+        for (int64_t j = 0; j < n; ++j) rows.memory(unit)[j] = value;
+        rows.replaced(unit, grad);
+      } else {
+        fill(value, problem.mask, r, grad);
+      }
       continue;
     }
-    const Row<T> row = load_row(problem, r, scratch, spread);
+    const Row<T> row = rows.row(unit, r);
     const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
+    const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, problem.settings);
+    if (rows.together()) {
+      gradient_of(problem.settings.pooling, k, row, rows.memory(unit), spread);
+      rows.replaced(unit, grad);
+      continue;
+    }
     T* direct = nullptr;
     if constexpr (sizeof(Out) == sizeof(T)) {
       if (problem.mask == nullptr && r.count == 1 && (r.dimensions[0].grad == 1 || r.inner == 1))
         direct = grad + r.grad;
     }
-    const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, problem.settings);
     gradient_of(problem.settings.pooling, k, row, direct != nullptr ? direct : row_grad, spread);
     if (direct == nullptr) store_row(row_grad, problem.mask, r, grad, spread);
   }

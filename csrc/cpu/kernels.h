@@ -17,8 +17,22 @@ struct Problem {
   Settings settings;
 };
 
-// `scratch` holds scratch_size(longest) numbers.
-inline int64_t scratch_size(int64_t longest) { return 2 * (longest + 64); }
+// In scratch memory there is room for a row and its padding every so many numbers.
+inline int64_t row_step(const Layout& layout) { return layout.longest + 64; }
+
+// How many rows are filled together: where classes lie side by side, those of a cache line, as long as they fit a cache.
+// Of few classes a row by itself is as fast.
+inline int64_t rows_together(const Layout& layout) {
+  if (!layout.classes_inside() || layout.classes < 8) return 1;
+  const int64_t fit = 65536 / row_step(layout);
+  return fit < 1 ? 1 : fit < 16 ? fit : 16;
+}
+
+// In numbers: the rows, and where there is one, that of its gradient.
+inline int64_t scratch_size(const Layout& layout) {
+  const int64_t together = rows_together(layout);
+  return (together < 2 ? 2 : together) * row_step(layout);
+}
 
 // Long rows are worked on in pieces of so many instances, by several threads where there are more threads than rows. The
 // same pieces whoever works on them, put together in the same order: the number of threads changes nothing.

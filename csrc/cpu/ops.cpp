@@ -161,7 +161,7 @@ class Chunks {
   Chunks(const Layout& layout, int64_t numel)
       : units_(layout.bags * layout.classes),
         size_(std::max<int64_t>(1, units_ * kPiece / std::max<int64_t>(1, numel))),
-        scratch_size_(scratch_size(layout.longest)) {
+        scratch_size_(scratch_size(layout)) {
     const int64_t threads = torch::stable::get_num_threads();
     count = (units_ + size_ - 1) / size_;
     // One bag-class after the other, each by all threads: where bags are so long that a thread would be left with one while

@@ -130,6 +130,12 @@ void store_row(const T* values, const bool* mask, const Instances& r, Out* grad,
   for_parts(spread, mask, r, [&](int64_t begin, const Instances& some) { scatter(values + begin, mask, some, grad); });
 }
 
+// with what is there anyway, so that lanes that do not count compute nothing strange
+template <class T>
+void pad(T* row, int64_t n) {
+  for (int64_t i = n; i % (2 * SGL_WIDTH) != 0; ++i) row[i] = row[0];
+}
+
 template <class T>
 Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, Spread spread) {
   Row<T> row = {scratch, 0};
@@ -151,10 +157,117 @@ Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, Sprea
       row.n = gather_row(spread, static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch);
     }
   }
-  // with what is there anyway, so that lanes that do not count compute nothing strange
-  for (int64_t i = row.n; i % (2 * SGL_WIDTH) != 0; ++i) scratch[i] = scratch[0];
+  pad(scratch, row.n);
   return row;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Where classes lie side by side, a row by itself costs a cache line for every number. So the rows of neighbouring classes
+// are filled together, `step` numbers apart, a few instances after the other, which stay in the nearest cache meanwhile.
+
+constexpr int64_t kFew = 16;
+
+// gather() for `classes` rows; `r` is the first one's.
+template <class T, class In>
+int64_t gather_together(
+    const In* logits, const bool* mask, const Instances& r, int64_t classes, T* rows, int64_t step) {
+  const Dimension& inner = r.dimensions[r.count - 1];
+  int64_t n = 0;
+  for (Runs run(r); !run.done(); run.next()) {
+    const In* x = logits + run.logits;
+    if (mask != nullptr) {
+      const bool* real = mask + run.mask;
+      for (int64_t j = 0; j < r.inner; ++j) {
+        for (int64_t k = 0; k < classes; ++k) rows[k * step + n] = read_as(T(), x[j * inner.logits + k]);
+        n += real[j * inner.mask];
+      }
+      continue;
+    }
+    for (int64_t start = 0; start < r.inner; start += kFew) {
+      const int64_t stop = start + kFew < r.inner ? start + kFew : r.inner;
+      for (int64_t k = 0; k < classes; ++k)
+        for (int64_t j = start; j < stop; ++j) rows[k * step + n + j] = read_as(T(), x[j * inner.logits + k]);
+    }
+    n += r.inner;
+  }
+  return n;
+}
+
+// The mirror of gather_together: padding gets 0.
+template <class T, class Out>
+void scatter_together(const T* rows, int64_t step, const bool* mask, const Instances& r, int64_t classes, Out* grad) {
+  const Dimension& inner = r.dimensions[r.count - 1];
+  int64_t n = 0;
+  for (Runs run(r); !run.done(); run.next()) {
+    Out* g = grad + run.grad;
+    const bool* real = mask == nullptr ? nullptr : mask + run.mask;
+    for (int64_t j = 0; j < r.inner; ++j) {
+      const bool is_real = real == nullptr || real[j * inner.mask];
+      for (int64_t k = 0; k < classes; ++k) write_as(g + j * inner.grad + k, is_real ? rows[k * step + n] : T(0));
+      n += is_real;
+    }
+  }
+}
+
+// The rows of bag-classes that are asked for one after the other.
+template <class T>
+class Rows {
+ public:
+  // of the bag-classes up to `end`
+  Rows(const Problem<T>& problem, int64_t end, T* scratch, Spread spread)
+      : problem_(problem),
+        end_(end),
+        scratch_(scratch),
+        spread_(spread),
+        together_(spread == nullptr ? rows_together(*problem.layout) : 1),
+        step_(row_step(*problem.layout)) {}
+
+  // Whether rows are filled together; then their memory may be written to.
+  bool together() const { return together_ > 1; }
+  T* memory(int64_t unit) const { return scratch_ + (unit - first_) * step_; }
+
+  Row<T> row(int64_t unit, const Instances& r) {
+    if (!together()) return load_row(problem_, r, scratch_, spread_);
+    if (unit >= last_) load(unit, r);
+    return {memory(unit), n_};
+  }
+
+  // Gradients that the rows were replaced by go where they belong, with the last of those filled together.
+  template <class Out>
+  void replaced(int64_t unit, Out* grad) const {
+    if (unit + 1 == last_) scatter_together(scratch_, step_, problem_.mask, where_, last_ - first_, grad);
+  }
+
+ private:
+  void load(int64_t unit, const Instances& r) {
+    const int64_t classes = problem_.layout->classes, next_bag = unit - unit % classes + classes;
+    first_ = unit;
+    last_ = unit + together_;
+    if (last_ > next_bag) last_ = next_bag;
+    if (last_ > end_) last_ = end_;
+    where_ = r;
+    if (problem_.type == native_type<T>()) {
+      n_ = gathered(static_cast<const T*>(problem_.logits));
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      n_ = problem_.type == Type::kHalf ? gathered(static_cast<const Half*>(problem_.logits))
+                                        : gathered(static_cast<const BFloat16*>(problem_.logits));
+    }
+    for (int64_t k = first_; k < last_; ++k) pad(memory(k), n_);
+  }
+
+  template <class In>
+  int64_t gathered(const In* logits) const {
+    return gather_together(logits, problem_.mask, where_, last_ - first_, scratch_, step_);
+  }
+
+  const Problem<T>& problem_;
+  const int64_t end_;
+  T* const scratch_;
+  const Spread spread_;
+  const int64_t together_, step_;
+  int64_t first_ = 0, last_ = 0, n_ = 0;
+  Instances where_{};  // of the first row
+};
 
 }  // namespace SGL_LEVEL
 }  // namespace sgl
