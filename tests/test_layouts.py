@@ -186,7 +186,7 @@ def test_guidance_lies_as_the_logits_do(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [7, 8, 37])
 def test_classes_side_by_side(fused_device, dtype, classes):
-    """Where an instance's classes lie side by side, rows are filled several at once: the gradient is that of single rows.
+    """Where classes lie side by side, rows are filled several at once: the gradient is that of single rows.
 
     Bags longer and shorter than what is read at once, so many instances that chunks end within a bag; classes that take
     no part, and one that holds a NaN, among them.
