@@ -4,6 +4,12 @@ One convention throughout: a box is x, y, w, h in pixels, x to the right and y d
 image, half-open: it covers [x, x + w) and [y, y + h), so that a pixel (row r, column c) is the box (c, r, 1, 1). Boxes
 are float arrays (..., 4); four NaN say that there is no box, which is a miss at every threshold. A box that is found
 counts as a hit where its IoU with the true one is greater than T_IoU.
+
+A map of k cells along n pixels has a cell every n / k pixels. Where they begin depends on how the network pads:
+``first`` is the centre of the first one, in cells from the edge of the image. At 0.5 the cells fill the image; a
+network that pads evenly on both sides and takes every second pixel from the first on, as a ResNet does, begins at the
+edge. A pixel belongs to the cell whose centre is nearest, so that cells at the edges may be narrower or wider than the
+others, or, where their centres lie beyond the edge, have no pixel at all, and then are not seen.
 """
 
 from __future__ import annotations
@@ -23,8 +29,20 @@ NO_BOX = (math.nan,) * 4
 TOUCHING = np.ones((3, 3), bool)
 
 
-def upsample(heatmap: np.ndarray, size: tuple[int, int], mode: str = "nearest") -> np.ndarray:
-    """``heatmap`` (h, w) at ``size`` (height, width), cell centres kept in place (torch's ``align_corners=False``).
+def positions(pixels: int, cells: int, first: float = 0.5) -> np.ndarray:
+    """Where the centres of ``pixels`` pixels lie (pixels,), in cells from the centre of the first of ``cells``."""
+    return (np.arange(pixels) + 0.5) * cells / pixels - first
+
+
+def nearest_cells(pixels: int, cells: int, first: float = 0.5) -> np.ndarray:
+    """The number of the cell (pixels,) that each pixel belongs to; the further one where two are equally near."""
+    return np.clip(np.floor(positions(pixels, cells, first) + 0.5).astype(int), 0, cells - 1)
+
+
+def upsample(heatmap: np.ndarray, size: tuple[int, int], mode: str = "nearest", first: float = 0.5) -> np.ndarray:
+    """``heatmap`` (h, w) at ``size`` (height, width), the centres of the cells where ``first`` has them.
+
+    With ``first`` 0.5 it is torch's ``interpolate`` with ``align_corners=False``.
 
     Raises:
         ValueError: a heatmap that is not of two dimensions, another mode, or an empty one of the sizes.
@@ -35,10 +53,9 @@ def upsample(heatmap: np.ndarray, size: tuple[int, int], mode: str = "nearest") 
     if mode not in UPSAMPLING:
         raise ValueError(f"mode: expected one of {', '.join(UPSAMPLING)}, got {mode!r}")
     if mode == "nearest":
-        rows, columns = ((2 * np.arange(n) + 1) * k // (2 * n) for n, k in zip(size, heatmap.shape, strict=True))
-        return heatmap[np.ix_(rows, columns)]
+        return heatmap[np.ix_(*(nearest_cells(n, k, first) for n, k in zip(size, heatmap.shape, strict=True)))]
     for axis, (n, k) in enumerate(zip(size, heatmap.shape, strict=True)):
-        where = np.clip((np.arange(n) + 0.5) * k / n - 0.5, 0, k - 1)
+        where = np.clip(positions(n, k, first), 0, k - 1)
         below = np.minimum(where.astype(int), max(k - 2, 0))
         above = np.minimum(below + 1, k - 1)
         part = (where - below).reshape(-1, *([1] * (1 - axis)))
@@ -85,7 +102,12 @@ def box_of_peak(heatmap: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def heatmap_to_box(
-    heatmap: np.ndarray, size: tuple[int, int], threshold: float = 0.5, mode: str = "nearest", side: int = 5
+    heatmap: np.ndarray,
+    size: tuple[int, int],
+    threshold: float = 0.5,
+    mode: str = "nearest",
+    side: int = 5,
+    first: float = 0.5,
 ) -> np.ndarray:
     """The box (4,) of a map of probabilities (h, w) in an image of ``size`` (height, width), as in the paper's 4.4.
 
@@ -94,14 +116,23 @@ def heatmap_to_box(
     there is no box (four NaN): the threshold is not lowered until there is one. The paper does not tell the square.
     Upsampled by "nearest" the mask consists of whole cells, and a square that is smaller than a cell changes nothing.
     """
-    image = upsample(heatmap, size, mode)
+    image = upsample(heatmap, size, mode, first)
     return box_of_peak(image, open_and_close(image > threshold, side))
 
 
-def peak_of(heatmap: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:
-    """x, y in an image of ``size`` (height, width): the centre of the map's greatest cell, the first of equal ones."""
-    row, column = np.unravel_index(np.argmax(heatmap), heatmap.shape)
-    return (column + 0.5) * size[1] / heatmap.shape[1], (row + 0.5) * size[0] / heatmap.shape[0]
+def peak_of(heatmap: np.ndarray, size: tuple[int, int], first: float = 0.5) -> tuple[float, float]:
+    """x, y in an image of ``size`` (height, width): the centre of the map's greatest cell, the first of equal ones.
+
+    Of the cells that have a pixel; where the centre lies beyond the edge, the centre of the pixel at the edge.
+    """
+    seen = [np.unique(nearest_cells(n, k, first)) for n, k in zip(size, heatmap.shape, strict=True)]
+    part = heatmap[np.ix_(*seen)]
+    cell = np.unravel_index(np.argmax(part), part.shape)
+    y, x = (
+        float(np.clip((there[c] + first) * n / k, 0.5, n - 0.5))
+        for there, c, n, k in zip(seen, cell, size, heatmap.shape, strict=True)
+    )
+    return x, y
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -148,20 +179,22 @@ def localization_accuracy(
 
 
 def boxes_by_threshold(
-    heatmap: np.ndarray, size: tuple[int, int], thresholds: np.ndarray, mode: str = "nearest"
+    heatmap: np.ndarray, size: tuple[int, int], thresholds: np.ndarray, mode: str = "nearest", first: float = 0.5
 ) -> np.ndarray:
     """Boxes (k, 4) of the component of the maximum at each of the rising ``thresholds`` (k,), without morphology.
 
     The component shrinks while the threshold rises, and its box lies in the box of any lower threshold: it is sought
     there, and where two thresholds give the same box, so does every one between them.
     """
-    if mode == "nearest" and all(k <= n for n, k in zip(size, heatmap.shape, strict=True)):
-        # every cell is a block of pixels, and cells touch where their pixels do
-        image = np.asarray(heatmap)
-    else:
-        image = upsample(heatmap, size, mode)
+    image = np.asarray(heatmap)
     # where row and column k of what is labelled begin in the image, to the pixel that upsampling begins them at
-    edge_y, edge_x = ((2 * np.arange(k + 1) * n + k - 1) // (2 * k) for n, k in zip(size, image.shape, strict=True))
+    edge_y, edge_x = (
+        np.searchsorted(nearest_cells(n, k, first), np.arange(k + 1)) for n, k in zip(size, image.shape, strict=True)
+    )
+    # where every cell is a block of pixels, cells touch where their pixels do
+    if mode != "nearest" or not (np.diff(edge_y).all() and np.diff(edge_x).all()):
+        image = upsample(heatmap, size, mode, first)
+        edge_y, edge_x = (np.arange(n + 1) for n in size)
     boxes = np.empty((len(thresholds), 4))
 
     def find(k: int, within: np.ndarray) -> None:
@@ -200,6 +233,7 @@ def max_box_accuracy(
     mode: str = "nearest",
     at: Iterable[float] = T_IOU,
     steps: int = 100,
+    first: float = 0.5,
 ) -> dict[str, dict[str, float]]:
     """MaxBoxAcc: the accuracy at the one threshold, of ``steps``, at which it is highest (Choe et al., CVPR 2020).
 
@@ -215,7 +249,7 @@ def max_box_accuracy(
     for heatmap, box in zip(heatmaps, boxes, strict=True):
         low, high = float(np.min(heatmap)), float(np.max(heatmap))
         scaled = (np.asarray(heatmap, np.float64) - low) / ((high - low) or 1.0)
-        overlaps.append(iou(boxes_by_threshold(scaled, size, thresholds, mode), box))
+        overlaps.append(iou(boxes_by_threshold(scaled, size, thresholds, mode, first), box))
     table = np.array(overlaps).reshape(-1, steps)
     result = {}
     for t in at:
@@ -250,7 +284,7 @@ def mean_boxes(boxes: np.ndarray, classes: np.ndarray, groups: np.ndarray) -> np
     return result
 
 
-def grid_ceiling(boxes: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def grid_ceiling(boxes: np.ndarray, grid: tuple[int, int], size: tuple[int, int], first: float = 0.5) -> np.ndarray:
     """For each of the boxes (n, 4) the best one that whole cells of a map of ``grid`` (h, w) can give.
 
     What any threshold could reach with upsampling by "nearest". In the best box every edge is one of the two grid lines
@@ -259,11 +293,15 @@ def grid_ceiling(boxes: np.ndarray, grid: tuple[int, int], size: tuple[int, int]
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     spans = []
     for axis in (0, 1):
-        cell = size[1 - axis] / grid[1 - axis]
-        low = np.clip(boxes[:, axis] / cell, 0, grid[1 - axis])
-        high = np.clip((boxes[:, axis] + boxes[:, axis + 2]) / cell, 0, grid[1 - axis])
-        ends = product((np.floor(low), np.ceil(low)), (np.floor(high), np.ceil(high)))
-        spans.append([(first * cell, np.maximum(last - first, 0) * cell) for first, last in ends])
+        count, pixels = grid[1 - axis], size[1 - axis]
+        lines = np.clip((np.arange(count + 1) + first - 0.5) * pixels / count, 0, pixels)
+        lines[[0, -1]] = 0, pixels
+        sides = []
+        for edge in (boxes[:, axis], boxes[:, axis] + boxes[:, axis + 2]):
+            before = np.clip(np.searchsorted(lines, edge, "right") - 1, 0, count)
+            after = np.clip(np.searchsorted(lines, edge, "left"), 0, count)
+            sides.append((lines[before], lines[after]))
+        spans.append([(low, np.maximum(high - low, 0)) for low, high in product(*sides)])
     candidates = np.array([np.stack([x, y, w, h], axis=1) for (x, w), (y, h) in product(*spans)])  # (16, n, 4)
     best = iou(candidates, boxes).argmax(0)
     return candidates[best, np.arange(len(boxes))]

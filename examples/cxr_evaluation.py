@@ -6,7 +6,6 @@ Thresholds are numbers that the caller gives, or are chosen by the labels of val
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,11 +51,15 @@ class Truth(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a network says: (n, C) probability of the image and of its greatest patch, and (k,) maps (h, w) of boxes."""
+    """What a network says: (n, C) probability of the image and of its greatest patch, and (k,) maps (h, w) of boxes.
+
+    ``first``: where the centre of a map's first cell is, in cells from the edge of the image.
+    """
 
     probability: np.ndarray
     peak: np.ndarray
     maps: list[np.ndarray]
+    first: float
 
 
 class Evaluated(NamedTuple):
@@ -143,7 +146,8 @@ def ask(
         for k in np.flatnonzero((image >= inside.start) & (image < inside.stop)):
             maps[k] = patches[image[k] - start, classes[k]].copy()
         start = inside.stop
-    return Said(probability, peak, maps)
+    centre, step = model.grid
+    return Said(probability, peak, maps, centre / step)
 
 
 def thresholds_of(
@@ -187,14 +191,14 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
     side = config["image_size"]
     found = np.array(
         [
-            bx.heatmap_to_box(heatmap, (side, side), t_p[c], args.upsampling, args.morphology)
+            bx.heatmap_to_box(heatmap, (side, side), t_p[c], args.upsampling, args.morphology, said.first)
             for heatmap, c in zip(said.maps, truth.classes, strict=True)
         ]
     )
     found = found.reshape(-1, 4) * (BOX_SIDE / side)
     overlaps = bx.iou(found, truth.boxes)
     predicted = said.probability[truth.image, truth.classes] > gate[truth.classes]
-    peaks = np.array([bx.peak_of(heatmap, TABLE_SIZE) for heatmap in said.maps]).reshape(-1, 2)
+    peaks = np.array([bx.peak_of(heatmap, TABLE_SIZE, said.first) for heatmap in said.maps]).reshape(-1, 2)
     drawn = {"names": CLASSES, "draws": args.draws, "seed": args.seed}
     metrics = {
         "auc": auc_per_class(said.probability, truth.labels, CLASSES),
@@ -202,12 +206,18 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
         "localization": bx.localization_accuracy(overlaps, truth.classes, CLASSES, predicted),
         "localization_ungated": bx.localization_accuracy(overlaps, truth.classes, CLASSES),
         "max_box_acc": bx.max_box_accuracy(
-            said.maps, truth.boxes * (side / BOX_SIDE), truth.classes, CLASSES, (side, side), args.upsampling
+            said.maps,
+            truth.boxes * (side / BOX_SIDE),
+            truth.classes,
+            CLASSES,
+            (side, side),
+            args.upsampling,
+            first=said.first,
         ),
         "pointing_game": bx.per_class(bx.contains(truth.boxes, peaks), truth.classes, CLASSES),
         "baselines": {
             name: bx.localization_accuracy(bx.iou(boxes, truth.boxes), truth.classes, CLASSES)
-            for name, boxes in trivial_boxes(truth, said.maps).items()
+            for name, boxes in trivial_boxes(truth, said).items()
         },
         "images": len(truth.rows),
         "boxes": len(truth.boxes),
@@ -224,6 +234,7 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
         "draws": args.draws,
         "seed": args.seed,
         "grid": list(said.maps[0].shape) if said.maps else [],
+        "first_cell": said.first,
         "patients": {name: len(set(truth.patients[truth.labels[:, c] > 0])) for c, name in enumerate(CLASSES)},
         "boxes": {name: int((truth.classes == c).sum()) for c, name in enumerate(CLASSES)},
     }
@@ -235,12 +246,14 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
     return Evaluated(name_of(config), config, said, found, overlaps, predicted, metrics, details)
 
 
-def trivial_boxes(truth: Truth, maps: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Boxes (k, 4) that need no network, and the best that the cells of this one's ``maps`` could give."""
+def trivial_boxes(truth: Truth, said: Said) -> dict[str, np.ndarray]:
+    """Boxes (k, 4) that need no network, and the best that the cells of this one's maps could give."""
     count = len(truth.boxes)
     return {
         "whole image": np.tile(bx.whole_image(TABLE_SIZE), (count, 1)),
         "centre box": np.tile(bx.centre_box(TABLE_SIZE), (count, 1)),
         "mean box of the class": bx.mean_boxes(truth.boxes, truth.classes, truth.patients[truth.image]),
-        "ceiling of the grid": bx.grid_ceiling(truth.boxes, maps[0].shape if count else (1, 1), TABLE_SIZE),
+        "ceiling of the grid": bx.grid_ceiling(
+            truth.boxes, said.maps[0].shape if count else (1, 1), TABLE_SIZE, said.first
+        ),
     }

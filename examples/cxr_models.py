@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from instances import import_torchvision
@@ -21,16 +22,55 @@ BACKBONES = (*TORCHVISION, *(f"{kind}{field}" for kind in ("local", "bagnet") fo
 STRIDES = (32, 16, 8)
 
 
+class Grid(NamedTuple):
+    """Where the cells of a map lie along either side, in pixels of the network's input from its edge.
+
+    ``centre`` of the first cell (that of the first pixel is 0.5), and the distance ``step`` of one to the next.
+    """
+
+    centre: float
+    step: float
+
+
 class PatchClassifier(nn.Module):
-    """A backbone and a 1x1 convolution: logits (n, classes, height / s, width / s) of images (n, 3, height, width)."""
+    """A backbone and a 1x1 convolution: logits (n, classes, height / s, width / s) of images (n, 3, height, width).
+
+    ``grid``: in the middle of which pixels the cells are.
+    """
 
     def __init__(self, backbone: str, output_stride: int, classes: int):
         super().__init__()
         self.features, channels = make_backbone(backbone, output_stride)
         self.head = nn.Conv2d(channels, classes, 1)
+        self.grid = grid_of(self.features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+
+def grid_of(features: nn.Module) -> Grid:
+    """The grid of a network of layers in the order of their names, from what each of them reads.
+
+    A window of k inputs, d apart and begun p before the edge, is centred d (k - 1) / 2 - p inputs further than where it
+    stands. torchvision's networks pad their 3x3 and 7x7 evenly, and so stay with the first of the pixels that a stride
+    puts into one cell; the means of a DenseNet's transitions are between two.
+    """
+    centre, step = 0.5, 1
+    for name, layer in features.named_modules():
+        if {"downsample", "change"} & set(name.split(".")):  # a shortcut, which leads to the same place
+            continue
+        if isinstance(layer, LocalNet):
+            centre -= layer.before * step
+        elif isinstance(layer, DilatedPool):
+            centre += layer.dilation / 2 * step
+        elif isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            size, stride, padding, dilation = (
+                value if isinstance(value, int) else value[0]
+                for value in (layer.kernel_size, layer.stride, layer.padding, getattr(layer, "dilation", 1))
+            )
+            centre += (dilation * (size - 1) / 2 - padding) * step
+            step *= stride
+    return Grid(centre, step)
 
 
 def make_backbone(name: str, output_stride: int) -> tuple[nn.Module, int]:

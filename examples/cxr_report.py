@@ -35,7 +35,7 @@ def said_of(run: Evaluated, truth: Truth, k: int) -> str:
     return f"p {run.said.probability[truth.image[k], truth.classes[k]]:.2f}, {iou}"
 
 
-def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, smooth: bool) -> None:
+def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -> None:
     """The first box of each class: the radiograph, then each run's map over it, as in the paper's Fig. 7."""
     shown = first_of_each_class(truth)
     columns = 1 + len(runs)
@@ -59,8 +59,9 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, smooth: bool) -> N
             title = CLASSES[c]
             if column:
                 run = runs[column - 1]
-                axes.imshow(run.said.maps[k], cmap=report.COLOURS, vmin=0, vmax=1, alpha=0.4, extent=extent,
-                            interpolation="bilinear" if smooth else "nearest")  # fmt: skip
+                shown_map = bx.upsample(run.said.maps[k], picture.shape, upsampling, run.said.first)
+                axes.imshow(shown_map, cmap=report.COLOURS, vmin=0, vmax=1, alpha=0.4, extent=extent,
+                            interpolation="nearest")  # fmt: skip
                 framed.append((run.found[k], report.FOUND))
                 title = f"{run.name}\n{said_of(run, truth, k)}"
             for (x, y, w, h), colour in framed:
@@ -189,7 +190,7 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
         hits = run.overlaps[:, None] > at
         lines.append(report.Line(run.name, at, share(hits & run.predicted[:, None]), k))
         lines.append(report.Line(f"{run.name}, without gate", at, share(hits), k, True))
-    for k, (name, found) in enumerate(trivial_boxes(truth, runs[0].said.maps).items(), COMPARED):
+    for k, (name, found) in enumerate(trivial_boxes(truth, runs[0].said).items(), COMPARED):
         lines.append(report.Line(name, at, share(bx.iou(found, truth.boxes)[:, None] > at), k, True))
     charts = [report.chart(lines, "Boxes found, mean over the classes", "T_IoU", "share")]
 
@@ -197,7 +198,10 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
     overlaps = []
     for run in runs:
         side = run.config["image_size"]
-        boxes = [bx.boxes_by_threshold(heatmap, (side, side), thresholds, upsampling) for heatmap in run.said.maps]
+        boxes = [
+            bx.boxes_by_threshold(heatmap, (side, side), thresholds, upsampling, run.said.first)
+            for heatmap in run.said.maps
+        ]
         overlaps.append(bx.iou(np.array(boxes), truth.boxes[:, None] * (side / BOX_SIDE)))
     for t in (0.3, 0.5):
         lines = [report.Line(run.name, thresholds, share(overlaps[k] > t), k) for k, run in enumerate(runs)]
@@ -236,7 +240,10 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
                 image=cxr_data.load_image(truth.paths[i], side),
                 side=BOX_SIDE,
                 box=truth.boxes[k],
-                views=[report.View(run.name, run.said.maps[k], run.found[k], said_of(run, truth, k)) for run in runs],
+                views=[
+                    report.View(run.name, run.said.maps[k], run.found[k], said_of(run, truth, k), run.said.first)
+                    for run in runs
+                ],
                 best=float(runs[0].overlaps[k]),
             )
         )

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     for run, folder in zip(runs, (args.out, args.out / "baseline"), strict=False):
         write_tables(run, truth, folder)
     if len(truth.boxes):
-        draw(runs, truth, args.out / "localization.png", args.upsampling == "bilinear")
+        draw(runs, truth, args.out / "localization.png", args.upsampling)
     write_report(runs, truth, args, args.out / "report.html")
     print_table(runs, truth.official)
     print(f"\nThe report is {args.out / 'report.html'}")

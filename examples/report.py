@@ -45,12 +45,16 @@ class Span(NamedTuple):
 
 
 class View(NamedTuple):
-    """What one network says of an image: its name, the map (h, w), the box (4,) found (NaN: none), a caption."""
+    """What one network says of an image: its name, the map (h, w), the box (4,) found (NaN: none), a caption.
+
+    ``first``: where the centre of the map's first cell is, in cells from the edge of the image.
+    """
 
     name: str
     heatmap: np.ndarray
     box: np.ndarray
     caption: str
+    first: float = 0.5
 
 
 class Card(NamedTuple):
@@ -202,6 +206,27 @@ def _rect(box: np.ndarray, kind: str) -> str:
     return f'<rect class="edge" {place}/><rect class="{kind}" {place}/>'
 
 
+def _map(view: View, side: int) -> str:
+    """The map over an image of ``side`` pixels. A row and a column more at the edges, where the cells leave some bare:
+    the picture's frame cuts off what is too much."""
+    more = int(view.first != 0.5)
+    height, width = view.heatmap.shape
+    x, y, w, h = (
+        f"{side * cells / count:.6g}"
+        for cells, count in (
+            (view.first - 0.5 - more, width),
+            (view.first - 0.5 - more, height),
+            (width + 2 * more, width),
+            (height + 2 * more, height),
+        )
+    )
+    pixels = coloured(np.pad(view.heatmap, more, mode="edge"))
+    return (
+        f'<image class="map" href="{data_uri(pixels, "png")}" x="{x}" y="{y}" width="{w}" height="{h}" '
+        'preserveAspectRatio="none"/>'
+    )
+
+
 def gallery(cards: Sequence[Card], smooth: bool) -> Markup:
     """The cards, to be filtered by group and by whether the first network's box has an IoU > 0.3.
 
@@ -227,8 +252,7 @@ def gallery(cards: Sequence[Card], smooth: bool) -> Markup:
             views.append(
                 f'<div class="view"><svg viewBox="0 0 {card.side} {card.side}" role="img" '
                 f'aria-label="{text(card.title)}, {text(view.name)}: {text(view.caption)}">{base}'
-                f'<image class="map" href="{data_uri(coloured(view.heatmap), "png")}" width="{card.side}" '
-                f'height="{card.side}" preserveAspectRatio="none"/>{_rect(card.box, "true")}{_rect(view.box, "found")}'
+                f"{_map(view, card.side)}{_rect(card.box, 'true')}{_rect(view.box, 'found')}"
                 f"</svg><b>{text(view.name)}</b> {text(view.caption)}</div>"
             )
         parts.append(

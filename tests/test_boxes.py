@@ -89,6 +89,43 @@ def test_bilinear_box_by_hand():
     assert b.heatmap_to_box(heatmap, (1, 8), threshold=0.8, mode="bilinear", side=1).tolist() == [3, 0, 2, 1]
 
 
+#: Of a cell of 8 pixels: begun where the image begins, at its very edge, so far beyond it that none is seen.
+BEGINNINGS = (0.5, 0.0625, 1.8125, -0.75)
+
+
+def test_cells_that_begin_elsewhere_by_hand():
+    # cells of 8 pixels, the first of which is centred on pixel 0: as a ResNet's are. Borders half-way between centres
+    assert b.nearest_cells(24, 3, 0.0625).tolist() == [0] * 4 + [1] * 8 + [2] * 12
+    assert b.nearest_cells(24, 3).tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    # as a DenseNet's of stride 8, centred at 14.5: the last one is beyond the image
+    assert b.nearest_cells(24, 3, 1.8125).tolist() == [0] * 18 + [1] * 6
+    heatmap = np.zeros((3, 3))
+    heatmap[1, 2] = 1.0
+    assert b.heatmap_to_box(heatmap, (24, 24), first=0.0625).tolist() == [12, 4, 12, 8]
+    assert b.peak_of(heatmap, (24, 24), 0.0625) == (16.5, 8.5)
+    # between the centres, pixels 8 and 16, an eighth more with every pixel
+    line = b.upsample(heatmap, (24, 24), "bilinear", 0.0625)[8]
+    assert line.tolist() == [0] * 9 + [k / 8 for k in range(1, 8)] + [1] * 8
+    # what is greatest beyond the image is not seen, neither in the box nor as the peak
+    assert np.isnan(b.heatmap_to_box(heatmap, (24, 24), first=1.8125)).all()
+    heatmap[0, 1] = 0.75
+    assert b.heatmap_to_box(heatmap, (24, 24), first=1.8125).tolist() == [18, 0, 6, 18]
+    assert b.peak_of(heatmap, (24, 24), 1.8125) == (22.5, 14.5)
+    assert b.peak_of(np.eye(1), (24, 24), -0.25) == (0.5, 0.5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(heatmap=MAPS, scale=st.integers(2, 8), first=st.sampled_from(BEGINNINGS))
+def test_a_map_that_begins_elsewhere_is_a_map_that_was_shifted(heatmap, scale, first):
+    """By pixels: the image of the evenly begun map, of which the edges go on, seen through a window."""
+    size = (heatmap.shape[0] * scale, heatmap.shape[1] * scale)
+    shift = round((first - 0.5) * scale)
+    for mode in b.UPSAMPLING:
+        even = b.upsample(np.pad(heatmap, 4, mode="edge"), tuple(n + 8 * scale for n in size), mode)
+        window = even[4 * scale - shift :, 4 * scale - shift :][: size[0], : size[1]]
+        assert np.allclose(b.upsample(heatmap, size, mode, 0.5 + shift / scale), window, atol=1e-12)
+
+
 def test_opening_removes_and_closing_fills():
     square = cells((2, 2, 6, 6), 12, 12)
     more = square.copy()
@@ -165,6 +202,9 @@ def test_box_is_that_of_the_flooded_component(heatmap, scale, threshold):
     assert (box == scale * np.array([*low, high[0] - low[0], high[1] - low[1]])).all()
     x, y = b.peak_of(heatmap, size)
     assert b.contains(box, (x, y))
+    for first in BEGINNINGS:  # wherever the cells are: the box holds the peak
+        elsewhere = b.heatmap_to_box(heatmap, size, threshold, side=1, first=first)
+        assert np.isnan(elsewhere).all() or b.contains(elsewhere, b.peak_of(heatmap, size, first))
 
 
 def test_iou_by_hand():
@@ -224,11 +264,16 @@ def test_pointing_game_by_hand():
 
 
 @settings(deadline=None, max_examples=60)
-@given(heatmap=MAPS, size=st.tuples(st.integers(1, 24), st.integers(1, 24)), mode=st.sampled_from(b.UPSAMPLING))
-def test_boxes_of_many_thresholds_are_those_of_each(heatmap, size, mode):
+@given(
+    heatmap=MAPS,
+    size=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    mode=st.sampled_from(b.UPSAMPLING),
+    first=st.sampled_from(BEGINNINGS),
+)
+def test_boxes_of_many_thresholds_are_those_of_each(heatmap, size, mode, first):
     thresholds = np.arange(16) / 16
-    together = b.boxes_by_threshold(heatmap, size, thresholds, mode)
-    each = [b.heatmap_to_box(heatmap, size, t, mode, side=1) for t in thresholds]
+    together = b.boxes_by_threshold(heatmap, size, thresholds, mode, first)
+    each = [b.heatmap_to_box(heatmap, size, t, mode, side=1, first=first) for t in thresholds]
     assert np.array_equal(together, each, equal_nan=True)
 
 
@@ -283,14 +328,19 @@ def test_ceiling_by_hand():
     best = b.grid_ceiling(true, grid, size)
     assert best.tolist() == [[16, 0, 32, 16], [16, 16, 16, 16], [16, 0, 16, 16]]
     assert b.iou(best, true).tolist() == [1, 1 / 16, 0.8]
+    # columns of cells centred on pixels 0, 16, 32, 48: borders 8.5, 24.5, 40.5
+    assert b.grid_ceiling(true[:1], grid, size, 1 / 32).tolist() == [[8.5, 0, 32, 24.5]]
 
 
-@settings(deadline=None, max_examples=60)
-@given(box=BOXES, rows=st.integers(1, 6), columns=st.integers(1, 6))
-def test_no_union_of_cells_beats_the_ceiling(box, rows, columns):
+@settings(deadline=None, max_examples=100)
+@given(box=BOXES, rows=st.integers(1, 6), columns=st.integers(1, 6), first=st.sampled_from(BEGINNINGS))
+def test_no_union_of_cells_beats_the_ceiling(box, rows, columns, first):
     size = (26, 25)
-    best = b.iou(b.grid_ceiling(box, (rows, columns), size)[0], box)
-    grid_x, grid_y = (np.arange(k + 1) * n / k for k, n in ((columns, size[1]), (rows, size[0])))
+    best = b.iou(b.grid_ceiling(box, (rows, columns), size, first)[0], box)
+    grid_x, grid_y = (
+        np.array([0, *((np.arange(1, k) + first - 0.5) * n / k).clip(0, n), n])
+        for k, n in ((columns, size[1]), (rows, size[0]))
+    )
     every = [
         (x0, y0, x1 - x0, y1 - y0)
         for i, x0 in enumerate(grid_x) for x1 in grid_x[i + 1 :]

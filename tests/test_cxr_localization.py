@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import math
 import re
@@ -18,7 +20,9 @@ import report
 import torch
 import train_cxr
 from cxr_data import CLASSES, Index
+from cxr_models import Grid
 from make_synthetic_cxr import write_dataset
+from matplotlib.axes import Axes
 from PIL import Image
 
 SIZE = 64
@@ -37,12 +41,26 @@ class Known(torch.nn.Module):
     Bright cells are Mass at p = 0.9, dim ones Nodule at p = 0.4; everything else is at 0.1.
     """
 
+    grid = Grid(4.0, 8)
+
+    def grey_of(self, x):
+        return torch.nn.functional.avg_pool2d(x, 8)
+
     def forward(self, x):
-        grey = torch.nn.functional.avg_pool2d(x[:, 0] * cxr_data.STD[0] + cxr_data.MEAN[0], 8)
+        grey = self.grey_of(x[:, 0] * cxr_data.STD[0] + cxr_data.MEAN[0])
         probability = torch.full((len(x), len(CLASSES), 8, 8), 0.1)
         probability[:, MASS] += 0.8 * (grey > 0.9)
         probability[:, NODULE] += 0.3 * ((grey > 0.4) & (grey < 0.6))
         return torch.logit(probability)
+
+
+class KnownFromTheEdge(Known):
+    """The same, but that a cell reads pixels 0, 8, 16 ... and is centred there, as strides of a ResNet have it."""
+
+    grid = Grid(0.5, 8)
+
+    def grey_of(self, x):
+        return x[:, ::8, ::8]
 
 
 @pytest.fixture
@@ -118,6 +136,42 @@ def test_known_maps_give_known_hits(data):
     assert metrics["auc"]["Edema"] is None
     assert metrics["baselines"]["ceiling of the grid"]["0.7"] == {"Mass": 1, "Nodule": 1, "mean": 1}
     assert metrics["baselines"]["whole image"]["0.1"]["mean"] == pytest.approx((1 / 3) / 2)  # 8 of 64 cells
+
+
+def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monkeypatch):
+    """Of a network whose cells begin at the image's edge: half a cell to the upper left of where they would fill it."""
+    folder, index, _ = data
+    pixels = np.full((SIZE, SIZE), 30, np.uint8)
+    pixels[12:20, 20:36] = 255  # pixels 16 along y; 24 and 32 along x: row 2, columns 3 and 4
+    Image.fromarray(pixels).save(index.paths[0])
+    one = index.test & (np.array(index.names) == index.names[0])
+    boxes = {index.names[0]: [(MASS, *(1024 / SIZE * v for v in (20, 12, 16, 8)))]}
+    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
+    drawn = []
+    monkeypatch.setattr(localize_cxr, "draw", DRAW)
+    monkeypatch.setattr(Axes, "imshow", lambda self, picture, **more: drawn.append(picture))
+    for grid, exact in ((KnownFromTheEdge.grid, True), (Known.grid, False)):
+        network = KnownFromTheEdge()
+        network.grid = grid
+        monkeypatch.setattr(train_cxr, "load_run", lambda run, device, network=network: (network, dict(CONFIG)))
+        metrics, out = evaluate(folder)
+        for name, accuracy in (
+            ("box", metrics["localization"]), ("best threshold", metrics["max_box_acc"]),
+            ("ceiling", metrics["baselines"]["ceiling of the grid"]),
+        ):  # fmt: skip
+            assert (accuracy["0.7"]["Mass"] == 1) == exact, name
+        # drawn in 512 pixels the borders, half-way between centres, are half a pixel of the network's 64 further right
+        # than where a box of whole pixels ends
+        found = drawn[-1] > 0.5
+        edges = [np.flatnonzero(np.diff(found.any(axis), prepend=False, append=False)) for axis in (0, 1)]
+        assert (np.abs(np.subtract(edges, [[8 * 20, 8 * 36], [8 * 12, 8 * 20]])) <= 4).all() == exact
+        # the gallery's picture of the map is placed by what the browser does with it
+        (place,) = [a for tag, a in alone((out / "report.html").read_text()).found if a.get("class") == "map"]
+        left, width = float(place["x"]), float(place["width"])
+        with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
+            columns = (np.asarray(picture.convert("RGB")) != np.asarray(picture.convert("RGB"))[0, 0]).any((0, 2))
+        edges = left + np.flatnonzero(np.diff(columns, prepend=False, append=False)) * width / picture.width
+        assert (np.abs(edges - 16 * np.array([20, 36])) <= 8).all() == exact
 
 
 def test_the_gate_and_the_threshold_are_two_things(data):

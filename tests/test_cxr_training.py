@@ -15,6 +15,7 @@ import sys
 import time
 import types
 
+import boxes
 import cxr_data
 import cxr_models
 import numpy as np
@@ -105,6 +106,41 @@ def test_local_patches_see_what_they_should(name, stride):
         assert after - before in (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "stride", "centre"),
+    [
+        # conv1 stands on pixels 0, 2, 4 ..., and every stride after it takes the first of two again
+        *(pytest.param(name, stride, 0.5, marks=needs_torchvision)
+          for name, stride in (("resnet18", 32), ("resnet18", 16), ("resnet50", 32))),
+        # the same, but for three means of two that lie 4, 8 and 16 pixels apart: 2 + 4 + 8 further
+        pytest.param("densenet121", 16, 14.5, marks=needs_torchvision),
+        # 17 pixels in the middle of which are 8: 4 to the left of the cell, 5 to the right; of 33, 8 and 9 beside 16
+        ("local17", 8, 4.5), ("local33", 16, 8.5), ("bagnet9", 8, 4.5),
+    ],
+)  # fmt: skip
+def test_cells_lie_where_the_network_looks(name, stride, centre):
+    """What moves a cell's logit lies about where the map is drawn over the image."""
+    model = PatchClassifier(name, stride, 1).eval().requires_grad_(False)
+    assert model.grid == (centre, stride)
+    for weight in (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+        weight.fill_(1 / weight[0].numel())  # what a window reads counts alike, and no ReLU shuts anything out
+    side = 448 if name in cxr_models.TORCHVISION else 96
+    x = torch.rand(1, 3, side, side, requires_grad=True)  # maxima wander within their window, evenly on the whole
+    cells, row, column = side // stride, side // stride // 2, side // stride // 2 + 1
+    model(x)[:, 0, row, column].sum().backward()
+    heat = np.zeros((cells, cells))
+    heat[row, column] = 1
+    drawn = boxes.upsample(heat, (side, side), first=model.grid.centre / stride)
+    seen = x.grad.sum((0, 1)).numpy()
+    pixels = np.arange(side) + 0.5
+    for axis, cell in ((0, row), (1, column)):
+        looked, shown = (float(pixels @ a.sum(1 - axis) / a.sum()) for a in (seen, drawn))
+        assert looked == pytest.approx(centre + cell * stride, abs=0.75)
+        assert shown == pytest.approx(centre + cell * stride, abs=0.5)  # the cell's border is that of a pixel
+    x_of_peak, y_of_peak = boxes.peak_of(heat, (side, side), model.grid.centre / stride)
+    assert (x_of_peak, y_of_peak) == (centre + column * stride, centre + row * stride)
+
+
 @needs_torchvision
 @pytest.mark.parametrize("name", cxr_models.TORCHVISION)
 def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
@@ -121,6 +157,7 @@ def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
             fine = PatchClassifier(name, stride, 14).eval()
             fine.load_state_dict(coarse.state_dict())
             got = fine(x)
+            assert fine.grid == (coarse.grid.centre, stride)
             assert got.shape == (1, 14, 64 // stride, 64 // stride)
             step = 32 // stride
             torch.testing.assert_close(got[..., ::step, ::step], expected, rtol=1e-3, atol=1e-4)
