@@ -6,6 +6,7 @@ import importlib
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ._bags import working_dtype
 from ._ranks import Group, size_of, summed
@@ -59,6 +60,21 @@ def unavailable(device: torch.device) -> str:
     if REASON:
         return f"the extension sgl_ops._C was not built or does not load ({REASON})"
     return f"there is no fused kernel for {device.type}, only for {', '.join(sorted(DEVICES))}"
+
+
+_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which every operation has to be torch's own.
+
+    An autograd.Function of the form that torch.func takes would make a step on small bags two fifths longer, and
+    forward mode would take the operator's result for a constant, in silence.
+    """
+    try:
+        return _transforms_are_active() or forward_ad._current_level >= 0
+    except AttributeError:  # a name of torch's own, which a later one may lack
+        return False
 
 
 if DEVICES:

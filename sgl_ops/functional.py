@@ -25,7 +25,8 @@ Arguments of every call:
   call the loss as often; one that has run out of bags gives a bag whose labels are unknown. Without a group each rank
   has a loss of its own bags: its parts are normalized by what the rank happens to hold.
 * ``check``: whether to look at the *values* of targets and offsets: None does so on the CPU, True always (on CUDA that
-  waits for the device), False never. Kinds and shapes are always checked; while ``torch.compile`` traces, values never.
+  waits for the device), False never. Kinds and shapes are always checked; values never while ``torch.compile`` traces,
+  nor those of a tensor that ``torch.func.vmap`` batches.
 
 A bag-class whose label is unknown, and an empty bag, contribute nothing, whatever their logits hold. No loss here is
 ever NaN or infinite from finite logits. A NaN or infinite logit that takes part makes the loss NaN, and the gradient of
@@ -337,8 +338,13 @@ def _validated(
     if looks_at_values(logits, check):
         # the operator looks in a microsecond; what it finds wrong is put into words here
         on_cpu = logits.is_cpu and "cpu" in _fused.DEVICES
-        if not on_cpu or _fused.count_violations(targets, offsets, logits.shape[0]):
-            check_values(targets, offsets, logits.shape[0])
+        try:
+            if not on_cpu or _fused.count_violations(targets, offsets, logits.shape[0]):
+                check_values(targets, offsets, logits.shape[0])
+        except RuntimeError:
+            if not _fused.is_transformed():
+                raise
+            # batched by torch.func.vmap: no number of it can be looked at
     return logits, offsets, features
 
 
@@ -348,7 +354,14 @@ def _use_fused(impl: str, logits: Tensor) -> bool:
     if impl not in ("auto", "fused"):
         raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {impl!r}")
     if logits.device.type in _fused.DEVICES:
-        return True
+        if not _fused.is_transformed():
+            return True
+        if impl == "fused":
+            raise ValueError(
+                "impl: 'fused' does not work under torch.func (grad, vmap, jvp, ...) and forward-mode differentiation; "
+                "'auto' takes the reference there"
+            )
+        return False
     if impl == "fused":
         raise ValueError(f"impl: 'fused' is not available: {_fused.unavailable(logits.device)}")
     return False

@@ -63,6 +63,8 @@ class SGLLoss(_Loss):
         pos_weight: (C,), > 0: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
         check: whether to look at the values of targets and offsets; None: on the CPU only.
         impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"``, ``"reference"``.
+            The operator has no second derivative; under ``torch.func`` and in forward mode it does not work at all, and
+            ``"auto"`` takes the reference.
         process_group: the ``torch.distributed.ProcessGroup`` that shares the batch (``torch.distributed.group.WORLD``
             for all, which is None before ``init_process_group``): loss and gradient of one process that sees it all,
             under ``DistributedDataParallel``.

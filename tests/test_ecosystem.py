@@ -1,4 +1,4 @@
-"""A training step inside what others built around torch: DDP, FSDP, Lightning, torch.func.
+"""A training step inside what others built around torch: DDP, FSDP, Lightning, torch.func, forward mode.
 
 torch.compile, export, autocast and functional_call are in test_compile.py; copies, pickles and state_dict in
 test_losses.py.
@@ -12,9 +12,10 @@ import pytest
 import torch
 from instances import import_torchvision
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
 
-from sgl_ops import SGLLoss
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused, functional
 from sgl_ops.pooling import AutoPooling
 
 WORLD = 2
@@ -105,8 +106,8 @@ def test_lightning(tmp_path):
 
 
 def test_gradient_through_functional_call(device):
-    """torch.func.grad of a step with a network's parameters; it needs the reference."""
-    step, batches = step_and_batches("reference")
+    """torch.func.grad of a step with a network's parameters."""
+    step, batches = step_and_batches()
     step.to(device)
     images, labels = (x.to(device) for x in batches[0])
     step(images, labels).backward()
@@ -115,3 +116,136 @@ def test_gradient_through_functional_call(device):
     for name, parameter in step.named_parameters():
         assert parameter.grad.abs().sum() > 0
         torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+LAYOUTS = ("map", "masked", "packed")
+POOLINGS = ("max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean")
+MEMBERS = 3
+
+
+def ensemble(layout: str, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What several networks say of one batch, each with labels of its own, and the arguments that tell the bags."""
+    labels = torch.randint(0, 2, (MEMBERS, 3, 2)).double()
+    labels[0, 0, 0] = torch.nan
+    labels = labels.to(device)
+    if layout == "packed":
+        logits = torch.randn(MEMBERS, 11, 2, dtype=torch.float64)
+        return logits.to(device), labels, {"offsets": torch.tensor([0, 5, 5, 11], device=device)}
+    logits = torch.randn(MEMBERS, 3, 2, 7, dtype=torch.float64)
+    call = {"mask": (torch.rand(3, 7) < 0.7).to(device)} if layout == "masked" else {}
+    return logits.to(device), labels, call
+
+
+def by_backward(loss, logits: Tensor, labels: Tensor, **call: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient, value), as torch.func.grad_and_value gives them."""
+    x = logits.clone().requires_grad_()
+    value = loss(x, labels, **call)
+    value.backward()
+    assert x.grad.abs().sum() > 0
+    return x.grad, value.detach()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradients_by_torch_func(device, layout, pooling):
+    loss = SGLLoss(pooling=pooling, mask_weight=0.1, class_weight=[1.0, 2.0])
+    logits, labels, call = ensemble(layout, device)
+    x, y = logits[0], labels[0]
+    grad, value = by_backward(loss, x, y, **call)
+    torch.testing.assert_close(torch.func.grad(loss)(x, y, **call), grad)
+    torch.testing.assert_close(torch.func.grad_and_value(loss)(x, y, **call), (grad, value))
+    torch.testing.assert_close(torch.func.jacrev(lambda x: loss(x, y, **call))(x), grad)
+    primal, pull = torch.func.vjp(lambda x: loss(x, y, **call), x)
+    torch.testing.assert_close((pull(torch.ones_like(primal))[0], primal), (grad, value))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "loss", [SGLLoss(mask_weight=0.1), BagLoss(), BILLoss(), MMMLoss()], ids=lambda x: type(x).__name__
+)
+def test_gradients_of_an_ensemble_by_vmap(device, layout, loss):
+    logits, labels, call = ensemble(layout, device)
+    expected = [by_backward(loss, x, y, **call) for x, y in zip(logits, labels, strict=True)]
+    expected = [torch.stack(parts) for parts in zip(*expected, strict=True)]
+
+    def member(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.grad_and_value(loss)(x, y, **call)
+
+    torch.testing.assert_close(list(torch.func.vmap(member)(logits, labels)), expected)
+    torch.testing.assert_close(torch.func.vmap(lambda x, y: loss(x, y, **call))(logits, labels), expected[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_derivatives_in_forward_mode(device, layout):
+    loss = SGLLoss(pooling="softmax", mask_weight=0.1)
+    logits, labels, call = ensemble(layout, device)
+    x, y, tangent = logits[0], labels[0], logits[1]
+    grad, value = by_backward(loss, x, y, **call)
+    expected = (value, (grad * tangent).sum())
+    torch.testing.assert_close(torch.func.jvp(lambda x: loss(x, y, **call), (x,), (tangent,)), expected)
+    torch.testing.assert_close(torch.func.jacfwd(lambda x: loss(x, y, **call))(x), grad)
+    for primal in (x, x.clone().requires_grad_()):
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(primal, tangent), y, **call))
+        torch.testing.assert_close((dual.primal.detach(), dual.tangent.detach()), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_derivatives(device, layout):
+    """Against the second backward of the reference."""
+    logits, labels, call = ensemble(layout, device)
+    x, y = logits[0].requires_grad_(), labels[0]
+    (grad,) = torch.autograd.grad(SGLLoss(pooling="softmax", impl="reference")(x, y, **call), x, create_graph=True)
+    rows = [torch.autograd.grad(g, x, retain_graph=True)[0] for g in grad.flatten()]
+    expected = torch.stack(rows).reshape(x.shape + x.shape)
+    assert expected.abs().sum() > 0
+    loss, x = SGLLoss(pooling="softmax"), x.detach()
+    torch.testing.assert_close(torch.func.hessian(lambda x: loss(x, y, **call))(x), expected)
+    torch.testing.assert_close(torch.func.jacrev(lambda x: torch.func.grad(loss)(x, y, **call))(x), expected)
+
+
+def test_the_operator_is_left_out_only_while_something_is_transformed(fused_device, monkeypatch):
+    calls, fused_terms = [], _fused.fused_terms
+    monkeypatch.setattr(_fused, "fused_terms", lambda *arguments: calls.append(1) or fused_terms(*arguments))
+    x, y, call = ensemble("packed", fused_device)
+    loss = SGLLoss()
+    torch.func.grad(loss)(x[0], y[0], **call)
+    with forward_ad.dual_level():
+        loss(x[0], y[0], **call)
+    assert not calls
+    loss(x[0], y[0], **call)
+    assert len(calls) == 1
+
+
+def test_asking_for_the_operator_there_is_an_error(fused_device):
+    logits, labels, call = ensemble("masked", fused_device)
+    loss = SGLLoss(impl="fused")
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(ValueError, match=r"^impl: 'fused' does not work under torch\.func.*'auto' takes the ref"):
+            transform(lambda x: loss(x, labels[0], **call))(logits if transform is torch.func.vmap else logits[0])
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode"):
+        loss(forward_ad.make_dual(logits[0], logits[1]), labels[0], **call)
+    loss(logits[0], labels[0], **call)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_are_checked_where_they_can_be_looked_at(device, layout):
+    logits, labels, call = ensemble(layout, device)
+    labels[1, 2, 0] = 2
+    loss = SGLLoss(check=True)
+    with pytest.raises(ValueError, match=r"targets.*got 2\.0"):
+        torch.func.grad(loss)(logits[1], labels[1], **call)
+    with pytest.raises(ValueError, match=r"targets.*got 2\.0"):
+        torch.func.vmap(lambda x: loss(x, labels[1], **call))(logits)
+    assert torch.func.vmap(lambda x, y: loss(x, y, **call))(logits, labels).isfinite().all()
+
+
+def test_an_error_of_the_check_itself_is_not_hidden(device, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(functional, "check_values", broken)
+    monkeypatch.setattr(_fused, "DEVICES", frozenset())
+    logits, labels, call = ensemble("map", device)
+    with pytest.raises(RuntimeError, match="out of order"):
+        SGLLoss(check=True)(logits[0], labels[0], **call)
