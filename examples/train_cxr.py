@@ -265,6 +265,15 @@ class Training:
             "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }  # fmt: skip
 
+    def share_sums(self) -> None:
+        """Makes ``sums`` the mean over the processes, in all of them. Where there are several, all have to call it.
+
+        What one process has seen of an epoch is its share alone, and a checkpoint is written by one.
+        """
+        if self.processes.group is not None:
+            dist.all_reduce(self.sums, group=self.processes.group)
+            self.sums /= self.processes.count
+
     def restore(self, path: Path) -> None:
         """Raises ValueError where ``path`` was trained otherwise."""
         state = load_state(path)
@@ -303,9 +312,7 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def train_epoch(
-    training: Training, data: Radiographs, split: Split, args: argparse.Namespace, keep: Path | None
-) -> float:
+def train_epoch(training: Training, data: Radiographs, split: Split, args: argparse.Namespace, keep: Path) -> float:
     """What is left of the epoch, with a checkpoint into ``keep`` every ``--save-every`` steps; images per second."""
     config, processes = training.config, training.processes
     accumulate, begun = config["accumulate"], training.step
@@ -324,8 +331,10 @@ def train_epoch(
         training.step = step + 1
         if training.step % 50 == 0 and not progress.disable:
             progress.set_postfix(loss=f"{float(training.sums[0]) / training.step:.3f}")
-        if keep is not None and training.step % args.save_every == 0 and training.step < steps:
-            save_atomically(training.state(), keep)
+        if training.step % args.save_every == 0 and training.step < steps:
+            training.share_sums()
+            if processes.first:
+                save_atomically(training.state(), keep)
     return (steps - begun) * config["batch_size"] / (time.perf_counter() - start) if steps > begun else math.nan
 
 
@@ -407,10 +416,9 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
             write_history(training.history, out / "history.csv")
         logs = tensorboard(out, training.epoch)
     while training.epoch < config["epochs"]:
-        speed = train_epoch(training, fed, split, args, last if processes.first else None)
-        if processes.group is not None:
-            dist.all_reduce(training.sums, group=processes.group)
-        means = training.sums / max(training.step, 1) / processes.count
+        speed = train_epoch(training, fed, split, args, last)
+        training.share_sums()
+        means = training.sums / max(training.step, 1)
         values = dict(zip(TERMS, means.tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise ValueError(f"loss: {values['loss']} in epoch {training.epoch + 1}; a lower --lr may help")

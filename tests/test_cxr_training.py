@@ -454,11 +454,8 @@ def test_two_passes_are_one_step(drawn):
     assert all(int(m.num_batches_tracked) == 0 and m.weight.grad is None for m in statistics)
 
 
-def test_two_processes_are_one(drawn, tmp_path):
-    # instances are counted over both; without that option of the loss, what needs no such counts
-    loss = "sgl" if "process_group" in inspect.signature(SGLLoss).parameters else "bag"
-    options = ["--loss", loss, "--batch-norm", "frozen", "--epochs", "1", "--pooling", "max"]
-    assert run(drawn, tmp_path / "one", *options) == 0
+def run_two(*command):
+    """A script in two processes that share the batches; how they ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -468,15 +465,21 @@ def test_two_processes_are_one(drawn, tmp_path):
             "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        command = ["--data-dir", str(drawn), "--out", str(tmp_path / "two"), *SMALL, *options]
-        processes.append(subprocess.Popen(
-            [sys.executable, ROOT / "examples" / "train_cxr.py", *command], env=environment, stdout=subprocess.DEVNULL,
-        ))  # fmt: skip
+        processes.append(subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL))
     try:
-        assert [process.wait(90) for process in processes] == [0, 0]
+        return [process.wait(300) for process in processes]
     finally:
         for process in processes:
             process.kill()
+
+
+def test_two_processes_are_one(drawn, tmp_path):
+    # instances are counted over both; without that option of the loss, what needs no such counts
+    loss = "sgl" if "process_group" in inspect.signature(SGLLoss).parameters else "bag"
+    options = ["--loss", loss, "--batch-norm", "frozen", "--epochs", "1", "--pooling", "max"]
+    assert run(drawn, tmp_path / "one", *options) == 0
+    command = [ROOT / "examples" / "train_cxr.py", "--data-dir", drawn, "--out", tmp_path / "two", *SMALL, *options]
+    assert run_two(*command) == [0, 0]
     rows = [next(csv.DictReader((tmp_path / k / "history.csv").open())) for k in ("one", "two")]
     for name in ("loss", "bag", "instance", "mask", "val_loss"):
         assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), rel=1e-3), name
@@ -484,6 +487,46 @@ def test_two_processes_are_one(drawn, tmp_path):
     for key, value in one["model"].items():
         torch.testing.assert_close(value, two["model"][key], rtol=0.02, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
     assert json.loads((tmp_path / "two" / "config.json").read_text()) == one["config"]
+
+
+#: What each of two processes does: a whole run, one that ends before its third step, and how that one goes on.
+END_AND_GO_ON = """
+import sys
+import train_cxr as example
+
+class Killed(BaseException):
+    pass
+
+def until_the_third(self, *arguments, take_step=example.Training.take_step):
+    if self.step == 2:
+        raise Killed
+    take_step(self, *arguments)
+
+with example.joined("cpu") as processes:
+    def run(out, *more):
+        args = example.parse([*sys.argv[2:], "--out", f"{sys.argv[1]}/{out}", *more])
+        example.train(args, example.config_of(args), processes)
+
+    run("whole")
+    original, example.Training.take_step = example.Training.take_step, until_the_third
+    try:
+        run("cut")
+    except Killed:
+        example.Training.take_step = original
+        run("cut", "--resume")
+"""
+
+
+@pytest.mark.parametrize("loss", ["bag", "mmm"])
+def test_two_processes_that_end_go_on_to_the_same_log(drawn, tmp_path, loss):
+    """The losses of the steps before the end are those of both processes, one of which wrote them down."""
+    program = tmp_path / "program.py"
+    program.write_text(END_AND_GO_ON)
+    options = ["--data-dir", drawn, *SMALL, "--loss", loss, "--epochs", "1", "--save-every", "1"]
+    assert run_two(program, tmp_path, *options) == [0, 0]
+    (row,) = csv.DictReader((tmp_path / "cut" / "history.csv").open())
+    assert float(row["loss"]) > 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_the_tour(tmp_path, monkeypatch):
