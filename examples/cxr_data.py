@@ -397,8 +397,9 @@ def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | No
     """The images of ``paths`` as grey values (n, size, size) uint8, memory-mapped, decoded at the first time.
 
     A file in ``folder`` that grows image by image, so that it goes on where it was killed, and gets its name when it is
-    whole. Its name depends on size, names and lengths of the files: another selection is another file. Of several
-    processes that ask at the same time one builds, and the others wait.
+    whole. Its name depends on size, and on names, lengths and times of change of the files: another selection, or an
+    image that was replaced, is another file; the old one stays. Of several processes that ask at the same time one
+    builds, and the others wait.
 
     Raises:
         ValueError: an image cannot be read (all such of some hundred are named), or there is no room.
@@ -407,7 +408,8 @@ def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | No
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(f"{size}".encode())
     for path in paths:
-        digest.update(f"/{path.name}:{path.stat().st_size}".encode())
+        known = path.stat()
+        digest.update(f"/{path.name}:{known.st_size}:{known.st_mtime_ns}".encode())
     whole = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
     if not whole.exists():
         with _locked(whole.with_suffix(".lock")):

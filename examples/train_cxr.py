@@ -8,7 +8,7 @@
 
 DIR is looked at first, as by check_cxr.py. RUN gets config.json, split.csv (which images were trained on), history.csv,
 last.pt and best.pt (of the highest validation AUC), and logs for TensorBoard where it is installed. After an
-interruption the same command with --resume goes on: on the CPU, to the same bits.
+interruption, Ctrl-C or worse, the same command with --resume goes on: on the CPU, to the same bits.
 
 --cache DIR keeps the images decoded and small; it is built at the first start, and makes every later epoch as fast as
 the network. Of the tests localize_cxr.py tells.
@@ -23,6 +23,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -54,6 +55,11 @@ DECISIVE = (
     "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
     "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
 )  # fmt: skip
+#: What else a run has to agree in, as it is told.
+DATA = {
+    "train_names_digest": "choice of images",
+    "train_labels_digest": "entry table (the labels of its images have changed since)",
+}
 #: The tour: what --synthetic changes of the defaults. Instances are counted within bags: counted over the batch, no run
 #: that was tried with so few images learned to classify.
 TOUR = {
@@ -114,8 +120,9 @@ def split_of(index: Index, config: Config) -> Split:
     return Split(np.flatnonzero(~index.test & ~val), np.flatnonzero(val), patients)
 
 
-def digest_of(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+def digest_of(lines: list[str]) -> str:
+    """Of the names of images, or of names and labels, in any order."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def batches_of(numbers: np.ndarray, config: Config, epoch: int, rank: int, count: int) -> list[list[tuple[int, int]]]:
@@ -278,8 +285,11 @@ class Training:
         """Raises ValueError where ``path`` was trained otherwise."""
         state = load_state(path)
         different = [key for key in self.config if state["config"].get(key) != self.config[key]]
+        if "train_names_digest" in different:
+            different.remove("train_labels_digest")  # of other images
         if different:
-            raise ValueError(f"resume: {path} was trained with another {', '.join(different)}")
+            told = ", ".join(DATA.get(key, key) for key in different)
+            raise ValueError(f"resume: {path} was trained with another {told}; --out another folder starts anew")
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -383,8 +393,12 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
     split = split_of(index, config)
     if len(split.train) < config["batch_size"]:
         raise ValueError(f"batch-size: {config['batch_size']} is more than the {len(split.train)} training images")
-    names = [index.names[number] for number in (*split.train, *split.val)]
-    config |= {"val_patients": split.val_patients.tolist(), "train_names_digest": digest_of(names)}
+    learned = (*split.train, *split.val)
+    config |= {
+        "val_patients": split.val_patients.tolist(),
+        "train_names_digest": digest_of([index.names[n] for n in learned]),
+        "train_labels_digest": digest_of([f"{index.names[n]} {index.labels[n].astype(int)}" for n in learned]),
+    }
     out = Path() if args.dry_run else args.out
     last = out / "last.pt"
     if last.exists() and not args.resume and not args.dry_run:
@@ -557,8 +571,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the command, naming the option, where a value makes no sense."""
     if args.synthetic:
-        if args.data_dir or args.resume or args.dry_run:
-            parser.error("--synthetic: draws its own data, starts anew, and has no --dry-run")
+        if args.data_dir or args.dry_run:
+            parser.error("--synthetic: draws its own data, and has no --dry-run")
     elif args.data_dir is None or (args.out is None and not args.dry_run):
         parser.error("--data-dir and --out are needed, or --synthetic")
     for name in ("epochs", "batch_size", "accumulate", "lr_step", "save_every", "image_size"):
@@ -587,8 +601,13 @@ def tour(args: argparse.Namespace, processes: Processes) -> int:
 
     args.out = Path("runs/cxr") if args.out is None else args.out
     args.data_dir = args.out / "data"
-    if processes.first:
-        write_dataset(args.data_dir, seed=args.seed, workers=os.cpu_count() or 1, **TOUR_DATA)
+    if processes.first and not (args.resume and args.data_dir.exists()):
+        if args.data_dir.exists():
+            raise ValueError(f"out: {args.out} holds a tour; continue it with --resume, or name another folder")
+        beside = args.out / "data.part"  # so that what is there under its name is whole
+        shutil.rmtree(beside, ignore_errors=True)
+        write_dataset(beside, seed=args.seed, workers=os.cpu_count() or 1, **TOUR_DATA)
+        os.replace(beside, args.data_dir)
     if processes.group is not None:
         dist.barrier()
     args.cache = args.out / "cache"
@@ -618,7 +637,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on after the last checkpoint", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            how = "" if args.dry_run else "; the same command with --resume goes on after the last checkpoint"
+            print(f"\nstopped{how}", file=sys.stderr)
         return 130
     return 0
 

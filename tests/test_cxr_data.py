@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import shutil
 import time
@@ -369,6 +370,20 @@ def test_the_cache_goes_on_where_it_was_killed(drawn, tmp_path, monkeypatch):
     assert np.array_equal(cache, expected)
     with pytest.raises(TypeError):
         cxr_data.open_cache(tmp_path, paths[:-1], 16)  # another selection, another file
+
+
+def test_an_image_that_was_replaced_is_decoded_anew(drawn, tmp_path):
+    data = shutil.copytree(drawn, tmp_path / "data")
+    path = next(path for path in cxr_data.load_index(data).paths if path.suffix == ".png")
+    Image.fromarray(np.full((32, 32), 200, np.uint8)).save(path, compress_level=0)  # of one length, whatever is in it
+    known, folder = path.stat(), tmp_path / "cache"
+    assert (cxr_data.open_cache(folder, [path], 32, workers=1) == 200).all()
+    Image.fromarray(np.full((32, 32), 100, np.uint8)).save(path, compress_level=0)
+    assert path.stat().st_size == known.st_size
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns + 10**9))  # however coarse the clock of the disk is
+    assert (cxr_data.open_cache(folder, [path], 32, workers=1) == 100).all()
+    cxr_data.open_cache(folder, [path], 32, workers=1)
+    assert len(list(folder.glob("*.u8"))) == 2
 
 
 def test_of_two_that_want_a_cache_one_builds_it(drawn, tmp_path, monkeypatch):

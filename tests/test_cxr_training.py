@@ -19,6 +19,7 @@ import types
 import boxes
 import cxr_data
 import cxr_models
+import make_synthetic_cxr
 import numpy as np
 import pytest
 import torch
@@ -454,6 +455,51 @@ def test_what_is_there_is_not_overwritten_nor_continued_otherwise(drawn, whole, 
     assert "was trained with another lam, seed, val_patients" in capsys.readouterr().err
 
 
+def test_labels_that_were_changed_are_noticed(drawn, whole, tmp_path, capsys):
+    data, out = shutil.copytree(drawn, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
+    path = data / cxr_data.ENTRIES[0]
+    index = cxr_data.load_index(data)
+    learned, tested = (index.names[np.flatnonzero(index.test == test)[0]] for test in (False, True))
+    for name, status in ((tested, 0), (learned, 2)):
+        lines = path.read_text().splitlines()
+        (row,) = (k for k, line in enumerate(lines) if line.startswith(name))
+        cells = lines[row].split(",")
+        cells[1] = "Hernia" if cells[1] != "Hernia" else "Edema"
+        lines[row] = ",".join(cells)
+        path.write_text("\n".join(lines) + "\n")
+        assert run(data, out, "--resume") == status
+    assert "was trained with another entry table (the labels of its images have changed" in capsys.readouterr().err
+    # other images are told as such, and not as other labels
+    lists = data / cxr_data.TRAIN_VAL_LIST, data / cxr_data.TEST_LIST
+    train, test = (some.read_bytes() for some in lists)
+    lists[0].write_bytes(test)
+    lists[1].write_bytes(train)
+    assert run(data, out, "--resume", "--val-fraction", "0", "--batch-size", "4") == 2
+    told = capsys.readouterr().err
+    assert "choice of images" in told
+    assert "have changed" not in told
+
+
+def test_stopped_by_a_key(drawn, tmp_path):
+    """A signal as a terminal sends it."""
+    out = tmp_path / "out"
+    options = ["--data-dir", drawn, "--out", out, *SMALL, "--epochs", "1000", "--save-every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "train_cxr.py", *map(str, options)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # started in the background it may be ignored
+    )  # fmt: skip
+    end = time.monotonic() + 300
+    while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, told
+    assert told.endswith("stopped; the same command with --resume goes on after the last checkpoint\n")
+    assert "Traceback" not in told
+
+
 def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
     other = shutil.copytree(drawn, tmp_path / "data")
     path = next(path for path in cxr_data.load_index(other).paths if "images_003" in str(path))
@@ -604,6 +650,45 @@ def test_the_tour(tmp_path, monkeypatch):
     labels = cxr_data.load_index(out / "data").labels
     assert {CLASSES[c] for c in np.flatnonzero(labels.any(0))} == set(example.TOUR_DATA["findings"])
     assert example.main(["--synthetic", "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize("where", ["drawing", "first run", "second run", "report"])
+def test_a_tour_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys, where):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    handed = []
+    stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0, __spec__="found")
+    monkeypatch.setitem(sys.modules, "localize_cxr", stub)
+    monkeypatch.setattr(example, "TOUR", example.TOUR | {"epochs": 1, "image_size": 32})
+    monkeypatch.setattr(example, "TOUR_DATA", example.TOUR_DATA | {"images": 40, "size": 32})
+    monkeypatch.setattr(example, "make_model", lambda config: Tiny())
+    command = ["--synthetic", "--out", str(tmp_path / "tour")]
+    with monkeypatch.context() as patch:
+        if where == "drawing":
+            patch.setattr(make_synthetic_cxr, "write_tables", stop)
+        elif where == "report":
+            patch.setattr(stub, "main", stop)
+        else:
+            original = example.Training.take_step
+            bag = where == "second run"
+            patch.setattr(
+                example.Training, "take_step",
+                lambda self, *given: stop() if (self.config["loss"] == "bag") == bag else original(self, *given),
+            )  # fmt: skip
+        assert example.main(command) == 130
+    assert capsys.readouterr().err.endswith(
+        "stopped; the same command with --resume goes on after the last checkpoint\n"
+    )
+    if where != "drawing":
+        assert example.main(command) == 2
+        assert "holds a tour; continue it with --resume" in capsys.readouterr().err
+    assert handed == []
+    assert example.main([*command, "--resume"]) == 0
+    assert len(handed) == 1
+    for name in ("sgl", "bag"):
+        assert torch.load(tmp_path / "tour" / name / "last.pt", weights_only=True)["epoch"] == 1
+    assert not (tmp_path / "tour" / "data.part").exists()
 
 
 def test_genuine_images(data_dir, tmp_path):
