@@ -35,7 +35,10 @@ def about() -> list[str]:
         f"torch     {torch.__version__} ({cuda}), {torch.get_num_threads()} threads; numpy {numpy.__version__}",
     ]
     if not _fused.DEVICES:
-        return [*lines, f"extension not loaded, the reference is used everywhere: {_fused.REASON}"]
+        lines.append(f"extension not loaded, the reference is used everywhere: {_fused.REASON}")
+        if (Path(__file__).parents[1] / "setup.py").exists():
+            lines.append("this is a source tree: to see what is installed, ask from another folder")
+        return lines
     ops = torch.ops.sgl_ops
     asked = os.environ.get("SGL_OPS_CPU")
     lines.append(f"cpu       kernels for {ops.cpu_level()}" + (f" (SGL_OPS_CPU={asked})" if asked else ""))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_kernel
+from conftest import ROOT, needs_kernel
 
 import sgl_ops
 from sgl_ops import __main__ as report
@@ -27,6 +27,13 @@ def test_as_a_command(tmp_path):
         assert "self-test cpu: error" in result.stdout
     else:
         assert "not loaded" in result.stdout
+
+
+@pytest.mark.parametrize("source_tree", [True, False])
+def test_a_source_tree_without_the_extension_says_so(monkeypatch, tmp_path, source_tree):
+    monkeypatch.setattr(_fused, "DEVICES", frozenset())
+    monkeypatch.setattr(report, "__file__", str((ROOT if source_tree else tmp_path) / "sgl_ops" / "__main__.py"))
+    assert ("from another folder" in "\n".join(report.about())) == source_tree
 
 
 @needs_kernel
