@@ -207,9 +207,11 @@ def _rect(box: np.ndarray, kind: str) -> str:
 
 
 def _map(view: View, side: int) -> str:
-    """The map over an image of ``side`` pixels. A row and a column more at the edges, where the cells leave some bare:
-    the picture's frame cuts off what is too much."""
-    more = int(view.first != 0.5)
+    """The map over an image of ``side`` pixels.
+
+    The cells at the edges go on over what the map leaves bare; the picture's frame cuts off what is too much.
+    """
+    more = math.ceil(abs(view.first - 0.5))
     height, width = view.heatmap.shape
     x, y, w, h = (
         f"{side * cells / count:.6g}"

@@ -11,6 +11,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import boxes
 import cxr_data
 import cxr_evaluation
 import localize_cxr
@@ -401,6 +402,25 @@ def test_options_that_make_no_sense(option, capsys):
     with pytest.raises(SystemExit):
         localize_cxr.main(["--run", "r", "--data-dir", "d", *option])
     assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [0.5, 0.0625, 1.8125, -0.75])
+def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
+    """What a browser makes of the picture's place and size: at every pixel what upsampling has there."""
+    heatmap = np.arange(9).reshape(3, 3) / 8
+    card = report.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(boxes.NO_BOX),
+                       [report.View("", heatmap, np.array(boxes.NO_BOX), "", first)], 0.0)  # fmt: skip
+    (place,) = [a for tag, a in Elements(report.gallery([card], False)).found if a.get("class") == "map"]
+    x, y, width, height = (float(place[name]) for name in ("x", "y", "width", "height"))
+    with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    rows, columns = (
+        np.floor((np.arange(24) + 0.5 - start) / length * count).astype(int)
+        for start, length, count in ((y, height, len(pixels)), (x, width, len(pixels[0])))
+    )
+    assert min(rows.min(), columns.min()) >= 0
+    shown = pixels[np.ix_(rows, columns)]
+    assert (shown == report.coloured(boxes.upsample(heatmap, (24, 24), first=first))).all()
 
 
 def test_curves_leave_out_what_is_not_defined():
