@@ -1,0 +1,227 @@
+"""examples/compare_localization.py and the images that it draws: what is measured, kept, summed up and refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import boxes as bx
+import compare_localization as compare
+import drawn_lesions
+import numpy as np
+import pytest
+import torch
+
+SMALL = {"size": 48, "train_images": 48, "test_images": 24, "epochs": 2, "batch_size": 16}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Runs of a second."""
+    for name, value in SMALL.items():
+        monkeypatch.setitem(compare.SETTINGS, name, value)
+    monkeypatch.setattr(compare, "TABLE", [row for row in compare.TABLE if row.field != 33])
+
+
+def small_run(out, row, seed):
+    """In this process: a worker would not know of the small settings."""
+    (row,) = compare.rows_of(row)
+    out.mkdir(exist_ok=True)
+    return compare.compute(compare.Run(row, seed), out)
+
+
+def test_boxes_are_where_the_lesions_are():
+    data = drawn_lesions.draw(40, 96, 7)
+    assert data.images.shape == (40, 96, 96)
+    assert data.images.dtype == np.uint8
+    assert ((~np.isnan(data.boxes)).all(-1) == (data.labels == 1)).all()
+    assert 0.25 < data.labels.mean() < 0.45
+    image, c = np.nonzero(data.labels)
+    boxes = data.boxes[image, c]
+    x, y, w, h = boxes.T
+    assert (x >= 0).all() and (y >= 0).all() and (x + w <= 96).all() and (y + h <= 96).all()
+    assert boxes[:, 2:].min() >= 15 and boxes[:, 2:].max() <= 49
+    assert (boxes[:, 2:].min(1) > 17).mean() > 0.7  # larger than what a local patch sees
+    both = [(k, m) for k in range(len(image)) for m in range(k) if image[k] == image[m]]
+    assert len(both) > 20
+    assert all(bx.iou(boxes[k], boxes[m]) < 0.1 for k, m in both)
+
+
+@pytest.mark.parametrize("name", drawn_lesions.CLASSES)
+def test_a_box_goes_round_the_lesion(name):
+    image = np.zeros((96, 96))
+    half = np.array([20.0, 12.0])
+    x, y, w, h = drawn_lesions.add_lesion(image, name, np.array([40.0, 60.0]), half, np.random.default_rng(0))
+    assert (x, y, w, h) == (20, 48, 40, 24)
+    inside = np.zeros((96, 96), bool)
+    inside[y : y + h, x : x + w] = True
+    assert np.square(image[~inside]).sum() < 0.1 * np.square(image).sum()
+    middle = image[52:68, 28:52]
+    if name in ("bright", "dark"):
+        assert (middle > 1.4).all() if name == "bright" else (middle < -1.4).all()
+    else:  # a grating varies in one direction
+        across, along = middle.mean(1).std(), middle.mean(0).std()
+        assert (across > 3 * along) if name == "stripes" else (along > 3 * across)
+
+
+def test_a_seed_draws_the_same_again_and_another_one_others():
+    first, again, other = (drawn_lesions.draw(3, 64, seed) for seed in ((5, 1), (5, 1), (5, 2)))
+    assert (first.images == again.images).all()
+    np.testing.assert_array_equal(first.boxes, again.boxes)
+    assert (first.images != other.images).mean() > 0.5
+
+
+@pytest.mark.parametrize("field", compare.FIELDS)
+def test_a_patch_sees_what_its_row_says(field):
+    network = compare.make_network(field).eval()
+    for module in network.modules():  # without zeros that hide a pixel by chance
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.weight, 0.01)
+    x = torch.rand(1, 1, 96, 96, requires_grad=True)
+    logits = network(x)
+    assert logits.shape == (1, len(compare.CLASSES), 96 // compare.STRIDE, 96 // compare.STRIDE)
+    logits[0, 0, 6, 6].backward()
+    rows, columns = (np.flatnonzero((x.grad[0, 0] != 0).any(axis).numpy()) for axis in (1, 0))
+    assert rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == field
+
+
+def test_rows_by_name():
+    assert len(compare.rows_of("17")) == 9
+    assert compare.rows_of("65/softmax/mask") == [compare.Row(65, "softmax", "mask")]
+    (row,) = compare.rows_of("17/max/sgl/lam=3/delta_l=0.2")
+    settings = compare.settings_of(row)
+    assert (settings["lam"], settings["delta_l"], settings["loss"], settings["pooling"]) == (3.0, 0.2, "sgl", "max")
+    assert compare.settings_of(row._replace(changes=()))["delta_l"] == 0.3
+    assert compare.settings_of(compare.Row(17, "max", "bag"))["loss"] == "bag"
+    assert compare.settings_of(compare.Row(17, "max", "sgl"))["mask_weight"] == 0
+    assert compare.settings_of(compare.Row(17, "max", "mask"))["mask_weight"] > 0
+    for wrong in ("18", "17/median", "17/max/lam=1/sgl", "17/max/sgl/lamb=3", "17/max/sgl/lam=much", "17/max/sgl/mask"):
+        with pytest.raises(ValueError, match="rows: "):
+            compare.rows_of(wrong)
+
+
+def test_what_is_measured():
+    """Maps that show the lesions to the pixel, and maps of half of each: every number by hand."""
+    data = drawn_lesions.draw(30, 48, 1)
+    maps = np.zeros((*data.labels.shape, 48, 48))
+    settings = compare.SETTINGS | {"morphology": 1}
+    halves = maps.copy()
+    for image, c in np.argwhere(data.labels > 0):
+        x, y, w, h = data.boxes[image, c].astype(int)
+        maps[image, c, y : y + h, x : x + w] = 0.8
+        halves[image, c, y : y + h, x : x + w // 2] = 0.95
+    whole = compare.measure(data.labels, maps, data, settings)
+    assert whole["auc"]["mean"] == 1
+    assert whole["boxes"] == data.labels.sum()
+    assert {t: v["mean"] for t, v in whole["0.5"]["accuracy"].items()} == {"0.1": 1, "0.3": 1, "0.5": 1, "0.7": 1}
+    assert (whole["0.5"]["area_mean"], whole["0.5"]["area_median"], whole["0.5"]["no_box"]) == (1, 1, 0)
+    assert (whole["0.9"]["accuracy"]["0.1"]["mean"], whole["0.9"]["area_mean"], whole["0.9"]["no_box"]) == (0, 0, 1)
+    half = compare.measure(1 - data.labels, halves, data, settings)
+    assert half["auc"]["mean"] == 0
+    assert half["0.9"]["accuracy"]["0.3"]["mean"] == 1
+    assert half["0.9"]["accuracy"]["0.5"]["mean"] == 0
+    assert 0.4 < half["0.9"]["area_mean"] <= 0.5
+
+
+def test_the_instance_loss_starts_late(small, monkeypatch):
+    seen = []
+
+    class Criterion(torch.nn.Module):
+        lam = 1.0
+
+        def forward(self, logits, labels):
+            seen.append(self.lam)
+            return logits.mean()
+
+    monkeypatch.setattr(compare, "make_criterion", lambda settings: Criterion())
+    compare.train(compare.rows_of("17/max/sgl/lam_delay=1/lam_warmup=1/lam=6")[0], 0)
+    assert seen == pytest.approx([0, 0, 0, 0, 2, 4])
+
+
+def test_a_run_is_repeated_to_the_bit(small):
+    (row,) = compare.rows_of("17/max/sgl/lam_delay=0")
+    first, again, other = (compare.train(row, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    for row, seed in [("17/max/bag", 1), ("17/max/bag", 2), ("17/max/sgl", 1), ("17/max/sgl", 2),
+                      ("65/mean/mask", 1), ("17/max/sgl/lam=3", 1)]:  # fmt: skip
+        small_run(out, row, seed)
+    content = json.loads((out / "17_max_sgl_seed2.json").read_text())
+    assert content["command"] == "python compare_localization.py --rows 17/max/sgl --seeds 2"
+    assert content["settings"]["lam"] == compare.settings_of(compare.Row(17, "max", "sgl"))["lam"]
+    assert np.array(content["shown"]).shape == (4, 6, 6)
+    assert compare.main(["--out", str(out), "--draw-only"]) == 0
+    printed = capsys.readouterr().out
+    assert (out / "localization.md").read_text().strip() == printed.strip()
+    assert (out / "localization.png").read_bytes().startswith(b"\x89PNG")
+    results = {path.stem: json.loads(path.read_text())["result"] for path in out.glob("*.json")}
+    with (out / "localization.csv").open() as file:
+        rows = {(row["row"], row["T_p"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 2 * 4
+    values = [results[f"17_max_sgl_seed{seed}"]["0.9"]["accuracy"]["0.1"]["mean"] for seed in (1, 2)]
+    line = rows["17/max/sgl", "0.9"]
+    assert line["seeds"] == "2"
+    assert float(line["accuracy_0.1"]) == pytest.approx(np.mean(values), abs=1e-4)
+    assert [float(line[f"accuracy_0.1_{end}"]) for end in ("lowest", "highest")] == [min(values), max(values)]
+    more = [results[f"17_max_sgl_seed{s}"]["auc"]["mean"] - results[f"17_max_bag_seed{s}"]["auc"]["mean"]
+            for s in (1, 2)]  # fmt: skip
+    assert f"| 17 | max | SGL | 0.5 | 2 | {np.mean(more):+.3f} ({min(more):+.3f} to {max(more):+.3f}) |" in printed
+    assert "| 65 | mean | SGL, mask penalty | 0.5 |" not in printed  # there is no bag loss to compare with
+    assert "Best bag loss alone" in printed
+
+    compare.SETTINGS["epochs"] = 3  # undone by the fixture
+    for more in ([], ["--draw-only"]):
+        assert compare.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *more]) == 2
+        assert "'epochs': 2}, not {'epochs': 3}" in capsys.readouterr().err
+    assert not (out / "65_max_bag_seed1.json").exists()  # nothing is computed beside them
+
+
+def test_only_what_is_missing_is_computed(small, tmp_path, monkeypatch, capsys):
+    small_run(tmp_path, "17/max/bag", 1)
+    there = (tmp_path / "17_max_bag_seed1.json").read_text()
+
+    class Here:
+        """A pool of no processes."""
+
+        def __init__(self, *given, **named):
+            pass
+
+        def submit(self, function, *given):
+            import concurrent.futures
+
+            future = concurrent.futures.Future()
+            future.set_result(function(*given))
+            return future
+
+        def shutdown(self, **named):
+            pass
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
+    assert compare.main(["--rows", "17/max/bag", "17/max/sgl", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert "2 runs, 1 of them to compute" in capsys.readouterr().out
+    assert (tmp_path / "17_max_bag_seed1.json").read_text() == there
+    (tmp_path / "17_max_bag_seed1.json").unlink()
+    assert compare.main(["--rows", "17/max/bag", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    again = json.loads((tmp_path / "17_max_bag_seed1.json").read_text())
+    assert {key: again[key] for key in ("result", "shown")} == {
+        key: json.loads(there)[key] for key in ("result", "shown")
+    }
+
+
+def test_nothing_there_is_said(tmp_path, capsys):
+    assert compare.main(["--out", str(tmp_path), "--draw-only"]) == 2
+    assert "there is no run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(["--rows", "17/median"])
+    assert "expected FIELD/POOLING/LOSS" in capsys.readouterr().err
+
+
+def test_what_was_computed_is_what_the_script_would_compute():
+    """The committed files are of the committed settings, and the committed table is drawn from them."""
+    out = compare.Path(compare.__file__).parent / "results" / "localization"
+    found = compare.collect(out)
+    assert (out / "localization.md").read_text() == compare.tables_of(found) + "\n"
