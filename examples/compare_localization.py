@@ -56,8 +56,14 @@ SETTINGS: Config = {
     "normalize": "bag", "mask_weight": 0.0, "rescale": True, "weighted": True,
     "upsampling": "bilinear", "morphology": 5,
 }  # fmt: skip
-#: And what a pooling or a loss changes of it.
-SETTINGS_OF: dict[str, Config] = {"mask": {"mask_weight": 1.0}}
+#: And what a pooling or a loss changes of it: the paper's lam is 1 with max pooling, 20 with a softmax.
+SETTINGS_OF: dict[str, Config] = {
+    "softmax": {"lam": 20.0},
+    "mean": {"lam": 20.0},
+    "max/mask": {"mask_weight": 1.0},
+    "softmax/mask": {"mask_weight": 20.0},
+    "mean/mask": {"mask_weight": 20.0},
+}
 
 
 class Row(NamedTuple):

@@ -20,7 +20,6 @@ def small(monkeypatch):
     """Runs of a second."""
     for name, value in SMALL.items():
         monkeypatch.setitem(compare.SETTINGS, name, value)
-    monkeypatch.setattr(compare, "TABLE", [row for row in compare.TABLE if row.field != 33])
 
 
 def small_run(out, row, seed):
@@ -174,8 +173,8 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     assert "Best bag loss alone" in printed
 
     compare.SETTINGS["epochs"] = 3  # undone by the fixture
-    for more in ([], ["--draw-only"]):
-        assert compare.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *more]) == 2
+    for option in ([], ["--draw-only"]):
+        assert compare.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *option]) == 2
         assert "'epochs': 2}, not {'epochs': 3}" in capsys.readouterr().err
     assert not (out / "65_max_bag_seed1.json").exists()  # nothing is computed beside them
 
