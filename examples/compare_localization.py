@@ -359,10 +359,21 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def tables_of(found: Found) -> str:
-    """Accuracies at each T_p, then what each loss has more than the bag loss with the same network and images."""
+    """The means; accuracies at each T_p; what each loss has more than the bag loss with the same network and images."""
     rows = list(dict.fromkeys(run.row for run in found))
     accuracies = [f"accuracy_{t:g}" for t in bx.T_IOU]
-    parts = []
+    lines = []
+    for row in rows:
+        columns = over_seeds(found, row, T_P[0])
+        line = [str(row.field), row.pooling, label_of(row), str(len(columns["auc"])), f"{np.mean(columns['auc']):.3f}"]
+        for threshold in T_P:
+            columns = over_seeds(found, row, threshold)
+            means = " ".join(f"{np.mean(columns[name]):.2f}" for name in accuracies)
+            line.append(f"{means}, {np.mean(columns['area_median']):.1f}x")
+        lines.append(line)
+    head = ["field", "pooling", "loss", "seeds", "AUC", *(f"T_p {threshold:g}" for threshold in T_P)]
+    over = " / ".join(f"{t:g}" for t in bx.T_IOU)
+    parts = [f"Means over the seeds: accuracy at IoU {over}; median of found over true area\n\n" + table(head, lines)]
     for threshold in T_P:
         head = ["field", "pooling", "loss", "seeds", *(["AUC"] if threshold == T_P[0] else []),
                 *(f"IoU > {t:g}" for t in bx.T_IOU), "area"]  # fmt: skip
