@@ -47,7 +47,7 @@ STRIDE = 8
 POOLINGS = ("max", "softmax", "mean")
 LOSSES = {"bag": "bag only", "sgl": "SGL", "mask": "SGL, mask penalty"}
 T_P = (0.5, 0.9)
-SEEDS = (1, 2, 3)
+SEEDS = (4, 5, 6)
 
 #: What decides a run, beside its row and seed.
 SETTINGS: Config = {
@@ -156,15 +156,14 @@ def make_network(field: int) -> nn.Sequential:
     Alike but for the kernels of three layers. cxr_models.py has residual networks of the same receptive fields, which
     take several times as long.
     """
-    layers: list[nn.Module] = []
+    # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them: padding each layer
+    # alike would put the map half a cell too far to the lower right
+    layers: list[nn.Module] = [nn.ZeroPad2d((4, 5, 4, 5))]
     channels = 1
-    for width, kernel, stride in [
-        (16, 5, 2),
-        (32, 3, 2),
-        (64, 3, 2),
-        *((64, 3 if k < FIELDS[field] else 1, 1) for k in range(3)),
-    ]:
-        convolution = nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False)
+    fine = [(64, 3 if k < FIELDS[field] else 1, 1) for k in range(3)]
+    for width, kernel, stride in [(16, 5, 2), (32, 3, 2), (64, 3, 2), *fine]:
+        padding = kernel // 2 if stride == 1 else 0
+        convolution = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
         channels = width
     return nn.Sequential(*layers, nn.Conv2d(channels, len(CLASSES), 1))
