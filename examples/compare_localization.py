@@ -451,7 +451,7 @@ def draw_maps(found: Found, path: Path) -> None:
     settings = settings_of(rows[0])
     data = drawn_for(settings, seed, "test")
     shown = shown_of(data)
-    figure = Figure(figsize=(2.0 * (1 + len(rows)), 2.0 * len(shown) + 0.9), dpi=80, layout="constrained")
+    figure = Figure(figsize=(2.0 * (1 + len(rows)), 2.0 * len(shown) + 0.9), dpi=60, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(shown), 1 + len(rows), squeeze=False)
     size = data.images.shape[1:]
