@@ -34,7 +34,7 @@ void run(const Case& c, Result& result) {
   const int64_t units = c.bags * c.classes;
   std::vector<Label> labels(units);
   for (int64_t unit = 0; unit < units; ++unit) labels[unit] = static_cast<Label>(c.labels[unit]);
-  std::vector<T> scratch(scratch_size(layout.longest)), saved((units + 1) * kColumns);
+  std::vector<T> scratch(scratch_size(layout)), saved((units + 1) * kColumns);
   const Kernels<T> kernel = baseline_kernels(T());
   const Batch batch = kernel.forward(problem, labels.data(), saved.data(), 0, units, scratch.data(), nullptr);
   save_shares(batch, settings, 1, saved.data() + units * kColumns);
