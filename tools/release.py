@@ -127,9 +127,10 @@ def interpreter(wanted: str) -> Path | None:
 
 
 def newest_torch(python: Path) -> str:
-    """The newest release of torch that pip knows of for this interpreter."""
-    listed = run([python, "-m", "pip", "index", "versions", "torch"])
-    return re.findall(r"^torch \(([\d.]+)", listed, re.M)[0]
+    """The release of torch that pip would install for this interpreter, by its own settings and constraints."""
+    asked = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--report", "-", "torch"]
+    report = json.loads(run([python, "-m", "pip", "install", *asked]))
+    return report["install"][0]["metadata"]["version"].partition("+")[0]
 
 
 def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
@@ -263,7 +264,8 @@ def main() -> int:
             "abi3audit": version("abi3audit"),
         }
         for entry in entries:
-            if entry not in rows:
+            # what was not to be had may be by now
+            if rows.get(entry, {"status": MISSING})["status"] == MISSING:
                 rows[entry] = smoke(wheel, entry, scratch, dist)
             print(f"{entry}: {rows[entry]['status']} {rows[entry]['note']}", flush=True)
             if entries is MATRIX or arguments.resume:
