@@ -3,10 +3,12 @@
     python compare_localization.py                                        the whole table: an hour of one core
     python compare_localization.py --rows 17/max --seeds 1                two minutes: a local network, max pooling
     python compare_localization.py --rows 17/max/sgl 33/max/sgl/lam=3     single rows, and with another setting
+    python compare_localization.py --rows local17/max                     a network that train_cxr.py has
     python compare_localization.py --draw-only                            nothing is trained
 
-A row is RECEPTIVE FIELD / POOLING / LOSS, a part of it (17, 17/max, 17/max/bag) all rows that begin so. The losses are
-bag (the bag loss alone), sgl, and mask (SGL with its penalty on the mask); settings that follow replace those of
+A row is RECEPTIVE FIELD / POOLING / LOSS, a part of it (17, 17/max, 17/max/bag) all rows that begin so; the name of a
+local network of cxr_models.py may stand for the receptive field. The losses are bag (the bag loss alone), sgl, and mask
+(SGL with its penalty on the mask); settings that follow replace those of
 SETTINGS. A seed draws the images (drawn_lesions.py), the network's weights and the order of training. Every network is
 that of the last epoch, and boxes decide nothing: the thresholds T_p are fixed.
 
@@ -20,11 +22,9 @@ import argparse
 import csv
 import json
 import math
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,16 +33,19 @@ import boxes as bx
 import numpy as np
 import torch
 from cxr_metrics import auc_per_class
+from cxr_models import BACKBONES, TORCHVISION, make_backbone
 from drawn_lesions import CLASSES, Drawn, draw
-from reproduce_figures import commit, end_with_parent, machine
 from torch import nn
 from train_cxr import lam_at
 from training import Config, make_criterion, write_json
+from workers import commit, compute_in_workers, machine
 
 from sgl_ops.pooling import make_pooling
 
 #: Pixels that a patch sees: how many of the three layers on the finished grid are 3x3 convolutions, the others 1x1.
-FIELDS = {17: 0, 33: 1, 65: 3}
+FIELDS = {"17": 0, "33": 1, "65": 3}
+#: And the local ones of train_cxr.py, which take several times as long.
+NETWORKS = (*FIELDS, *(name for name in BACKBONES if name not in TORCHVISION))
 STRIDE = 8
 POOLINGS = ("max", "softmax", "mean")
 LOSSES = {"bag": "bag only", "sgl": "SGL", "mask": "SGL, mask penalty"}
@@ -67,14 +70,14 @@ SETTINGS_OF: dict[str, Config] = {
 
 
 class Row(NamedTuple):
-    field: int
+    network: str
     pooling: str
     loss: str
     changes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return "/".join([str(self.field), self.pooling, self.loss, *self.changes])
+        return "/".join([self.network, self.pooling, self.loss, *self.changes])
 
     @property
     def plain(self) -> bool:
@@ -90,7 +93,7 @@ class Run(NamedTuple):
         return f"{self.row.name.replace('/', '_')}_seed{self.seed}.json"
 
 
-TABLE = [Row(*row) for row in product(FIELDS, POOLINGS, LOSSES)]
+TABLE = [Row(*row) for row in product(NETWORKS, POOLINGS, LOSSES)]
 
 
 def rows_of(name: str) -> list[Row]:
@@ -132,7 +135,7 @@ def settings_of(row: Row) -> Config:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", nargs="+", default=["17", "33", "65"], metavar="ROW", help="of the table, as above (all 27)")
+    add("--rows", nargs="+", default=list(FIELDS), metavar="ROW", help="as above (17 33 65: all 27)")
     add("--seeds", nargs="+", type=int, default=list(SEEDS), help=f"({' '.join(map(str, SEEDS))})")
     add("--workers", type=int, default=1, help="runs at once, a core each (1)")
     add("--out", type=Path, default=Path("runs", "localization"), help="folder of the files (runs/localization)")
@@ -150,23 +153,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # a run
 
 
-def make_network(field: int) -> nn.Sequential:
-    """Logits (n, C, size / 8, size / 8) of images (n, 1, size, size); a patch sees ``field`` pixels.
+def make_network(name: str) -> nn.Sequential:
+    """Logits (n, C, size / 8, size / 8) of images (n, 1, size, size), from a last layer of 1x1.
 
-    Alike but for the kernels of three layers. cxr_models.py has residual networks of the same receptive fields, which
-    take several times as long.
+    The names of FIELDS: alike but for the kernels of three layers.
     """
+    if name not in FIELDS:
+        features, channels = make_backbone(name, STRIDE)
+        return nn.Sequential(Coloured(), features, nn.Conv2d(channels, len(CLASSES), 1))
     # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them: padding each layer
     # alike would put the map half a cell too far to the lower right
     layers: list[nn.Module] = [nn.ZeroPad2d((4, 5, 4, 5))]
     channels = 1
-    fine = [(64, 3 if k < FIELDS[field] else 1, 1) for k in range(3)]
+    fine = [(64, 3 if k < FIELDS[name] else 1, 1) for k in range(3)]
     for width, kernel, stride in [(16, 5, 2), (32, 3, 2), (64, 3, 2), *fine]:
         padding = kernel // 2 if stride == 1 else 0
         convolution = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
         channels = width
     return nn.Sequential(*layers, nn.Conv2d(channels, len(CLASSES), 1))
+
+
+class Coloured(nn.Module):
+    """Grey images (n, 1, height, width) as the networks of cxr_models.py want them: (n, 3, height, width)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(-1, 3, -1, -1)
 
 
 def to_input(images: np.ndarray) -> torch.Tensor:
@@ -183,7 +195,7 @@ def train(row: Row, seed: int) -> nn.Module:
     settings = settings_of(row)
     data = drawn_for(settings, seed, "train")
     torch.manual_seed(seed)
-    network = make_network(row.field).to(memory_format=torch.channels_last)
+    network = make_network(row.network).to(memory_format=torch.channels_last)
     with torch.no_grad():
         network[-1].bias.add_(math.log(settings["prior"] / (1 - settings["prior"])))
     criterion = make_criterion(settings)
@@ -275,24 +287,13 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
     if not missing:
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent)
-    try:
-        futures = {pool.submit(compute, run, args.out): run for run in missing}
-        for number, future in enumerate(as_completed(futures), 1):
-            run = futures[future]
-            content = json.loads(future.result().read_text())
-            result = content["result"]
-            accuracies = (f"T_p {t:g}: " + " ".join(f"{v['mean']:.2f}" for v in result[f"{t:g}"]["accuracy"].values())
-                          + f", {result[f'{t:g}']['area_median']:.1f}x" for t in T_P)  # fmt: skip
-            print(f"{number}/{len(missing)} {run.row.name}, seed {run.seed}, {content['seconds']:.0f} s: "
-                  f"AUC {result['auc']['mean']:.3f}; " + "; ".join(accuracies), flush=True)  # fmt: skip
-    except KeyboardInterrupt:
-        for process in list(pool._processes.values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for number, (run, path) in enumerate(compute_in_workers(compute, missing, args.workers, args.out), 1):
+        content = json.loads(path.read_text())
+        result = content["result"]
+        accuracies = (f"T_p {t:g}: " + " ".join(f"{v['mean']:.2f}" for v in result[f"{t:g}"]["accuracy"].values())
+                      + f", {result[f'{t:g}']['area_median']:.1f}x" for t in T_P)  # fmt: skip
+        print(f"{number}/{len(missing)} {run.row.name}, seed {run.seed}, {content['seconds']:.0f} s: "
+              f"AUC {result['auc']['mean']:.3f}; " + "; ".join(accuracies), flush=True)  # fmt: skip
 
 
 # what is drawn of them
@@ -364,7 +365,7 @@ def tables_of(found: Found) -> str:
     lines = []
     for row in rows:
         columns = over_seeds(found, row, T_P[0])
-        line = [str(row.field), row.pooling, label_of(row), str(len(columns["auc"])), f"{np.mean(columns['auc']):.3f}"]
+        line = [row.network, row.pooling, label_of(row), str(len(columns["auc"])), f"{np.mean(columns['auc']):.3f}"]
         for threshold in T_P:
             columns = over_seeds(found, row, threshold)
             means = " ".join(f"{np.mean(columns[name]):.2f}" for name in accuracies)
@@ -381,7 +382,7 @@ def tables_of(found: Found) -> str:
         lines = []
         for row in rows:
             columns = over_seeds(found, row, threshold)
-            line = [str(row.field), row.pooling, label_of(row), str(len(columns["auc"]))]
+            line = [row.network, row.pooling, label_of(row), str(len(columns["auc"]))]
             line += [cell(columns["auc"], ".3f")] if threshold == T_P[0] else []
             line += [*(cell(columns[name]) for name in accuracies), f"{np.mean(columns['area_median']):.1f}x"]
             lines.append(line + ([cell(columns["max_box_0.5"])] if threshold == T_P[0] else []))
@@ -392,7 +393,7 @@ def tables_of(found: Found) -> str:
         for threshold in T_P if row != base else ():
             more = over_seeds(found, row, threshold, base)
             if more:
-                line = [str(row.field), row.pooling, label_of(row), f"{threshold:g}", str(len(more["auc"]))]
+                line = [row.network, row.pooling, label_of(row), f"{threshold:g}", str(len(more["auc"]))]
                 lines.append([*line, cell(more["auc"], "+.3f"), *(cell(more[name], "+.2f") for name in accuracies)])
     head = ["field", "pooling", "loss", "T_p", "seeds", "AUC", *(f"IoU > {t:g}" for t in bx.T_IOU)]
     parts.append("More than the bag loss alone, seed by seed\n\n" + table(head, lines))
@@ -442,7 +443,7 @@ def draw_maps(found: Found, path: Path) -> None:
     from matplotlib.patches import Patch, Rectangle
     from plots import FOUND, TRUE
 
-    rows = [Row(field, "max", loss) for field in (min(FIELDS), max(FIELDS)) for loss in ("bag", "sgl")]
+    rows = [Row(network, "max", loss) for network in ("17", "65") for loss in ("bag", "sgl")]
     seeds = sorted(run.seed for run in found if run.row == rows[0])
     if not seeds:
         return
@@ -469,7 +470,7 @@ def draw_maps(found: Found, path: Path) -> None:
                     axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, lw=2, ec=colour))
             axes.set(xticks=[], yticks=[])
             if number == 0:
-                axes.set_title("test image" if row is None else f"{row.field} px, {LOSSES[row.loss]}", fontsize=9)
+                axes.set_title("test image" if row is None else f"{row.network} px, {LOSSES[row.loss]}", fontsize=9)
         grid[number, 0].set_ylabel(CLASSES[c], fontsize=9)
     figure.legend(
         handles=[

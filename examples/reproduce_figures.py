@@ -17,14 +17,9 @@ import argparse
 import csv
 import itertools
 import json
-import multiprocessing
 import os
-import platform
-import subprocess
 import sys
-import threading
 import types
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +33,7 @@ from instances import load_instances
 from plots import draw_bags
 from tqdm import tqdm
 from training import Config, instance_logits, train_run, write_json
+from workers import commit, compute_in_workers, machine
 
 #: name: (label, what train_mnist_bags.py is told). The means are the authors': of logits.
 METHODS = {
@@ -189,13 +185,14 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
     trained_by = commit()
     channels = instances.train_images.shape[1]
     make_model = run.example.make_model
-    entry, _, model = train_run(
+    entry, history, model = train_run(
         lambda: make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True, quiet=True
     )
     content = {
         "run": run._asdict(),
         "config": config | {"data": Path(args.data).name},
         "result": entry,
+        "training_loss": round(history[-1]["loss"], 6),
         "shown": [shown(model, images["test"], bags["test"], n) for n in numbers_to_show(bags["test"], 3, 1)],
         "command": f"python {run.example.__name__}.py " + " ".join(without_paths(options_of(run, args))),
         "seconds": round(torch.load(checkpoint, weights_only=True)["seconds"], 1),
@@ -219,35 +216,10 @@ def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int)
     }
 
 
-def end_with_parent() -> None:
-    """Of a worker: killed by whatever signal, the script leaves nobody behind who goes on computing."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def without_paths(options: list[str]) -> list[str]:
     """What others can type: the folder of the data is theirs."""
     named = {"--data-dir": lambda path: "DIR", "--data": lambda path: Path(path).name}
     return [named.get(before, str)(option) for before, option in zip(["", *options], options, strict=False)]
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -266,22 +238,11 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
     load_instances(args.data, args.data_dir)
     unit = sum(run.cost for run in missing) / 1000
     progress = tqdm(total=1000, bar_format="{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}", disable=None)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent)
-    try:
-        futures = {pool.submit(compute, run, args): run for run in missing}
-        for future in as_completed(futures):
-            run = futures[future]
-            result = read(future.result())["result"]["last"]
-            progress.update(run.cost / unit)
-            progress.write(f"{run.name}: " + ", ".join(f"{name} {result[name]:.3f}" for name in METRICS))
-    except KeyboardInterrupt:
-        for process in list(pool._processes.values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        progress.close()
+    for run, path in compute_in_workers(compute, missing, args.workers, args):
+        result = read(path)["result"]["last"]
+        progress.update(run.cost / unit)
+        progress.write(f"{run.name}: " + ", ".join(f"{name} {result[name]:.3f}" for name in METRICS))
+    progress.close()
 
 
 def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, Any]]:

@@ -1,0 +1,64 @@
+"""Runs of an experiment in several processes at once, and where and from what they were made."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Run = TypeVar("Run")
+Result = TypeVar("Result")
+
+
+def compute_in_workers(
+    compute: Callable[..., Result], runs: Iterable[Run], workers: int, *given: Any
+) -> Iterator[tuple[Run, Result]]:
+    """(run, ``compute(run, *given)``), in the order in which they are finished; ``workers`` processes at once.
+
+    The runs that are under way are given up when the caller is interrupted, and none goes on where this process ends,
+    in whatever way.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    try:
+        futures = {pool.submit(compute, run, *given): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except (KeyboardInterrupt, GeneratorExit):
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Of a worker: killed by whatever signal, the script leaves nobody behind who goes on computing."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())

@@ -1,0 +1,76 @@
+"""examples/workers.py: several runs at once, their results and errors, and that nobody computes on for nobody."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import workers
+
+
+def square(x, plus):
+    if x < 0:
+        raise ValueError("below 0")
+    return x * x + plus
+
+
+def test_every_run_once_with_its_result():
+    assert sorted(workers.compute_in_workers(square, [3, 1, 2], 2, 10)) == [(1, 11), (2, 14), (3, 19)]
+
+
+def test_an_error_of_a_run_is_told():
+    with pytest.raises(ValueError, match="below 0"):
+        list(workers.compute_in_workers(square, [-1], 1, 0))
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+import workers
+
+def wait(folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    list(workers.compute_in_workers(wait, [Path(sys.argv[1])] * 2, 2))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_the_script(tmp_path, sent):
+    script, folder = tmp_path / "script.py", tmp_path / "began"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    path = os.pathsep.join([str(Path(workers.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, script, folder], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while len(list(folder.iterdir())) < 2:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(sent)
+    assert process.wait(60) != 0
+    alive = [int(file.name) for file in folder.iterdir()]
+    while alive := [pid for pid in alive if running(pid)]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def running(pid):
+    """Not gone, and not merely unburied."""
+    status = Path(f"/proc/{pid}/stat")
+    if status.parent.parent.joinpath("self").exists():
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
