@@ -107,6 +107,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_epoch", counted)
     content = json.loads(figures.compute(run, arguments).read_text())
     assert content["result"] == whole["result"]
+    assert content["training_loss"] == whole["training_loss"] > 0
     assert 1000 <= content["seconds"] < 1100  # with what was before the interruption
     assert len(epochs) == 1
 
