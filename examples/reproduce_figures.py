@@ -61,14 +61,15 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {
         "data": "cifar10", "sizes": [50, 100], "bags": [2500], "positives": [1, 2, 5, 10, 20], "seeds": 5, "epochs": 50,
     },
 }  # fmt: skip
-QUICK_MNIST = {"bags": [50, 150], "seeds": 1, "epochs": 30}
+QUICK_MNIST = {"bags": [50, 150], "seeds": 1, "epochs": 60}
 QUICK = {
     "4": QUICK_MNIST | {"sizes": [10, 50]},
     "5a": QUICK_MNIST,
     "5b": QUICK_MNIST | {"bags": [150]},
     "6": {"sizes": [10], "bags": [100], "positives": [1, 3, 5], "seeds": 1, "epochs": 5},
 }
-#: Ten times the rate makes up for a tenth of the epochs.
+#: Ten times the rate and a fifth of the epochs. In a tenth SGL has hardly begun with 150 bags of 50: IoU 0.28, max
+#: pooling 0.54; in a fifth SGL has 0.64.
 QUICK_OPTIONS = {figure: ["--lr", "1e-3"] for figure in ("4", "5a", "5b")} | {
     "6": ["--stem", "imagenet", "--lr", "1e-3", "--batch-size", "10", "--val-bags", "50", "--val-every", "5"]
 }
