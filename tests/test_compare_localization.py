@@ -209,8 +209,9 @@ def test_nothing_there_is_said(tmp_path, capsys):
     assert "expected FIELD/POOLING/LOSS" in capsys.readouterr().err
 
 
-def test_what_was_computed_is_what_the_script_would_compute():
+@pytest.mark.parametrize("folder", [".", "other_settings", "other_seeds", "networks"])
+def test_what_was_computed_is_what_the_script_would_compute(folder):
     """The committed files are of the committed settings, and the committed table is drawn from them."""
-    out = compare.Path(compare.__file__).parent / "results" / "localization"
+    out = compare.Path(compare.__file__).parent / "results" / "localization" / folder
     found = compare.collect(out)
     assert (out / "localization.md").read_text() == compare.tables_of(found) + "\n"
