@@ -39,6 +39,20 @@ def nearest_cells(pixels: int, cells: int, first: float = 0.5) -> np.ndarray:
     return np.clip(np.floor(positions(pixels, cells, first) + 0.5).astype(int), 0, cells - 1)
 
 
+def cell_edges(pixels: int, cells: int, first: float = 0.5) -> np.ndarray:
+    """Before which pixel each cell begins (cells + 1,), the last number where the last one ends, as upsampling has it.
+
+    A cell that no pixel belongs to begins where it ends.
+    """
+    return np.searchsorted(nearest_cells(pixels, cells, first), np.arange(cells + 1))
+
+
+def seen_cells(grid: tuple[int, int], size: tuple[int, int], first: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of a map of ``grid`` (h, w) that have a pixel in an image of ``size``."""
+    rows, columns = (np.unique(nearest_cells(n, k, first)) for n, k in zip(size, grid, strict=True))
+    return rows, columns
+
+
 def upsample(heatmap: np.ndarray, size: tuple[int, int], mode: str = "nearest", first: float = 0.5) -> np.ndarray:
     """``heatmap`` (h, w) at ``size`` (height, width), the centres of the cells where ``first`` has them.
 
@@ -125,7 +139,7 @@ def peak_of(heatmap: np.ndarray, size: tuple[int, int], first: float = 0.5) -> t
 
     Of the cells that have a pixel; where the centre lies beyond the edge, the centre of the pixel at the edge.
     """
-    seen = [np.unique(nearest_cells(n, k, first)) for n, k in zip(size, heatmap.shape, strict=True)]
+    seen = seen_cells(heatmap.shape, size, first)
     part = heatmap[np.ix_(*seen)]
     cell = np.unravel_index(np.argmax(part), part.shape)
     y, x = (
@@ -188,9 +202,7 @@ def boxes_by_threshold(
     """
     image = np.asarray(heatmap)
     # where row and column k of what is labelled begin in the image, to the pixel that upsampling begins them at
-    edge_y, edge_x = (
-        np.searchsorted(nearest_cells(n, k, first), np.arange(k + 1)) for n, k in zip(size, image.shape, strict=True)
-    )
+    edge_y, edge_x = (cell_edges(n, k, first) for n, k in zip(size, image.shape, strict=True))
     # where every cell is a block of pixels, cells touch where their pixels do
     if mode != "nearest" or not (np.diff(edge_y).all() and np.diff(edge_x).all()):
         image = upsample(heatmap, size, mode, first)
@@ -237,9 +249,10 @@ def max_box_accuracy(
 ) -> dict[str, dict[str, float]]:
     """MaxBoxAcc: the accuracy at the one threshold, of ``steps``, at which it is highest (Choe et al., CVPR 2020).
 
-    Every map (h, w) is scaled to 0 ... 1, and one threshold is chosen for all boxes together, by the mean over the
-    classes: by the boxes that it is measured on. It says what a map would be worth if the threshold were known, and is
-    no result of a method that has to choose one. Without class gate and morphology; a constant map has no box.
+    Every map (h, w) is scaled to 0 ... 1, by its cells that have a pixel, and one threshold is chosen for all boxes
+    together, by the mean over the classes: by the boxes that it is measured on. It says what a map would be worth if
+    the threshold were known, and is no result of a method that has to choose one. Without class gate and morphology; a
+    constant map has no box.
 
     Returns:
         per T_IoU of ``at`` the accuracy per class, their "mean", and the "threshold" chosen (of equal ones the lowest).
@@ -247,8 +260,10 @@ def max_box_accuracy(
     thresholds = np.arange(steps) / steps
     overlaps = []
     for heatmap, box in zip(heatmaps, boxes, strict=True):
-        low, high = float(np.min(heatmap)), float(np.max(heatmap))
-        scaled = (np.asarray(heatmap, np.float64) - low) / ((high - low) or 1.0)
+        heatmap = np.asarray(heatmap, np.float64)
+        shown = heatmap[np.ix_(*seen_cells(heatmap.shape, size, first))]
+        low, high = float(shown.min()), float(shown.max())
+        scaled = (heatmap - low) / ((high - low) or 1.0)
         overlaps.append(iou(boxes_by_threshold(scaled, size, thresholds, mode, first), box))
     table = np.array(overlaps).reshape(-1, steps)
     result = {}
@@ -293,9 +308,8 @@ def grid_ceiling(boxes: np.ndarray, grid: tuple[int, int], size: tuple[int, int]
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     spans = []
     for axis in (0, 1):
-        count, pixels = grid[1 - axis], size[1 - axis]
-        lines = np.clip((np.arange(count + 1) + first - 0.5) * pixels / count, 0, pixels)
-        lines[[0, -1]] = 0, pixels
+        count = grid[1 - axis]
+        lines = cell_edges(size[1 - axis], count, first)
         sides = []
         for edge in (boxes[:, axis], boxes[:, axis] + boxes[:, axis + 2]):
             before = np.clip(np.searchsorted(lines, edge, "right") - 1, 0, count)

@@ -401,7 +401,11 @@ def tables_of(found: Found) -> str:
 
 
 def best_of(found: Found) -> list[str]:
-    """The highest mean at IoU 0.5 of the bag loss, and of all, at any T_p of the table, over as many seeds as any."""
+    """The highest mean at IoU 0.5 of the bag loss, and of all, at any T_p of the table, over as many seeds as any.
+
+    The boxes choose both, and among more rows that are self-guided than rows that are not: a comparison of tables, no
+    measure of either.
+    """
     count = max(sum(run.row == other.row for other in found) for run in found)
     lines = []
     kinds: dict[str, Callable[[Row], bool]] = {

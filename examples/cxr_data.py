@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -468,15 +469,23 @@ class Radiographs(Dataset):
     """Images with labels, for a torch DataLoader.
 
     ``images``: an array (n, size, size) uint8, or n paths, decoded when asked for. ``labels``: (n, 14). An item is
-    asked for by (epoch, number), and is (grey values (crop, crop) uint8, labels (14,), number); where it is cropped
-    depends on ``seed``, epoch and number alone, and so not on workers, processes, or an interruption. Without ``crop``
-    it is the whole image.
+    asked for by (epoch, number), and is (grey values (crop, crop) uint8, labels (14,), number). Without ``crop`` it is
+    the whole image. Where it is cropped depends on ``seed``, epoch and its name of ``names`` (n,) alone, and so not on
+    workers, processes, an interruption, or what other images there are.
     """
 
     def __init__(
-        self, images: np.ndarray | Sequence[Path], labels: np.ndarray, size: int, crop: int | None = None, seed: int = 0
+        self,
+        images: np.ndarray | Sequence[Path],
+        labels: np.ndarray,
+        size: int,
+        crop: int | None = None,
+        seed: int = 0,
+        names: Sequence[str] = (),
     ):
-        self.images, self.labels, self.size, self.crop, self.seed = images, labels, size, crop, seed
+        if crop is not None and len(names) != len(labels):
+            raise ValueError(f"names: expected one for each of the {len(labels)} images, got {len(names)}")
+        self.images, self.labels, self.size, self.crop, self.seed, self.names = images, labels, size, crop, seed, names
 
     def __getstate__(self) -> dict[str, Any]:
         # a process that loads images opens the file itself, instead of being sent what is in it
@@ -500,7 +509,7 @@ class Radiographs(Dataset):
         if isinstance(image, Path):
             image = load_image(image, self.size)
         if self.crop is not None:
-            rng = np.random.default_rng((self.seed, epoch, 1 + number))  # a 0 at the end would change nothing
+            rng = np.random.default_rng((self.seed, epoch, zlib.crc32(self.names[number].encode())))
             y, x = rng.integers(0, self.size - self.crop + 1, 2)
             image = image[y : y + self.crop, x : x + self.crop]
         return torch.from_numpy(np.array(image)), torch.from_numpy(self.labels[number]), number

@@ -238,12 +238,12 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
     # one load, so that a wrong folder is told at once and a download happens once
     load_instances(args.data, args.data_dir)
     unit = sum(run.cost for run in missing) / 1000
-    progress = tqdm(total=1000, bar_format="{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}", disable=None)
-    for run, path in compute_in_workers(compute, missing, args.workers, args):
-        result = read(path)["result"]["last"]
-        progress.update(run.cost / unit)
-        progress.write(f"{run.name}: " + ", ".join(f"{name} {result[name]:.3f}" for name in METRICS))
-    progress.close()
+    bar = "{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}"
+    with tqdm(total=1000, bar_format=bar, disable=None) as progress:
+        for run, path in compute_in_workers(compute, missing, args.workers, args):
+            result = read(path)["result"]["last"]
+            progress.update(run.cost / unit)
+            progress.write(f"{run.name}: " + ", ".join(f"{name} {result[name]:.3f}" for name in METRICS))
 
 
 def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, Any]]:

@@ -55,10 +55,13 @@ DECISIVE = (
     "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
     "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
 )  # fmt: skip
+#: In split.csv, the part of the images that the run has seen through the weights of another.
+THROUGH = "weights"
 #: What else a run has to agree in, as it is told.
 DATA = {
     "train_names_digest": "choice of images",
     "train_labels_digest": "entry table (the labels of its images have changed since)",
+    "weights_names_digest": "run that the weights are of",
 }
 #: The tour: what --synthetic changes of the defaults. Instances are counted within bags: counted over the batch, no run
 #: that was tried with so few images learned to classify.
@@ -185,7 +188,7 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
 
 
 def trained_names(run: Path) -> set[str]:
-    """The images that a run was trained or validated on.
+    """The images that a run was trained or validated on, and those that the run was whose weights it began with.
 
     Raises:
         ValueError: split.csv is not there, or is not what the run wrote.
@@ -194,11 +197,32 @@ def trained_names(run: Path) -> set[str]:
     if not path.is_file():
         raise ValueError(f"run: {run} holds no split.csv, which says what it was trained on")
     with path.open(newline="") as file:
-        names = [row["image"] for row in csv.DictReader(file)]
-    last = load_state(Path(run) / "last.pt", mmap=True)
-    if digest_of(names) != last["config"]["train_names_digest"]:
+        rows = [(row["image"], row["part"]) for row in csv.DictReader(file)]
+    config = load_state(Path(run) / "last.pt", mmap=True)["config"]
+    own, before = ([name for name, part in rows if (part == THROUGH) == old] for old in (False, True))
+    if digest_of(own) != config["train_names_digest"] or digest_of(before) != config.get(
+        "weights_names_digest", digest_of([])
+    ):
         raise ValueError(f"{path}: these are not the images that the run was trained on")
-    return set(names)
+    return {name for name, _ in rows}
+
+
+def names_of_weights(weights: str) -> list[str]:
+    """The images that the weights have seen, where they are those of a run of this script.
+
+    Raises:
+        ValueError: they are, and what the run was trained on is not beside them.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        return []
+    config = load_state(path).get("config", {})  # not mapped: files of older kinds cannot be
+    if not isinstance(config, dict) or "train_names_digest" not in config:
+        return []
+    names = trained_names(path.parent)
+    if load_state(path.parent / "last.pt", mmap=True)["config"]["train_names_digest"] != config["train_names_digest"]:
+        raise ValueError(f"weights: {weights} is not of the run beside it, which says what it was trained on")
+    return sorted(names)
 
 
 def normalize(images: Tensor, device: torch.device) -> Tensor:
@@ -281,6 +305,17 @@ class Training:
             dist.all_reduce(self.sums, group=self.processes.group)
             self.sums /= self.processes.count
 
+    def refuse_not_finite(self) -> None:
+        """Before a checkpoint is written: the last one that could be gone on with stays.
+
+        Raises:
+            ValueError: the loss of the epoch so far, or a parameter, is not finite.
+        """
+        finite = math.isfinite(float(self.sums[0]))
+        if not finite or not all(bool(p.isfinite().all()) for p in self.network.parameters()):
+            what = "parameters that are not finite" if finite else f"a loss of {float(self.sums[0]):g}"
+            raise ValueError(f"loss: {what} in epoch {self.epoch + 1}; a lower --lr may help, with another --out")
+
     def restore(self, path: Path) -> None:
         """Raises ValueError where ``path`` was trained otherwise."""
         state = load_state(path)
@@ -343,6 +378,7 @@ def train_epoch(training: Training, data: Radiographs, split: Split, args: argpa
             progress.set_postfix(loss=f"{float(training.sums[0]) / training.step:.3f}")
         if training.step % args.save_every == 0 and training.step < steps:
             training.share_sums()
+            training.refuse_not_finite()
             if processes.first:
                 save_atomically(training.state(), keep)
     return (steps - begun) * config["batch_size"] / (time.perf_counter() - start) if steps > begun else math.nan
@@ -399,6 +435,9 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         "train_names_digest": digest_of([index.names[n] for n in learned]),
         "train_labels_digest": digest_of([f"{index.names[n]} {index.labels[n].astype(int)}" for n in learned]),
     }
+    seen = names_of_weights(config["weights"])
+    if seen:
+        config["weights_names_digest"] = digest_of(seen)
     out = Path() if args.dry_run else args.out
     last = out / "last.pt"
     if last.exists() and not args.resume and not args.dry_run:
@@ -409,7 +448,7 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
             f"\n{len(split.train)} images train, {len(split.val)} of {len(split.val_patients)} other patients validate"
         )
     images = index.paths if args.cache is None else open_cache(args.cache, index.paths, config["image_size"])
-    fed = Radiographs(images, index.labels, config["image_size"], crop_of(config), config["seed"])
+    fed = Radiographs(images, index.labels, config["image_size"], crop_of(config), config["seed"], index.names)
     whole = Radiographs(images, index.labels, config["image_size"])
     training = Training(config, processes, args.compile)
     if args.dry_run:
@@ -425,17 +464,16 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         (out / "best.pt").unlink(missing_ok=True)  # of a training that ended before its first last.pt
     logs = None
     if processes.first:
-        write_beginning(out, config, index, split, report)
+        write_beginning(out, config, index, split, seen, report)
         if training.history:  # it may have ended before this was written
             write_history(training.history, out / "history.csv")
         logs = tensorboard(out, training.epoch)
     while training.epoch < config["epochs"]:
         speed = train_epoch(training, fed, split, args, last)
         training.share_sums()
+        training.refuse_not_finite()
         means = training.sums / max(training.step, 1)
         values = dict(zip(TERMS, means.tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            raise ValueError(f"loss: {values['loss']} in epoch {training.epoch + 1}; a lower --lr may help")
         row = {"epoch": training.epoch + 1, "lr": training.scheduler.get_last_lr()[0], "images_per_s": round(speed, 2)}
         if config["loss"] == "sgl":
             row["lam"] = training.criterion.lam
@@ -469,7 +507,7 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
 # what is written
 
 
-def write_beginning(out: Path, config: Config, index: Index, split: Split, report: str) -> None:
+def write_beginning(out: Path, config: Config, index: Index, split: Split, seen: list[str], report: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(config, out / "config.json")
     (out / "data.txt").write_text(report + "\n")
@@ -479,6 +517,7 @@ def write_beginning(out: Path, config: Config, index: Index, split: Split, repor
         writer = csv.writer(file)
         writer.writerow(["image", "part"])
         writer.writerows([index.names[n], part] for part in ("train", "val") for n in getattr(split, part))
+        writer.writerows([name, THROUGH] for name in seen)
 
 
 def write_history(history: list[dict[str, Any]], path: Path) -> None:

@@ -211,10 +211,13 @@ def load_state(path: Path, **options: Any) -> dict[str, Any]:
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """A file that is either the old one or the new one, whenever the process ends."""
+    """A file that is either the old one or the new one, whenever the process ends, or the power."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
+    with beside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 
 import boxes as b
@@ -328,8 +329,8 @@ def test_ceiling_by_hand():
     best = b.grid_ceiling(true, grid, size)
     assert best.tolist() == [[16, 0, 32, 16], [16, 16, 16, 16], [16, 0, 16, 16]]
     assert b.iou(best, true).tolist() == [1, 1 / 16, 0.8]
-    # columns of cells centred on pixels 0, 16, 32, 48: borders 8.5, 24.5, 40.5
-    assert b.grid_ceiling(true[:1], grid, size, 1 / 32).tolist() == [[8.5, 0, 32, 24.5]]
+    # columns of cells centred on pixels 0, 16, 32, 48: pixels 8, 24, 40 are as near to the next, and belong to it
+    assert b.grid_ceiling(true[:1], grid, size, 1 / 32).tolist() == [[8, 0, 32, 24]]
 
 
 @settings(deadline=None, max_examples=100)
@@ -337,16 +338,26 @@ def test_ceiling_by_hand():
 def test_no_union_of_cells_beats_the_ceiling(box, rows, columns, first):
     size = (26, 25)
     best = b.iou(b.grid_ceiling(box, (rows, columns), size, first)[0], box)
-    grid_x, grid_y = (
-        np.array([0, *((np.arange(1, k) + first - 0.5) * n / k).clip(0, n), n])
-        for k, n in ((columns, size[1]), (rows, size[0]))
-    )
-    every = [
-        (x0, y0, x1 - x0, y1 - y0)
-        for i, x0 in enumerate(grid_x) for x1 in grid_x[i + 1 :]
-        for j, y0 in enumerate(grid_y) for y1 in grid_y[j + 1 :]
-    ]  # fmt: skip
+    every = []  # boxes as maps give them
+    for (y0, y1), (x0, x1) in itertools.product(*(itertools.combinations(range(k + 1), 2) for k in (rows, columns))):
+        cells = np.zeros((rows, columns))
+        cells[y0:y1, x0:x1] = 1
+        every.append(b.heatmap_to_box(cells, size, side=1, first=first))
     assert best == pytest.approx(b.iou(np.array(every), box).max())
+
+
+def test_cells_without_a_pixel_scale_nothing():
+    """The first column of three is centred beyond the edge: whatever it says, MaxBoxAcc is of what the image shows."""
+    size, first = (8, 8), -0.6
+    shown = np.array([[0.2, 0.2, 0.6, 0.2]] * 4)
+    assert 0 not in b.nearest_cells(8, 4, first)
+    true, classes = np.array([b.heatmap_to_box(shown, size, side=1, first=first)]), np.zeros(1, int)
+    assert not np.isnan(true).any()
+    for hidden in (0.2, 0.0, 1.0, 1e9):
+        heatmap = shown.copy()
+        heatmap[:, 0] = heatmap[0] = hidden
+        assert np.array_equal(b.upsample(heatmap, size, first=first), b.upsample(shown, size, first=first))
+        assert b.max_box_accuracy([heatmap], true, classes, ["a"], size, first=first)["0.7"]["a"] == 1
 
 
 def test_the_trivial_predictors_of_the_genuine_boxes(data_dir):

@@ -411,8 +411,8 @@ def test_a_cache_that_does_not_fit_says_so(drawn, tmp_path, monkeypatch):
 def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
     index = cxr_data.load_index(drawn)
     cache = cxr_data.open_cache(tmp_path, index.paths, 32, workers=1)
-    from_files = cxr_data.Radiographs(index.paths, index.labels, 32, 28, seed=5)
-    from_cache = cxr_data.Radiographs(cache, index.labels, 32, 28, seed=5)
+    from_files = cxr_data.Radiographs(index.paths, index.labels, 32, 28, 5, index.names)
+    from_cache = cxr_data.Radiographs(cache, index.labels, 32, 28, 5, index.names)
     sent = pickle.dumps(from_cache)
     assert len(sent) < cache.nbytes // 2 + index.labels.nbytes
     corners = set()
@@ -429,6 +429,10 @@ def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
             assert len(places) == 1
             corners |= set(places)
     assert len(corners) > 2
+    later = cxr_data.Radiographs(cache[3:], index.labels[3:], 32, 28, 5, index.names[3:])  # the first are gone
+    assert torch.equal(later[1, 2][0], from_cache[1, 5][0])
+    with pytest.raises(ValueError, match="names: expected one for each"):
+        cxr_data.Radiographs(cache, index.labels, 32, 28, 5)
     whole = cxr_data.Radiographs(cache, index.labels, 32)[0, 3][0]
     assert np.array_equal(whole.numpy(), cache[3])
 

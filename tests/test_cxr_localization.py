@@ -117,6 +117,18 @@ def evaluate(folder, *more):
     return json.loads((out / "metrics.json").read_text()), out
 
 
+def test_the_papers_rows_stand_beside_the_official_split_alone(data, monkeypatch):
+    _, index, _ = data
+    monkeypatch.setattr(cxr_data, "OFFICIAL_IMAGES", len(index.names) + len(index.missing))
+    assert cxr_evaluation.truth_of(index).official
+    # another split of as many images: one with a box has gone to training
+    test = index.test.copy()
+    test[[0, 5]] = [False, True]
+    assert not cxr_evaluation.truth_of(index._replace(test=test)).official
+    monkeypatch.setattr(cxr_data, "OFFICIAL_IMAGES", 112_120)
+    assert not cxr_evaluation.truth_of(index).official
+
+
 def test_known_maps_give_known_hits(data):
     folder, *_ = data
     metrics, _ = evaluate(folder)

@@ -329,6 +329,63 @@ def test_a_changed_list_of_trained_images_is_noticed(whole, tmp_path):
         example.load_run(tmp_path, "cpu")
 
 
+def test_what_the_weights_have_seen_the_run_has_seen(drawn, whole, tmp_path, capsys):
+    """A network that goes on from another run's weights knows the images of that run, too, and so does a third."""
+    some = ["--allow-missing", "--epochs", "1"]
+    other = shutil.copytree(drawn, tmp_path / "data")
+    gone = sorted(example.trained_names(whole))[0]
+    next(other.rglob(gone)).unlink()
+    second, third = tmp_path / "second", tmp_path / "third"
+    assert run(other, second, *some, "--weights", str(whole / "best.pt")) == 0
+    assert gone in (second / "missing.txt").read_text().split()
+    own = {row["image"] for row in csv.DictReader((second / "split.csv").open()) if row["part"] != example.THROUGH}
+    assert gone not in own
+    assert example.trained_names(second) == own | example.trained_names(whole)
+    assert run(other, third, *some, "--weights", str(second / "last.pt")) == 0
+    assert gone in example.trained_names(third)
+    assert run(other, third, *some, "--weights", str(second / "last.pt"), "--resume") == 0
+
+    lines = [line for line in (third / "split.csv").read_text().splitlines() if not line.startswith(gone)]
+    (third / "split.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="not the images that the run was trained on"):
+        example.trained_names(third)
+    shutil.copy(whole / "last.pt", tmp_path / "alone.pt")
+    capsys.readouterr()
+    assert run(other, tmp_path / "fourth", *some, "--weights", str(tmp_path / "alone.pt")) == 2
+    assert "holds no split.csv, which says what it was trained on" in capsys.readouterr().err
+    shutil.copy(second / "last.pt", whole / "copied.pt")
+    try:
+        assert run(other, tmp_path / "fourth", *some, "--weights", str(whole / "copied.pt")) == 2
+    finally:
+        (whole / "copied.pt").unlink()
+    assert "is not of the run beside it" in capsys.readouterr().err
+    torch.save(example.load_state(whole / "last.pt")["model"], tmp_path / "plain.pt")  # of somebody else, who knows
+    assert example.names_of_weights(str(tmp_path / "plain.pt")) == example.names_of_weights("imagenet") == []
+
+
+@pytest.mark.parametrize("where", ["loss", "parameters"])
+def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, where):
+    """The checkpoint before it stays, and can be gone on with."""
+    take_step = example.Training.take_step
+
+    def spoiled(self, passes, progress):
+        take_step(self, passes, progress)
+        if self.epoch == 0 and self.step == 2:  # the third
+            with torch.no_grad():
+                self.network.head.bias[3] = torch.nan
+            if where == "loss":
+                take_step(self, passes, progress)
+
+    monkeypatch.setattr(example.Training, "take_step", spoiled)
+    assert run(drawn, tmp_path, "--save-every", "1") == 2
+    assert "a lower --lr may help" in capsys.readouterr().err
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["step"] == 2
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    monkeypatch.setattr(example.Training, "take_step", take_step)
+    assert run(drawn, tmp_path, "--resume") == 0
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 
