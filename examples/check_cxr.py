@@ -194,9 +194,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         found = inspect(args.data_dir, args.tables, args.decode)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     print(found.report)
     if args.list_missing:
         print("\nmissing:", *found.index.missing, sep="\n")

@@ -10,7 +10,8 @@ A row is RECEPTIVE FIELD / POOLING / LOSS, a part of it (17, 17/max, 17/max/bag)
 local network of cxr_models.py may stand for the receptive field. The losses are bag (the bag loss alone), sgl, and mask
 (SGL with its penalty on the mask); settings that follow replace those of
 SETTINGS. A seed draws the images (drawn_lesions.py), the network's weights and the order of training. Every network is
-that of the last epoch, and boxes decide nothing: the thresholds T_p are fixed.
+that of the last epoch, and boxes decide nothing: the thresholds T_p are fixed. Maps are measured on an even raster,
+half a pixel to the upper left of the middle of what a patch sees.
 
 Every run leaves one small file in --out, and the same command goes on where it was interrupted. Tables, numbers and a
 picture are drawn from all files that are there. A run that was trained otherwise is refused, not mixed in.
@@ -161,8 +162,8 @@ def make_network(name: str) -> nn.Sequential:
     if name not in FIELDS:
         features, channels = make_backbone(name, STRIDE)
         return nn.Sequential(Coloured(), features, nn.Conv2d(channels, len(CLASSES), 1))
-    # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them: padding each layer
-    # alike would put the map half a cell too far to the lower right
+    # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them, but for half a
+    # pixel: padding each layer alike would put the map half a cell too far to the lower right
     layers: list[nn.Module] = [nn.ZeroPad2d((4, 5, 4, 5))]
     channels = 1
     fine = [(64, 3 if k < FIELDS[name] else 1, 1) for k in range(3)]

@@ -99,6 +99,8 @@ def load_index(data_dir: Path, allow_missing: bool = False, tables: Path | None 
             or some are missing and that is not allowed.
     """
     data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise ValueError(f"{data_dir}: no such folder")
     entries, test, boxes = read_tables(Path(tables or data_dir))
     found = find_images(data_dir)
     there = np.array([Path(name).stem in found for name in entries.names])
@@ -438,7 +440,8 @@ def _build(whole: Path, paths: Sequence[Path], size: int, workers: int) -> None:
             block = list(pool.map(lambda path: _image_or_error(path, size), paths[start : start + 64 * workers]))
             errors = [image for image in block if isinstance(image, ValueError)]
             if errors:
-                raise ValueError("\n".join(map(str, errors)))
+                more = "check_cxr.py --decode looks at all; where one is replaced, the cache is begun anew"
+                raise ValueError("\n".join([*map(str, errors), more]))
             file.write(b"".join(image.tobytes() for image in block))
             file.flush()
             progress.update(len(block))

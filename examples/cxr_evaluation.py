@@ -6,6 +6,7 @@ Thresholds are numbers that the caller gives, or are chosen by the labels of val
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,8 +159,10 @@ def ask(
 
 def thresholds_of(
     model: torch.nn.Module, config: Config, index: Index, args: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """T_p and the gate, per class (C,): a number of the options, or what separates the validation images best.
+
+    And, where validation images choose, how many do, and the classes where they cannot, and 0.5 is taken.
 
     For the gate by the probability of the image; for T_p by that of its greatest patch, so that an image has a patch
     above T_p where it is likely to have the class. Labels of images are all that is looked at.
@@ -169,18 +172,26 @@ def thresholds_of(
     """
     asked = (args.threshold, args.gate)
     if VALIDATION not in asked:
-        return np.full(len(CLASSES), args.threshold), np.full(len(CLASSES), args.gate)
+        return np.full(len(CLASSES), args.threshold), np.full(len(CLASSES), args.gate), {}
     rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])) & ~index.test)
     if not len(rows):
         raise ValueError(f"threshold, gate: {VALIDATION}: there are no validation images of the run in the data")
+    there, expected = len(np.unique(index.patients[rows])), len(config["val_patients"])
+    if there < expected:
+        print(f"warning: of the run's {expected} validation patients {there} are in the data", file=sys.stderr)
     said, labels = ask(model, config, index, rows, args), index.labels[rows]
+    positive = (labels > 0).sum(0)
+    chosen = {
+        "validation_images": len(rows),
+        "classes_at_0.5": [name for name, n in zip(CLASSES, positive, strict=True) if n in (0, len(rows))],
+    }
     t_p, gate = (
         np.array([best_threshold(scores[:, c], labels[:, c]) for c in range(len(CLASSES))])
         if value == VALIDATION
         else np.full(len(CLASSES), value)
         for value, scores in zip(asked, (said.peak, said.probability), strict=True)
     )
-    return t_p, gate
+    return t_p, gate, chosen
 
 
 def name_of(config: Config) -> str:
@@ -190,9 +201,9 @@ def name_of(config: Config) -> str:
 
 def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
     """Asks the network of ``run``, and measures what it says."""
-    model, config = train_cxr.load_run(run, torch.device(args.device))
+    model, config, which = train_cxr.load_network(run, torch.device(args.device), args.which)
     model.eval()
-    t_p, gate = thresholds_of(model, config, truth.index, args)
+    t_p, gate, chosen = thresholds_of(model, config, truth.index, args)
     said = ask(model, config, truth.index, truth.rows, args, truth.image, truth.classes)
     side = config["image_size"]
     found = np.array(
@@ -223,13 +234,15 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
         "pointing_game": bx.per_class(bx.contains(truth.boxes, peaks), truth.classes, CLASSES),
         "baselines": {
             name: bx.localization_accuracy(bx.iou(boxes, truth.boxes), truth.classes, CLASSES)
-            for name, boxes in trivial_boxes(truth, said).items()
+            for name, boxes in trivial_boxes(truth, said, side).items()
         },
         "images": len(truth.rows),
         "boxes": len(truth.boxes),
     }
     details = {
         "name": name_of(config),
+        **which,
+        **chosen,
         "config": {key: value for key, value in config.items() if not isinstance(value, list)},
         "threshold": args.threshold,
         "gate": args.gate,
@@ -252,14 +265,16 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
     return Evaluated(name_of(config), config, said, found, overlaps, predicted, metrics, details)
 
 
-def trivial_boxes(truth: Truth, said: Said) -> dict[str, np.ndarray]:
-    """Boxes (k, 4) that need no network, and the best that the cells of this one's maps could give."""
-    count = len(truth.boxes)
+def trivial_boxes(truth: Truth, said: Said, side: int) -> dict[str, np.ndarray]:
+    """Boxes (k, 4) that need no network, and the best that the cells of this one's maps could give.
+
+    The latter as those of the maps, in whole pixels of images of ``side`` by ``side``.
+    """
+    count, unit = len(truth.boxes), BOX_SIDE / side
     return {
         "whole image": np.tile(bx.whole_image(TABLE_SIZE), (count, 1)),
         "centre box": np.tile(bx.centre_box(TABLE_SIZE), (count, 1)),
         "mean box of the class": bx.mean_boxes(truth.boxes, truth.classes, truth.patients[truth.image]),
-        "ceiling of the grid": bx.grid_ceiling(
-            truth.boxes, said.maps[0].shape if count else (1, 1), TABLE_SIZE, said.first
-        ),
+        "ceiling of the grid": unit
+        * bx.grid_ceiling(truth.boxes / unit, said.maps[0].shape if count else (1, 1), (side, side), said.first),
     }

@@ -137,7 +137,11 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Mark
     counts = ", ".join(f"{name} {details['boxes'][name]}" for name in present)
 
     def chosen(key: str) -> str:
-        return "chosen by validation labels" if details[key] == VALIDATION else f"{details[key]:g}"
+        if details[key] != VALIDATION:
+            return f"{details[key]:g}"
+        rest = details["classes_at_0.5"]
+        but = f", 0.5 for {', '.join(rest)}, of which they show too little" if rest else ""
+        return f"chosen by the labels of {details['validation_images']} validation images{but}"
 
     def cells(accuracy: dict[str, float], names: Sequence[str]) -> list[str]:
         return [report.number(accuracy.get(name), 2) for name in names]
@@ -190,7 +194,9 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
         hits = run.overlaps[:, None] > at
         lines.append(report.Line(run.name, at, share(hits & run.predicted[:, None]), k))
         lines.append(report.Line(f"{run.name}, without gate", at, share(hits), k, True))
-    for k, (name, found) in enumerate(trivial_boxes(truth, runs[0].said).items(), COMPARED):
+    for k, (name, found) in enumerate(
+        trivial_boxes(truth, runs[0].said, runs[0].config["image_size"]).items(), COMPARED
+    ):
         lines.append(report.Line(name, at, share(bx.iou(found, truth.boxes)[:, None] > at), k, True))
     charts = [report.chart(lines, "Boxes found, mean over the classes", "T_IoU", "share")]
 
@@ -272,7 +278,13 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
         settings.append(
             report.details(
                 run.name,
-                report.table(["setting", "value"], list(run.details["config"].items())),
+                report.table(
+                    ["setting", "value"],
+                    [
+                        ("network", f"{run.details['network']}, of epoch {run.details['epoch']}"),
+                        *run.details["config"].items(),
+                    ],
+                ),
                 report.table(["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in CLASSES]),
             )
         )

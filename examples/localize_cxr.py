@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ import train_cxr
 from cxr_data import CLASSES
 from cxr_evaluation import VALIDATION, Evaluated, Truth, evaluate, refuse_trained, truth_of
 from cxr_report import draw, localization_rows, write_report
-from training import write_json
+from training import device_name, message_of, write_json
 
 
 def without_nan(content: Any) -> Any:
@@ -90,6 +91,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--allow-missing", action="store_true", help="leave out images that the tables have and the disk has not")
     add("--cache", type=Path, help="folder of decoded images, as of train_cxr.py")
     add("--out", type=Path, help="folder to write into (RUN/localization)")
+    add("--which", choices=("best", "last"), help="network of the runs (best, where images validated)")
     add("--threshold", type=threshold, default=0.5, help="T_p of the map, or validation: by labels (0.5)")
     add("--gate", type=threshold, default=0.5, help="probability that predicts a class, or validation (0.5)")
     add("--upsampling", choices=bx.UPSAMPLING, default="nearest", help="of the map to the image (nearest)")
@@ -100,7 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gallery-size", type=int, default=320, help="side of its images in pixels (320)")
     add("--batch-size", type=int, default=16)
     add("--workers", type=int, default=0, help="processes that decode images (0: none beside this one)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if len(args.run) > 2:
         parser.error(f"--run: expected one or two, got {len(args.run)}")
@@ -118,27 +120,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        index = cxr_data.load_index(args.data_dir, args.allow_missing, args.tables)
-        truth = truth_of(index)
-        if not len(truth.rows):
-            raise ValueError(f"data-dir: no image of the test list is in {args.data_dir}")
-        for run in args.run:
-            refuse_trained(truth, train_cxr.trained_names(run), run)
-        print(f"{len(truth.rows)} images of the test list, {len(truth.boxes)} boxes on {len(set(truth.image))} of them")
-        runs = [evaluate(run, truth, args) for run in args.run]
-        if len({run.name for run in runs}) < len(runs):
-            runs = [run._replace(name=f"{run.name} ({path.name})") for run, path in zip(runs, args.run, strict=True)]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        localize(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
-    for run, folder in zip(runs, (args.out, args.out / "baseline"), strict=False):
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def localize(args: argparse.Namespace) -> None:
+    """The command.
+
+    Raises:
+        ValueError, OSError: the data or a run does not fit, or nothing can be written.
+    """
+    index = cxr_data.load_index(args.data_dir, args.allow_missing, args.tables)
+    truth = truth_of(index)
+    if not len(truth.rows):
+        raise ValueError(f"data-dir: no image of the test list is in {args.data_dir}")
+    for run in args.run:
+        refuse_trained(truth, train_cxr.trained_names(run), run)
+    args.out.mkdir(parents=True, exist_ok=True)  # where that is not possible, it is told before the networks are asked
+    print(f"{len(truth.rows)} images of the test list, {len(truth.boxes)} boxes on {len(set(truth.image))} of them")
+    runs = [evaluate(run, truth, args) for run in args.run]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [run._replace(name=f"{run.name} ({path.name})") for run, path in zip(runs, args.run, strict=True)]
+    beside = args.out / "baseline"
+    if len(runs) == 1 and (beside / "metrics.json").exists():
+        shutil.rmtree(beside)  # of an evaluation of two runs, which this one replaces
+    for run, folder in zip(runs, (args.out, beside), strict=False):
         write_tables(run, truth, folder)
     if len(truth.boxes):
         draw(runs, truth, args.out / "localization.png", args.upsampling)
     write_report(runs, truth, args, args.out / "report.html")
     print_table(runs, truth.official)
     print(f"\nThe report is {args.out / 'report.html'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -471,9 +471,12 @@ def main(argv: list[str] | None = None) -> int:
         plans = write_dataset(
             args.out, args.images, args.size, args.seed, args.layout, args.workers, args.findings, args.rate
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     print(f"{len(plans)} images of {plans[-1].patient} patients are in {args.out}")
     return 0
 

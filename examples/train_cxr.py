@@ -41,7 +41,16 @@ from metrics import auc
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training import LOSSES, Config, load_state, make_criterion, save_atomically, write_json
+from training import (
+    LOSSES,
+    Config,
+    device_name,
+    load_state,
+    make_criterion,
+    message_of,
+    save_atomically,
+    write_json,
+)
 
 from sgl_ops import SGLLoss
 from sgl_ops.pooling import POOLINGS, make_pooling
@@ -173,6 +182,14 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
     Raises:
         ValueError: there is no such run, or not yet.
     """
+    model, config, _ = load_network(run, device, which)
+    return model, config
+
+
+def load_network(
+    run: Path, device: str | torch.device, which: str | None = None
+) -> tuple[nn.Module, Config, dict[str, Any]]:
+    """The same, and which it is: "network", ``"best"`` or ``"last"``, and "epoch", after how many (whole) ones."""
     run = Path(run)
     which = which or ("best" if (run / "best.pt").exists() else "last")
     path = run / f"{which}.pt"
@@ -184,7 +201,7 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
         raise ValueError(f"run: {path} and last.pt are of different trainings")
     model = make_model(state["config"])
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), state["config"]
+    return model.to(device).eval(), state["config"], {"network": which, "epoch": state["epoch"]}
 
 
 def trained_names(run: Path) -> set[str]:
@@ -427,6 +444,10 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
     """
     index, report = checked_index(args.data_dir, args.allow_missing, args.tables)
     split = split_of(index, config)
+    if not len(split.train):
+        raise ValueError(f"val-fraction: {config['val_fraction']:g} leaves no image to train on")
+    if config["val_fraction"] and not len(split.val) and processes.first:
+        print("warning: no patient validates, so that there is no best network", file=sys.stderr)
     if len(split.train) < config["batch_size"]:
         raise ValueError(f"batch-size: {config['batch_size']} is more than the {len(split.train)} training images")
     learned = (*split.train, *split.val)
@@ -585,7 +606,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     add("workers", min(8, os.cpu_count() or 1), "processes that load images, per process that trains")
     add("save-every", 200, "steps between checkpoints, beside that at the end of an epoch")
-    add("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    add("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", type=device_name)
     return parser
 
 
@@ -602,7 +623,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.output_stride = args.output_stride or (8 if local else 32)
     if args.image_size % args.output_stride or crop_of(vars(args)) < args.output_stride:
         parser.error(
-            f"--image-size: expected a multiple of the output stride {args.output_stride}, got {args.image_size}"
+            f"--image-size: expected a multiple of the output stride {args.output_stride} whose crop, 7/8 of it, holds "
+            f"a patch, got {args.image_size}"
         )
     return args
 
@@ -610,8 +632,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the command, naming the option, where a value makes no sense."""
     if args.synthetic:
-        if args.data_dir or args.dry_run:
-            parser.error("--synthetic: draws its own data, and has no --dry-run")
+        if args.data_dir:
+            parser.error("--synthetic: draws its own data, and takes no --data-dir")
+        if args.dry_run:
+            parser.error("--synthetic: has no --dry-run")
     elif args.data_dir is None or (args.out is None and not args.dry_run):
         parser.error("--data-dir and --out are needed, or --synthetic")
     for name in ("epochs", "batch_size", "accumulate", "lr_step", "save_every", "image_size"):
@@ -673,7 +697,7 @@ def main(argv: list[str] | None = None) -> int:
                 return tour(args, processes)
             train(args, config_of(args), processes)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

@@ -6,6 +6,7 @@ configuration and seed give the same result bit for bit on the CPU, also over an
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -195,12 +196,31 @@ def train_run(
     return entry, state["history"], model
 
 
+def device_name(text: str) -> str:
+    """For argparse: a device that torch has here."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def message_of(error: Exception) -> str:
+    """What it says, also where a process that loads images said it: torch tells that with its whole traceback."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.rsplit(f"\n{type(error).__name__}: ", 1)[-1].strip()
+
+
 def load_state(path: Path, **options: Any) -> dict[str, Any]:
     """What a checkpoint holds, on the CPU; nothing in it is executed.
 
     Raises:
         ValueError: it is not there, cut off, or something else.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **options)
     except Exception as error:  # reading something else ends in many ways

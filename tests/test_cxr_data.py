@@ -197,7 +197,7 @@ def test_absent_tables_and_folders(copy, tmp_path):
     (copy / ENTRY).unlink()
     with pytest.raises(ValueError, match=r"expected Data_Entry_2017_v2020\.csv or Data_Entry_2017\.csv"):
         cxr_data.load_index(copy)
-    with pytest.raises(ValueError, match="found neither"):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
         cxr_data.load_index(tmp_path / "nowhere")
 
 

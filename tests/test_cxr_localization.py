@@ -31,6 +31,7 @@ CONFIG = {
     "image_size": SIZE, "loss": "sgl", "pooling": "max", "backbone": "known", "seed": 0, "val_patients": [90],
     "note": "<script>alert(1)</script>",
 }  # fmt: skip
+WHICH = {"network": "best", "epoch": 7}
 MASS, NODULE, EDEMA = (CLASSES.index(name) for name in ("Mass", "Nodule", "Edema"))
 DRAW = localize_cxr.draw
 UNIT = 1024 // 8  # a cell of an 8 x 8 map, in pixels of the table
@@ -100,7 +101,7 @@ def data(tmp_path, monkeypatch):
     )
     trained = {name for name, row in rows.items() if not row[1]}
     monkeypatch.setattr(cxr_data, "load_index", lambda *_: index)
-    monkeypatch.setattr(train_cxr, "load_run", lambda run, device: (Known(), dict(CONFIG)))
+    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
     monkeypatch.setattr(train_cxr, "trained_names", lambda run: trained)
     monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
     return tmp_path, index, trained
@@ -115,6 +116,43 @@ def evaluate(folder, *more):
     assert status == 0
     out = Path(more[more.index("--out") + 1]) if "--out" in more else out
     return json.loads((out / "metrics.json").read_text()), out
+
+
+def test_one_run_replaces_two(data):
+    folder, *_ = data
+    one, other, out = (str(folder / name) for name in ("run", "other", "out"))
+    common = ["--data-dir", str(folder), "--out", out, "--device", "cpu", "--draws", "5"]
+    assert localize_cxr.main(["--run", one, other, *common]) == 0
+    assert (folder / "out" / "baseline" / "metrics.json").exists()
+    assert localize_cxr.main(["--run", one, *common]) == 0
+    assert not (folder / "out" / "baseline").exists()
+
+
+def test_mistakes_and_interruptions_end_in_a_line(data, monkeypatch, capsys):
+    folder, *_ = data
+    (folder / "file").write_text("")
+    base = ["--run", str(folder / "run"), "--data-dir", str(folder), "--draws", "5"]
+    for more in (["--out", str(folder / "file")], ["--out", str(folder / "a"), "--cache", str(folder / "file")]):
+        assert localize_cxr.main([*base, "--device", "cpu", *more]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit):
+        localize_cxr.parse([*base, "--device", "nowhere"])
+    assert "argument --device: nowhere: " in capsys.readouterr().err
+    Image.open(folder / "00000002_000.png").load()
+    (folder / "00000002_000.png").write_bytes((folder / "00000002_000.png").read_bytes()[:60])
+    for workers in ("0", "1"):
+        assert localize_cxr.main([*base, "--device", "cpu", "--out", str(folder / "b"), "--workers", workers]) == 2
+        told = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line and "batch" not in line]
+        assert len(told) == 1, told
+        assert told[0].startswith("error: ")
+        assert "00000002_000.png" in told[0]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cxr, "load_network", interrupt)
+    assert localize_cxr.main([*base, "--device", "cpu", "--out", str(folder / "c")]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_the_papers_rows_stand_beside_the_official_split_alone(data, monkeypatch):
@@ -166,7 +204,7 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
     for grid, exact in ((KnownFromTheEdge.grid, True), (Known.grid, False)):
         network = KnownFromTheEdge()
         network.grid = grid
-        monkeypatch.setattr(train_cxr, "load_run", lambda run, device, network=network: (network, dict(CONFIG)))
+        monkeypatch.setattr(train_cxr, "load_network", lambda *_, network=network: (network, dict(CONFIG), WHICH))
         metrics, out = evaluate(folder)
         for name, accuracy in (
             ("box", metrics["localization"]), ("best threshold", metrics["max_box_acc"]),
@@ -199,15 +237,25 @@ def test_the_gate_and_the_threshold_are_two_things(data):
     assert shut["localization_ungated"]["0.1"]["Mass"] == pytest.approx(2 / 3)
 
 
-def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch):
+def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, capsys):
     folder, index, _ = data
     chosen, out = evaluate(folder, "--threshold", "validation", "--gate", "validation")
     assert chosen["localization"]["0.7"]["Nodule"] == 1
     details = json.loads((out / "details.json").read_text())
     assert details["threshold_of_class"]["Nodule"] == pytest.approx(0.25)  # between 0.1 and 0.4
     assert details["threshold_of_class"]["Edema"] == 0.5  # nothing to choose by
+    assert details["validation_images"] == 2
+    assert details["classes_at_0.5"] == [name for name in CLASSES if name not in ("Mass", "Nodule")]
+    assert "of 2 validation images, 0.5 for Atelectasis" in (out / "report.html").read_text()
+    assert (details["network"], details["epoch"]) == ("best", 7)
+    assert "best, of epoch 7" in (out / "report.html").read_text()
+    assert "warning" not in capsys.readouterr().err
+    config = CONFIG | {"val_patients": [90, 91, 92]}
+    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), config, WHICH))
+    evaluate(folder, "--threshold", "validation")
+    assert "of the run's 3 validation patients 1 are in the data" in capsys.readouterr().err
     # of a mean over the map the probability of the image is another than that of its greatest patch
-    monkeypatch.setattr(train_cxr, "load_run", lambda run, device: (Known(), CONFIG | {"pooling": "mean"}))
+    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), CONFIG | {"pooling": "mean"}, WHICH))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")
     details = json.loads((out / "details.json").read_text())
     assert details["threshold_of_class"]["Nodule"] == pytest.approx(0.25)
@@ -301,7 +349,7 @@ def test_genuine_images_with_boxes(data_dir, tmp_path, monkeypatch):
     images, tables = data_dir / "chestxray14_256", data_dir / "chestxray14"
     if not (images / "images").is_dir() or not tables.is_dir():
         pytest.skip(f"there is no {images} or {tables}")
-    monkeypatch.setattr(train_cxr, "load_run", lambda run, device: (Known(), dict(CONFIG)))
+    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
     monkeypatch.setattr(train_cxr, "trained_names", lambda run: set())
     more = ["--tables", str(tables), "--allow-missing", "--gallery", "0", "--out", str(tmp_path)]
     monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
@@ -370,10 +418,10 @@ def test_the_report_holds_everything_and_asks_for_nothing(data, monkeypatch):
 def test_two_runs_beside_each_other(data, monkeypatch):
     folder, *_ = data
 
-    def load_run(run, device):
-        return Known(), CONFIG | ({"loss": "bag", "pooling": "mean"} if run.name == "other" else {})
+    def load_network(run, *_):
+        return Known(), CONFIG | ({"loss": "bag", "pooling": "mean"} if run.name == "other" else {}), WHICH
 
-    monkeypatch.setattr(train_cxr, "load_run", load_run)
+    monkeypatch.setattr(train_cxr, "load_network", load_network)
     status = localize_cxr.main(["--run", str(folder / "one"), str(folder / "other"), "--data-dir", str(folder),
                                 "--device", "cpu", "--draws", "5", "--upsampling", "bilinear"])  # fmt: skip
     assert status == 0

@@ -1,0 +1,57 @@
+"""The table of runs that differ by their seed: by hand, and the committed one."""
+
+from __future__ import annotations
+
+import json
+
+import average_cxr
+import pytest
+from conftest import ROOT
+
+STEPS = ("0.1", "0.3", "0.5", "0.7")
+
+
+def metrics_of(auc, found, ceiling=0.9, boxes=3):
+    accuracy = {t: {"mean": found} for t in STEPS}
+    return {
+        "auc": {"mean": auc}, "localization": accuracy, "max_box_acc": {t: {"mean": 0.5} for t in STEPS},
+        "pointing_game": {"mean": 0.25}, "images": 9, "boxes": boxes,
+        "baselines": {
+            "centre box": {t: {"mean": 0.125} for t in STEPS},
+            "ceiling": {t: {"mean": ceiling} for t in STEPS},
+        },
+    }  # fmt: skip
+
+
+def written(folder, **runs):
+    for name, metrics in runs.items():
+        (folder / f"{name}.json").write_text(json.dumps(metrics))
+    return [str(folder / f"{name}.json") for name in runs]
+
+
+def test_a_row_is_the_mean_and_the_worst_and_the_best(tmp_path, capsys):
+    files = written(tmp_path, b_0=metrics_of(0.5, 0.2), b_1=metrics_of(0.7, 0.4), a_b_0=metrics_of(0.9, 0.0, 0.8))
+    assert average_cxr.main(files) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[2] == ["a_b", "1", "0.90", "0.00", "0.00", "0.00", "0.50", "0.25"]
+    assert rows[3][:4] == ["b", "2", "0.60 (0.50-0.70)", "0.30 (0.20-0.40)"]
+    assert [row[0] for row in rows[4:]] == ["centre box", "ceiling", "ceiling"]  # of two grids
+    assert len({len(row) for row in rows[:4]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        ({"a": metrics_of(0.5, 0.2)}, "NAME_SEED.json"),
+        ({"a_0": metrics_of(0.5, 0.2), "a_1": metrics_of(0.5, 0.2, boxes=4)}, "other images or boxes"),
+        ({"a_0": metrics_of(None, 0.2)}, "not defined"),
+    ],
+)
+def test_what_is_no_table(tmp_path, capsys, runs, told):
+    assert average_cxr.main(written(tmp_path, **runs)) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_the_table_of_the_readme_is_of_the_committed_files():
+    table = average_cxr.table_of((ROOT / "examples" / "results" / "chestxray14").glob("*.json"))
+    assert table in (ROOT / "examples" / "README.md").read_text()
