@@ -261,4 +261,6 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
     try:
         model.features.load_state_dict(found)
     except RuntimeError as error:
-        raise ValueError(f"weights: {weights} does not fit {backbone}: {error}") from None
+        told = str(error).partition("\n")[2].strip()  # after the name of a class
+        more = " ..." if len(told) > 300 else ""
+        raise ValueError(f"weights: {weights} does not fit {backbone}: {told[:300]}{more}") from None

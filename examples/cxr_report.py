@@ -99,7 +99,13 @@ def auc_section(runs: Sequence[Evaluated], official: bool) -> report.Markup:
         about = f"* fewer than {FEW_PATIENTS} patients: the interval says little."
         notes.append(report.paragraph(about, "note"))
     if official and not papers:
-        notes.append(report.paragraph("The rows of the paper's Table 1 are not at hand, and so not printed.", "note"))
+        notes.append(
+            report.paragraph(
+                "What the paper reports of classification (Table 1) is not printed here; cxr_metrics.PAPER_AUC takes "
+                "its rows.",
+                "note",
+            )
+        )
     return report.section(
         "Classification",
         report.table(

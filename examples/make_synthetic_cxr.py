@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print(f"\nstopped; {args.out} holds a part of a data set, and has to be removed", file=sys.stderr)
         return 130
     print(f"{len(plans)} images of {plans[-1].patient} patients are in {args.out}")
     return 0

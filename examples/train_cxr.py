@@ -337,6 +337,8 @@ class Training:
         """Raises ValueError where ``path`` was trained otherwise."""
         state = load_state(path)
         different = [key for key in self.config if state["config"].get(key) != self.config[key]]
+        if "epochs" in different and self.config["epochs"] >= state["epoch"]:
+            different.remove("epochs")  # no epoch depends on how many come after it
         if "train_names_digest" in different:
             different.remove("train_labels_digest")  # of other images
         if different:
@@ -489,6 +491,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         if training.history:  # it may have ended before this was written
             write_history(training.history, out / "history.csv")
         logs = tensorboard(out, training.epoch)
+    if training.epoch == config["epochs"] and processes.first:
+        print(f"{out} is trained, all {training.epoch} epochs; more --epochs go on from there")
     while training.epoch < config["epochs"]:
         speed = train_epoch(training, fed, split, args, last)
         training.share_sums()

@@ -239,13 +239,20 @@ def test_processes_share_every_pass_of_the_same_order(accumulate):
     assert {n for _, n in example.batches_of(numbers, config, 4, 0, 1)[0]} != {n for _, n in alone[0]}
 
 
+def test_a_share_that_validates_has_to_leave_some(drawn, tmp_path, capsys):
+    assert run(drawn, tmp_path / "all", "--val-fraction", "0.999") == 2
+    assert "val-fraction: 0.999 leaves no image to train on" in capsys.readouterr().err
+    assert run(drawn, tmp_path / "none", "--val-fraction", "0.001", "--epochs", "1") == 0
+    assert "warning: no patient validates" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options",
     [
         [], ["--out", "x"], ["--data-dir", "x"], ["--delta-l", "0.7"], ["--lam", "-1"], ["--lam", "nan"],
         ["--epochs", "0"], ["--batch-size", "9", "--accumulate", "2"], ["--loss", "mmm", "--pooling", "max"],
         ["--image-size", "100"], ["--image-size", "32"], ["--val-fraction", "1"], ["--backbone", "vgg"],
-        ["--synthetic"],
+        ["--synthetic"], ["--device", "nowhere"],
     ],
 )  # fmt: skip
 def test_bad_options(options, capsys):
@@ -361,6 +368,22 @@ def test_what_the_weights_have_seen_the_run_has_seen(drawn, whole, tmp_path, cap
     assert "is not of the run beside it" in capsys.readouterr().err
     torch.save(example.load_state(whole / "last.pt")["model"], tmp_path / "plain.pt")  # of somebody else, who knows
     assert example.names_of_weights(str(tmp_path / "plain.pt")) == example.names_of_weights("imagenet") == []
+
+
+def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
+    """As if as many had been asked for at once; fewer than there were are refused."""
+    longer, at_once = shutil.copytree(whole, tmp_path / "longer"), tmp_path / "at_once"
+    assert run(drawn, longer, "--resume") == 0
+    assert "is trained, all 2 epochs" in capsys.readouterr().out
+    assert run(drawn, longer, "--resume", "--epochs", "1") == 2
+    assert "was trained with another epochs" in capsys.readouterr().err
+    assert run(drawn, longer, "--resume", "--epochs", "3") == 0
+    assert run(drawn, at_once, "--epochs", "3") == 0
+    for name in ("last.pt", "best.pt"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (longer, at_once)]
+        assert states[0]["epoch"] == states[1]["epoch"]
+        assert all(torch.equal(a, b) for a, b in zip(*(s["model"].values() for s in states), strict=True))
+    assert example.load_run(longer, "cpu", "last")[1]["epochs"] == 3
 
 
 @pytest.mark.parametrize("where", ["loss", "parameters"])
