@@ -349,9 +349,9 @@ def test_no_union_of_cells_beats_the_ceiling(box, rows, columns, first):
 def test_cells_without_a_pixel_scale_nothing():
     """The first column of three is centred beyond the edge: whatever it says, MaxBoxAcc is of what the image shows."""
     size, first = (8, 8), -0.6
-    shown = np.array([[0.2, 0.2, 0.6, 0.2]] * 4)
+    shown = np.array([[0.2, 0.2, 0.6, 0.4]] * 4)
     assert 0 not in b.nearest_cells(8, 4, first)
-    true, classes = np.array([b.heatmap_to_box(shown, size, side=1, first=first)]), np.zeros(1, int)
+    true, classes = np.array([b.heatmap_to_box(shown, size, 0.5, side=1, first=first)]), np.zeros(1, int)
     assert not np.isnan(true).any()
     for hidden in (0.2, 0.0, 1.0, 1e9):
         heatmap = shown.copy()

@@ -386,14 +386,15 @@ def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
     assert example.load_run(longer, "cpu", "last")[1]["epochs"] == 3
 
 
+@pytest.mark.parametrize("step", [1, 2], ids=["in the epoch", "at its end"])
 @pytest.mark.parametrize("where", ["loss", "parameters"])
-def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, where):
+def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, where, step):
     """The checkpoint before it stays, and can be gone on with."""
     take_step = example.Training.take_step
 
     def spoiled(self, passes, progress):
         take_step(self, passes, progress)
-        if self.epoch == 0 and self.step == 2:  # the third
+        if self.epoch == 0 and self.step == step:  # of three
             with torch.no_grad():
                 self.network.head.bias[3] = torch.nan
             if where == "loss":
@@ -403,7 +404,7 @@ def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, wh
     assert run(drawn, tmp_path, "--save-every", "1") == 2
     assert "a lower --lr may help" in capsys.readouterr().err
     state = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert state["step"] == 2
+    assert (state["epoch"], state["step"]) == (0, step)
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
     monkeypatch.setattr(example.Training, "take_step", take_step)
     assert run(drawn, tmp_path, "--resume") == 0
