@@ -197,11 +197,13 @@ def train_run(
 
 
 def device_name(text: str) -> str:
-    """For argparse: a device that torch has here."""
+    """For argparse: a device that torch has here. Nothing is put there, as each of several processes has its own."""
     try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        kind = torch.device(text).type
+    except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: torch finds no GPU here")
     return text
 
 
