@@ -163,6 +163,28 @@ def crop_of(config: Config) -> int:
     return config["image_size"] * 7 // 8 // config["output_stride"] * config["output_stride"]
 
 
+class Interrupt:
+    """Ctrl-C, remembered: what it raises while a process starts is dropped, and elsewhere may become an error."""
+
+    came = False
+
+    @classmethod
+    def listen(cls) -> None:
+        cls.came = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, cls.handle)
+
+    @classmethod
+    def handle(cls, *_: Any) -> None:
+        cls.came = True
+        raise KeyboardInterrupt
+
+    @classmethod
+    def raise_again(cls) -> None:
+        if cls.came:
+            raise KeyboardInterrupt
+
+
 def leave_interrupts(_: int) -> None:
     """In a process that loads images: Ctrl-C goes to all, and were this one the first to end, it would be an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -408,6 +430,7 @@ def train_epoch(training: Training, data: Radiographs, split: Split, args: argpa
         disable=None if processes.first else True, mininterval=0.5,
     )  # fmt: skip
     for step in progress:
+        Interrupt.raise_again()
         passes = [next(loader)[:2] for _ in range(accumulate)]
         training.take_step(passes, training.epoch + step / steps)
         training.step = step + 1
@@ -768,15 +791,18 @@ def tour(args: argparse.Namespace, processes: Processes) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    Interrupt.listen()
     try:
         with joined(args.device) as processes:
             if args.synthetic:
                 return tour(args, processes)
             train(args, config_of(args), processes)
-    except (ValueError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if not Interrupt.came and not isinstance(error, KeyboardInterrupt):
+            if not isinstance(error, (ValueError, OSError)):
+                raise
+            print(f"error: {message_of(error)}", file=sys.stderr)
+            return 2
         if os.environ.get("RANK", "0") == "0":
             how = "" if args.dry_run else "; the same command with --resume goes on after the last checkpoint"
             print(f"\nstopped{how}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -654,6 +655,29 @@ def test_stopped_by_a_key(drawn, tmp_path):
     assert process.returncode == 130, told
     assert told.endswith("stopped; the same command with --resume goes on after the last checkpoint\n")
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("a process that loads images is gone")])
+def test_an_interruption_that_was_dropped_still_stops_it(drawn, tmp_path, monkeypatch, capsys, error):
+    steps = []
+
+    def take_step(self, *arguments, take_step=example.Training.take_step):
+        take_step(self, *arguments)
+        steps.append(0)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(example.Training, "take_step", take_step)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(drawn, tmp_path / "out") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(steps) == 1
+    assert "stopped; the same command with --resume" in capsys.readouterr().err
 
 
 def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
