@@ -61,9 +61,9 @@ SGL_HD BagClass finish(const Sums& s, const Settings& settings, double pos_weigh
   b.weight = 1;
   if (s.kind == Kind::kBroken) {
     // never silently dropped, whatever the weights of the terms; Eq. 8's denominators are those of the others, too
-    b.bag_loss = b.loss[0] = nan_of(double());
-    b.count[0] = s.positive ? 0 : s.n;
-    b.count[1] = s.positive ? s.n : 0;
+    const int part = s.positive ? 1 : 0;
+    b.bag_loss = b.loss[part] = nan_of(double());
+    b.count[part] = s.n;
     return b;
   }
   b.low = s.low;

@@ -38,13 +38,22 @@ def cell(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.2f}-{max(values):.2f})"
 
 
+def read(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_text())
+        values_of(metrics)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a metrics.json of localize_cxr.py") from None
+    return metrics  # type: ignore[no-any-return]
+
+
 def table_of(paths: Iterable[Path]) -> str:
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(paths):
         name = re.fullmatch(r"(.+)_\d+", path.stem)
         if name is None:
             raise ValueError(f"{path}: expected a file NAME_SEED.json")
-        runs[name[1]].append(json.loads(path.read_text()))
+        runs[name[1]].append(read(path))
     first = next(iter(runs.values()))[0]
     for name, found in runs.items():
         for metrics in found:

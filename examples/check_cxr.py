@@ -27,6 +27,7 @@ from cxr_data import (
     image_folders,
     load_image,
     load_index,
+    path_of,
     refuse_missing,
 )
 
@@ -85,7 +86,8 @@ def look_at_files(index: Index, decode: bool, sample: int) -> list[str]:
         chosen = np.arange(len(index.paths))
     with ThreadPoolExecutor() as pool:
         problems = dict(zip(index.paths, pool.map(_unlike_an_image, index.paths), strict=True))
-        problems |= {p: error for p, error in pool.map(_undecodable, [index.paths[k] for k in chosen]) if error}
+        whole = [index.paths[k] for k in chosen if not problems[index.paths[k]]]
+        problems |= {path: error for path, error in pool.map(_undecodable, whole) if error}
     return [problem for problem in problems.values() if problem]
 
 
@@ -101,7 +103,9 @@ def _unlike_an_image(path: Path) -> str:
     if not head:
         return f"{path}: the file is empty"
     if head != start:
-        return f"{path}: no {path.suffix[1:].upper()} image, it starts with {head!r}"
+        others = [suffix for suffix, (begin, _) in WHOLE.items() if head.startswith(begin[: len(head)])]
+        hint = f"; it is to be named {others[0]}" if others else ""
+        return f"{path}: no {path.suffix[1:].upper()} image, it starts with {head!r}{hint}"
     return "" if end in tail else f"{path}: the file is cut off"
 
 
@@ -121,10 +125,13 @@ def _about_files(data_dir: Path, tables: Path, index: Index, sample: int) -> lis
     rows = len(index.names) + len(index.missing)
     official = "the official number" if rows == OFFICIAL_IMAGES else f"{OFFICIAL_IMAGES} in the official one"
     kinds: Counter[str] = Counter()
+    brightest = 0  # of those with 16 bits
     for path in index.paths[:: max(1, len(index.paths) // sample)][:sample]:
         try:
             with Image.open(path) as image:
                 kinds[f"{image.width}x{image.height} {image.mode} {image.format}"] += 1
+                if image.mode.startswith("I"):
+                    brightest = max(brightest, int(image.getextrema()[1]))
         except (OSError, ValueError, Image.DecompressionBombError):
             kinds["unreadable"] += 1
     known = {Path(name).stem for name in (*index.names, *index.missing)}
@@ -135,11 +142,17 @@ def _about_files(data_dir: Path, tables: Path, index: Index, sample: int) -> lis
         f"images    {len(index.names)} of {rows}; of some: "
         + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
     ]
+    if 0 < brightest < 2**14:
+        lines.append(
+            f"dark      16 bits are read as their upper 8, and the brightest pixel looked at is {brightest} of 65535: "
+            "bring them to the whole range first"
+        )
     if index.missing:
         shown = ", ".join(index.missing[:10]) + (" ..." if len(index.missing) > 10 else "")
         lines.append(f"missing   {len(index.missing)}: {shown}")
     if others:
-        lines.append(f"besides   {len(others)} images that the table does not name: {', '.join(others[:5])} ...")
+        more = " ..." if len(others) > 5 else ""
+        lines.append(f"besides   {len(others)} images that the table does not name: {', '.join(others[:5])}{more}")
     return lines
 
 
@@ -186,8 +199,8 @@ def _about_classes(index: Index) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with the images, and the tables")
-    parser.add_argument("--tables", type=Path, help="folder with the tables, where they are elsewhere")
+    parser.add_argument("--data-dir", type=path_of, required=True, help="folder with the images, and the tables")
+    parser.add_argument("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
     parser.add_argument("--allow-missing", action="store_true", help="images that are not there are no fault")
     parser.add_argument("--list-missing", action="store_true", help="name them all")
     parser.add_argument("--decode", action="store_true", help="decode every image, not some")

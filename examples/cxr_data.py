@@ -342,6 +342,11 @@ def find_images(data_dir: Path) -> dict[str, Path]:
     return found
 
 
+def path_of(text: str) -> Path:
+    """For argparse: with ~ as the home folder, which a shell leaves as it is after --out=."""
+    return Path(text).expanduser()
+
+
 def load_image(path: Path, size: int) -> np.ndarray:
     """The radiograph as grey values (size, size) uint8.
 

@@ -91,7 +91,8 @@ def over_patients(
     whole = np.array([of(np.ones(len(patients), int)) for of in measures.values()])
     alike = draws_of_patients(patients, np.zeros(len(patients), bool), draws, (seed, len(measures)))
     moved = [_mean(np.array([of(weight) for of in measures.values()]) - whole) for weight in alike]
-    return result | {"mean": interval(_mean(whole) + np.array(moved))}
+    # what moves as far as the others do may leave the range of a share
+    return result | {"mean": interval(np.clip(_mean(whole) + np.array(moved), 0.0, 1.0))}
 
 
 def auc_intervals(

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +27,12 @@ import cxr_data
 import report
 import torch
 import train_cxr
-from cxr_data import CLASSES
+from cxr_data import CLASSES, path_of
 from cxr_evaluation import VALIDATION, Evaluated, Truth, evaluate, refuse_trained, truth_of
 from cxr_report import draw, localization_rows, write_report
 from training import device_name, message_of, write_json
+
+TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
 
 
 def without_nan(content: Any) -> Any:
@@ -65,6 +66,33 @@ def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
             )  # fmt: skip
 
 
+def clear_baseline(folder: Path, needed: bool) -> None:
+    """Takes away what an earlier evaluation of two runs left; anything else is somebody's, perhaps a run of that name.
+
+    Raises:
+        ValueError: there is something else, and the folder is ``needed``.
+    """
+    if not folder.exists():
+        return
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if there <= set(TABLES):
+        for name in there:
+            (folder / name).unlink()
+        folder.rmdir()
+    elif needed:
+        raise ValueError(f"out: {folder} is to hold the tables of the second run, and holds something else")
+
+
+def names_beside(paths: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells it from the others."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
 def print_table(runs: Sequence[Evaluated], official: bool) -> None:
     print(f"\n{'mean over the classes':48}{'AUC':>7}" + "".join(f"{f'> {t:g}':>8}" for t in bx.T_IOU))
     auc = {run.name: run.metrics["auc"]["mean"] for run in runs}
@@ -85,12 +113,18 @@ def threshold(text: str) -> float | str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--run", nargs="+", type=Path, required=True, help="a folder that train_cxr.py wrote, and one to compare with")
-    add("--data-dir", type=Path, required=True, help="folder of the images")
-    add("--tables", type=Path, help="folder of the tables (--data-dir)")
+    add(
+        "--run",
+        nargs="+",
+        type=path_of,
+        required=True,
+        help="a folder that train_cxr.py wrote, and one to compare with",
+    )
+    add("--data-dir", type=path_of, required=True, help="folder of the images")
+    add("--tables", type=path_of, help="folder of the tables (--data-dir)")
     add("--allow-missing", action="store_true", help="leave out images that the tables have and the disk has not")
-    add("--cache", type=Path, help="folder of decoded images, as of train_cxr.py")
-    add("--out", type=Path, help="folder to write into (RUN/localization)")
+    add("--cache", type=path_of, help="folder of decoded images, as of train_cxr.py")
+    add("--out", type=path_of, help="folder to write into (RUN/localization)")
     add("--which", choices=("best", "last"), help="network of the runs (best, where images validated)")
     add("--threshold", type=threshold, default=0.5, help="T_p of the map, or validation: by labels (0.5)")
     add("--gate", type=threshold, default=0.5, help="probability that predicts a class, or validation (0.5)")
@@ -106,6 +140,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.run) > 2:
         parser.error(f"--run: expected one or two, got {len(args.run)}")
+    if len({run.resolve() for run in args.run}) < len(args.run):
+        parser.error(f"--run: {args.run[0]} twice")
     if args.morphology < 1 or args.morphology % 2 == 0:
         parser.error(f"--morphology: expected an odd number of pixels, got {args.morphology}")
     for name in ("draws", "batch_size", "gallery_size"):
@@ -142,14 +178,15 @@ def localize(args: argparse.Namespace) -> None:
         raise ValueError(f"data-dir: no image of the test list is in {args.data_dir}")
     for run in args.run:
         refuse_trained(truth, train_cxr.trained_names(run), run)
-    args.out.mkdir(parents=True, exist_ok=True)  # where that is not possible, it is told before the networks are asked
+    # where something cannot be written, it is told before the networks are asked
+    args.out.mkdir(parents=True, exist_ok=True)
+    beside = args.out / "baseline"
+    clear_baseline(beside, len(args.run) > 1)
     print(f"{len(truth.rows)} images of the test list, {len(truth.boxes)} boxes on {len(set(truth.image))} of them")
     runs = [evaluate(run, truth, args) for run in args.run]
     if len({run.name for run in runs}) < len(runs):
-        runs = [run._replace(name=f"{run.name} ({path.name})") for run, path in zip(runs, args.run, strict=True)]
-    beside = args.out / "baseline"
-    if len(runs) == 1 and (beside / "metrics.json").exists():
-        shutil.rmtree(beside)  # of an evaluation of two runs, which this one replaces
+        names = names_beside(args.run)
+        runs = [run._replace(name=f"{run.name} ({name})") for run, name in zip(runs, names, strict=True)]
     for run, folder in zip(runs, (args.out, beside), strict=False):
         write_tables(run, truth, folder)
     if len(truth.boxes):

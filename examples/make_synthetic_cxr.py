@@ -48,6 +48,7 @@ from cxr_data import (
     NO_FINDING,
     TEST_LIST,
     TRAIN_VAL_LIST,
+    path_of,
 )
 from PIL import Image
 from tqdm import tqdm
@@ -456,7 +457,7 @@ def write_tables(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="an empty folder, or one to make")
+    parser.add_argument("--out", type=path_of, required=True, help="an empty folder, or one to make")
     parser.add_argument("--images", type=int, default=2000, help="how many, or up to seven more (2000)")
     parser.add_argument("--size", type=int, default=BOX_SIDE, help="width and height of the images (1024)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws another data set (0)")

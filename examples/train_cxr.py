@@ -24,6 +24,7 @@ import importlib.util
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from check_cxr import checked_index
-from cxr_data import CLASSES, Index, Radiographs, open_cache, to_input, validation_patients
+from cxr_data import CLASSES, Index, Radiographs, open_cache, path_of, to_input, validation_patients
 from cxr_models import BACKBONES, STRIDES, TORCHVISION, PatchClassifier, load_weights
 from metrics import auc
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ THROUGH = "weights"
 DATA = {
     "train_names_digest": "choice of images",
     "train_labels_digest": "entry table (the labels of its images have changed since)",
+    "train_files_digest": "content of its images (their files have other sizes)",
     "weights_names_digest": "run that the weights are of",
 }
 #: The tour: what --synthetic changes of the defaults. Instances are counted within bags: counted over the batch, no run
@@ -99,7 +101,12 @@ class Processes(NamedTuple):
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """The processes of torchrun: gloo on the CPU, nccl on GPUs, one each."""
-    if "WORLD_SIZE" not in os.environ:
+    given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
+    if len(given) < 5:  # some systems for jobs set some of them
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"WORLD_SIZE: several processes are started by torchrun; of its variables only {given} are set"
+            )
         yield Processes(0, 1, torch.device(device), None)
         return
     local = int(os.environ["LOCAL_RANK"])
@@ -156,11 +163,39 @@ def crop_of(config: Config) -> int:
     return config["image_size"] * 7 // 8 // config["output_stride"] * config["output_stride"]
 
 
+class Interrupt:
+    """Ctrl-C, remembered: what it raises while a process starts is dropped, and elsewhere may become an error."""
+
+    came = False
+
+    @classmethod
+    def listen(cls) -> None:
+        cls.came = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, cls.handle)
+
+    @classmethod
+    def handle(cls, *_: Any) -> None:
+        cls.came = True
+        raise KeyboardInterrupt
+
+    @classmethod
+    def raise_again(cls) -> None:
+        if cls.came:
+            raise KeyboardInterrupt
+
+
+def leave_interrupts(_: int) -> None:
+    """In a process that loads images: Ctrl-C goes to all, and were this one the first to end, it would be an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loader_of(data: Radiographs, batches: list[list[tuple[int, int]]], args: argparse.Namespace) -> DataLoader:
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=args.workers,
+        worker_init_fn=leave_interrupts,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(0),  # else it would take a number from the one of the training
     )
@@ -236,7 +271,12 @@ def names_of_weights(weights: str) -> list[str]:
     config = load_state(path).get("config", {})  # not mapped: files of older kinds cannot be
     if not isinstance(config, dict) or "train_names_digest" not in config:
         return []
-    names = trained_names(path.parent)
+    try:
+        names = trained_names(path.parent)
+    except ValueError as error:
+        raise ValueError(
+            f"weights: {weights} is of a training, and what it was trained on is not known: {error}"
+        ) from None
     if load_state(path.parent / "last.pt", mmap=True)["config"]["train_names_digest"] != config["train_names_digest"]:
         raise ValueError(f"weights: {weights} is not of the run beside it, which says what it was trained on")
     return sorted(names)
@@ -339,8 +379,8 @@ class Training:
         different = [key for key in self.config if state["config"].get(key) != self.config[key]]
         if "epochs" in different and self.config["epochs"] >= state["epoch"]:
             different.remove("epochs")  # no epoch depends on how many come after it
-        if "train_names_digest" in different:
-            different.remove("train_labels_digest")  # of other images
+        if "train_names_digest" in different:  # of other images
+            different = [key for key in different if key not in ("train_labels_digest", "train_files_digest")]
         if different:
             told = ", ".join(DATA.get(key, key) for key in different)
             raise ValueError(f"resume: {path} was trained with another {told}; --out another folder starts anew")
@@ -390,6 +430,7 @@ def train_epoch(training: Training, data: Radiographs, split: Split, args: argpa
         disable=None if processes.first else True, mininterval=0.5,
     )  # fmt: skip
     for step in progress:
+        Interrupt.raise_again()
         passes = [next(loader)[:2] for _ in range(accumulate)]
         training.take_step(passes, training.epoch + step / steps)
         training.step = step + 1
@@ -446,6 +487,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
     """
     index, report = checked_index(args.data_dir, args.allow_missing, args.tables)
     split = split_of(index, config)
+    if index.test.all():
+        raise ValueError(f"data-dir: no image of the training list is in {args.data_dir}")
     if not len(split.train):
         raise ValueError(f"val-fraction: {config['val_fraction']:g} leaves no image to train on")
     if config["val_fraction"] and not len(split.val) and processes.first:
@@ -457,14 +500,24 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         "val_patients": split.val_patients.tolist(),
         "train_names_digest": digest_of([index.names[n] for n in learned]),
         "train_labels_digest": digest_of([f"{index.names[n]} {index.labels[n].astype(int)}" for n in learned]),
+        "train_files_digest": digest_of([f"{index.names[n]} {index.paths[n].stat().st_size}" for n in learned]),
     }
     seen = names_of_weights(config["weights"])
     if seen:
         config["weights_names_digest"] = digest_of(seen)
+    with locked(args.out) if processes.first and not args.dry_run else contextlib.nullcontext():
+        train_into(args, config, processes, index, report, split, seen)
+
+
+def train_into(
+    args: argparse.Namespace, config: Config, processes: Processes, index: Index, report: str, split: Split,
+    seen: list[str],
+) -> None:  # fmt: skip
+    """All that happens in ``--out``. ``seen``: the images that the weights have seen."""
     out = Path() if args.dry_run else args.out
     last = out / "last.pt"
-    if last.exists() and not args.resume and not args.dry_run:
-        raise ValueError(f"out: {out} holds a run; continue it with --resume, or name another folder")
+    if not args.dry_run and (processes.first or last.exists()):  # a best.pt the first may be taking away
+        refuse_what_is_there(out, args.resume)
     if processes.first:
         print(report)
         print(
@@ -484,6 +537,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
     if args.resume and last.exists():
         training.restore(last)
     elif processes.first:
+        if args.resume:
+            print(f"{out} holds no last.pt to go on from: training begins")
         (out / "best.pt").unlink(missing_ok=True)  # of a training that ended before its first last.pt
     logs = None
     if processes.first:
@@ -532,10 +587,45 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
 # what is written
 
 
+def refuse_what_is_there(out: Path, resume: bool) -> None:
+    """Raises ValueError where ``out`` holds what this training would overwrite."""
+    if (out / "last.pt").exists():
+        if not resume:
+            raise ValueError(f"out: {out} holds a run; continue it with --resume, or name another folder")
+        return
+    # an end at the end of the first epoch leaves a best.pt without these two, which is nothing to keep
+    if (out / "best.pt").exists() and (out / "history.csv").exists():
+        raise ValueError(f"out: {out} holds a best.pt and a history.csv, but no last.pt; name another folder")
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps other processes from training into ``out``, as long as this one lives.
+
+    Raises:
+        ValueError: one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that load images would keep
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"out: another training is at work in {out}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def write_beginning(out: Path, config: Config, index: Index, split: Split, seen: list[str], report: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(config, out / "config.json")
     (out / "data.txt").write_text(report + "\n")
+    (out / "missing.txt").unlink(missing_ok=True)
     if index.missing:
         (out / "missing.txt").write_text("\n".join(index.missing) + "\n")
     with (out / "split.csv").open("w", newline="") as file:
@@ -572,11 +662,11 @@ def make_parser() -> argparse.ArgumentParser:
         kind = {} if "type" in more or default is None else {"type": type(default)}
         parser.add_argument(f"--{name}", default=default, help=text + shown, **kind, **more)
 
-    parser.add_argument("--data-dir", type=Path, help="folder with the images, and the tables")
-    parser.add_argument("--tables", type=Path, help="folder with the tables, where they are elsewhere")
+    parser.add_argument("--data-dir", type=path_of, help="folder with the images, and the tables")
+    parser.add_argument("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
     parser.add_argument("--allow-missing", action="store_true", help="leave out images that are not there")
-    parser.add_argument("--cache", type=Path, help="folder for the decoded images, of all runs of that size")
-    parser.add_argument("--out", type=Path, help="folder of the run")
+    parser.add_argument("--cache", type=path_of, help="folder for the decoded images, of all runs of that size")
+    parser.add_argument("--out", type=path_of, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue what is in --out, if there is something")
     parser.add_argument("--synthetic", action="store_true", help="the tour: drawn images, SGL beside max pooling")
     parser.add_argument("--dry-run", action="store_true", help="one step of training, and write nothing")
@@ -624,6 +714,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     local = args.backbone not in TORCHVISION
     args.pooling = args.pooling or POOLING_OF[args.loss]
     args.weights = args.weights or ("none" if local else "imagenet")
+    if args.weights not in ("none", "imagenet") and path_of(args.weights).is_file():
+        args.weights = str(path_of(args.weights).resolve())  # the same from any folder, when a run is continued
     args.output_stride = args.output_stride or (8 if local else 32)
     if args.image_size % args.output_stride or crop_of(vars(args)) < args.output_stride:
         parser.error(
@@ -648,8 +740,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("lam", "lam_delay", "lam_warmup", "mask_weight", "lr", "lr_factor", "weight_decay", "workers", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(args, name)}")
-    if not 0 <= args.delta_l <= 0.5 or not 0 <= args.val_fraction < 1 or not 0 < args.prior < 1:
-        parser.error("--delta-l: expected 0 to 0.5; --val-fraction: 0 to less than 1; --prior: between 0 and 1")
+    if not 0 <= args.delta_l <= 0.5:
+        parser.error(f"--delta-l: expected 0 to 0.5, got {args.delta_l}")
+    if not 0 <= args.val_fraction < 1:
+        parser.error(f"--val-fraction: expected 0 to less than 1, got {args.val_fraction}")
+    if not 0 < args.prior < 1:
+        parser.error(f"--prior: expected between 0 and 1, got {args.prior}")
     shares = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % shares:
         parser.error(f"--batch-size: {args.batch_size} is no multiple of passes times processes, {shares}")
@@ -695,15 +791,18 @@ def tour(args: argparse.Namespace, processes: Processes) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    Interrupt.listen()
     try:
         with joined(args.device) as processes:
             if args.synthetic:
                 return tour(args, processes)
             train(args, config_of(args), processes)
-    except (ValueError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if not Interrupt.came and not isinstance(error, KeyboardInterrupt):
+            if not isinstance(error, (ValueError, OSError)):
+                raise
+            print(f"error: {message_of(error)}", file=sys.stderr)
+            return 2
         if os.environ.get("RANK", "0") == "0":
             how = "" if args.dry_run else "; the same command with --resume goes on after the last checkpoint"
             print(f"\nstopped{how}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import re
@@ -233,14 +234,27 @@ def load_state(path: Path, **options: Any) -> dict[str, Any]:
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """A file that is either the old one or the new one, whenever the process ends, or the power."""
+    """A file that is either the old one or the new one, whenever the process ends, or the power.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    # in memory first: on a file torch says of a full disk, or of Ctrl-C, that a position is unexpected
+    content = io.BytesIO()
+    torch.save(state, content)
+    try:
+        with beside.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+TARGET_DTYPES = frozenset(
+    (
+        *LOGIT_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16,
+        torch.uint32, torch.uint64,
+    )
+)  # fmt: skip
 
 
 def unnest(
@@ -17,6 +23,8 @@ def unnest(
     """(logits, offsets, features) with a jagged nested tensor taken apart into packed rows and their offsets."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    if features is not None:
+        _check_features(features, logits)
     if not logits.is_nested:
         return logits, offsets, features
     if logits.layout != torch.jagged:
@@ -28,9 +36,32 @@ def unnest(
         raise ValueError(f"logits: the ragged dimension of a nested tensor has to be 1, got {nested._ragged_idx}")
     if nested.lengths() is not None:
         raise ValueError("logits: nested tensors with holes (made by narrow) are not supported; call .contiguous()")
+    offsets = nested.offsets()
     if features is not None and features.is_nested:
-        features = features.values()
-    return nested.values(), nested.offsets(), features
+        features = _same_bags(features, offsets)
+    return nested.values(), offsets, features
+
+
+def _check_features(features: object, logits: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features: expected a torch.Tensor, got {type(features).__name__}")
+    if features.is_nested and not logits.is_nested:
+        raise ValueError("features: a nested tensor of features needs nested logits")
+
+
+def _same_bags(features: Any, offsets: Tensor) -> Tensor:
+    """The rows of nested ``features``, whose bags have to be those of the logits."""
+    if features.layout != torch.jagged or features._ragged_idx != 1 or features.lengths() is not None:
+        raise ValueError("features: expected a jagged nested tensor (N, ragged, D) without holes, as the logits are")
+    theirs = features.offsets()
+    if theirs is not offsets:
+        if theirs.shape != offsets.shape:
+            raise ValueError(f"features: expected {len(offsets) - 1} bags as the logits have, got {len(theirs) - 1}")
+        if looks_at_values(offsets, None) and not torch.equal(theirs, offsets):
+            at = int((theirs != offsets).nonzero()[0]) - 1
+            wanted, got = int(offsets.diff()[at]), int(theirs.diff()[at])
+            raise ValueError(f"features: expected {wanted} instances in bag {at} as the logits have, got {got}")
+    return features.values()  # type: ignore[no-any-return]
 
 
 def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offsets: Tensor | None) -> None:
@@ -68,7 +99,7 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
     if targets is None:
         return
     _check_side("targets", targets, logits)
-    if targets.is_complex():
+    if targets.dtype not in TARGET_DTYPES:
         raise TypeError(f"targets: expected bool, integer or floating, got {targets.dtype}")
     tshape = targets.shape
     if tshape != (bags, classes) and not (classes == 1 and tshape == (bags,)):
@@ -114,19 +145,32 @@ def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> N
 
 
 def check_settings(delta_l: float, lam: float, mask_weight: float, normalize: str) -> None:
-    if not 0.0 <= delta_l <= 0.5:
-        raise ValueError(f"delta_l: expected 0 <= delta_l <= 0.5, got {delta_l}")
-    if not 0.0 <= lam < math.inf:
-        raise ValueError(f"lam: expected finite and >= 0, got {lam}")
-    if not 0.0 <= mask_weight < math.inf:
-        raise ValueError(f"mask_weight: expected finite and >= 0, got {mask_weight}")
+    try:
+        if not 0.0 <= delta_l <= 0.5:
+            raise ValueError(f"delta_l: expected 0 <= delta_l <= 0.5, got {delta_l}")
+        if not 0.0 <= lam < math.inf:
+            raise ValueError(f"lam: expected finite and >= 0, got {lam}")
+        if not 0.0 <= mask_weight < math.inf:
+            raise ValueError(f"mask_weight: expected finite and >= 0, got {mask_weight}")
+    except TypeError:
+        check_number("delta_l", delta_l)
+        check_number("lam", lam)
+        check_number("mask_weight", mask_weight)
+        raise
     if normalize not in ("batch", "bag"):
         raise ValueError(f"normalize: expected 'batch' or 'bag', got {normalize!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def check_class_vector(name: str, value: Tensor, classes: int, logits: Tensor) -> None:
     """class_weight and pos_weight of a call."""
     _check_side(name, value, logits)
+    if value.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
     if value.shape != (classes,):
         raise ValueError(f"{name}: expected shape ({classes},), got {tuple(value.shape)}")
 
@@ -135,14 +179,22 @@ def class_vector(name: str, value: object, *, zero: bool) -> Tensor | None:
     """class_weight (``zero=True``: 0 is allowed) or pos_weight given to a constructor, as a float tensor."""
     if value is None:
         return None
-    vector = torch.as_tensor(value)
+    try:
+        vector = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected numbers, got {value!r}") from None
     if vector.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {vector.dtype}")
     vector = vector.detach().to(vector.dtype if vector.dtype == torch.float64 else torch.float32)
     if vector.dim() != 1 or vector.shape[0] == 0:
         raise ValueError(f"{name}: expected shape (C,), got {tuple(vector.shape)}")
+    check_weights(name, vector, zero=zero)
+    return vector
+
+
+def check_weights(name: str, vector: Tensor, *, zero: bool) -> None:
+    """The values of class_weight (``zero=True``: 0 is allowed) or pos_weight."""
     wrong = ~torch.isfinite(vector) | ((vector < 0) if zero else (vector <= 0))
     if bool(wrong.any()):
         bound = ">= 0" if zero else "> 0"
         raise ValueError(f"{name}: expected finite values {bound}, got {vector[wrong][0].item()}")
-    return vector

@@ -48,8 +48,12 @@ SAVED_COLUMNS = 11
 
 
 def code_of(pooling: nn.Module) -> tuple[int, float]:
-    """(code, parameter) of a pooling. By exact type: a subclass may have changed what it computes."""
+    """(code, parameter) of a pooling. By exact type: a subclass may have changed what it computes, as may a hook."""
     code = CODES.get(type(pooling), EXTERNAL)
+    if code != EXTERNAL and (
+        pooling._forward_hooks or pooling._forward_pre_hooks or pooling._backward_hooks or pooling._backward_pre_hooks
+    ):
+        code = EXTERNAL
     return code, (pooling.r if code == 6 else 1.0)  # type: ignore[return-value]
 
 

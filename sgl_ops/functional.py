@@ -24,13 +24,13 @@ Arguments of every call:
   ``DistributedDataParallel``, which averages, gives exactly that of one process that sees everything. All ranks have to
   call the loss as often; one that has run out of bags gives a bag whose labels are unknown. Without a group each rank
   has a loss of its own bags: its parts are normalized by what the rank happens to hold.
-* ``check``: whether to look at the *values* of targets and offsets: None does so on the CPU, True always (on CUDA that
-  waits for the device), False never. Kinds and shapes are always checked; values never while ``torch.compile`` traces,
-  nor those of a tensor that ``torch.func.vmap`` batches.
+* ``check``: whether to look at the *values* of targets, offsets and weights of classes: None does so on the CPU, True
+  always (on CUDA that waits for the device), False never. Kinds and shapes are always checked; values never while
+  ``torch.compile`` traces, nor those of a tensor that ``torch.func.vmap`` batches.
 
 A bag-class whose label is unknown, and an empty bag, contribute nothing, whatever their logits hold. No loss here is
-ever NaN or infinite from finite logits. A NaN or infinite logit that takes part makes the loss NaN, and the gradient of
-its bag-class.
+ever NaN or infinite, nor its gradient, from finite logits of a magnitude up to 1e15. A NaN or infinite logit that takes
+part makes the loss NaN, and the gradient of its bag-class.
 
 Errors: ``TypeError`` for a wrong kind or dtype, ``ValueError`` for a shape, device or value; both name the argument and
 the value.
@@ -45,7 +45,15 @@ from torch import Tensor, nn
 
 from . import _fused, reference
 from ._bags import working_dtype
-from ._checks import check_call, check_class_vector, check_settings, check_values, looks_at_values, unnest
+from ._checks import (
+    check_call,
+    check_class_vector,
+    check_settings,
+    check_values,
+    check_weights,
+    looks_at_values,
+    unnest,
+)
 from ._ranks import Group, check_group
 from .pooling import make_pooling
 
@@ -117,7 +125,7 @@ def sgl_loss(
     """
     total, _ = _sgl(
         logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl, process_group, with_parts=False,
+        class_weight, pos_weight, check, impl, process_group, with_parts=False, look_at_weights=True,
     )  # fmt: skip
     return total
 
@@ -145,7 +153,7 @@ def sgl_terms(
     """:func:`sgl_loss` with its three terms beside it, for logging; ``total.backward()`` works."""
     total, parts = _sgl(
         logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl, process_group, with_parts=True,
+        class_weight, pos_weight, check, impl, process_group, with_parts=True, look_at_weights=True,
     )  # fmt: skip
     assert parts is not None
     bag, instance, penalty = parts.unbind()
@@ -171,8 +179,12 @@ def _sgl(
     impl: str,
     group: Group,
     with_parts: bool,
+    look_at_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(total, (bag, instance, mask) detached); the latter may be None unless asked for."""
+    """(total, (bag, instance, mask) detached); the latter may be None unless asked for.
+
+    ``look_at_weights``: at the values of class_weight and pos_weight, which a module has looked at before.
+    """
     check_settings(delta_l, lam, mask_weight, normalize)
     if group is not None:
         check_group(group)
@@ -180,8 +192,9 @@ def _sgl(
     fused = _use_fused(impl, logits)
     if class_weight is not None or pos_weight is not None:
         classes = 1 if logits.dim() == (2 if offsets is None else 1) else logits.shape[1]
-        class_weight = _class_vector("class_weight", class_weight, classes, logits)
-        pos_weight = _class_vector("pos_weight", pos_weight, classes, logits)
+        look = look_at_weights and looks_at_values(logits, check)
+        class_weight = _class_vector("class_weight", class_weight, classes, logits, look)
+        pos_weight = _class_vector("pos_weight", pos_weight, classes, logits, look)
     module = make_pooling(pooling)
     if not fused:
         bag, instance, penalty = reference.sgl_terms(
@@ -270,11 +283,11 @@ def bag_loss(
     """
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
-    classes = 1 if targets.dim() == 1 else targets.shape[1]
+    classes, look = 1 if targets.dim() == 1 else targets.shape[1], looks_at_values(logits, check)
     return reference.bag_loss(
         logits, targets, mask, offsets, features, pooling=make_pooling(pooling),
-        class_weight=_class_vector("class_weight", class_weight, classes, logits),
-        pos_weight=_class_vector("pos_weight", pos_weight, classes, logits), group=process_group,
+        class_weight=_class_vector("class_weight", class_weight, classes, logits, look),
+        pos_weight=_class_vector("pos_weight", pos_weight, classes, logits, look), group=process_group,
     )  # fmt: skip
 
 
@@ -367,8 +380,10 @@ def _use_fused(impl: str, logits: Tensor) -> bool:
     return False
 
 
-def _class_vector(name: str, value: Tensor | None, classes: int, logits: Tensor) -> Tensor | None:
+def _class_vector(name: str, value: Tensor | None, classes: int, logits: Tensor, look: bool) -> Tensor | None:
     if value is None:
         return None
     check_class_vector(name, value, classes, logits)
+    if look and not _fused.is_transformed():
+        check_weights(name, value, zero=name == "class_weight")
     return value.detach().to(working_dtype(logits.dtype)).contiguous()

@@ -138,7 +138,7 @@ class SGLLoss(_Loss):
         return functional._sgl(
             logits, targets, mask, offsets, features, self.delta_l, self.lam, pooling, self.normalize,
             self.rescale, self.weighted, self.mask_weight, buffers["class_weight"], buffers["pos_weight"], self.check,
-            self.impl, self.process_group, with_parts=False,
+            self.impl, self.process_group, with_parts=False, look_at_weights=False,
         )[0]  # fmt: skip
 
     def terms(

@@ -4,7 +4,7 @@ Every module here takes instance logits in any layout and returns **bag logits**
 :math:`z = \log P - \log(1 - P)`, where :math:`P` pools the instance probabilities
 :math:`p_j = \sigma(x_j)`; :math:`q_j = 1 - p_j`. Bag logits go into ``BCEWithLogitsLoss``;
 ``torch.sigmoid`` makes them bag probabilities. They are worked out in log space, so that they and their gradients are
-right and finite for every finite logit, also where :math:`P` itself would round to 0 or 1.
+right and finite for logits of a magnitude up to 1e15, also where :math:`P` itself would round to 0 or 1.
 
 ================================ ==================== ===================================================
 module                           name                 P
@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._bags import Bags, bags_of
-from ._checks import check_call, unnest
+from ._checks import check_call, check_number, unnest
 
 __all__ = [
     "POOLINGS",
@@ -156,9 +156,12 @@ class LSEPooling(Pooling):
         rise = r * p + _log1mexp(r * p, log_r + F.logsigmoid(x))  # log(e^(rp) - 1)
         log_p = _log_softplus(bags.logsumexp(rise) - log_n) - log_r
         fall = bags.logsumexp(_log1mexp(r * q, log_r + F.logsigmoid(-x))) - log_n  # log mean(1 - e^(-rq))
-        # fall is of use until 1 - e^fall cancels; from there on Q is so large that 1 - P does not
-        near_one = (log_p.detach() > -math.log(2.0)) & (fall.detach() < -0.01)
-        log_q = _log_neg_log1p_neg_exp(torch.where(near_one, fall, -1.0)) - log_r
+        near_one = (log_p.detach() > -math.log(2.0)) & (bags.size > 0)
+        # where 1 - e^fall cancels, its logarithm -rQ is that of mean e^(-rq), which does not
+        steep = fall.detach() > -math.log(2.0)
+        log_q_steep = torch.log(torch.where(near_one & steep, (log_n - bags.logsumexp(-r * q)) / r, 1.0))
+        log_q_flat = _log_neg_log1p_neg_exp(torch.where(near_one & ~steep, fall, -1.0)) - log_r
+        log_q = torch.where(steep, log_q_steep, log_q_flat)
         log_p = torch.where(near_one, -1.0, log_p)
         return torch.where(near_one, torch.log1p(-torch.exp(log_q)) - log_q, log_p - torch.log1p(-torch.exp(log_p)))
 
@@ -315,7 +318,8 @@ def _sigmoid(x: Tensor) -> Tensor:
 def _log1mexp(t: Tensor, log_t: Tensor) -> Tensor:
     """log(1 - e^-t) for t > 0 whose logarithm is known, also where t underflows."""
     small, large = t.detach() < 1e-2, t.detach() > 1.0
-    series = log_t - t / 2 + t * t / 24 - t * t * t * t / 2880
+    s = torch.where(small, t, 0.0)  # what is not small may be so large that its powers overflow
+    series = log_t - s / 2 + s * s / 24 - s * s * s * s / 2880
     # two forms of one value, as autograd takes e^-t from the rounded expm1(-t): nothing is left of it where t is large
     middle = torch.log(-torch.expm1(-torch.where(small | large, 1.0, t)))
     return torch.where(small, series, torch.where(large, torch.log1p(-torch.exp(-torch.where(large, t, 1.0))), middle))
@@ -336,6 +340,7 @@ def _log_neg_log1p_neg_exp(x: Tensor) -> Tensor:
 
 
 def _positive(name: str, value: float) -> float:
+    check_number(name, value)
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name}: expected finite and > 0, got {value}")
     return float(value)

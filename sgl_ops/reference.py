@@ -128,6 +128,8 @@ def pooled(
         wanted = wanted.transpose(1, 2) if wanted.dim() == 3 else wanted
         features = torch.where(wanted, features, 0.0)
     z = pooling(bags.layout(instances.x), mask=mask, offsets=offsets, features=features)
+    if z.numel() != labels.y.numel():
+        raise ValueError(f"pooling: expected bag logits of shape {tuple(labels.y.shape)}, got {tuple(z.shape)}")
     return torch.where(labels.takes_part, z.reshape(labels.y.shape), 0.0)
 
 

@@ -52,6 +52,13 @@ def test_what_is_no_table(tmp_path, capsys, runs, told):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "PNG", '{"auc": {"mean": 0.5}}'])
+def test_a_file_that_is_something_else_is_named(tmp_path, capsys, content):
+    (tmp_path / "a_0.json").write_text(content)
+    assert average_cxr.main([str(tmp_path / "a_0.json")]) == 1
+    assert f"{tmp_path / 'a_0.json'}: not a metrics.json" in capsys.readouterr().err
+
+
 def test_the_table_of_the_readme_is_of_the_committed_files():
     table = average_cxr.table_of((ROOT / "examples" / "results" / "chestxray14").glob("*.json"))
     assert table in (ROOT / "examples" / "README.md").read_text()

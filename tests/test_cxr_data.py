@@ -288,6 +288,31 @@ def test_one_bit_is_black_and_white(tmp_path):
     assert np.array_equal(cxr_data.load_image(tmp_path / "x.png", 40), 255 * (grey() > 100))
 
 
+def test_what_a_check_says_of_the_files(copy, capsys):
+    paths = cxr_data.load_index(copy).paths
+    for path in paths:
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path)
+    (copy / "images_001" / "images" / "99999999_000.png").write_bytes(paths[0].read_bytes())
+    assert check_cxr.main(["--data-dir", str(copy)]) == 0
+    shown = capsys.readouterr().out
+    assert "dark      16 bits are read as their upper 8" in shown
+    assert "does not name: 99999999_000\n" in shown
+    Image.open(paths[3]).convert("L").save(copy / "x.jpg")
+    paths[3].write_bytes((copy / "x.jpg").read_bytes())
+    (copy / "x.jpg").unlink()
+    paths[4].write_bytes(b"")
+    assert check_cxr.main(["--data-dir", str(copy), "--decode"]) == 1
+    shown = capsys.readouterr().out
+    assert "; it is to be named .jpg\n" in shown
+    assert f"{paths[4]}: the file is empty\n" in shown
+
+
+def test_home_folders(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert str(cxr_data.path_of("~/x")) == "/somewhere/x"
+    assert str(cxr_data.path_of("x")) == "x"
+
+
 def break_image(path, how):
     content = path.read_bytes()
     if how == "truncated":

@@ -65,6 +65,13 @@ class KnownFromTheEdge(Known):
         return x[:, ::8, ::8]
 
 
+class Contrary(Known):
+    """What is there is not, and what is not is."""
+
+    def forward(self, x):
+        return -super().forward(x)
+
+
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Five test images, two of training and validation, and a run that knows."""
@@ -126,6 +133,44 @@ def test_one_run_replaces_two(data):
     assert (folder / "out" / "baseline" / "metrics.json").exists()
     assert localize_cxr.main(["--run", one, *common]) == 0
     assert not (folder / "out" / "baseline").exists()
+
+
+def test_what_others_wrote_stays(data, capsys):
+    """A run, or the report of one, that lies where the tables of a second run would."""
+    folder, *_ = data
+    one, other, beside = str(folder / "run"), str(folder / "other"), folder / "out" / "baseline"
+    common = ["--data-dir", str(folder), "--out", str(folder / "out"), "--device", "cpu", "--draws", "5"]
+    beside.mkdir(parents=True)
+    for name in ("metrics.json", "details.json", "predictions.csv", "boxes.csv", "last.pt"):
+        (beside / name).write_text("mine")
+    assert localize_cxr.main(["--run", one, *common]) == 0
+    assert localize_cxr.main(["--run", one, other, *common]) == 2
+    assert f"out: {beside} is to hold the tables of the second run" in capsys.readouterr().err
+    assert {path.read_text() for path in beside.iterdir()} == {"mine"}
+    assert len(list(beside.iterdir())) == 5
+
+
+def test_runs_of_one_kind_are_told_apart(data, monkeypatch, capsys):
+    folder, *_ = data
+    monkeypatch.setattr(train_cxr, "load_network", lambda run, *_: (
+        Known() if run.parent.name == "s0" else Contrary(), dict(CONFIG), WHICH
+    ))  # fmt: skip
+    runs = [folder / "s0" / "run", folder / "s1" / "run"]
+    out = folder / "out"
+    common = ["--data-dir", str(folder), "--out", str(out), "--device", "cpu", "--draws", "5"]
+    assert localize_cxr.main(["--run", *map(str, runs), *common]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "/run) " in line]
+    auc = [json.loads((out / part / "metrics.json").read_text())["auc"]["mean"] for part in ("", "baseline")]
+    assert auc[0] != auc[1]
+    assert [(row.split("(")[1][:6], float(row.split(")")[1].split()[0])) for row in rows] == [
+        ("s0/run", round(auc[0], 3)), ("s1/run", round(auc[1], 3))
+    ]  # fmt: skip
+    text = (out / "report.html").read_text()
+    assert "(s0/run)" in text
+    assert "(s1/run)" in text
+    with pytest.raises(SystemExit):
+        localize_cxr.main(["--run", str(runs[0]), str(folder / "s1" / ".." / "s0" / "run"), *common])
+    assert "twice" in capsys.readouterr().err
 
 
 def test_mistakes_and_interruptions_end_in_a_line(data, monkeypatch, capsys):

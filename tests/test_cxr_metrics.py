@@ -73,6 +73,15 @@ def test_a_class_that_is_missing_from_a_draw_does_not_move_the_mean():
     assert low < 0.75 < high
 
 
+def test_no_interval_of_a_share_leaves_its_range():
+    """Where classes are missing from draws the others move the mean, here by more than it is."""
+    values, classes = np.array([1.0, 0.0, 0.0, 0.0, 0.0, 0.0]), np.array([0, 0, 1, 2, 3, 4])
+    low, high = m.mean_intervals(values, classes, np.arange(6), list("abcde"), draws=400)["mean"]
+    assert 0 == low < high < 1
+    low, high = m.mean_intervals(1 - values, classes, np.arange(6), list("abcde"), draws=400)["mean"]
+    assert 0 < low < high == 1
+
+
 def test_intervals_hold_the_value_and_are_seeded():
     scores, labels, patients = drawn()
     names = ["a", "b", "c"]

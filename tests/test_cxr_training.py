@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -29,7 +30,7 @@ from cxr_data import CLASSES
 from cxr_models import PatchClassifier
 from make_synthetic_cxr import write_dataset
 
-pytest.importorskip("PIL")
+Image = pytest.importorskip("PIL.Image")
 has_torchvision = importlib.util.find_spec("torchvision") is not None
 needs_torchvision = pytest.mark.skipif(not has_torchvision, reason="torchvision is not installed")
 
@@ -533,6 +534,84 @@ def test_what_is_there_is_not_overwritten_nor_continued_otherwise(drawn, whole, 
     assert "was trained with another lam, seed, val_patients" in capsys.readouterr().err
 
 
+def test_what_is_kept_without_its_checkpoint_is_not_overwritten(drawn, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "last.pt").unlink()
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for more in ([], ["--resume"]):
+        assert run(drawn, out, "--seed", "1", *more) == 2
+        assert f"out: {out} holds a best.pt and a history.csv, but no last.pt" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert run(drawn, tmp_path / "new", "--resume", "--epochs", "1") == 0
+    assert f"{tmp_path / 'new'} holds no last.pt to go on from: training begins" in capsys.readouterr().out
+
+
+def test_two_trainings_into_one_folder_are_refused(drawn, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = (
+        "import sys, pathlib, train_cxr\n"
+        "with train_cxr.locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True); sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "locked\n"
+    assert run(drawn, out) == 2
+    assert f"out: another training is at work in {out}" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {"lock"}
+    process.kill()
+    process.communicate()
+    assert run(drawn, out, "--epochs", "1") == 0
+
+
+def test_images_that_were_replaced_are_noticed(drawn, whole, tmp_path, capsys):
+    data, out = shutil.copytree(drawn, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
+    index = cxr_data.load_index(data)
+    for test, status in ((True, 0), (False, 2)):
+        path = index.paths[np.flatnonzero(index.test == test)[0]]
+        pixels = 255 - np.asarray(Image.open(path).convert("L"))
+        Image.fromarray(pixels).save(path, compress_level=0)
+        assert run(data, out, "--resume") == status
+    assert "was trained with another content of its images" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    training.save_atomically({"a": torch.zeros(3)}, tmp_path / "last.pt")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    for error, kind in ((full, OSError), (lambda _: (_ for _ in ()).throw(KeyboardInterrupt), KeyboardInterrupt)):
+        monkeypatch.setattr(os, "fsync", error)
+        with pytest.raises(kind) as told:
+            training.save_atomically({"a": torch.ones(3)}, tmp_path / "last.pt")
+        assert kind is not OSError or str(told.value).endswith(f"No space left on device: '{tmp_path / 'last.pt'}'")
+        assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+        assert (training.load_state(tmp_path / "last.pt")["a"] == 0).all()
+
+
+def test_variables_of_job_systems(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with example.joined("cpu") as processes:
+        assert (processes.rank, processes.count, processes.group) == (0, 1, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE.*torchrun"), example.joined("cpu"):
+        pass
+
+
+def test_weights_are_the_same_from_any_folder(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(whole)
+    one = example.parse(["--data-dir", ".", "--out", "x", "--weights", "best.pt"])
+    monkeypatch.chdir(tmp_path)
+    assert one.weights == str((whole / "best.pt").resolve())
+    assert example.parse(["--data-dir", ".", "--out", "x", "--weights", "nothing.pt"]).weights == "nothing.pt"
+
+
 def test_labels_that_were_changed_are_noticed(drawn, whole, tmp_path, capsys):
     data, out = shutil.copytree(drawn, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
     path = data / cxr_data.ENTRIES[0]
@@ -576,6 +655,29 @@ def test_stopped_by_a_key(drawn, tmp_path):
     assert process.returncode == 130, told
     assert told.endswith("stopped; the same command with --resume goes on after the last checkpoint\n")
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("a process that loads images is gone")])
+def test_an_interruption_that_was_dropped_still_stops_it(drawn, tmp_path, monkeypatch, capsys, error):
+    steps = []
+
+    def take_step(self, *arguments, take_step=example.Training.take_step):
+        take_step(self, *arguments)
+        steps.append(0)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(example.Training, "take_step", take_step)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(drawn, tmp_path / "out") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(steps) == 1
+    assert "stopped; the same command with --resume" in capsys.readouterr().err
 
 
 def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):

@@ -76,6 +76,18 @@ def test_finite_from_finite_logits(make, device, pooling, dtype):
                 assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("limit", [1e8, 1e12, 1e15])
+def test_finite_from_logits_that_nobody_has(make, device, pooling, limit):
+    loss = make(pooling)
+    bags = torch.tensor([[limit] * 5, [-limit] * 5, [limit, limit, -limit, 0.0, 1.0], [-limit, 0.0, 1.0, 2.0, 3.0]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for label in (0, 1):
+            value, gradient = value_and_gradient(loss, bags.to(device, dtype), torch.full((4,), label, device=device))
+            assert value.isfinite()
+            assert gradient.isfinite().all()
+
+
 def test_wrong_and_certain_learns_at_full_slope(make, device):
     """Confident mistakes keep their gradient: no epsilon, no clamp."""
     certain = torch.full((1, 1), 1e4, device=device)
@@ -119,6 +131,18 @@ def test_a_bad_logit_is_never_hidden(make, device, bad, label, pooling, size):
         assert gradient[1, 0].isnan().all()
         gradient[1, 0] = 0
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("normalize", ["batch", "bag"])
+@pytest.mark.parametrize("size", [1, 3, 300])
+def test_a_bad_logit_is_in_both_terms(impl, device, label, normalize, size):
+    logits = torch.randn(2, 1, size).to(device)
+    logits[1, 0, size // 2] = NAN
+    terms = SGLLoss(impl=impl, normalize=normalize).terms(logits, torch.tensor([[1], [label]], device=device))
+    assert terms.total.isnan()
+    assert terms.bag.isnan()
+    assert terms.instance.isnan()
 
 
 def test_a_bad_bag_still_counts(impl, device):

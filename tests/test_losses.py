@@ -33,11 +33,19 @@ def test_bad_settings(setting, value):
         functional.sgl_loss(X, Y, **{setting: value})
 
 
+@pytest.mark.parametrize("setting", ["delta_l", "lam", "mask_weight"])
+def test_settings_are_numbers(setting):
+    for call in (lambda **s: SGLLoss(**s), lambda **s: functional.sgl_loss(X, Y, **s)):
+        with pytest.raises(TypeError, match=f"{setting}: expected a number, got '1'"):
+            call(**{setting: "1"})
+
+
 CALLS = {
     "integer logits": (TypeError, "logits.*int64", lambda f: f(X.long(), Y)),
     "no tensor": (TypeError, "logits.*list", lambda f: f([[1.0]], Y)),
     "a list of targets": (TypeError, "targets.*list", lambda f: f(X, [[1, 0]])),
     "complex targets": (TypeError, "targets.*complex", lambda f: f(X, Y.to(torch.complex64))),
+    "narrow targets": (TypeError, "targets.*float8", lambda f: f(X, Y.to(torch.float8_e5m2))),
     "one bag too few": (ValueError, r"targets.*\(2, 2\)", lambda f: f(X, Y[:2])),
     "classes missing": (ValueError, r"targets.*\(3,\)", lambda f: f(X, Y[:, 0])),
     "no bag": (ValueError, "logits.*0", lambda f: f(X[:0], Y[:0])),
@@ -110,6 +118,17 @@ def test_class_vectors():
                 SGLLoss(**{name: value})(X, Y)
         with pytest.raises(TypeError, match=name):
             functional.sgl_loss(X, Y, **{name: [1.0, 1.0]})
+        for value in ("ab", ["a", "b"], torch.ones(2, dtype=torch.complex64)):
+            with pytest.raises(TypeError, match=name):
+                SGLLoss(**{name: value})
+        # the values of a call's own, where they are looked at
+        for call in (functional.sgl_loss, functional.sgl_terms, functional.bag_loss):
+            for value in ([1.0, -1.0], [math.nan, 1.0]):
+                with pytest.raises(ValueError, match=f"{name}.*{value[1] if value[0] == 1 else value[0]}"):
+                    call(X, Y, **{name: torch.tensor(value)})
+                call(X, Y, check=False, **{name: torch.tensor(value)})
+            with pytest.raises(TypeError, match=name):
+                call(X, Y, **{name: torch.ones(2, dtype=torch.complex64)})
     with pytest.raises(ValueError, match="pos_weight"):
         SGLLoss(pos_weight=torch.tensor([0.0, 1.0]))(X, Y)
     assert SGLLoss(class_weight=torch.tensor([0.0, 0.0]))(X, Y) == 0
@@ -184,6 +203,30 @@ def test_poolings_of_users(impl, device):
 
     x, y = X.to(device), Y.to(device)
     torch.testing.assert_close(SGLLoss(pooling=Middle(), impl=impl)(x, y), SGLLoss(pooling="mean_logits")(x, y))
+
+
+def test_a_pooling_of_another_shape_is_refused(impl, device):
+    class Each(torch.nn.Module):
+        def forward(self, logits, *, mask=None, offsets=None, features=None):
+            return logits
+
+    with pytest.raises(ValueError, match=r"pooling.*\(3, 2\), got \(3, 2, 5\)"):
+        SGLLoss(pooling=Each(), impl=impl)(X.to(device), Y.to(device))
+
+
+def test_hooks_of_a_pooling_are_called(impl, device):
+    x, y = X.to(device).requires_grad_(), Y.to(device)
+    loss = SGLLoss(impl=impl)
+    plain = loss(x, y)
+    heard = []
+    for name in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(loss.pooling, f"register_{name}")(lambda *_, name=name: heard.append(name))
+        total = loss(x, y)
+        total.backward()
+        torch.testing.assert_close(total, plain)
+        assert heard == [name]
+        handle.remove()
+        heard.clear()
 
 
 def test_it_teaches(device):

@@ -80,11 +80,35 @@ def test_lse_by_sharpness(r, impl, device):
     torch.testing.assert_close(bag, torch.nn.functional.softplus(-expected[0]), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("r", [1.0, 10.0, 30.0, 1e3, 1e6, 1e8])
+def test_lse_in_float32_is_that_of_float64(r, device):
+    """Also where P is close to 1, and 1 - P has to be found without subtracting."""
+    x = (torch.randn(400, 1, 1) * 6 + torch.randn(400, 1, 7) * 2).to(device).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    z, expected = LSEPooling(r)(x), LSEPooling(r)(exact)
+    tolerance = 2e-6 if r < 1e7 else 4e-6  # P and r are divided as logarithms, where P is small
+    torch.testing.assert_close(z.double(), expected, rtol=tolerance, atol=tolerance)
+    z.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=2e-6 * max(1.0, r))
+
+
+@pytest.mark.parametrize("r", [1.0, 30.0, 1e3])
+def test_lse_where_instances_are_certain(r, device):
+    for xs in ([4.0, 5.0, 3.0], [9.0, 8.0, 2.0], [1.0, 12.0, 12.0]):
+        z = float(LSEPooling(r)(torch.tensor([xs], device=device)))
+        q = [1 / (1 + oracle.exp(oracle.mpf(x))) for x in xs]
+        one_minus = -oracle.log(sum(oracle.exp(-r * v) for v in q) / len(q)) / r
+        assert z == pytest.approx(float(oracle.log(1 - one_minus) - oracle.log(one_minus)), rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_bad_parameters(value):
     for make in (LSEPooling, GeneralizedMeanPooling):
         with pytest.raises(ValueError, match="r:"):
             make(value)
+        with pytest.raises(TypeError, match="r: expected a number, got '1'"):
+            make("1")
 
 
 def test_learned_poolings_learn(device):
@@ -131,3 +155,25 @@ def test_attention(gated, impl, device):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in pooling.parameters())
     with pytest.raises(ValueError, match="features"):
         pooling(logits, **call)
+    with pytest.raises(TypeError, match=r"features.*list"):
+        pooling(logits, features=[1.0], **call)
+
+
+def test_attention_of_nested_features(impl, device):
+    def nested(values, *offsets):
+        return torch.nested.nested_tensor_from_jagged(values, torch.tensor(offsets, device=device))
+
+    pooling = AttentionPooling(4).to(device)
+    logits, features, labels = torch.randn(5, 3).to(device), torch.randn(5, 4).to(device), torch.ones(2, 3)
+    loss = SGLLoss(pooling=pooling, impl=impl)
+    expected = loss(logits, labels.to(device), features=features, offsets=torch.tensor([0, 2, 5], device=device))
+    given = loss(nested(logits, 0, 2, 5), labels.to(device), features=nested(features, 0, 2, 5))
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(loss(nested(logits, 0, 2, 5), labels.to(device), features=features), expected)
+    with pytest.raises(ValueError, match=r"features: expected 2 bags.*got 3"):
+        loss(nested(logits, 0, 2, 5), labels.to(device), features=nested(features, 0, 2, 3, 5))
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"features: expected 2 instances in bag 0 .*got 3"):
+            loss(nested(logits, 0, 2, 5), labels.to(device), features=nested(features, 0, 3, 5))
+    with pytest.raises(ValueError, match=r"features.*nested logits"):
+        loss(logits, labels.to(device), features=nested(features, 0, 2, 5), offsets=torch.tensor([0, 2, 5]).to(device))
