@@ -215,3 +215,9 @@ def test_what_was_computed_is_what_the_script_would_compute(folder):
     out = compare.Path(compare.__file__).parent / "results" / "localization" / folder
     found = compare.collect(out)
     assert (out / "localization.md").read_text() == compare.tables_of(found) + "\n"
+
+
+def test_the_page_shows_the_table_that_was_drawn():
+    results = compare.Path(compare.__file__).parent / "results"
+    drawn = (results / "localization" / "localization.md").read_text().split("\n\n")[1]
+    assert drawn.count("\n") == 28 and drawn in (results / "README.md").read_text()
