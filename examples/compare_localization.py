@@ -10,8 +10,7 @@ A row is RECEPTIVE FIELD / POOLING / LOSS, a part of it (17, 17/max, 17/max/bag)
 local network of cxr_models.py may stand for the receptive field. The losses are bag (the bag loss alone), sgl, and mask
 (SGL with its penalty on the mask); settings that follow replace those of
 SETTINGS. A seed draws the images (drawn_lesions.py), the network's weights and the order of training. Every network is
-that of the last epoch, and boxes decide nothing: the thresholds T_p are fixed. Maps are measured on an even raster,
-half a pixel to the upper left of the middle of what a patch sees.
+that of the last epoch, and boxes decide nothing: the thresholds T_p are fixed.
 
 Every run leaves one small file in --out, and the same command goes on where it was interrupted. Tables, numbers and a
 picture are drawn from all files that are there. A run that was trained otherwise is refused, not mixed in.
@@ -59,6 +58,8 @@ SETTINGS: Config = {
     "weight_decay": 1e-4, "prior": 0.1, "delta_l": 0.3, "lam": 1.0, "lam_delay": 2.0, "lam_warmup": 4.0,
     "normalize": "bag", "mask_weight": 0.0, "rescale": True, "weighted": True,
     "upsampling": "bilinear", "morphology": 5,
+    "thresholds": 100,  # of MaxBoxAcc: maps that saturate have their best at 0.99
+    "cell_centre": 4.5,  # of the first cell of every network here, in pixels: 17, 33 or 65 have their middle on a pixel
 }  # fmt: skip
 #: And what a pooling or a loss changes of it: the paper's lam is 1 with max pooling, 20 with a softmax.
 SETTINGS_OF: dict[str, Config] = {
@@ -162,8 +163,8 @@ def make_network(name: str) -> nn.Sequential:
     if name not in FIELDS:
         features, channels = make_backbone(name, STRIDE)
         return nn.Sequential(Coloured(), features, nn.Conv2d(channels, len(CLASSES), 1))
-    # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them, but for half a
-    # pixel: padding each layer alike would put the map half a cell too far to the lower right
+    # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them: padding each layer
+    # alike would put the map half a cell too far to the lower right
     layers: list[nn.Module] = [nn.ZeroPad2d((4, 5, 4, 5))]
     channels = 1
     fine = [(64, 3 if k < FIELDS[name] else 1, 1) for k in range(3)]
@@ -232,8 +233,9 @@ def measure(scores: np.ndarray, maps: np.ndarray, data: Drawn, settings: Config)
     true, size = data.boxes[image, classes], data.images.shape[1:]
     result: dict[str, Any] = {"auc": auc_per_class(scores, data.labels, CLASSES), "boxes": len(true)}
     chosen, mode, side = maps[image, classes], settings["upsampling"], settings["morphology"]
+    first = settings["cell_centre"] / STRIDE
     for threshold in T_P:
-        found = np.array([bx.heatmap_to_box(m, size, threshold, mode, side) for m in chosen])
+        found = np.array([bx.heatmap_to_box(m, size, threshold, mode, side, first) for m in chosen])
         area = np.nan_to_num(found[:, 2:].prod(1) / true[:, 2:].prod(1))
         result[f"{threshold:g}"] = {
             "accuracy": bx.localization_accuracy(bx.iou(found, true), classes, CLASSES),
@@ -241,7 +243,9 @@ def measure(scores: np.ndarray, maps: np.ndarray, data: Drawn, settings: Config)
             "area_median": float(np.median(area)),
             "no_box": float(np.isnan(found[:, 0]).mean()),
         }
-    result["max_box"] = bx.max_box_accuracy(chosen, true, classes, CLASSES, size, mode, steps=25)
+    result["max_box"] = bx.max_box_accuracy(
+        chosen, true, classes, CLASSES, size, mode, steps=settings["thresholds"], first=first
+    )
     return rounded(result)
 
 
@@ -379,7 +383,7 @@ def tables_of(found: Found) -> str:
         head = ["field", "pooling", "loss", "seeds", *(["AUC"] if threshold == T_P[0] else []),
                 *(f"IoU > {t:g}" for t in bx.T_IOU), "area"]  # fmt: skip
         if threshold == T_P[0]:
-            head.append("IoU > 0.5, best T_p")
+            head.append("MaxBoxAcc 0.5")
         lines = []
         for row in rows:
             columns = over_seeds(found, row, threshold)
@@ -387,7 +391,8 @@ def tables_of(found: Found) -> str:
             line += [cell(columns["auc"], ".3f")] if threshold == T_P[0] else []
             line += [*(cell(columns[name]) for name in accuracies), f"{np.mean(columns['area_median']):.1f}x"]
             lines.append(line + ([cell(columns["max_box_0.5"])] if threshold == T_P[0] else []))
-        parts.append(f"T_p {threshold:g}\n\n" + table(head, lines))
+        note = "; MaxBoxAcc: every map scaled to 0 ... 1, at the threshold that is best for these boxes"
+        parts.append(f"T_p {threshold:g}{note if threshold == T_P[0] else ''}\n\n" + table(head, lines))
     lines = []
     for row in rows:
         base = row._replace(loss="bag", changes=())
@@ -468,8 +473,9 @@ def draw_maps(found: Found, path: Path) -> None:
             axes.imshow(data.images[image], cmap="gray", vmin=0, vmax=255)
             if row is not None:
                 mode, side = settings["upsampling"], settings["morphology"]
-                axes.imshow(bx.upsample(heatmap, size, mode), cmap="magma", vmin=0, vmax=1, alpha=0.75)
-                boxes.append((bx.heatmap_to_box(heatmap, size, T_P[0], mode, side), FOUND))
+                first = settings["cell_centre"] / STRIDE
+                axes.imshow(bx.upsample(heatmap, size, mode, first), cmap="magma", vmin=0, vmax=1, alpha=0.75)
+                boxes.append((bx.heatmap_to_box(heatmap, size, T_P[0], mode, side, first), FOUND))
             for (x, y, w, h), colour in boxes:
                 if not math.isnan(x):
                     axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, lw=2, ec=colour))
