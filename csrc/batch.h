@@ -61,9 +61,12 @@ SGL_HD BagClass finish(const Sums& s, const Settings& settings, double pos_weigh
   b.weight = 1;
   if (s.kind == Kind::kBroken) {
     // never silently dropped, whatever the weights of the terms; Eq. 8's denominators are those of the others, too
-    const int part = s.positive ? 1 : 0;
-    b.bag_loss = b.loss[part] = nan_of(double());
-    b.count[part] = s.n;
+    // not by an index that is computed, which would put the arrays of a CUDA thread into memory
+    b.bag_loss = nan_of(double());
+    b.loss[0] = s.positive ? 0.0 : b.bag_loss;
+    b.loss[1] = s.positive ? b.bag_loss : 0.0;
+    b.count[0] = s.positive ? 0 : s.n;
+    b.count[1] = s.positive ? s.n : 0;
     return b;
   }
   b.low = s.low;

@@ -6,10 +6,12 @@ number of pixels and nothing else (in the manner of BagNets: Brendel & Bethge, I
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from instances import import_torchvision
 from torch import Tensor, nn
@@ -245,8 +247,11 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
 
         try:
             state = getattr(models, backbone)(weights="IMAGENET1K_V1").state_dict()
-        except OSError as error:
-            raise ValueError(f"weights: could not be downloaded ({error}); name a file, or 'none'") from None
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            where = Path(torch.hub.get_dir(), "checkpoints")
+            raise ValueError(
+                f"weights: could not be downloaded, or are cut off in {where} ({error}); name a file, or 'none'"
+            ) from None
     else:
         path = Path(weights)
         if not path.is_file():

@@ -166,6 +166,7 @@ def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
 
 @needs_torchvision
 def test_weights_of_a_file(tmp_path, monkeypatch):
+    cxr_models.import_torchvision()
     from torchvision import models
 
     for name in ("resnet18", "densenet121"):
@@ -192,8 +193,14 @@ def test_weights_of_a_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"could not be downloaded \(no network\); name a file"):
+    with pytest.raises(ValueError, match=r"could not be downloaded, or .* \(no network\); name a file"):
         cxr_models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for length in (0, 3, 5000):
+        content = (tmp_path / "resnet18.pth").read_bytes()[:length]
+        (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"weights: could not be downloaded, or are cut off in .*hub/checkpoints"):
+            cxr_models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
 
 
 # settings and order
