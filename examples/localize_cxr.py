@@ -75,11 +75,11 @@ def clear_baseline(folder: Path, needed: bool) -> None:
     if not folder.exists():
         return
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    if there <= set(TABLES):
+    if there == set(TABLES):
         for name in there:
             (folder / name).unlink()
         folder.rmdir()
-    elif needed:
+    elif needed and there:
         raise ValueError(f"out: {folder} is to hold the tables of the second run, and holds something else")
 
 

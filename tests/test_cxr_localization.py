@@ -148,6 +148,11 @@ def test_what_others_wrote_stays(data, capsys):
     assert f"out: {beside} is to hold the tables of the second run" in capsys.readouterr().err
     assert {path.read_text() for path in beside.iterdir()} == {"mine"}
     assert len(list(beside.iterdir())) == 5
+    for name in ("details.json", "predictions.csv", "boxes.csv", "last.pt"):
+        (beside / name).unlink()
+    assert localize_cxr.main(["--run", one, *common]) == 0
+    assert localize_cxr.main(["--run", one, other, *common]) == 2
+    assert [path.read_text() for path in beside.iterdir()] == ["mine"]
 
 
 def test_runs_of_one_kind_are_told_apart(data, monkeypatch, capsys):
