@@ -1,4 +1,4 @@
-"""What the documentation shows is true: the examples in docstrings and in the README."""
+"""The examples in docstrings, in the README and in docs/ run, and give what the page says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import sgl_ops
 
+DOCS = ROOT / "docs"
 MODULES = ["sgl_ops", "sgl_ops.functional", "sgl_ops.losses", "sgl_ops.pooling"]
 
 
@@ -36,13 +37,14 @@ def test_use_in_the_readme_runs():
     names = {"model": model, "images": torch.randn(4, 1, 17, 17), "labels": torch.randint(0, 2, (4, 14))}
     exec(code, names)
     assert names["bag_logits"].shape == (4, 14)
+    assert names["heat_map"].shape == (4, 14, 8, 8)
     assert model.weight.grad.abs().sum() > 0
 
 
-def test_what_the_readme_offers_instead_of_other_losses():
+def test_replacements_of_other_losses():
     """Each row's code gives a loss with a gradient, and the number of what it replaces where it says so."""
-    text = (ROOT / "README.md").read_text()
-    (table,) = re.findall(r"### Coming from another loss\n\n(.*?)\n\n", text, re.S)
+    text = (DOCS / "coming-from-another-loss.md").read_text()
+    (table,) = re.findall(r"(\| you have .*?)\n\n", text, re.S)
     names = {
         "F": torch.nn.functional,
         **vars(sgl_ops),
@@ -68,3 +70,46 @@ def test_what_the_readme_offers_instead_of_other_losses():
             same += 1
     assert same == 3
     assert all(names[name].grad.abs().sum() > 0 for name in ("logits", "patch_logits", "x"))
+
+
+def test_own_training_loop_runs():
+    """The code blocks of docs/own-loop.md, in their order."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "own-loop.md").read_text(), re.S)
+    model = torch.nn.Conv2d(1, 3, 3)
+    images, labels = torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 3)).float()
+    logged = {}
+    names = {
+        "torch": torch,
+        "sgl_ops": sgl_ops,
+        "SGLLoss": sgl_ops.SGLLoss,
+        "model": model,
+        "loader": [(images, labels)],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "log": logged.update,
+        "epoch": 5,
+    }
+    before = model.weight.detach().clone()
+    for block in blocks:
+        if "torch.cat(bags)" in block:
+            names |= {"model": torch.nn.Linear(7, 3), "bags": [torch.randn(n, 7) for n in (5, 9, 1, 4)]}
+        elif "self_guidance" in block:
+            names["logits"] = torch.randn(4, 3, 6, 6)
+        elif "for images" not in block:
+            names["logits"] = names["model"](images)  # the graph of the last block is used up
+        exec(block, names)
+    assert not torch.equal(model.weight, before)
+    assert set(logged) == {"bag", "instance", "mask"}
+    assert names["criterion"].lam == 0.5
+    assert names["guidance"].targets.shape == (4, 3, 6, 6)
+    assert names["offsets"].tolist() == [0, 5, 14, 15, 19]
+
+
+def test_links_of_the_readme_work_on_an_index_page():
+    """An index page shows the README without the repository: a relative link is dead there, except for the picture."""
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", text)
+    assert links
+    for link in links:
+        assert link.startswith("https://")
+        page = re.fullmatch(r"https://sgl-ops.readthedocs.io/en/latest/(.+)\.html", link)
+        assert page is None or (DOCS / f"{page[1]}.md").exists() or (DOCS / f"{page[1]}.ipynb").exists(), link

@@ -1,4 +1,4 @@
-"""examples/notebooks/quickstart.ipynb runs as it stands, and shows what it says."""
+"""docs/quickstart.ipynb runs as it stands, and shows what it says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
-NOTEBOOK = ROOT / "examples" / "notebooks" / "quickstart.ipynb"
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 
 def printed(notebook) -> str:
