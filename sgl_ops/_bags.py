@@ -58,7 +58,8 @@ class Bags(ABC):
     def _max(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _median(self, x: Tensor, rank: Tensor) -> Tensor: ...
+    def _ranked(self, x: Tensor, rank: Tensor) -> Tensor:
+        """The instance with this rank (N, 1), 0 the smallest, of every bag-class."""
 
     def bag_logits(self, z: Tensor) -> Tensor:
         """(N, C), or (N,) where the logits have no class axis."""
@@ -90,7 +91,12 @@ class Bags(ABC):
     def median(self, x: Tensor) -> Tensor:
         """The lower median, 0 for an empty bag. Constant. By sorting: ``torch.median`` is not deterministic on CUDA."""
         rank = (self.size - 1).clamp(min=0) // 2
-        return torch.where(self.size > 0, self._median(self.fill(x.detach(), torch.inf), rank), 0.0)
+        return torch.where(self.size > 0, self._ranked(self.fill(x.detach(), torch.inf), rank), 0.0)
+
+    def kth_largest(self, x: Tensor, k: Tensor) -> Tensor:
+        """The k-th largest instance for k (N, 1) in [1, size], 0 for an empty bag. Constant."""
+        rank = (self.size - k).clamp(min=0)
+        return torch.where(self.size > 0, self._ranked(self.fill(x.detach(), torch.inf), rank), 0.0)
 
     def tied_max(self, x: Tensor) -> Tensor:
         """The largest instance, with its gradient shared equally among those tied for it."""
@@ -163,7 +169,7 @@ class DenseBags(Bags):
     def _max(self, x: Tensor) -> Tensor:
         return x.amax(-1)
 
-    def _median(self, x: Tensor, rank: Tensor) -> Tensor:
+    def _ranked(self, x: Tensor, rank: Tensor) -> Tensor:
         index = rank.unsqueeze(-1).expand(-1, x.shape[1], -1)
         return x.sort(-1).values.gather(-1, index).squeeze(-1)
 
@@ -208,7 +214,7 @@ class PackedBags(Bags):
         index = self.bag.unsqueeze(1).expand_as(x)
         return x.new_full((self.bags, x.shape[1]), -torch.inf).scatter_reduce(0, index, x, "amax")
 
-    def _median(self, x: Tensor, rank: Tensor) -> Tensor:
+    def _ranked(self, x: Tensor, rank: Tensor) -> Tensor:
         if self.rows == 0:
             return x.new_zeros(self.bags, x.shape[1])
         by_value, order = x.sort(dim=0)

@@ -14,6 +14,7 @@ module                           name                 P
 :class:`MeanLogitsPooling`       ``mean_logits``      sigmoid(mean x)
 :class:`SoftmaxPooling`          ``softmax``          sum p e^p / sum e^p
 :class:`LinearSoftmaxPooling`    ``linear_softmax``   sum p^2 / sum p
+:class:`TopKPooling`             ``topk``             mean of the k largest p, k = 8 or a fraction of the bag
 :class:`LSEPooling`              ``lse``              (1/r) log mean e^(r p), r = 10
 :class:`NoisyOrPooling`          ``noisy_or``         1 - prod (1 - p)
 :class:`GeneralizedMeanPooling`  ``generalized_mean`` (mean p^r)^(1/r), r = 1, fixed or learned per class
@@ -46,6 +47,7 @@ tensor([ 5., -1.])
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,7 @@ __all__ = [
     "NoisyOrPooling",
     "Pooling",
     "SoftmaxPooling",
+    "TopKPooling",
     "make_pooling",
 ]
 
@@ -135,6 +138,49 @@ class LinearSoftmaxPooling(Pooling):
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         return _weighted(bags, x, F.logsigmoid(x))
+
+
+class TopKPooling(Pooling):
+    """P = mean of the k largest p: the maximum at k = 1, the mean from k = bag size on.
+
+    Instances are ranked by their logits. Those tied at the k-th place share its gradient equally: if m places are left
+    for t tied instances, each has weight m / t. A bag with fewer than k instances takes all of them.
+
+    Args:
+        k: an int >= 1, or a float in (0, 1): that fraction of the bag, ceil(k n) of n instances. (The fraction is first
+            rounded down to a multiple of 2^-30, so that 0.07 of 100 instances are 7.)
+
+    >>> import torch
+    >>> from sgl_ops.pooling import TopKPooling
+    >>> logits = torch.tensor([[0.0, 3.0, -1.0, 1.0]])
+    >>> torch.sigmoid(TopKPooling(2)(logits)), torch.sigmoid(logits).topk(2).values.mean(1)
+    (tensor([0.8418]), tensor([0.8418]))
+    >>> TopKPooling(0.5)(logits) == TopKPooling(2)(logits)
+    tensor([True])
+    """
+
+    def __init__(self, k: int | float = 8):
+        super().__init__()
+        self.k = _places(k)
+
+    def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
+        k = self.places(bags.size)
+        least = bags.spread(bags.kth_largest(x, k))
+        tied = x == least
+        left = (k - bags.count(x > least)).to(x.dtype)  # places for the tied instances
+        log_share = torch.log(left / bags.count(tied).clamp(min=1))
+        log_weight = torch.where(tied, bags.spread(log_share), 0.0)
+        return _weighted(bags, x, log_weight, keep=~(x < least))  # a NaN is kept
+
+    def places(self, size: Tensor) -> Tensor:
+        """How many instances are averaged in bags of ``size`` instances: int64, 0 for an empty bag."""
+        if isinstance(self.k, int):
+            return size.clamp(max=self.k)
+        part, whole = int(self.k * 2**30), 2**30  # integers: the same count on every device
+        return torch.minimum(size, ((part * size + whole - 1) // whole).clamp(min=1))
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
 
 
 class LSEPooling(Pooling):
@@ -288,6 +334,7 @@ POOLINGS: dict[str, type[Pooling]] = {
     "mean_logits": MeanLogitsPooling,
     "softmax": SoftmaxPooling,
     "linear_softmax": LinearSoftmaxPooling,
+    "topk": TopKPooling,
     "lse": LSEPooling,
     "noisy_or": NoisyOrPooling,
     "generalized_mean": GeneralizedMeanPooling,
@@ -305,9 +352,10 @@ def make_pooling(pooling: str | nn.Module) -> nn.Module:
     return POOLINGS[pooling]()
 
 
-def _weighted(bags: Bags, x: Tensor, log_weight: Tensor) -> Tensor:
-    """z of P = sum w p / sum w: log sum w p - log sum w q, as 1 - P = sum w q / sum w."""
-    return bags.logsumexp(log_weight + F.logsigmoid(x)) - bags.logsumexp(log_weight + F.logsigmoid(-x))
+def _weighted(bags: Bags, x: Tensor, log_weight: Tensor, keep: Tensor | None = None) -> Tensor:
+    """z of P = sum w p / sum w: log sum w p - log sum w q, as 1 - P = sum w q / sum w; w = 0 outside ``keep``."""
+    log_p, log_q = log_weight + F.logsigmoid(x), log_weight + F.logsigmoid(-x)
+    return bags.logsumexp(log_p, keep) - bags.logsumexp(log_q, keep)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -344,6 +392,21 @@ def _positive(name: str, value: float) -> float:
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name}: expected finite and > 0, got {value}")
     return float(value)
+
+
+def _places(k: object) -> int | float:
+    check_number("k", k)
+    if isinstance(k, float):
+        if not 0.0 < k < 1.0:
+            raise ValueError(f"k: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
+        return k
+    try:
+        number = operator.index(k)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"k: expected an int or a float, got {k!r}") from None
+    if isinstance(k, bool) or number < 1:
+        raise ValueError(f"k: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
+    return number
 
 
 def _classes(num_classes: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from mpmath import diff, exp, log, mp, mpf, sqrt
 
 mp.dps = 60
+TOP_K = 8  # what the name "topk" stands for
 
 
 def sigmoid(x):
@@ -36,6 +37,9 @@ def pooled(name, xs):
         return sum(v * exp(v) for v in p) / sum(exp(v) for v in p)
     if name == "linear_softmax":
         return sum(v * v for v in p) / sum(p)
+    if name == "topk":
+        largest = sorted(p, reverse=True)[:TOP_K]
+        return sum(largest) / len(largest)
     if name == "lse":
         return log(sum(exp(10 * v) for v in p) / n) / 10
     if name == "noisy_or":
@@ -56,6 +60,14 @@ def pooled_loss(name, xs, target, pos_weight=1):
         slope = diff(lambda t: bce(sigmoid(t), target, pos_weight), extreme, h=mpf(10) ** -25)
         ties = sum(x == extreme for x in xs)
         return loss, [slope / ties if x == extreme else mpf(0) for x in xs]
+    if name == "topk":
+        # instances tied at the last place share what is left of the k places equally
+        k = min(TOP_K, len(xs))
+        last = sorted(xs, reverse=True)[k - 1]
+        left = mpf(k - sum(x > last for x in xs)) / sum(x == last for x in xs)
+        slope = diff(lambda v: bce(v, target, pos_weight), pooled(name, xs), h=mpf(10) ** -40)
+        weights = [1 if x > last else left if x == last else 0 for x in xs]
+        return loss, [slope * w * sigmoid(x) * sigmoid(-x) / k for x, w in zip(xs, weights, strict=True)]
     slopes = [
         diff(lambda t, j=j: bce(pooled(name, [*xs[:j], t, *xs[j + 1 :]]), target, pos_weight), xs[j], h=mpf(10) ** -25)
         for j in range(len(xs))

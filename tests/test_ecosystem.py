@@ -119,7 +119,7 @@ def test_gradient_through_functional_call(device):
 
 
 LAYOUTS = ("map", "masked", "packed")
-POOLINGS = ("max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean")
+POOLINGS = ("max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean")
 MEMBERS = 3
 
 

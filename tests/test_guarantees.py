@@ -12,7 +12,7 @@ from conftest import needs_kernel, skip_without_kernel
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
 
 NAN = math.nan
-POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean"]
+POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean"]
 LIMIT = {torch.float32: 1e4, torch.float64: 1e4, torch.bfloat16: 1e4, torch.float16: 6e4}
 
 
@@ -116,7 +116,7 @@ def test_empty_bags_and_empty_batches_of_instances(make, device):
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("label", [0, 1])
-@pytest.mark.parametrize("pooling", ["max", "mean", "generalized_mean"])
+@pytest.mark.parametrize("pooling", ["max", "mean", "topk", "generalized_mean"])
 @pytest.mark.parametrize("size", [1, 6, 300])
 def test_a_bad_logit_is_never_hidden(make, device, bad, label, pooling, size):
     logits = torch.randn(3, 2, size).to(device)

@@ -10,9 +10,19 @@ import torch
 from batches import packed, padded, random_batch
 
 from sgl_ops import SGLLoss
-from sgl_ops.pooling import POOLINGS, AttentionPooling, AutoPooling, GeneralizedMeanPooling, LSEPooling, make_pooling
+from sgl_ops.pooling import (
+    POOLINGS,
+    AttentionPooling,
+    AutoPooling,
+    GeneralizedMeanPooling,
+    LSEPooling,
+    MaxPooling,
+    MeanPooling,
+    TopKPooling,
+    make_pooling,
+)
 
-NAMES = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean"]
+NAMES = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,6 +110,92 @@ def test_lse_where_instances_are_certain(r, device):
         q = [1 / (1 + oracle.exp(oracle.mpf(x))) for x in xs]
         one_minus = -oracle.log(sum(oracle.exp(-r * v) for v in q) / len(q)) / r
         assert z == pytest.approx(float(oracle.log(1 - one_minus) - oracle.log(one_minus)), rel=1e-6)
+
+
+def topk_by_sorting(xs, k):
+    """Bag logit of the k largest of a list, and its gradient with ties sharing the last place, in 60 digits."""
+    k = min(k, len(xs))
+    p = [oracle.sigmoid(oracle.mpf(x)) for x in xs]
+    mean = sum(sorted(p, reverse=True)[:k]) / k
+    last = sorted(xs, reverse=True)[k - 1]
+    above = sum(x > last for x in xs)
+    share = oracle.mpf(k - above) / xs.count(last)
+    weights = [1 if x > last else share if x == last else 0 for x in xs]
+    slopes = [w * v * (1 - v) / k / (mean * (1 - mean)) for w, v in zip(weights, p, strict=True)]
+    return float(oracle.log(mean) - oracle.log(1 - mean)), [float(s) for s in slopes]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 100])
+@pytest.mark.parametrize(
+    "xs",
+    [
+        [0.5, -1.0, 2.0, 0.25, -3.0, 1.0, 0.75],
+        [1.0, 1.0, 1.0, 1.0],  # all tied
+        [2.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0],  # ties across the last place
+        [0.0, -0.0, 0.0, -2.0],  # zeros of both signs are equal
+        [-30.0, -31.0, -30.0, -35.0, -45.0],
+        [30.0, 31.0, 30.0, 35.0, 45.0],
+        [4.0],
+    ],
+)
+def test_topk_values_ties_and_small_bags(device, k, xs):
+    x = torch.tensor([xs], dtype=torch.float64, device=device, requires_grad=True)
+    z = TopKPooling(k)(x)
+    z.backward()
+    expected, slopes = topk_by_sorting(xs, k)
+    assert z.item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
+    assert x.grad[0].tolist() == pytest.approx(slopes, rel=1e-11, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "size", "k"),
+    [(0.5, 4, 2), (0.5, 5, 3), (0.07, 100, 7), (0.1, 30, 3), (0.1, 31, 4), (1e-12, 6, 1), (0.999, 3, 3), (0.3, 1, 1)],
+)
+def test_topk_by_fraction(device, fraction, size, k):
+    batch = random_batch([size, 2, 0], classes=2)
+    for make in (packed, padded):
+        logits, call = make(batch, device)
+        z = TopKPooling(fraction)(logits, **call)
+        torch.testing.assert_close(z[0], TopKPooling(k)(logits, **call)[0])
+        assert z[2].isnan().all()
+
+
+def test_topk_between_max_and_mean(device):
+    x = torch.randn(4, 3, 20, dtype=torch.float64).to(device)
+    torch.testing.assert_close(TopKPooling(1)(x), MaxPooling()(x))
+    torch.testing.assert_close(TopKPooling(20)(x), MeanPooling()(x))
+    torch.testing.assert_close(TopKPooling(500)(x), MeanPooling()(x))
+
+
+def test_topk_gradients(device):
+    x = torch.randn(2, 3, 12, dtype=torch.float64).to(device).requires_grad_()
+    for k in (1, 5, 0.3):
+        assert torch.autograd.gradcheck(TopKPooling(k), (x,))
+        assert torch.autograd.gradgradcheck(TopKPooling(k), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("limit", [1e8, 1e15])
+def test_topk_of_large_logits(device, limit, dtype):
+    rows = [[limit, limit / 2, 0.0], [-limit, -limit / 2, -limit], [limit, -limit, 0.0], [-limit, -limit, 1.0]]
+    x = torch.tensor(rows, dtype=dtype, device=device, requires_grad=True)
+    z = TopKPooling(2)(x)
+    assert z.isfinite().all()
+    z.sum().backward()
+    assert x.grad.isfinite().all()
+    # the largest two: q = e^-limit/2 and 0; p = e^-limit/2 and 0; p = 1 and 1/2; p = 0.73 and 0
+    p = torch.sigmoid(torch.ones(1)).item() / 2
+    expected = [limit / 2 + math.log(2), -limit / 2 - math.log(2), math.log(3), math.log(p / (1 - p))]
+    assert z.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("k", "error"), [(0, ValueError), (-3, ValueError), (0.0, ValueError), (1.0, ValueError), (2.5, ValueError),
+                     (math.nan, ValueError), (True, ValueError), ("3", TypeError), (None, TypeError)]
+)  # fmt: skip
+def test_topk_refuses(k, error):
+    with pytest.raises(error, match="k: expected"):
+        TopKPooling(k)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])

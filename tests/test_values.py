@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
 
-POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean"]
+POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean"]
 # what the loss and its gradient may be off, in units of the rounding of the arithmetic; float64 has 2e-16
 UNITS = 64
 
