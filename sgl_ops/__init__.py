@@ -13,8 +13,20 @@ from importlib.metadata import PackageNotFoundError, version
 from . import functional, pooling
 from .functional import SelfGuidance, SGLTerms
 from .losses import BagLoss, BILLoss, MMMLoss, SGLLoss
+from .schedule import LamSchedule, prior_bias
 
-__all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss", "SGLTerms", "SelfGuidance", "functional", "pooling"]
+__all__ = [
+    "BILLoss",
+    "BagLoss",
+    "LamSchedule",
+    "MMMLoss",
+    "SGLLoss",
+    "SGLTerms",
+    "SelfGuidance",
+    "functional",
+    "pooling",
+    "prior_bias",
+]
 
 try:
     __version__ = version("sgl-ops")

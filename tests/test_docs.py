@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -14,7 +15,7 @@ from conftest import ROOT
 import sgl_ops
 
 DOCS = ROOT / "docs"
-MODULES = ["sgl_ops", "sgl_ops.functional", "sgl_ops.losses", "sgl_ops.pooling"]
+MODULES = ["sgl_ops", "sgl_ops.functional", "sgl_ops.losses", "sgl_ops.pooling", "sgl_ops.schedule"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -81,7 +82,7 @@ def test_own_training_loop_runs():
     names = {
         "torch": torch,
         "sgl_ops": sgl_ops,
-        "SGLLoss": sgl_ops.SGLLoss,
+        **{name: getattr(sgl_ops, name) for name in ("SGLLoss", "LamSchedule", "prior_bias")},
         "model": model,
         "loader": [(images, labels)],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
@@ -89,6 +90,7 @@ def test_own_training_loop_runs():
         "epoch": 5,
     }
     before = model.weight.detach().clone()
+    lams = []
     for block in blocks:
         if "torch.cat(bags)" in block:
             names |= {"model": torch.nn.Linear(7, 3), "bags": [torch.randn(n, 7) for n in (5, 9, 1, 4)]}
@@ -97,9 +99,14 @@ def test_own_training_loop_runs():
         elif "for images" not in block:
             names["logits"] = names["model"](images)  # the graph of the last block is used up
         exec(block, names)
+        lams.append(names["criterion"].lam)
+        if "prior_bias" in block:
+            names["model_with_prior"] = copy.deepcopy(model)
     assert not torch.equal(model.weight, before)
     assert set(logged) == {"bag", "instance", "mask"}
-    assert names["criterion"].lam == 0.5
+    assert lams[-1] == 0.0 and 0.5 in lams
+    assert names["schedule"].class_auc.shape == (3,)
+    assert torch.equal(names["model_with_prior"].bias, sgl_ops.prior_bias(labels, share=0.05))
     assert names["guidance"].targets.shape == (4, 3, 6, 6)
     assert names["offsets"].tolist() == [0, 5, 14, 15, 19]
 

@@ -1,0 +1,274 @@
+r"""The start of a training with :class:`~sgl_ops.SGLLoss`: when the instance loss begins, and with which bias.
+
+Self-guidance takes its targets from the network's own ranking of the instances. A network that cannot tell positive
+from negative bags yet ranks at random, and the instance loss then teaches it that ranking. :class:`LamSchedule` keeps
+lam at 0 until the bag loss has learnt, and raises it afterwards. :func:`prior_bias` gives the head a bias with which
+the first outputs match the frequencies of the labels.
+
+>>> import torch
+>>> from sgl_ops import LamSchedule, SGLLoss, prior_bias
+>>> images, labels = torch.randn(64, 1, 12, 12), torch.arange(64).remainder(2).float().unsqueeze(1)
+>>> images[labels[:, 0] == 1, :, 3:6, 3:6] += 2                     # what positive images have, and where
+>>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1))
+>>> with torch.no_grad():
+...     _ = model[-1].bias.copy_(prior_bias(labels, share=0.1))
+>>> criterion, schedule = SGLLoss(), LamSchedule.from_scratch(1.0)
+>>> optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+>>> for step in range(3):
+...     logits = model(images)
+...     criterion.lam = schedule.step(criterion.pooling(logits), labels)
+...     loss = criterion(logits, labels)
+...     optimizer.zero_grad()
+...     loss.backward()
+...     optimizer.step()
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_number, check_values
+from ._ranking import Ranking, rank_bags
+from ._ranks import Group, check_group, summed
+
+__all__ = ["LamSchedule", "prior_bias"]
+
+
+class LamSchedule:
+    r"""lam of each step: 0 until the bag loss has learnt, then rising linearly to its value.
+
+    *Measured, not timed.* The schedule keeps the bag logits and labels of the last ``window`` bags, as training saw
+    them, and takes the AUC of each class over them. A class has learnt when
+
+    .. math:: AUC_c \ge \max(a, \; 1/2 + 3 \sigma_c), \quad \sigma_c^2 = \frac{n_1 + n_0 + 1}{12\, n_1 n_0}
+
+    with a = ``auc`` and :math:`\sigma_c` the standard deviation of the AUC of random scores for :math:`n_1` positive
+    and :math:`n_0` negative bags in the window: few bags need a higher AUC. A class counts if the bound is below 1,
+    which takes at least four positive and four negative bags.
+
+    *Several classes.* lam is one number for all classes. It rises
+
+    * when at least half of the classes that count have learnt,
+    * or when any class has learnt and ``patience`` steps have passed since the first one did. A class that never learns
+      (wrong labels, too few bags, nothing to see) therefore delays the others by at most ``patience`` steps.
+
+    *The rise.* lam is ``lam * k / rise`` after k steps in which this condition held, up to ``lam``. In a step in which
+    it does not hold, lam keeps its value: a start on a lucky window stops by itself.
+
+    *Nothing learnt.* lam stays 0 and training goes on with the bag loss alone. :func:`sgl_ops.diagnose` says what to
+    change. A large bag with max pooling often does this; try :class:`~sgl_ops.pooling.TopKPooling`.
+
+    *Unknown labels* (NaN) and bag logits that are not finite do not count.
+
+    *Process groups.* With ``process_group`` the counts of pairs are summed over the ranks, so that every rank has the
+    same lam; each window then holds ``window`` bags of its own rank. All ranks have to call ``step`` equally often.
+
+    Args:
+        lam: the value after the rise, finite, >= 0.
+        auc: the AUC that a class needs, in [0.5, 1].
+        rise: steps from 0 to ``lam``, >= 1.
+        window: bags that the AUC is taken over, >= 8; the bags of the last step always count, even if they are more.
+            About an epoch of a small data set; more where positive bags are rare.
+        patience: steps after the first class has learnt, >= 0.
+        interval: steps between two measurements, >= 1. A measurement copies the window's bag logits to the host.
+        process_group: the ranks that share the batch, as in :class:`~sgl_ops.SGLLoss`.
+
+    Attributes:
+        value: lam of the last step.
+        progress: steps of the rise that are done, 0 to ``rise``.
+        class_auc: (C,) float64, the AUC of each class at the last measurement; NaN where the window has no pair. None
+            before the first.
+
+    :meth:`pretrained` and :meth:`from_scratch` are the settings to begin with.
+
+    >>> import torch
+    >>> from sgl_ops import LamSchedule
+    >>> schedule = LamSchedule(2.0, rise=4, interval=1)
+    >>> labels = torch.tensor([0.0, 1.0]).repeat(8)
+    >>> schedule.step(torch.zeros(16), labels)                       # all bags alike: AUC 0.5
+    0.0
+    >>> [schedule.step(labels * 3, labels) for step in range(6)]     # positive bags above negative ones
+    [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        lam: float = 1.0,
+        *,
+        auc: float = 0.75,
+        rise: int = 200,
+        window: int = 256,
+        patience: int = 500,
+        interval: int = 10,
+        process_group: Group = None,
+    ):
+        _check_range("lam", lam, 0.0, math.inf)
+        if lam == math.inf:
+            raise ValueError(f"lam: expected finite and >= 0, got {lam}")
+        _check_range("auc", auc, 0.5, 1.0)
+        for name, number, least in (
+            ("rise", rise, 1), ("window", window, 8), ("patience", patience, 0), ("interval", interval, 1)
+        ):  # fmt: skip
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name}: expected an int, got {number!r}")
+            if number < least:
+                raise ValueError(f"{name}: expected at least {least}, got {number}")
+        check_group(process_group)
+        self.lam = lam
+        self.auc = auc
+        self.rise = rise
+        self.window = window
+        self.patience = patience
+        self.interval = interval
+        self.process_group = process_group
+        self.value = 0.0
+        self.progress = 0
+        self.class_auc: Tensor | None = None
+        self._steps = 0
+        self._since_first: int | None = None  # steps since the first class had learnt
+        self._rising = False  # the outcome of the last measurement
+        self._bags: list[tuple[Tensor, Tensor]] = []  # (logits, targets) of each step, the latest last
+
+    @classmethod
+    def pretrained(cls, lam: float = 1.0, **settings: Any) -> LamSchedule:
+        """For a pretrained network: AUC 0.8, a rise of 100 steps. ``settings`` are those of the constructor."""
+        return cls(lam, **({"auc": 0.8, "rise": 100} | settings))
+
+    @classmethod
+    def from_scratch(cls, lam: float = 1.0, **settings: Any) -> LamSchedule:
+        """For a network with random weights: AUC 0.7, a rise of 300 steps. ``settings`` are those of the constructor.
+
+        A network without pretrained features needs the instance loss earlier, to find the features at all.
+        """
+        return cls(lam, **({"auc": 0.7, "rise": 300} | settings))
+
+    def step(self, bag_logits: Tensor, targets: Tensor) -> float:
+        """lam for the loss of this step. Call it once a step, in training only.
+
+        Args:
+            bag_logits: (N, C) or (N,), e.g. ``criterion.pooling(logits)``; no gradient flows through them.
+            targets: bag labels, (N, C) or (N,): 0, 1, or NaN = unknown.
+        """
+        scores, labels = _per_class("bag_logits", bag_logits), _per_class("targets", targets)
+        if scores.shape != labels.shape:
+            raise ValueError(f"targets: expected shape {tuple(bag_logits.shape)}, got {tuple(targets.shape)}")
+        if self._bags and self._bags[-1][0].shape[1] != scores.shape[1]:
+            raise ValueError(f"bag_logits: expected {self._bags[-1][0].shape[1]} classes, got {scores.shape[1]}")
+        if self.progress < self.rise:
+            self._remember(scores, labels)
+            if self._steps % self.interval == 0:
+                self._measure()
+            self._steps += 1
+            if self._since_first is not None:
+                self._since_first += 1
+            self.progress += self._rising
+            self.value = self.lam * self.progress / self.rise
+        else:
+            self._bags = []
+            self.value = self.lam
+        return self.value
+
+    def _remember(self, scores: Tensor, labels: Tensor) -> None:
+        self._bags.append((scores.detach().clone(), labels.detach().clone()))
+        held = sum(len(bags) for bags, _ in self._bags)
+        while held - len(self._bags[0][0]) >= self.window:
+            held -= len(self._bags.pop(0)[0])
+
+    def _measure(self) -> None:
+        scores = torch.cat([bags for bags, _ in self._bags])
+        ranking = rank_bags(scores, torch.cat([labels for _, labels in self._bags]))
+        # the counts travel on the device of the logits, which a process group of NCCL needs
+        counts = torch.stack(ranking).to(scores.device, torch.float32 if scores.device.type == "mps" else torch.float64)
+        ranking = Ranking(*summed(counts, self.process_group).cpu().double().unbind())
+        self.class_auc = ranking.auc
+        bound = 0.5 + 3 * ranking.chance_deviation
+        counting = bound < 1  # False for NaN
+        learnt = counting & (ranking.auc >= bound.clamp(min=self.auc))
+        if self._since_first is None and bool(learnt.any()):
+            self._since_first = 0
+        enough = bool(learnt.any()) and 2 * int(learnt.sum()) >= int(counting.sum())
+        waited = self._since_first is not None and self._since_first >= self.patience
+        self._rising = enough or (waited and bool(learnt.any()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on as if training had not stopped; for ``torch.save``.
+
+        Settings are not part of it. With a process group it is that of the rank: the window differs from rank to rank.
+        """
+        return {
+            "value": self.value,
+            "progress": self.progress,
+            "class_auc": self.class_auc,
+            "steps": self._steps,
+            "since_first": self._since_first,
+            "rising": self._rising,
+            "bags": list(self._bags),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.value = state["value"]
+        self.progress = state["progress"]
+        self.class_auc = state["class_auc"]
+        self._steps = state["steps"]
+        self._since_first = state["since_first"]
+        self._rising = state["rising"]
+        self._bags = list(state["bags"])
+
+    def __repr__(self) -> str:
+        return (
+            f"LamSchedule({self.lam}, auc={self.auc}, rise={self.rise}, window={self.window}, "
+            f"patience={self.patience}, interval={self.interval})"
+        )
+
+
+def prior_bias(targets: Tensor, *, share: float = 1.0) -> Tensor:
+    r"""The bias of a network's last layer from the frequencies of the labels: (C,) float32, for ``bias.copy_``.
+
+    .. math:: b_c = \mathrm{logit}\left(s \, \frac{n_1 + 1/2}{n_1 + n_0 + 1}\right)
+
+    for :math:`n_1` positive and :math:`n_0` negative bags of class c. With it, a network whose other outputs are near 0
+    begins with instances as probable as they are on average. Without it, the first steps only move the bias: every
+    instance begins at probability 0.5, and in large bags the maximum or a noisy-or begins at 1.
+
+    Args:
+        targets: labels of the training bags, (N, C), or (N,) for one class; NaN = unknown.
+        share: s, the share of a positive bag's instances that are positive, in (0, 1]: a guess is enough. 1 where
+            every instance of a positive bag shows the class, 0.02 where it covers a fiftieth of the image.
+
+    >>> import torch
+    >>> from sgl_ops import prior_bias
+    >>> labels = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, float("nan")]])
+    >>> prior_bias(labels)
+    tensor([ 0.8473, -1.9459])
+    >>> prior_bias(labels, share=0.1)
+    tensor([-2.5867, -4.3694])
+    """
+    labels = _per_class("targets", targets).detach()
+    check_values(labels, None, 0)
+    check_number("share", share)
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share: expected 0 < share <= 1, got {share}")
+    # on the host: float64 is not everywhere
+    labels = labels.cpu().double()
+    known = ~torch.isnan(labels)
+    frequency = ((labels == 1).sum(0) + 0.5) / (known.sum(0) + 1)
+    return torch.logit(share * frequency).float().to(targets.device)
+
+
+def _per_class(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dim() not in (1, 2) or 0 in value.shape:
+        raise ValueError(f"{name}: expected shape (N, C) or (N,) with N >= 1, got {tuple(value.shape)}")
+    return value.unsqueeze(1) if value.dim() == 1 else value
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    check_number(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} <= {name} <= {high}, got {value}")

@@ -1,0 +1,304 @@
+"""LamSchedule and prior_bias: when the instance loss begins, and with which bias."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sgl_ops import LamSchedule, prior_bias
+from sgl_ops._ranking import rank_bags
+
+LABELS = torch.tensor([0.0, 1.0]).repeat(16)
+
+
+def lams(schedule, scores, labels, steps):
+    return [schedule.step(scores, labels) for _ in range(steps)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The AUC
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    scores, labels = torch.randn(40, 3).round(decimals=1), torch.randint(0, 2, (40, 3)).float()
+    labels[::7, 1] = math.nan
+    scores[3, 2] = math.nan
+    scores[5, 2] = math.inf
+    ranking = rank_bags(scores, labels)
+    for c in range(3):
+        bags = [(s, y) for s, y in zip(scores[:, c].tolist(), labels[:, c].tolist(), strict=True) if math.isfinite(s)]
+        pairs = [(a, b) for (a, ya), (b, yb) in itertools.product(bags, bags) if ya == 1 and yb == 0]
+        ordered = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs)
+        assert ranking.ordered[c] == ordered
+        assert ranking.pairs[c] == len(pairs)
+        assert ranking.auc[c] == pytest.approx(ordered / len(pairs))
+
+
+def test_chance_deviation_is_that_of_random_scores():
+    labels = (torch.arange(30) < 7).double().unsqueeze(1)
+    aucs = torch.stack([rank_bags(torch.randn(30, 1), labels).auc for _ in range(2000)])
+    assert float(aucs.std()) == pytest.approx(float(rank_bags(torch.randn(30, 1), labels).chance_deviation), rel=0.06)
+
+
+def test_one_label_alone_has_no_auc():
+    ranking = rank_bags(torch.randn(9, 2), torch.tensor([1.0, 0.0]).expand(9, 2))
+    assert ranking.auc.isnan().all() and ranking.chance_deviation.isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When lam rises
+
+
+def test_lam_rises_in_equal_steps_and_stays():
+    schedule = LamSchedule(3.0, rise=3, interval=1)
+    assert lams(schedule, LABELS, LABELS, 5) == [1.0, 2.0, 3.0, 3.0, 3.0]
+    assert schedule.value == 3.0 and schedule.progress == 3
+    assert schedule.class_auc.tolist() == [1.0]
+
+
+def test_chance_never_starts_it():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        schedule = LamSchedule(1.0, auc=0.5, interval=1)
+        assert max(schedule.step(torch.randn(8), torch.randint(0, 2, (8,))) for _ in range(200)) < 0.1
+    schedule = LamSchedule(1.0, interval=1)
+    assert max(lams(schedule, torch.zeros(32), LABELS, 30)) == 0.0
+
+
+@pytest.mark.parametrize("drift", [-1.0, 1.0])
+def test_a_drifting_bias_is_no_learning(drift):
+    """Scores of rare positive bags and of all others fall together, as when only the bias learns."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        schedule = LamSchedule(1.0, interval=1, rise=20)
+        values = []
+        for step in range(150):
+            labels = torch.rand(16) < 0.05
+            values.append(schedule.step(drift * step / 10 + torch.randn(16), labels))
+        assert values[-1] < 0.3
+
+
+def test_it_pauses_where_the_bag_loss_forgets():
+    schedule = LamSchedule(1.0, rise=100, window=32, interval=1)
+    up = lams(schedule, LABELS, LABELS, 10)
+    assert up[-1] == pytest.approx(0.1)
+    forgotten = lams(schedule, torch.zeros(32), LABELS, 10)
+    assert forgotten == [pytest.approx(0.1)] * 10
+    assert schedule.step(LABELS, LABELS) == pytest.approx(0.11)
+
+
+def test_few_positive_bags_need_more_than_the_threshold():
+    """Three positive bags of 64, all on top, may be chance; of four, all on top, they are not."""
+    for positives, starts in ((3, False), (4, True)):
+        labels = (torch.arange(64) < positives).float()
+        assert (LamSchedule(1.0, interval=1).step(labels, labels) > 0) == starts
+    labels = (torch.arange(64) < 5).float()
+    scores = labels.clone()
+    scores[4] = -1.0  # AUC 0.8 of five positives: above auc, below 1/2 + 3 sigma = 0.91
+    schedule = LamSchedule(1.0, interval=1, auc=0.75)
+    assert schedule.step(scores, labels) == 0.0
+    assert schedule.class_auc.item() == pytest.approx(0.8)
+
+
+def test_a_batch_sorted_by_label_counts_as_a_whole():
+    """The window is smaller than the batch, whose last bags are all positive."""
+    labels = (torch.arange(200) >= 100).float()
+    assert LamSchedule(1.0, window=16, interval=1).step(labels, labels) > 0
+
+
+def test_batches_of_one_bag():
+    schedule = LamSchedule(1.0, window=64, rise=10)
+    values = [schedule.step(torch.tensor([float(i % 2)]), torch.tensor([i % 2])) for i in range(100)]
+    assert values[0] == 0.0 and values[-1] == 1.0
+
+
+def test_the_window_forgets():
+    schedule = LamSchedule(1.0, window=64, rise=1000, interval=1)
+    lams(schedule, torch.zeros(32), LABELS, 50)
+    assert lams(schedule, LABELS, LABELS, 2)[-1] > 0
+
+
+def test_a_measurement_every_interval():
+    schedule = LamSchedule(1.0, rise=100, interval=5)
+    assert max(lams(schedule, torch.zeros(32), LABELS, 1)) == 0.0
+    # steps 1 to 4 know of the first measurement alone; by step 10 enough of the window is in order
+    assert lams(schedule, LABELS, LABELS, 4) == [0.0] * 4
+    assert lams(schedule, LABELS, LABELS, 10)[-1] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several classes
+
+
+def of_classes(*learnt):
+    labels = LABELS.unsqueeze(1).expand(-1, len(learnt)).clone()
+    return torch.where(torch.tensor(learnt), labels, 0.0), labels
+
+
+def test_half_of_the_classes_are_enough():
+    assert LamSchedule(1.0, interval=1).step(*of_classes(True, True, False, False)) > 0
+    assert LamSchedule(1.0, interval=1).step(*of_classes(True, False, False)) == 0.0
+
+
+def test_a_class_that_never_learns_delays_the_others_by_patience():
+    schedule = LamSchedule(1.0, patience=20, rise=10, interval=1)
+    values = lams(schedule, *of_classes(True, False, False), 40)
+    assert values[:20] == [0.0] * 20
+    assert values[20] > 0 and values[-1] == 1.0
+
+
+def test_patience_needs_one_class_that_has_learnt():
+    schedule = LamSchedule(1.0, patience=0, interval=1)
+    assert max(lams(schedule, *of_classes(False, False, False), 40)) == 0.0
+
+
+def test_classes_without_enough_bags_do_not_count():
+    scores, labels = of_classes(True, False, False, False)
+    labels[:, 1] = 0.0  # no positive bag
+    labels[:, 2] = math.nan  # unknown throughout
+    labels[4:, 3] = 0.0  # two positive bags
+    schedule = LamSchedule(1.0, interval=1)
+    assert schedule.step(scores, labels) > 0
+    assert schedule.class_auc[:3].isnan().tolist() == [False, True, True]
+
+
+def test_unknown_labels_and_broken_scores_are_left_out():
+    scores, labels = LABELS.clone(), LABELS.clone()
+    scores[:4] = torch.tensor([math.inf, math.nan, math.inf, -math.inf])
+    scores[4:6], labels[4:6] = torch.tensor([9.0, -9.0]), math.nan
+    schedule = LamSchedule(1.0, interval=1)
+    schedule.step(scores, labels)
+    assert schedule.class_auc.item() == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training that stops and goes on, and several processes
+
+
+def test_state_dict_goes_on_where_it_stopped():
+    torch.manual_seed(1)
+    steps = [(y * strength + torch.randn(16), y) for strength in torch.linspace(0, 3, 60) for y in [LABELS[:16]]]
+    whole, part = (LamSchedule(1.0, rise=30, window=64, interval=3) for _ in range(2))
+    expected = [whole.step(*step) for step in steps]
+    assert 0 < sum(v == 0 for v in expected) < 59 and expected[-1] > 0
+    stop = next(i for i, v in enumerate(expected) if v > 0) - 2
+    found = [part.step(*step) for step in steps[:stop]]
+    file = io.BytesIO()
+    torch.save(part.state_dict(), file)
+    file.seek(0)
+    again = LamSchedule(1.0, rise=30, window=64, interval=3)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    found += [again.step(*step) for step in steps[stop:]]
+    assert found == expected
+
+
+def test_state_dict_is_of_its_moment():
+    schedule = LamSchedule(1.0, rise=5, interval=1)
+    schedule.step(LABELS, LABELS)
+    state = schedule.state_dict()
+    lams(schedule, LABELS, LABELS, 3)
+    schedule.load_state_dict(state)
+    assert lams(schedule, LABELS, LABELS, 2) == [0.4, 0.6]
+
+
+def rank(number, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
+    try:
+        schedule = LamSchedule(1.0, rise=4, window=16, interval=1, process_group=dist.group.WORLD)
+        # rank 0 ranks its bags well, rank 1 sees negative bags alone, then both do well
+        labels = LABELS if number == 0 else torch.zeros(32)
+        values = lams(schedule, LABELS, labels, 2)
+        values += lams(schedule, -LABELS, LABELS, 3)
+        torch.save((values, schedule.class_auc), f"{folder}/rank{number}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_every_rank_has_the_same_lam(tmp_path):
+    torch.multiprocessing.spawn(rank, (os.fspath(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in range(2)]
+    for values, auc in results:
+        assert values == [0.25, 0.5, 0.5, 0.5, 0.5]
+        assert auc.tolist() == [0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lam": -1.0}, ValueError, "lam: expected"),
+        ({"lam": math.inf}, ValueError, "lam: expected finite"),
+        ({"lam": math.nan}, ValueError, "lam: expected"),
+        ({"lam": "1"}, TypeError, "lam: expected a number"),
+        ({"auc": 0.4}, ValueError, "auc: expected 0.5 <= auc <= 1.0, got 0.4"),
+        ({"rise": 0}, ValueError, "rise: expected at least 1, got 0"),
+        ({"rise": 2.5}, TypeError, "rise: expected an int, got 2.5"),
+        ({"window": 7}, ValueError, "window: expected at least 8"),
+        ({"patience": -1}, ValueError, "patience"),
+        ({"interval": True}, TypeError, "interval: expected an int"),
+        ({"process_group": "world"}, TypeError, "process_group"),
+    ],
+)
+def test_settings_out_of_range(settings, error, message):
+    with pytest.raises(error, match=message):
+        LamSchedule(**settings)
+
+
+def test_calls_that_do_not_fit():
+    schedule = LamSchedule()
+    schedule.step(torch.zeros(4, 2), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"targets: expected shape \(4, 2\), got \(3, 2\)"):
+        schedule.step(torch.zeros(4, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="bag_logits: expected 2 classes, got 3"):
+        schedule.step(torch.zeros(4, 3), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="bag_logits: expected shape"):
+        schedule.step(torch.zeros(4, 3, 2), torch.zeros(4, 3))
+    with pytest.raises(TypeError, match=r"bag_logits: expected a torch.Tensor, got list"):
+        schedule.step([0.0], torch.zeros(1))
+
+
+def test_presets_take_the_settings_of_the_constructor():
+    pretrained, scratch = LamSchedule.pretrained(2.0, window=64), LamSchedule.from_scratch(rise=7)
+    assert (pretrained.lam, pretrained.window) == (2.0, 64)
+    assert (scratch.lam, scratch.rise) == (1.0, 7)
+    assert pretrained.auc > scratch.auc
+    assert LamSchedule.pretrained(auc=0.9).auc == 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bias
+
+
+def test_prior_bias_gives_the_frequency_of_the_label():
+    labels = (torch.arange(1000).unsqueeze(1) < torch.tensor([10, 500, 990])).float()
+    torch.testing.assert_close(torch.sigmoid(prior_bias(labels)), labels.mean(0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.sigmoid(prior_bias(labels, share=0.1)), 0.1 * labels.mean(0), atol=1e-3, rtol=0)
+
+
+def test_prior_bias_is_finite_without_a_positive_or_known_label():
+    labels = torch.tensor([[0.0, 1.0, math.nan]] * 3)
+    bias = prior_bias(labels)
+    assert bias.isfinite().all() and bias[0] < 0 < bias[1]
+    assert bias[2] == 0.0
+    assert prior_bias(torch.tensor([0, 1])).shape == (1,)
+    assert prior_bias(torch.tensor([True, False])).item() == 0.0
+
+
+def test_prior_bias_out_of_range():
+    with pytest.raises(ValueError, match="share: expected 0 < share <= 1, got 0"):
+        prior_bias(torch.zeros(3), share=0.0)
+    with pytest.raises(ValueError, match="targets: expected 0, 1 or NaN"):
+        prior_bias(torch.tensor([2.0]))
+    with pytest.raises(ValueError, match="targets: expected shape"):
+        prior_bias(torch.zeros(0))
