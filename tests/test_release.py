@@ -19,7 +19,7 @@ NAME = "sgl_ops-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
 
 
 def made_up_wheel(folder, name=NAME, more=(), without=(), text="") -> Path:
-    files = {f"sgl_ops/{path.name}" for path in (ROOT / "sgl_ops").glob("*.py")}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sgl_ops").rglob("*.py")}
     files |= {"sgl_ops/py.typed", "sgl_ops/_C.abi3.so", "sgl_ops-0.1.0.dist-info/METADATA", *more}
     path = folder / name
     with zipfile.ZipFile(path, "w") as file:

@@ -75,7 +75,7 @@ def test_tests_load_weights_only(path):
 
 
 def test_the_library_imports_nothing_that_connects():
-    for path in (ROOT / "sgl_ops").glob("*.py"):
+    for path in (ROOT / "sgl_ops").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             assert not imported(node) & NETWORK_MODULES, f"{path.name}: {ast.unparse(node)}"
 

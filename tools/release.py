@@ -88,7 +88,7 @@ def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
     size = wheel.stat().st_size
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if ".dist-info/" not in name and not name.endswith("/")]
-        sources = {f"sgl_ops/{path.name}" for path in (ROOT / "sgl_ops").glob("*.py")}
+        sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sgl_ops").rglob("*.py")}
         wanted = sources | {"sgl_ops/py.typed", "sgl_ops/_C.abi3.so"}
         if set(names) != wanted:
             raise Wrong(f"{wheel.name}: not wanted or not there: {sorted(set(names) ^ wanted)}")
