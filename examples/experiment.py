@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from authors_losses import AUTHORS_LOSSES
 from bags import Bags, draw_bags, to_device
 from instances import Instances, load_instances
 from plots import draw_bags as draw_panels
@@ -72,7 +73,7 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     )
     add("weight-decay", kind=float, text="of Adam")
     add("val-every", text="validate in every N-th epoch, and in the last")
-    add("loss", kind=str, choices=LOSSES, text="without it sgl, and bag with max pooling beside it")
+    add("loss", kind=str, choices=(*LOSSES, *AUTHORS_LOSSES), text="without it sgl, and bag with max pooling beside it")
     add("pooling", kind=str, choices=list(POOLINGS), text="sgl, bag: max; bil: mean")
     add("delta-l", kind=float, text="threshold of the ternary targets, in [0, 0.5]")
     add("lam", kind=float, text="weight of the instance loss")
@@ -108,8 +109,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         )
     if not 0 <= args.delta_l <= 0.5 or not 0 <= args.lam < float("inf"):
         parser.error(f"--delta-l, --lam: expected 0 to 0.5 and finite >= 0, got {args.delta_l} and {args.lam}")
-    if args.loss == "mmm" and args.pooling:
-        parser.error("--pooling: mmm has poolings of its own")
+    if args.loss in ("mmm", *AUTHORS_LOSSES) and args.pooling:
+        parser.error(f"--pooling: {args.loss} has poolings of its own")
     if args.resume and args.out is None:
         parser.error("--resume: say with --out what to continue")
     return args

@@ -4,17 +4,22 @@
     python reproduce_figures.py --figure 4 --data-dir DIR                the whole of it: days of one core
     python reproduce_figures.py --figure 5a --data-dir DIR --bags 50 150 --seeds 3
     python reproduce_figures.py --figure 6 --data cifar10.npz            for a GPU
+    python reproduce_figures.py --figure queue --data-dir DIR --workers 1     Figure 4, Figure 5a and the control, below
 
-Figure 4: five losses on MNIST-Bags against the number of training bags, for bags of 10, 50 and 100. Figure 5a: what
-each part of SGL brings; 5b: what networks say of single bags. Figure 6: CIFAR10-Bags, against the number of dogs in a
-bag. Every run leaves one small file in --out, and is continued after an interruption; a figure, its table and its
-numbers are drawn from all files that are there.
+Figure 4: five losses on MNIST-Bags, and top-8 pooling beside them, against the number of training bags, for bags of
+10, 50 and 100. Figure 5a: what each part of SGL brings; 5b: what networks say of single bags. Figure 6: CIFAR10-Bags,
+against the number of dogs in a bag. ``control``: MMM and BIL by their formulas, and as the authors' code computes them.
+``queue`` computes all runs of 4, 5a and the control with one command, in an order that makes the figures useful early:
+first the control and SGL and max pooling with seed 0, then the other losses with seed 0, then the other seeds; cheap
+runs first. Every run leaves one small file in --out, and is continued after an interruption; a figure, its table and
+its numbers are drawn from all files that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import os
@@ -29,7 +34,7 @@ import train_cifar10_bags
 import train_mnist_bags
 from bags import Bags
 from experiment import bags_of, numbers_to_show, pictures_of
-from instances import load_instances
+from instances import Instances, load_instances
 from plots import draw_bags
 from tqdm import tqdm
 from training import Config, instance_logits, train_run, write_json
@@ -44,19 +49,28 @@ METHODS = {
     "bil": ("BIL", ["--loss", "bil", "--pooling", "mean_logits"]),
     "sgl_plain": ("max + instance loss", ["--loss", "sgl", "--no-rescale", "--no-weight"]),
     "sgl_rescaled": ("+ rescaling", ["--loss", "sgl", "--no-weight"]),
+    "topk": ("top-8 pooling", ["--loss", "bag", "--pooling", "topk"]),
+    "mmm_authors": ("MMM, authors' code", ["--loss", "mmm_authors"]),
+    "bil_authors": ("BIL, authors' code", ["--loss", "bil_authors"]),
 }
 BAGS = [50, 100, 150, 200, 300, 400, 500]
 FIGURES = {
-    "4": ["sgl", "max", "mean", "mmm", "bil"],
+    "4": ["sgl", "max", "mean", "mmm", "bil", "topk"],
     "5a": ["max", "sgl_plain", "sgl_rescaled", "sgl"],
     "5b": ["max", "sgl"],
     "6": ["sgl", "max", "mean", "bil"],
+    "control": ["sgl", "mmm", "mmm_authors", "bil", "bil_authors"],
 }
+#: Figures whose runs are one queue.
+QUEUE = ("control", "4", "5a")
+#: Runs of the queue with up to this cost (instances in an epoch) have ten seeds, the others three.
+CHEAP = 1500
 DEFAULTS = {"data": "mnist", "bags": BAGS, "seeds": 10, "epochs": 300, "sizes": [50], "positives": [0]}
 DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "4": {"sizes": [10, 50, 100]},
     "5a": {},
     "5b": {"bags": [150], "seeds": 1},
+    "control": {"bags": [100, 150], "seeds": 3},
     "6": {
         "data": "cifar10", "sizes": [50, 100], "bags": [2500], "positives": [1, 2, 5, 10, 20], "seeds": 5, "epochs": 50,
     },
@@ -66,11 +80,12 @@ QUICK = {
     "4": QUICK_MNIST | {"sizes": [10, 50]},
     "5a": QUICK_MNIST,
     "5b": QUICK_MNIST | {"bags": [150]},
+    "control": QUICK_MNIST | {"bags": [150]},
     "6": {"sizes": [10], "bags": [100], "positives": [1, 3, 5], "seeds": 1, "epochs": 5},
 }
 #: Ten times the rate and a fifth of the epochs. In a tenth SGL has hardly begun with 150 bags of 50: IoU 0.28, max
 #: pooling 0.54; in a fifth SGL has 0.64.
-QUICK_OPTIONS = {figure: ["--lr", "1e-3"] for figure in ("4", "5a", "5b")} | {
+QUICK_OPTIONS = {figure: ["--lr", "1e-3"] for figure in ("4", "5a", "5b", "control")} | {
     "6": ["--stem", "imagenet", "--lr", "1e-3", "--batch-size", "10", "--val-bags", "50", "--val-every", "5"]
 }
 #: What a run is named by, and what is asked for apart: --options must not say otherwise.
@@ -78,13 +93,18 @@ DECIDED = {
     "--data", "--data-dir", "--bag-size", "--bags", "--epochs", "--seed", "--runs", "--device", "--positives", "--loss",
     "--pooling", "--no-rescale", "--no-weight", "--out", "--resume", "--dry-run",
 }  # fmt: skip
-X_AXIS = {"4": ("bags", "training bags"), "5a": ("bags", "training bags"), "6": ("positives", "positive instances")}
+X_AXIS = dict.fromkeys(QUEUE, ("bags", "training bags")) | {"6": ("positives", "positive instances")}
 LABELS_5A = {"sgl": "+ weighting (SGL)"}
 COLOURS = {
     "sgl": "#d55e00", "max": "#0072b2", "mean": "#009e73", "mmm": "#cc79a7", "bil": "#e69f00",
-    "sgl_plain": "#999999", "sgl_rescaled": "#56b4e9",
+    "sgl_plain": "#999999", "sgl_rescaled": "#56b4e9", "topk": "#000000", "mmm_authors": "#7f3f66",
+    "bil_authors": "#7a5200",
 }  # fmt: skip
 METRICS = {"auc": "AUC of bags", "iou": "IoU, mean over bags", "iou_pooled": "IoU, pooled over 64 bags"}
+
+
+#: Seconds between two checkpoints of a run: at most so much is computed twice after an interruption.
+SAVE_EVERY = 60.0
 
 
 class Run(NamedTuple):
@@ -112,7 +132,7 @@ class Run(NamedTuple):
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--figure", choices=FIGURES, required=True)
+    add("--figure", choices=[*FIGURES, "queue"], required=True)
     add(
         "--data",
         help="mnist, digits, cifar10, or an .npz file (train_mnist_bags.py --help) (mnist; 6: cifar10)",
@@ -136,7 +156,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="last: more for the training command, as --options --stem imagenet --lr 1e-3",
     )
     args = parser.parse_args(argv)
-    for name, value in (DEFAULTS | DEFAULTS_OF[args.figure] | (QUICK[args.figure] if args.quick else {})).items():
+    if args.figure == "queue" and any((args.methods, args.sizes, args.bags, args.seeds, args.quick, args.options)):
+        parser.error(
+            "--figure queue: --methods, --sizes, --bags, --seeds, --quick and --options are those of its figures"
+        )
+    defaults = DEFAULTS | DEFAULTS_OF.get(args.figure, {}) | (QUICK[args.figure] if args.quick else {})
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.options = [*(QUICK_OPTIONS[args.figure] if args.quick else []), *args.options]
@@ -151,7 +176,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--positives: expected at least 1 for figure 6, and for no other")
     if min(*args.sizes, *args.bags, args.seeds, args.epochs) < 1 or min(args.workers, *args.positives) < 0:
         parser.error("--sizes, --bags, --seeds, --epochs: expected at least 1, --workers at least 0")
-    args.methods = args.methods or FIGURES[args.figure]
+    args.methods = args.methods or FIGURES.get(args.figure)
     args.out = args.out or Path("runs", "figures_quick" if args.quick else "figures")
     args.workers = args.workers or (1 if args.device != "cpu" else os.cpu_count() or 1)
     return args
@@ -166,7 +191,8 @@ def options_of(run: Run, args: argparse.Namespace) -> list[str]:
     if run.positives:
         options += ["--positives", str(run.positives), "--runs", "1"]
     else:
-        options += ["--val-every", "10", "--lr", "1e-4"]
+        # a figure shows the last network alone
+        options += ["--val-every", str(args.epochs), "--lr", "1e-4"]
     return [*options, *METHODS[run.method][1], *args.options]
 
 
@@ -181,14 +207,16 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
         torch.set_num_threads(1)  # as many runs at once as there are cores
     config = config_of(run, args)
     target, checkpoint = args.out / f"{run.name}.json", args.out / f"{run.name}.pt"
-    instances = load_instances(args.data, args.data_dir)
+    instances = loaded(args.data, args.data_dir)
     images, bags = bags_of(instances, config, run.seed, args.device)
     trained_by = commit()
     channels = instances.train_images.shape[1]
     make_model = run.example.make_model
     entry, history, model = train_run(
-        lambda: make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True, quiet=True
-    )
+        lambda: make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True, quiet=True,
+        save_every=SAVE_EVERY,
+    )  # fmt: skip
+    state = torch.load(checkpoint, weights_only=True)
     content = {
         "run": run._asdict(),
         "config": config | {"data": Path(args.data).name},
@@ -196,13 +224,20 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
         "training_loss": round(history[-1]["loss"], 6),
         "shown": [shown(model, images["test"], bags["test"], n) for n in numbers_to_show(bags["test"], 3, 1)],
         "command": f"python {run.example.__name__}.py " + " ".join(without_paths(options_of(run, args))),
-        "seconds": round(torch.load(checkpoint, weights_only=True)["seconds"], 1),
+        "seconds": round(state["seconds"], 1),
+        "cpu_seconds": round(state["cpu_seconds"], 1),
         "commit": trained_by,
         "machine": f"{args.device}, {machine()}, torch {torch.__version__}",
     }
     write_json(content, target)
     checkpoint.unlink()
     return target
+
+
+@functools.lru_cache(maxsize=1)
+def loaded(data: str, data_dir: str) -> Instances:
+    """The instances; a process that computes several runs loads them once."""
+    return load_instances(data, data_dir)
 
 
 def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int) -> dict[str, Any]:
@@ -228,10 +263,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
-    """Those that are missing, the cheapest seeds of all methods first, so that a figure grows evenly."""
+    """Those that are missing: the runs of the queue in its order; else seed by seed, cheap ones first."""
     args.out.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not (args.out / f"{run.name}.json").exists()]
-    missing.sort(key=lambda run: (run.seed, run.cost))
+    if args.figure != "queue":
+        missing.sort(key=lambda run: (run.seed, run.cost))
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
     if not missing:
         return
@@ -260,6 +296,19 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
                 there, here = ({k: config[k] for k in other} for config in (content["config"], expected))
                 raise ValueError(f"out: {path} is of {there}, not {here}")
     return found
+
+
+def queue() -> list[Run]:
+    """All runs of the figures in QUEUE, each once, in the order in which they are computed."""
+    third: dict[Run, int] = {}
+    for figure in QUEUE:
+        settings = DEFAULTS | DEFAULTS_OF[figure]
+        for method, size, bags in itertools.product(FIGURES[figure], settings["sizes"], settings["bags"]):
+            for seed in range(10 if size * bags <= CHEAP else 3):
+                first = figure == "control" or method in ("sgl", "max")
+                third.setdefault(Run(method, size, bags, seed), 2 if seed else 0 if first else 1)
+    # within a third the control comes first
+    return sorted(third, key=lambda run: (third[run], not run.method.endswith("authors"), run.cost, run.seed))
 
 
 def label_of(method: str, figure: str) -> str:
@@ -373,8 +422,11 @@ def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    points = itertools.product(args.methods, args.sizes, args.bags, range(args.seeds), args.positives)
-    runs = [Run(*point) for point in points]
+    if args.figure == "queue":
+        runs = queue()
+    else:
+        points = itertools.product(args.methods, args.sizes, args.bags, range(args.seeds), args.positives)
+        runs = [Run(*point) for point in points]
     try:
         collect(runs, args)  # what is there and does not fit is told before anything is computed
         if not args.draw_only:
@@ -382,6 +434,9 @@ def main(argv: list[str] | None = None) -> int:
         found = collect(runs, args)
         if not found:
             raise ValueError(f"out: there is no run of figure {args.figure} in {args.out}")
+        if args.figure == "queue":
+            print(f"{len(found)} of {len(runs)} runs of the queue are in {args.out}")
+            return 0
         if args.figure == "5b":
             paths = draw_examples(found, args)
         else:

@@ -19,16 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from authors_losses import AUTHORS_LOSSES
 from bags import Bags, take
 from metrics import auc, iou, iou_pooled
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
-from sgl_ops.pooling import POOLINGS, make_pooling
+from sgl_ops.pooling import POOLINGS, MaxPooling, TopKPooling, make_pooling
 
 LOSSES = ("sgl", "bag", "bil", "mmm")
-DEFAULT_POOLING = {"sgl": "max", "bag": "max", "bil": "mean", "mmm": "max"}
+DEFAULT_POOLING = {
+    "sgl": "max", "bag": "max", "bil": "mean", "mmm": "max", "mmm_authors": "max", "bil_authors": "mean_logits",
+}  # fmt: skip
 METRICS = ("auc", "iou", "iou_pooled")
 
 Config = dict[str, Any]
@@ -59,7 +62,13 @@ def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
         return BILLoss(pooling=pooling)
     if config["loss"] == "mmm":
         return MMMLoss()
+    if config["loss"] in AUTHORS_LOSSES:
+        return AUTHORS_LOSSES[config["loss"]]()
     raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {config['loss']!r}")
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
 
 
 def forward(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
@@ -69,7 +78,7 @@ def forward(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
     every step, make a small network nearly twice as fast. All at once where they are normalized together.
     """
     some = 256 if images.device.type == "cpu" else 4096
-    if model.training and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
+    if model.training and has_batch_norm(model):
         some = len(index)
     return torch.cat([model(images[part]).reshape(-1).float() for part in index.split(max(some, 1))])
 
@@ -104,14 +113,40 @@ def train_epoch(
     """One pass over the bags in ``order``; the mean loss of a bag."""
     total = 0.0
     for which in order.split(batch_size):
-        batch = take(bags, which)
-        logits = forward(model, images, batch.index)
-        loss = criterion(logits, batch.labels, offsets=batch.offsets)
         optimizer.zero_grad()
-        loss.backward()
+        loss = backward(model, criterion, images, take(bags, which))
         optimizer.step()
-        total += float(loss.detach()) * len(which)
+        total += loss * len(which)
     return total / len(order)
+
+
+def backward(model: nn.Module, criterion: nn.Module, images: Tensor, batch: Bags) -> float:
+    """Adds the gradient of the loss of ``batch`` to the parameters; returns the loss.
+
+    A network without batch normalization sees every image of the batch once. With max or top-k pooling the bag loss
+    has a gradient at a few instances of a bag only: the network sees all images without gradient, and those few once
+    more with it.
+    """
+    if has_batch_norm(model):
+        loss = criterion(forward(model, images, batch.index), batch.labels, offsets=batch.offsets)
+        loss.backward()
+        return float(loss.detach())
+    unique, where = batch.index.unique(return_inverse=True)
+    few = isinstance(criterion, BagLoss) and isinstance(criterion.pooling, (MaxPooling, TopKPooling))
+    with torch.set_grad_enabled(not few):
+        logits = forward(model, images, unique)
+    if not few:
+        loss = criterion(logits[where], batch.labels, offsets=batch.offsets)
+        loss.backward()
+        return float(loss.detach())
+    logits.requires_grad_()
+    loss = criterion(logits[where], batch.labels, offsets=batch.offsets)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    # a NaN differs from 0, too, and reaches the parameters
+    nonzero = gradient.nonzero()[:, 0]
+    if len(nonzero):
+        forward(model, images, unique[nonzero]).backward(gradient[nonzero])
+    return float(loss.detach())
 
 
 def train_run(
@@ -123,12 +158,16 @@ def train_run(
     checkpoint: Path,
     resume: bool,
     quiet: bool = False,
+    save_every: float = 0.0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
     """Trains one network and tests it.
 
     ``images`` and ``bags`` have the keys train, val and test. The test bags are looked at twice, when all is over: with
     the network of the last epoch, and with that of the epoch of the highest validation AUC (ties: the lowest loss), of
-    those that are validated: every ``val_every``-th and the last.
+    those that are validated: every ``val_every``-th and the last. If the two are one network, it is tested once.
+
+    Args:
+        save_every: seconds between two checkpoints; the last epoch is always saved. 0 saves every epoch.
 
     Returns:
         its entry in metrics.json, the history (one row per epoch), and the network of the last epoch.
@@ -140,7 +179,7 @@ def train_run(
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config["lr"], betas=(0.9, 0.999), weight_decay=config["weight_decay"]
     )
-    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "seconds": 0.0}
+    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "seconds": 0.0, "cpu_seconds": 0.0}
     if resume and checkpoint.exists():
         state = load_state(checkpoint)
         if state["config"] != config:
@@ -156,8 +195,9 @@ def train_run(
         disable=quiet or None,
         mininterval=0.5,
     )
+    saved = time.monotonic()
     for epoch in progress:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         # drawn anew from seed and epoch, so that a checkpoint need not hold the generator's state
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(bags["train"].labels), generator=generator).to(device)
@@ -179,20 +219,25 @@ def train_run(
         state |= {
             "epoch": epoch,
             "seconds": state["seconds"] + time.perf_counter() - start,
+            "cpu_seconds": state.get("cpu_seconds", 0.0) + time.process_time() - cpu_start,
             "config": config,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        save_atomically(state, checkpoint)
+        if epoch == config["epochs"] or time.monotonic() - saved >= save_every:
+            save_atomically(state, checkpoint)
+            saved = time.monotonic()
     progress.close()
-    best = make_model().to(device)
-    best.load_state_dict(state["best"]["model"])
     model.eval()
-    best.eval()
     entry = {"seed": seed, "epoch": state["epoch"]}
-    for name, network in (("last", model), ("best_val", best)):
-        logits = instance_logits(network, images["test"], bags["test"].index)
-        entry[name] = measure(logits, bags["test"], config["pooling"])
+    entry["last"] = measure(instance_logits(model, images["test"], bags["test"].index), bags["test"], config["pooling"])
+    entry["best_val"] = dict(entry["last"])
+    if state["best"]["epoch"] != state["epoch"]:
+        best = make_model().to(device)
+        best.load_state_dict(state["best"]["model"])
+        best.eval()
+        logits = instance_logits(best, images["test"], bags["test"].index)
+        entry["best_val"] = measure(logits, bags["test"], config["pooling"])
     entry["best_val"]["epoch"] = state["best"]["epoch"]
     return entry, state["history"], model
 

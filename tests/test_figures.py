@@ -19,7 +19,7 @@ TINY = [
 def test_the_papers_settings():
     args = figures.parse_arguments(["--figure", "4"])
     assert (args.sizes, args.bags[0], args.bags[-1], args.seeds, args.epochs) == ([10, 50, 100], 50, 500, 10, 300)
-    assert args.methods == ["sgl", "max", "mean", "mmm", "bil"]
+    assert args.methods == ["sgl", "max", "mean", "mmm", "bil", "topk"]
     assert figures.parse_arguments(["--figure", "5a"]).methods == ["max", "sgl_plain", "sgl_rescaled", "sgl"]
     options = {}
     for method in figures.METHODS:
@@ -34,7 +34,33 @@ def test_the_papers_settings():
         "bil": ["bil", "mean_logits", True, True],
         "sgl_plain": ["sgl", "max", False, False],
         "sgl_rescaled": ["sgl", "max", True, False],
+        "topk": ["bag", "topk", True, True],
+        "mmm_authors": ["mmm_authors", "max", True, True],
+        "bil_authors": ["bil_authors", "mean_logits", True, True],
     }
+
+
+def test_the_queue_makes_the_figures_useful_early():
+    runs = figures.queue()
+    assert len(set(runs)) == len(runs)
+    wanted = {
+        figures.Run(method, size, bags, seed)
+        for figure, sizes in (("4", (10, 50, 100)), ("5a", (50,)))
+        for method in figures.FIGURES[figure]
+        for size in sizes
+        for bags in (50, 100, 150, 200, 300, 400, 500)
+        for seed in range(3)
+    }
+    assert wanted <= set(runs)
+    assert {run.seed for run in runs if (run.size, run.bags, run.method) == (10, 50, "bil")} == set(range(10))
+    assert [(run.method, run.bags, run.seed) for run in runs[:4]] == [
+        ("mmm_authors", 100, 0), ("bil_authors", 100, 0), ("mmm_authors", 150, 0), ("bil_authors", 150, 0),
+    ]  # fmt: skip
+    position = {run: number for number, run in enumerate(runs)}
+    last_of_first = max(position[run] for run in wanted if run.method in ("sgl", "max") and run.seed == 0)
+    assert all(position[run] > last_of_first for run in wanted if run.method in ("mean", "sgl_plain") or run.seed)
+    last_of_second = max(position[run] for run in wanted if run.seed == 0)
+    assert all(position[run] > last_of_second for run in wanted if run.seed)
 
 
 def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
@@ -89,6 +115,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return train_epoch(*given)
 
+    monkeypatch.setattr(figures, "SAVE_EVERY", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):

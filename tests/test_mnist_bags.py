@@ -16,6 +16,8 @@ import training
 from bags import draw_bags, take
 from metrics import auc, iou, iou_pooled
 
+import sgl_ops
+
 SMALL = ["--bags", "6", "--val-bags", "4", "--test-bags", "8", "--bag-size", "6", "--batch-size", "4"]
 
 
@@ -221,3 +223,50 @@ def test_real_mnist(data_dir, tmp_path):
     assert data.test_images.shape == (10000, 1, 32, 32)
     assert np.bincount(data.test_classes)[9] == 1009
     assert abs(float(data.train_images.std()) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("pooling", ["max", "topk", "mean"])
+def test_a_step_goes_backward_through_instances_with_a_gradient_alone(pooling):
+    data = instances.load_instances("digits", "")
+    rng = np.random.default_rng(0)
+    drawn = draw_bags(np.arange(200), data.train_classes == 9, 12, 30, 3, rng)  # images repeat between bags
+    model = example.LeNet()
+    criterion = sgl_ops.BagLoss(pooling)
+    loss = criterion(model(data.train_images[drawn.index])[:, 0], drawn.labels, offsets=drawn.offsets)
+    loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    seen = []
+    model.register_forward_hook(lambda _, given, __: seen.append((torch.is_grad_enabled(), len(given[0]))))
+    assert training.backward(model, criterion, data.train_images, drawn) == pytest.approx(loss.item(), rel=1e-6)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    unique = len(drawn.index.unique())
+    if pooling == "mean":
+        assert seen == [(True, unique)]
+    else:
+        few = 12 * (1 if pooling == "max" else 8)
+        assert seen[0] == (False, unique)
+        assert len(seen) == 2 and seen[1][0] and 1 <= seen[1][1] <= few
+
+
+def test_checkpoints_between_epochs_change_no_result(tmp_path):
+    data = instances.load_instances("digits", "")
+    config = experiment.configs_of(example.parse(["--loss", "sgl", "--bags", "4", "--epochs", "3", "--bag-size", "5"]))[
+        "sgl"
+    ]
+    images, bags = experiment.bags_of(data, config, 0, "cpu")
+    saved, written = [], training.save_atomically
+    results = []
+    for number, seconds in enumerate((0.0, 1e9)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                training, "save_atomically", lambda state, path: (saved.append(state["epoch"]), written(state, path))
+            )
+            results.append(
+                training.train_run(
+                    example.LeNet, config, 0, images, bags, tmp_path / f"{number}.pt", False, True, seconds
+                )[:2]
+            )
+    assert saved == [1, 2, 3, 3]
+    assert results[0] == results[1]
