@@ -121,6 +121,18 @@ def test_own_training_loop_runs():
     assert names["offsets"].tolist() == [0, 5, 14, 15, 19]
 
 
+def test_localization_page_runs(capsys):
+    """The code blocks of docs/localization.md, in their order. Each print gives what the comment beside it says."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / "localization.md").read_text(), re.S))
+    names = {}
+    exec(code, names)
+    expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+    assert capsys.readouterr().out.splitlines() == expected
+    assert len(expected) == code.count("print(") > 5
+    # the layer tints the image where the network finds something
+    assert len(names["image"].getcolors()) == 2
+
+
 def test_links_of_the_readme_work_on_an_index_page():
     """An index page shows the README without the repository: a relative link is dead there, except for the picture."""
     text = (ROOT / "README.md").read_text()
