@@ -11,6 +11,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, pooling
+from .diagnosis import Diagnosis, diagnose
 from .functional import SelfGuidance, SGLTerms
 from .losses import BagLoss, BILLoss, MMMLoss, SGLLoss
 from .schedule import LamSchedule, prior_bias
@@ -18,11 +19,13 @@ from .schedule import LamSchedule, prior_bias
 __all__ = [
     "BILLoss",
     "BagLoss",
+    "Diagnosis",
     "LamSchedule",
     "MMMLoss",
     "SGLLoss",
     "SGLTerms",
     "SelfGuidance",
+    "diagnose",
     "functional",
     "pooling",
     "prior_bias",

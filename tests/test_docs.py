@@ -18,6 +18,7 @@ import sgl_ops.localization
 DOCS = ROOT / "docs"
 MODULES = [
     "sgl_ops",
+    "sgl_ops.diagnosis",
     "sgl_ops.functional",
     "sgl_ops.localization",
     *(f"sgl_ops.localization._{part}" for part in ("accuracy", "boxes", "maps", "overlay", "references")),
@@ -142,3 +143,28 @@ def test_links_of_the_readme_work_on_an_index_page():
         assert link.startswith("https://")
         page = re.fullmatch(r"https://sgl-ops.readthedocs.io/en/latest/(.+)\.html", link)
         assert page is None or (DOCS / f"{page[1]}.md").exists() or (DOCS / f"{page[1]}.ipynb").exists(), link
+
+
+def test_is_it_working_runs(capsys):
+    """The code blocks of docs/is-it-working.md, in their order, and its table beside the list of findings."""
+    page = (DOCS / "is-it-working.md").read_text()
+    images, labels = torch.randn(30, 1, 8, 8), torch.arange(30).remainder(2).unsqueeze(1)
+    logged = {}
+    names = {
+        "torch": torch,
+        "sgl_ops": sgl_ops,
+        "model": torch.nn.Conv2d(1, 1, 3),
+        "loader": [(images[:20], labels[:20]), (images[20:], labels[20:])],
+        "criterion": sgl_ops.SGLLoss(pooling="softmax"),
+        "log": logged.update,
+    }
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
+    assert names["diagnosis"].measures.positives.item() == 15
+    assert str(names["diagnosis"]) in capsys.readouterr().out
+    assert set(logged) == {"bag AUC", "range of p"}
+    documented = re.findall(r'``"([a-z A-Z-]+)"``', sgl_ops.diagnosis.Finding.__doc__)
+    table = re.search(r"\| finding .*?\n\n", page, re.S)[0]
+    assert len(documented) == 9
+    for name in documented:
+        assert name in table
