@@ -22,7 +22,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -40,16 +39,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # fields of a named tuple are documented once
-
-# Inventories of other projects are optional: a build without a network has to work.
-intersphinx_mapping = (
-    {
-        "python": ("https://docs.python.org/3", None),
-        "torch": ("https://docs.pytorch.org/docs/stable", None),
-    }
-    if "intersphinx" in sys.argv
-    else {}
-)
 
 html_theme = "furo"
 html_title = f"sgl-ops {version}"
