@@ -35,6 +35,31 @@ NO_CUDA_KERNEL = (
 DEVICES = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
+#: The modules of the tier "quick": kernels, values, losses. Their tests with emulated kernels are the tier "emulated".
+QUICK = {
+    "test_layouts",
+    "test_losses",
+    "test_pooling",
+    "test_self_guidance",
+    "test_settings",
+    "test_values",
+}
+#: Tiers that `python -m pytest` leaves out: pyproject.toml names them in addopts, .ci/run runs them.
+LONG = {"sanitizer", "examples", "device_code", "release"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its tier. The long tiers are marked where the tests are."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if LONG & {marker.name for marker in item.iter_markers()}:
+            continue
+        if "emulated" in item.fixturenames or "emulated" in parameters:
+            item.add_marker("emulated")
+        elif item.module.__name__ in QUICK:
+            item.add_marker("quick")
+
+
 def pytest_report_header() -> list[str]:
     import sgl_ops
 
@@ -64,9 +89,9 @@ def fused_device(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def emulated() -> ModuleType:
     """The CUDA operators with their kernels on the CPU: torch.ops.sgl_ops_emulated, and what steers them."""
-    build_module(tmp_path_factory.mktemp("emulated"))
+    build_module()
     return importlib.import_module("sgl_ops_emulated")
 
 

@@ -146,8 +146,8 @@ def test_on_a_gpu(shape):
 
 
 @pytest.fixture(scope="module")
-def traffic(tmp_path_factory):
-    program = build_traffic(tmp_path_factory.mktemp("traffic"))
+def traffic():
+    program = build_traffic()
 
     def run(*arguments: int) -> dict[str, list[float]]:
         """Loads of logits, loads and stores of the gradient, each in sizes of the logits, by kernel."""

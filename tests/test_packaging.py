@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
 
 import pytest
-from conftest import NO_KERNEL, ROOT
+from conftest import LONG, NO_KERNEL, ROOT
 
 import sgl_ops
 
@@ -58,10 +58,23 @@ def test_the_readme_starts_with_the_two_commands_of_a_fresh_machine():
     assert blocks[1].split("\n")[:2] == ['pip install ".[test]"', "python -m pytest"]
 
 
-def test_pre_commit_and_ci_use_the_same_tools():
-    pins = [
+def test_versions_of_the_style_tools_agree():
+    pinned = [
         set(re.findall(r"\b(ruff|mypy|clang-format)==([\d.]+)", (ROOT / name).read_text()))
-        for name in (".pre-commit-config.yaml", ".ci/run")
+        for name in (".pre-commit-config.yaml", "tools/requirements-dev.txt")
     ]
-    assert pins[0] == pins[1]
-    assert len(pins[0]) == 3
+    assert pinned[0] == pinned[1]
+    assert len(pinned[0]) == 3
+
+
+def test_ci_runs_every_tier_that_the_readme_command_leaves_out():
+    options = (ROOT / "pyproject.toml").read_text()
+    left_out = set(re.search(r"-m 'not \((.*?)\)'", options)[1].split(" or "))
+    assert left_out == LONG
+    run = (ROOT / ".ci" / "run").read_text()
+    assert left_out <= set(
+        re.findall(
+            r"\b(?:sanitizer|examples|device_code|release)\b",
+            " ".join(line for line in run.splitlines() if "pytest" in line or "TIERS=" in line),
+        )
+    )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 import pytest
+from build_cache import cached_build, compiler_version, sources_below
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -37,47 +36,65 @@ def link(objects: list[Path], target: Path, flags: list[str]) -> Path:
     return target
 
 
-def build_module(folder: Path) -> Path:
-    """The operators sgl_ops_emulated and the Python module that steers them."""
+def emulator_sources(root: Path = ROOT) -> list[Path]:
+    """Every file that the emulated kernels are compiled from."""
+    return sources_below(root / "csrc", HERE)
+
+
+def build_module() -> Path:
+    """The operators sgl_ops_emulated and the Python module that controls them, from the cache where it is there."""
     import pybind11
     import torch
 
     torch_folder = Path(torch.__file__).parent
-    includes = (torch_folder / "include", pybind11.get_include(), sysconfig.get_path("include"))
-    target = folder / f"sgl_ops_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "csrc/cuda/ops.cpp", HERE / "module.cpp"]
-    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *EMULATE, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     library = torch_folder / "lib"
+    includes = (torch_folder / "include", pybind11.get_include(), sysconfig.get_path("include"))
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *EMULATE, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{include}" for include in includes]
-    objects = [compile_one(source, flags, folder / f"{source.name}.o") for source in sources]
-    link(objects, target, ["-shared", f"-L{library}", "-ltorch_cpu", f"-Wl,-rpath,{library}"])
+    name = f"sgl_ops_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+    def make(folder: Path) -> None:
+        sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "csrc/cuda/ops.cpp", HERE / "module.cpp"]
+        objects = [compile_one(source, flags, folder / f"{source.name}.o") for source in sources]
+        link(objects, folder / name, ["-shared", f"-L{library}", "-ltorch_cpu", f"-Wl,-rpath,{library}"])
+
+    folder = cached_build("module", emulator_sources(), [flags, compiler_version(compiler())], make)
     sys.path.insert(0, str(folder))
-    return target
+    return folder / name
 
 
 @functools.cache
 def objects_beside_kernels(sanitizer: tuple[str, ...]) -> list[Path]:
-    """The rest of the program of compare.cpp, which is the same for changed kernels."""
-    folder = Path(tempfile.mkdtemp(prefix="compare"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # what the kernels are compared with needs no sanitizer, and vectors that -O1 is enough for
-    cpu = ["-O1", "-fopenmp-simd"]
-    return [
-        compile_one(HERE / "case_on_cpu.cpp", cpu, folder / "case_on_cpu.o"),
-        compile_one(HERE / "compare.cpp", [*UNOPTIMIZED, *sanitizer], folder / "compare.o"),
-    ]
+    """The parts of the program of compare.cpp that are the same for changed kernels, from the cache."""
+
+    def make(folder: Path) -> None:
+        # the CPU kernels that the program compares with need no sanitizer, and -O1 makes them fast enough
+        compile_one(HERE / "case_on_cpu.cpp", ["-O1", "-fopenmp-simd"], folder / "case_on_cpu.o")
+        compile_one(HERE / "compare.cpp", [*UNOPTIMIZED, *sanitizer], folder / "compare.o")
+
+    settings = [UNOPTIMIZED, sanitizer, compiler_version(compiler())]
+    folder = cached_build("compare-objects", emulator_sources(), settings, make)
+    return [folder / "case_on_cpu.o", folder / "compare.o"]
 
 
-def build_comparison(folder: Path, sanitizer: list[str], root: Path = ROOT) -> Path:
-    """The program of compare.cpp with the kernels of ``root``, a checkout or a changed copy of one."""
+def build_comparison(sanitizer: list[str], root: Path = ROOT) -> Path:
+    """The program of compare.cpp with the kernels of ``root``, a checkout or a changed copy of one, from the cache."""
     flags = [*UNOPTIMIZED, *sanitizer]
-    kernels = compile_one(root / "csrc/cuda/launch.cu", flags, folder / "launch.o")
-    return link([*objects_beside_kernels(tuple(sanitizer)), kernels], folder / "compare", sanitizer)
+
+    def make(folder: Path) -> None:
+        kernels = compile_one(root / "csrc/cuda/launch.cu", flags, folder / "launch.o")
+        link([*objects_beside_kernels(tuple(sanitizer)), kernels], folder / "compare", sanitizer)
+
+    return cached_build("compare", emulator_sources(root), [flags, compiler_version(compiler())], make) / "compare"
 
 
-def build_traffic(folder: Path) -> Path:
-    """The program of traffic.cpp, and the kernels with calls of what it counts with, but without any sanitizer."""
+def build_traffic() -> Path:
+    """The program of traffic.cpp. The kernels call its counters as they would call a sanitizer."""
     counted = ["-O1", *EMULATE, "-fsanitize=thread", "-U__SANITIZE_THREAD__"]
-    kernels = compile_one(ROOT / "csrc/cuda/launch.cu", counted, folder / "launch.o")
-    rest = compile_one(HERE / "traffic.cpp", ["-O1", *EMULATE], folder / "traffic.o")
-    return link([kernels, rest], folder / "traffic", [])
+
+    def make(folder: Path) -> None:
+        kernels = compile_one(ROOT / "csrc/cuda/launch.cu", counted, folder / "launch.o")
+        rest = compile_one(HERE / "traffic.cpp", ["-O1", *EMULATE], folder / "traffic.o")
+        link([kernels, rest], folder / "traffic", [])
+
+    return cached_build("traffic", emulator_sources(), [counted, compiler_version(compiler())], make) / "traffic"

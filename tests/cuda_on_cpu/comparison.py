@@ -29,7 +29,7 @@ class Comparison:
         for command in (["g++", *sanitizer, str(trial), "-o", str(folder / "nothing")], [str(folder / "nothing")]):
             if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode != 0:
                 pytest.skip(f"no programs can be compiled and run here with {sanitizer}")
-        self.program = build_comparison(folder, sanitizer, root)
+        self.program = build_comparison(sanitizer, root)
         self.reports = folder / "reports"  # of sanitizers
         self.process: subprocess.Popen[str] | None = None
         self.failed: Case | None = None  # the last that did
