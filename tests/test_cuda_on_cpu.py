@@ -138,6 +138,7 @@ def check_all(program: Comparison, drawn: st.SearchStrategy[Case], examples: int
     check()
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("exchanges", [False, True])
 @pytest.mark.parametrize(("sanitizer", "examples"), [("none", 300), ("memory", 150), ("threads", 40)])
 def test_agrees_with_the_cpu(comparison, sanitizer, examples, exchanges):
@@ -186,11 +187,13 @@ def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
     return program
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("bug", BUGS)
 def test_finds(tmp_path, bug):
     look_for(bug, tmp_path, Phase.generate)
 
 
+@pytest.mark.sanitizer
 def test_what_it_finds_is_made_small(tmp_path):
     case = look_for("the tail of a row is left out", tmp_path, Phase.generate, Phase.shrink).failed
     assert (case.sizes, case.classes, case.plan) == ([1], 1, [])
@@ -208,6 +211,7 @@ def toolkit():
     return toolkit
 
 
+@pytest.mark.sanitizer
 def test_compiles_for_every_architecture_without_memory_of_its_own(toolkit, tmp_path, monkeypatch):
     """What a thread keeps does not fit into registers where the compiler reports a stack frame or spills."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

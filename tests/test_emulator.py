@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.sanitizer
+
 SOURCE = ROOT / "tests" / "cuda_on_cpu" / "selftest.cpp"
 
 BUILDS = {
