@@ -15,6 +15,7 @@ from .diagnosis import Diagnosis, diagnose
 from .functional import SelfGuidance, SGLTerms
 from .losses import BagLoss, BILLoss, MMMLoss, SGLLoss
 from .schedule import LamSchedule, prior_bias
+from .settings import SGLSettings
 
 __all__ = [
     "BILLoss",
@@ -23,6 +24,7 @@ __all__ = [
     "LamSchedule",
     "MMMLoss",
     "SGLLoss",
+    "SGLSettings",
     "SGLTerms",
     "SelfGuidance",
     "diagnose",

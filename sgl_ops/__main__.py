@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -70,8 +71,8 @@ def runs_on(compiled: str, major: int, minor: int) -> bool:
     return False
 
 
-def step_of(impl: str, logits: Tensor, targets: Tensor, **options: object) -> Step:
-    loss = SGLLoss(impl=impl, check=False, **options)  # type: ignore[arg-type]
+def step_of(impl: str, logits: Tensor, targets: Tensor, **options: Any) -> Step:
+    loss = SGLLoss(impl=impl, check=False, **options)
 
     def step() -> tuple[Tensor, Tensor]:
         x = logits.detach().requires_grad_()

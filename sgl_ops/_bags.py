@@ -27,8 +27,8 @@ class Bags(ABC):
     """N bags of instances with C classes.
 
     ``instances(t)`` brings a tensor from the user's layout into the inner one, in which ``sum``, ``max``, … reduce to
-    ``(N, C)`` and from which ``layout(t)`` brings it back. ``spread`` and ``per_class`` make ``(N, C)`` and ``(C,)``
-    tensors broadcast against instances.
+    ``(N, C)`` and from which ``layout(t)`` brings it back. ``expand_to_instances`` makes an ``(N, C)`` tensor broadcast
+    against instances, ``per_class`` a ``(C,)`` tensor.
     """
 
     one_class: bool  # the logits have no class axis
@@ -46,7 +46,7 @@ class Bags(ABC):
     def features(self, features: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def spread(self, per_bag: Tensor) -> Tensor: ...
+    def expand_to_instances(self, per_bag: Tensor) -> Tensor: ...
 
     @abstractmethod
     def per_class(self, v: Tensor) -> Tensor: ...
@@ -101,7 +101,7 @@ class Bags(ABC):
     def tied_max(self, x: Tensor) -> Tensor:
         """The largest instance, with its gradient shared equally among those tied for it."""
         m = self.max(x)
-        tied = x == self.spread(m)
+        tied = x == self.expand_to_instances(m)
         shared = self.sum(torch.where(tied, x, 0.0)) / self.count(tied).clamp(min=1)
         return shared + (m - shared).detach()  # the value exactly m, also where the mean of equal values rounds
 
@@ -111,17 +111,17 @@ class Bags(ABC):
         kept = self.fill(kept, -torch.inf)
         m = torch.where(self.size > 0, self._max(kept.detach()), 0.0)
         m = torch.where(m == -torch.inf, 0.0, m)
-        s = self._sum(torch.exp(kept - self.spread(m)))
+        s = self._sum(torch.exp(kept - self.expand_to_instances(m)))
         # an empty sum is replaced before the log: 0 * inf in the backward would be NaN for every learned parameter
         return torch.log(torch.where(s == 0, 1.0, s)) + m
 
-    def screen(self, x: Tensor) -> Tensor:
+    def propagate_nonfinite(self, x: Tensor) -> Tensor:
         """``x`` with every bag-class that holds a NaN or an infinity made NaN as a whole, value and gradient.
 
         By a product: whatever gradient arrives, NaN times it is NaN, so that a broken bag is never silently dropped.
         """
         broken = self.count(~torch.isfinite(x)) > 0
-        return x * self.spread(torch.where(broken, torch.nan, 1.0).to(x.dtype))
+        return x * self.expand_to_instances(torch.where(broken, torch.nan, 1.0).to(x.dtype))
 
 
 class DenseBags(Bags):
@@ -157,7 +157,7 @@ class DenseBags(Bags):
             features = F.pad(features, (0, 0, 0, 1))
         return features if self.real is None else torch.where(self.real.transpose(1, 2), features, 0.0)
 
-    def spread(self, per_bag: Tensor) -> Tensor:
+    def expand_to_instances(self, per_bag: Tensor) -> Tensor:
         return per_bag.unsqueeze(-1)
 
     def per_class(self, v: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class PackedBags(Bags):
     def features(self, features: Tensor) -> Tensor:
         return features
 
-    def spread(self, per_bag: Tensor) -> Tensor:
+    def expand_to_instances(self, per_bag: Tensor) -> Tensor:
         return per_bag.index_select(0, self.bag)
 
     def per_class(self, v: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._tracing import is_traced, is_transformed
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TARGET_DTYPES = frozenset(
@@ -115,11 +118,11 @@ def _check_side(name: str, value: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name}: expected on the logits' device {logits.device}, got {value.device}")
 
 
-def looks_at_values(logits: Tensor, check: bool | None) -> bool:
-    """Whether the values of targets and offsets are to be looked at: on a GPU that waits for the device."""
-    if torch.compiler.is_compiling():
+def looks_at_values(tensor: Tensor, check: bool | None) -> bool:
+    """Whether values on the device of ``tensor`` are checked. On a GPU that waits for the device."""
+    if is_traced(tensor) or tensor.is_meta:
         return False
-    return logits.is_cpu if check is None else check
+    return tensor.is_cpu if check is None else check
 
 
 def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> None:
@@ -144,21 +147,14 @@ def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> N
             raise ValueError(f"offsets: expected to end at the number of rows {rows}, got {last}")
 
 
-def check_settings(delta_l: float, lam: float, mask_weight: float, normalize: str) -> None:
-    try:
-        if not 0.0 <= delta_l <= 0.5:
-            raise ValueError(f"delta_l: expected 0 <= delta_l <= 0.5, got {delta_l}")
-        if not 0.0 <= lam < math.inf:
-            raise ValueError(f"lam: expected finite and >= 0, got {lam}")
-        if not 0.0 <= mask_weight < math.inf:
-            raise ValueError(f"mask_weight: expected finite and >= 0, got {mask_weight}")
-    except TypeError:
-        check_number("delta_l", delta_l)
-        check_number("lam", lam)
-        check_number("mask_weight", mask_weight)
-        raise
-    if normalize not in ("batch", "bag"):
-        raise ValueError(f"normalize: expected 'batch' or 'bag', got {normalize!r}")
+def check_constant(name: str, value: Tensor) -> None:
+    """A tensor that the loss takes for a constant must not require a gradient: it would get none."""
+    dual: Any = forward_ad.unpack_dual  # not typed by torch
+    if value.requires_grad or (is_transformed() and dual(value).tangent is not None):
+        raise ValueError(
+            f"{name}: expected a constant, got a tensor that requires a gradient, which the loss does not give; "
+            f"pass {name}.detach()"
+        )
 
 
 def check_number(name: str, value: object) -> None:
@@ -185,16 +181,19 @@ def class_vector(name: str, value: object, *, zero: bool) -> Tensor | None:
         raise TypeError(f"{name}: expected numbers, got {value!r}") from None
     if vector.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {vector.dtype}")
-    vector = vector.detach().to(vector.dtype if vector.dtype == torch.float64 else torch.float32)
+    check_constant(name, vector)
+    vector = vector.to(vector.dtype if vector.dtype == torch.float64 else torch.float32)
     if vector.dim() != 1 or vector.shape[0] == 0:
         raise ValueError(f"{name}: expected shape (C,), got {tuple(vector.shape)}")
-    check_weights(name, vector, zero=zero)
+    if looks_at_values(vector, True):
+        check_weights(name, vector, zero=zero)
     return vector
 
 
 def check_weights(name: str, vector: Tensor, *, zero: bool) -> None:
     """The values of class_weight (``zero=True``: 0 is allowed) or pos_weight."""
-    wrong = ~torch.isfinite(vector) | ((vector < 0) if zero else (vector <= 0))
-    if bool(wrong.any()):
+    low, high = (extreme.item() for extreme in torch.aminmax(vector))  # both NaN where the vector holds a NaN
+    if not ((low >= 0 if zero else low > 0) and high < math.inf):
+        wrong = ~torch.isfinite(vector) | ((vector < 0) if zero else (vector <= 0))
         bound = ">= 0" if zero else "> 0"
         raise ValueError(f"{name}: expected finite values {bound}, got {vector[wrong][0].item()}")

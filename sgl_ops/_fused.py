@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ._bags import working_dtype
-from ._ranks import Group, size_of, summed
+from ._ranks import Group, all_reduce_sum, size_of
 from .pooling import (
     LinearSoftmaxPooling,
     LSEPooling,
@@ -19,6 +20,10 @@ from .pooling import (
     NoisyOrPooling,
     SoftmaxPooling,
 )
+from .settings import SGLSettings
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 try:
     importlib.import_module("sgl_ops._C")  # importing it registers the operators
@@ -66,21 +71,6 @@ def unavailable(device: torch.device) -> str:
     return f"there is no fused kernel for {device.type}, only for {', '.join(sorted(DEVICES))}"
 
 
-_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, for which every operation has to be torch's own.
-
-    An autograd.Function of the form that torch.func takes would make a step on small bags two fifths longer, and
-    forward mode would take the operator's result for a constant, in silence.
-    """
-    try:
-        return _transforms_are_active() or forward_ad._current_level >= 0
-    except AttributeError:  # a name of torch's own, which a later one may lack
-        return False
-
-
 if DEVICES:
     _forward = torch.ops.sgl_ops.sgl_forward.default
     _forward_sums = torch.ops.sgl_ops.sgl_forward_sums.default
@@ -110,36 +100,107 @@ if DEVICES:
     def _backward_fake(grad_output, logits, *rest):  # type: ignore[no-untyped-def]
         return torch.empty_like(logits)
 
+    def _names_after(operator: OpOverload, argument: str) -> list[str]:
+        names = [a.name for a in operator._schema.arguments]
+        return names[names.index(argument) + 1 :]
 
-def _of_ranks(  # type: ignore[no-untyped-def]
-    logits, targets, mask, offsets, class_weight, pos_weight, settings, group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, (bag, instance, mask), what the backward needs), of the batch that the ranks of ``group`` share."""
-    if group is None:
-        return _forward(logits, targets, mask, offsets, class_weight, pos_weight, *settings)  # type: ignore[no-any-return]
-    *_, saved, sums = _forward_sums(logits, targets, mask, offsets, class_weight, pos_weight, *settings)
-    # what is counted is added up as integers
-    counts, numbers = summed(sums.view(torch.int64)[:4], group), summed(sums[4:], group)
+    # The operators take the settings by these names: a setting is named in SGLSettings and in csrc/schema.h.
+    _OF_FORWARD = _names_after(_forward, "pos_weight")
+    _OF_BACKWARD = _names_after(_backward, "saved")
+    _NUMBERS = [a.name for a in _forward._schema.arguments if isinstance(a.type, torch.FloatType)]
+
+    def _define_with_numbers(operator: OpOverload, run: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+        """Define ``<operator>_numbers``, which takes the numbers among the settings as a tensor.
+
+        torch.compile makes a new graph for each value of a float argument, but not for each value of a tensor.
+
+        Args:
+            operator: the operator.
+            run: calls it. A function, so that another operator can take its place.
+            fake: its fake kernel.
+        """
+        arguments, results = str(operator._schema).split("(", 1)[1].split(") -> ", 1)
+        kept = [argument for argument in arguments.split(", ") if not argument.startswith("float ")]
+        name = f"{operator._schema.name}_numbers"
+        torch.library.define(name, f"(Tensor numbers, {', '.join(kept)}) -> {results}", tags=_TAGS)
+        order = [a.name if isinstance(a.type, torch.FloatType) else None for a in operator._schema.arguments]
+
+        @torch.library.impl(name, "CompositeExplicitAutograd")
+        def kernel(numbers, *others):  # type: ignore[no-untyped-def]
+            values, rest = dict(zip(_NUMBERS, numbers.tolist(), strict=True)), iter(others)
+            return run(*(next(rest) if name is None else values[name] for name in order))
+
+        torch.library.register_fake(name, lambda numbers, *others: fake(*others))
+        namespace, short = name.split("::")
+        return getattr(getattr(torch.ops, namespace), short).default  # type: ignore[no-any-return]
+
+    # A CUDA graph would repeat the numbers of the step that it was captured in.
+    _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+    _forward_numbers = _define_with_numbers(_forward, lambda *a: _forward(*a), _forward_fake)
+    _forward_sums_numbers = _define_with_numbers(_forward_sums, lambda *a: _forward_sums(*a), _forward_sums_fake)
+    _backward_numbers = _define_with_numbers(_backward, lambda *a: _backward(*a), _backward_fake)
+
+
+class Call(NamedTuple):
+    """The tensors of a call that the operators take, checked."""
+
+    logits: Tensor
+    targets: Tensor
+    mask: Tensor | None
+    offsets: Tensor | None
+    class_weight: Tensor | None
+    pos_weight: Tensor | None
+
+
+def _operands(settings: SGLSettings, pooling: tuple[int, float], names: list[str]) -> list[Any]:
+    """The values of ``names``, arguments of an operator; ``pooling``: its code and parameter."""
+    code, parameter = pooling
+    return [
+        code if name == "pooling" else parameter if name == "pooling_param" else getattr(settings, name)
+        for name in names
+    ]
+
+
+def _over_ranks(saved: Tensor, sums: Tensor, group: Group, lam: float, mask_weight: float, per_bag: bool) -> Any:
+    """(total, (bag, instance, mask)) of the batch that the ranks share; sets the denominators in ``saved``."""
+    # counts are added as integers
+    counts, numbers = all_reduce_sum(sums.view(torch.int64)[:4], group), all_reduce_sum(sums[4:], group)
     sums = torch.cat((counts.view(torch.float64), numbers))
-    _, lam, mask_weight, _, _, per_bag, _, _ = settings
-    total, parts = _conclude(sums, saved, lam, mask_weight, per_bag, float(size_of(group)))
-    return total, parts, saved
+    return _conclude(sums, saved, lam, mask_weight, per_bag, float(size_of(group)))
+
+
+def _run_forward(call: Call, settings: SGLSettings, pooling: tuple[int, float], group: Group) -> Any:
+    """(total, (bag, instance, mask), what the backward needs)."""
+    operands = _operands(settings, pooling, _OF_FORWARD)
+    if group is None:
+        return _forward(*call, *operands)
+    *_, saved, sums = _forward_sums(*call, *operands)
+    return *_over_ranks(saved, sums, group, settings.lam, settings.mask_weight, settings.per_bag), saved  # type: ignore[arg-type]
+
+
+def _linked(run: Callable[..., Tensor], arguments: tuple[Any, ...], logits: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient ``run(*arguments)``. Under create_graph=True its own derivative is an error."""
+    if not torch.is_grad_enabled():
+        return run(*arguments)
+    with torch.no_grad():
+        grad = run(*arguments)
+    return _Once.apply(grad, logits, grad_output)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _FusedSGL(torch.autograd.Function):
-    """Total, or total and (bag, instance, mask).
+    """Total, or total and (bag, instance, mask) as constants. The settings are numbers.
 
-    The backward computes the gradient anew from the logits and the statistics of each bag-class: cheaper than storing
-    a tensor of the logits' size in forward to read, scale and write it again.
+    The backward computes the gradient from the logits and the statistics of each bag and class. That is cheaper than a
+    tensor of the logits' size, which forward would write and backward would read, scale and write again.
 
-    Few arguments and outputs: of small bags most of a step is what torch does with each of them.
+    Few arguments and outputs: on small bags autograd's per-argument overhead dominates.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, mask, offsets, class_weight, pos_weight, settings, group, with_parts):  # type: ignore[no-untyped-def]
-        total, parts, saved = _of_ranks(logits, targets, mask, offsets, class_weight, pos_weight, settings, group)
-        ctx.save_for_backward(logits, mask, offsets, pos_weight, saved)
-        ctx.settings = settings
+    def forward(ctx, logits, call, settings, pooling, group, with_parts):  # type: ignore[no-untyped-def]
+        total, parts, saved = _run_forward(call, settings, pooling, group)
+        ctx.save_for_backward(logits, call.mask, call.offsets, call.pos_weight, saved)
+        ctx.settings, ctx.pooling = settings, pooling
         if not with_parts:
             return total
         ctx.mark_non_differentiable(parts)
@@ -149,17 +210,46 @@ class _FusedSGL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _grad_parts=None):  # type: ignore[no-untyped-def]
         if grad_total is None:
-            return (None,) * 9
-        logits, mask, offsets, pos_weight, saved = ctx.saved_tensors
-        delta_l, _, _, code, parameter, _, rescale, _ = ctx.settings
-        arguments = (grad_total, logits, mask, offsets, pos_weight, saved, delta_l, code, parameter, rescale)
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                grad = _backward(*arguments)
-            grad = _Once.apply(grad, logits, grad_total)  # type: ignore[no-untyped-call]
+            return (None,) * 6
+        logits = ctx.saved_tensors[0]
+        arguments = (grad_total, *ctx.saved_tensors, *_operands(ctx.settings, ctx.pooling, _OF_BACKWARD))
+        return _linked(_backward, arguments, logits, grad_total), None, None, None, None, None
+
+
+class _FusedTerms(torch.autograd.Function):
+    """The three terms (bag, instance, mask), unweighted, each with its gradient.
+
+    ``numbers`` is a CPU float64 tensor of the numbers among the settings, with 1 for ``lam`` and ``mask_weight``.
+    ``others`` are the other settings of forward and of backward.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, logits, targets, mask, offsets, class_weight, pos_weight, numbers, others, of_backward, per_bag, group
+    ):
+        arguments = (numbers, logits, targets, mask, offsets, class_weight, pos_weight, *others)
+        if group is None:
+            _, parts, saved = _forward_numbers(*arguments)
         else:
-            grad = _backward(*arguments)
-        return grad, None, None, None, None, None, None, None, None
+            *_, saved, sums = _forward_sums_numbers(*arguments)
+            _, parts = _over_ranks(saved, sums, group, 1.0, 1.0, per_bag)
+        ctx.save_for_backward(logits, mask, offsets, pos_weight, saved, numbers)
+        ctx.of_backward = of_backward
+        return parts
+
+    @staticmethod
+    def backward(ctx, grad_parts):  # type: ignore[no-untyped-def]
+        logits, mask, offsets, pos_weight, saved, numbers = ctx.saved_tensors
+        bag, instance, penalty = grad_parts.detach().unbind()
+        one = torch.ones_like(bag)
+        factors = {1: one, "instance": instance, "mask": penalty, "bag": bag}
+        saved = saved * torch.stack([factors[key] for key in _FACTORS])
+        arguments = (numbers, one, logits, mask, offsets, pos_weight, saved, *ctx.of_backward)
+        return _linked(_backward_numbers, arguments, logits, grad_parts), *(None,) * 10
+
+
+#: The term whose gradient multiplies each column of ``saved``: enum Column in csrc/batch.h.
+_FACTORS = (1, 1, 1, 1, "instance", "instance", "instance", "mask", "bag", 1, 1)
 
 
 class _Once(torch.autograd.Function):
@@ -179,24 +269,32 @@ class _Once(torch.autograd.Function):
 
 
 def fused_terms(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: tuple[float, float, float, int, float, bool, bool, bool],
-    group: Group,
-    with_parts: bool,
+    call: Call, settings: SGLSettings, pooling: tuple[int, float], group: Group, with_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(total, (bag, instance, mask)) by the fused operator, the latter None unless asked for.
+    """(total, (bag, instance, mask) detached) by the fused operator; the terms are None unless ``with_parts``.
 
-    ``settings``: delta_l, lam, mask_weight, code and parameter of the pooling, per_bag, rescale, weighted.
+    ``pooling``: code and parameter, from :func:`code_of`.
     """
+    if settings.has_tensor_weights or (torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()):
+        parts = _terms_by_numbers(call, settings, pooling, group)
+        return settings.total(*parts.unbind()), parts.detach()
+    logits = call.logits
     if logits.requires_grad and torch.is_grad_enabled():
-        result = _FusedSGL.apply(  # type: ignore[no-untyped-call]
-            logits, targets, mask, offsets, class_weight, pos_weight, settings, group, with_parts
-        )
+        result = _FusedSGL.apply(logits, call, settings, pooling, group, with_parts)  # type: ignore[no-untyped-call]
         return result if with_parts else (result, None)
-    total, parts, _ = _of_ranks(logits, targets, mask, offsets, class_weight, pos_weight, settings, group)
+    total, parts, _ = _run_forward(call, settings, pooling, group)
     return total, parts
+
+
+def _terms_by_numbers(call: Call, settings: SGLSettings, pooling: tuple[int, float], group: Group) -> Tensor:
+    """(bag, instance, mask), each with its gradient; one graph of torch.compile serves all values of the settings."""
+    constant = {"lam": 1.0, "mask_weight": 1.0, "pooling_param": pooling[1]}
+    values = [constant[name] if name in constant else getattr(settings, name) for name in _NUMBERS]
+    # torch.compile turns a sum of a tensor and a number into a tensor operation
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    numbers = torch.stack([zero + value for value in values])
+    others, of_backward = (
+        tuple(_operands(settings, pooling, [name for name in names if name not in _NUMBERS]))
+        for names in (_OF_FORWARD, _OF_BACKWARD)
+    )
+    return _FusedTerms.apply(*call, numbers, others, of_backward, settings.per_bag, group)  # type: ignore[no-untyped-call, no-any-return]

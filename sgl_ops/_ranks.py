@@ -27,7 +27,7 @@ def size_of(group: Group) -> int:
     return 1 if group is None else group.size()
 
 
-def summed(count: Tensor, group: Group) -> Tensor:
+def all_reduce_sum(count: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of a number that no gradient flows through."""
     if group is None:
         return count
@@ -36,7 +36,7 @@ def summed(count: Tensor, group: Group) -> Tensor:
     return count
 
 
-def of_all_ranks(share: Tensor, group: Group) -> Tensor:
+def all_reduce_with_grad(share: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of each one's ``share``; the gradient is world_size times that of the own share.
 
     DistributedDataParallel divides the sum of all gradients by world_size.
@@ -45,4 +45,4 @@ def of_all_ranks(share: Tensor, group: Group) -> Tensor:
         return share
     own = share.detach()
     # where the own share is NaN the difference is, too, and so is the sum
-    return summed(own, group) + size_of(group) * (share - own)
+    return all_reduce_sum(own, group) + size_of(group) * (share - own)

@@ -38,7 +38,7 @@ the value.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,16 @@ from ._bags import working_dtype
 from ._checks import (
     check_call,
     check_class_vector,
-    check_settings,
+    check_constant,
     check_values,
     check_weights,
     looks_at_values,
     unnest,
 )
 from ._ranks import Group, check_group
+from ._tracing import is_transformed
 from .pooling import make_pooling
+from .settings import SGLSettings, settings_of, takes_settings
 
 __all__ = [
     "SGLTerms",
@@ -95,6 +97,7 @@ class SelfGuidance(NamedTuple):
     weight: Tensor
 
 
+@takes_settings
 def sgl_loss(
     logits: Tensor,
     targets: Tensor,
@@ -102,18 +105,12 @@ def sgl_loss(
     mask: Tensor | None = None,
     offsets: Tensor | None = None,
     features: Tensor | None = None,
-    delta_l: float = 0.3,
-    lam: float = 1.0,
     pooling: str | nn.Module = "max",
-    normalize: str = "batch",
-    rescale: bool = True,
-    weighted: bool = True,
-    mask_weight: float = 0.0,
     class_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
-    check: bool | None = None,
-    impl: str = "auto",
     process_group: Group = None,
+    settings: SGLSettings | None = None,
+    **changes: Any,
 ) -> Tensor:
     """The Self-Guiding Loss, a scalar: see :class:`sgl_ops.SGLLoss` for what it computes and every argument.
 
@@ -123,13 +120,14 @@ def sgl_loss(
     >>> sgl_loss(logits, torch.tensor([[1], [0]]))
     tensor(0.8324)
     """
-    total, _ = _sgl(
-        logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl, process_group, with_parts=False, look_at_weights=True,
+    total, _ = sgl_total_and_terms(
+        logits, targets, mask, offsets, features, settings_of(settings, changes), pooling, class_weight, pos_weight,
+        process_group, with_parts=False,
     )  # fmt: skip
     return total
 
 
+@takes_settings
 def sgl_terms(
     logits: Tensor,
     targets: Tensor,
@@ -137,80 +135,59 @@ def sgl_terms(
     mask: Tensor | None = None,
     offsets: Tensor | None = None,
     features: Tensor | None = None,
-    delta_l: float = 0.3,
-    lam: float = 1.0,
     pooling: str | nn.Module = "max",
-    normalize: str = "batch",
-    rescale: bool = True,
-    weighted: bool = True,
-    mask_weight: float = 0.0,
     class_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
-    check: bool | None = None,
-    impl: str = "auto",
     process_group: Group = None,
+    settings: SGLSettings | None = None,
+    **changes: Any,
 ) -> SGLTerms:
     """:func:`sgl_loss` with its three terms beside it, for logging; ``total.backward()`` works."""
-    total, parts = _sgl(
-        logits, targets, mask, offsets, features, delta_l, lam, pooling, normalize, rescale, weighted, mask_weight,
-        class_weight, pos_weight, check, impl, process_group, with_parts=True, look_at_weights=True,
+    total, parts = sgl_total_and_terms(
+        logits, targets, mask, offsets, features, settings_of(settings, changes), pooling, class_weight, pos_weight,
+        process_group, with_parts=True,
     )  # fmt: skip
     assert parts is not None
     bag, instance, penalty = parts.unbind()
     return SGLTerms(total, bag, instance, penalty)
 
 
-def _sgl(
+def sgl_total_and_terms(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
     offsets: Tensor | None,
     features: Tensor | None,
-    delta_l: float,
-    lam: float,
+    settings: SGLSettings,
     pooling: str | nn.Module,
-    normalize: str,
-    rescale: bool,
-    weighted: bool,
-    mask_weight: float,
     class_weight: Tensor | None,
     pos_weight: Tensor | None,
-    check: bool | None,
-    impl: str,
     group: Group,
     with_parts: bool,
-    look_at_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(total, (bag, instance, mask) detached); the latter may be None unless asked for.
-
-    ``look_at_weights``: at the values of class_weight and pos_weight, which a module has looked at before.
-    """
-    check_settings(delta_l, lam, mask_weight, normalize)
+    """(total, (bag, instance, mask) detached); the latter may be None unless ``with_parts``."""
     if group is not None:
         check_group(group)
-    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
-    fused = _use_fused(impl, logits)
+    logits, offsets, features = _validated(logits, targets, mask, offsets, features, settings.check)
+    fused = _use_fused(settings.impl, logits)
     if class_weight is not None or pos_weight is not None:
         classes = 1 if logits.dim() == (2 if offsets is None else 1) else logits.shape[1]
-        look = look_at_weights and looks_at_values(logits, check)
+        look = looks_at_values(logits, settings.check)
         class_weight = _class_vector("class_weight", class_weight, classes, logits, look)
         pos_weight = _class_vector("pos_weight", pos_weight, classes, logits, look)
     module = make_pooling(pooling)
     if not fused:
-        bag, instance, penalty = reference.sgl_terms(
-            logits, targets, mask, offsets, features, delta_l=delta_l, pooling=module, normalize=normalize,
-            rescale=rescale, weighted=weighted, class_weight=class_weight, pos_weight=pos_weight, group=group,
+        terms = reference.sgl_terms(
+            logits, targets, mask, offsets, features, settings=settings, pooling=module, class_weight=class_weight,
+            pos_weight=pos_weight, group=group,
         )  # fmt: skip
-        total = bag + lam * instance + mask_weight * penalty
-        return total, torch.stack((bag.detach(), instance.detach(), penalty.detach()))
+        return settings.total(*terms), torch.stack([term.detach() for term in terms])
     code, parameter = _fused.code_of(module)
     if code == _fused.EXTERNAL:
         # two gradients meet in the logits, and their sum is to be rounded once, to the dtype that was given
         logits = logits.to(working_dtype(logits.dtype))
-    settings = (delta_l, lam, mask_weight, code, parameter, normalize == "bag", rescale, weighted)
-    total, parts = _fused.fused_terms(
-        logits, targets, mask, offsets, class_weight, pos_weight, settings, group, with_parts
-    )  # fmt: skip
+    call = _fused.Call(logits, targets, mask, offsets, class_weight, pos_weight)
+    total, parts = _fused.fused_terms(call, settings, (code, parameter), group, with_parts)
     if code == _fused.EXTERNAL:
         bag = reference.bag_loss(
             logits, targets, mask, offsets, features, pooling=module, class_weight=class_weight, pos_weight=pos_weight,
@@ -222,16 +199,15 @@ def _sgl(
     return total, parts
 
 
+@takes_settings
 def self_guidance(
     logits: Tensor,
     targets: Tensor,
     *,
-    delta_l: float = 0.3,
-    rescale: bool = True,
-    weighted: bool = True,
     mask: Tensor | None = None,
     offsets: Tensor | None = None,
-    check: bool | None = None,
+    settings: SGLSettings | None = None,
+    **changes: Any,
 ) -> SelfGuidance:
     """What the bags teach themselves: the ternary targets (Eq. 5, 6) and weights (Eq. 7, 8), to look at and to plot.
 
@@ -245,12 +221,12 @@ def self_guidance(
     >>> guidance.alpha, guidance.weight
     (tensor([0.6119]), tensor([0.7641]))
     """
-    check_settings(delta_l, 0.0, 0.0, "batch")
+    settings = settings_of(settings, changes)
     nested = logits if isinstance(logits, Tensor) and logits.is_nested else None
-    logits, offsets, _ = _validated(logits, targets, mask, offsets, None, check)
+    logits, offsets, _ = _validated(logits, targets, mask, offsets, None, settings.check)
     instances = reference.read(logits.detach(), targets, mask, offsets)
     bags = instances.bags
-    guidance = reference.guide(instances, delta_l, rescale, weighted)
+    guidance = reference.guide(instances, settings)
     in_layout = [bags.layout(guidance.targets), bags.layout(guidance.part)]
     if nested is not None:
         in_layout = [torch.nested.nested_tensor_from_jagged(values, offsets) for values in in_layout]
@@ -355,7 +331,7 @@ def _validated(
             if not on_cpu or _fused.count_violations(targets, offsets, logits.shape[0]):
                 check_values(targets, offsets, logits.shape[0])
         except RuntimeError:
-            if not _fused.is_transformed():
+            if not is_transformed():
                 raise
             # batched by torch.func.vmap: no number of it can be looked at
     return logits, offsets, features
@@ -364,10 +340,8 @@ def _validated(
 def _use_fused(impl: str, logits: Tensor) -> bool:
     if impl == "reference":
         return False
-    if impl not in ("auto", "fused"):
-        raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {impl!r}")
     if logits.device.type in _fused.DEVICES:
-        if not _fused.is_transformed():
+        if not is_transformed():
             return True
         if impl == "fused":
             raise ValueError(
@@ -384,6 +358,7 @@ def _class_vector(name: str, value: Tensor | None, classes: int, logits: Tensor,
     if value is None:
         return None
     check_class_vector(name, value, classes, logits)
-    if look and not _fused.is_transformed():
+    check_constant(name, value)
+    if look and not is_transformed():
         check_weights(name, value, zero=name == "class_weight")
     return value.detach().to(working_dtype(logits.dtype)).contiguous()

@@ -1,18 +1,20 @@
-"""The losses as modules: they store settings, :mod:`sgl_ops.functional` computes."""
+"""The losses as modules: they hold the settings, :mod:`sgl_ops.functional` computes."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import check_settings, class_vector
+from ._checks import class_vector
 from ._ranks import Group, check_group
 from .functional import SGLTerms
 from .pooling import make_pooling
+from .settings import NAMES, SGLSettings, settings_of, takes_settings
 
 __all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
 
@@ -49,25 +51,17 @@ class SGLLoss(_Loss):
     all alike teaches its instances nothing; an empty part contributes 0.
 
     Args:
-        delta_l: lower threshold of Eq. 6, in [0, 0.5]; the upper one is 1 - delta_l. The paper's value is 0.3.
-        lam: weight of the instance loss, finite, >= 0. The paper: 1 with max pooling (MNIST-Bags, CIFAR10-Bags), 20
-            with softmax pooling (ChestX-ray14). May be changed between steps, as may ``mask_weight``.
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS`, or a module that takes
             (logits, \*, mask, offsets, features) and gives bag logits.
-        normalize: what :math:`n_k` counts: ``"batch"``, the instances of a part in the whole batch; ``"bag"``, those in
-            a bag-class, whose losses are then averaged.
-        rescale: False takes theta = p (the paper's ablation "No Rescale").
-        weighted: False takes w = 1 (the ablation without weighting).
-        mask_weight: weight mu of the penalty on the mask, finite, >= 0: it keeps what is found small.
-        class_weight: (C,), >= 0: multiplies every term of a class; denominators stay.
-        pos_weight: (C,), > 0: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
-        check: whether to look at the values of targets and offsets; None: on the CPU only.
-        impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"``, ``"reference"``.
-            The operator has no second derivative; under ``torch.func`` and in forward mode it does not work at all, and
-            ``"auto"`` takes the reference.
+        class_weight: (C,), >= 0, constant: multiplies every term of a class; denominators stay.
+        pos_weight: (C,), > 0, constant: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
         process_group: the ``torch.distributed.ProcessGroup`` that shares the batch (``torch.distributed.group.WORLD``
             for all, which is None before ``init_process_group``): loss and gradient of one process that sees it all,
             under ``DistributedDataParallel``.
+        settings: an :class:`~sgl_ops.SGLSettings`; None: the defaults.
+        changes: fields of :class:`~sgl_ops.SGLSettings` that replace those of ``settings``: ``delta_l``, ``lam``,
+            ``mask_weight``, ``normalize`` and so on. Each is also an attribute of the module, which may be changed
+            between steps: ``criterion.lam = 2.0``.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`. The loss is a float32 (or float64) scalar.
 
@@ -87,40 +81,52 @@ class SGLLoss(_Loss):
 
     class_weight: Tensor | None
     pos_weight: Tensor | None
+    _settings: SGLSettings
 
+    @takes_settings
     def __init__(
         self,
         *,
-        delta_l: float = 0.3,
-        lam: float = 1.0,
         pooling: str | nn.Module = "max",
-        normalize: str = "batch",
-        rescale: bool = True,
-        weighted: bool = True,
-        mask_weight: float = 0.0,
         class_weight: Tensor | Sequence[float] | None = None,
         pos_weight: Tensor | Sequence[float] | None = None,
-        check: bool | None = None,
-        impl: str = "auto",
         process_group: Group = None,
+        settings: SGLSettings | None = None,
+        **changes: Any,
     ):
         super().__init__()
-        check_settings(delta_l, lam, mask_weight, normalize)
-        if impl not in ("auto", "fused", "reference"):
-            raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {impl!r}")
-        self.delta_l = delta_l
-        self.lam = lam
+        self._settings = settings_of(settings, changes)
+        for name in NAMES:
+            value = getattr(self._settings, name)
+            if isinstance(value, nn.Parameter):
+                self._parameters[name] = value
         self.pooling = make_pooling(pooling)
-        self.normalize = normalize
-        self.rescale = rescale
-        self.weighted = weighted
-        self.mask_weight = mask_weight
         self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
         self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
-        self.check = check
-        self.impl = impl
         check_group(process_group)
         self.process_group = process_group
+
+    @property
+    def settings(self) -> SGLSettings:
+        """The settings of the next call. Assign a new object to change them."""
+        learned: dict[str, Any] = self._parameters
+        return replace(self._settings, **learned) if learned else self._settings
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "settings":
+            for setting in NAMES:
+                setattr(self, setting, getattr(value, setting))
+        elif name in NAMES:
+            self._settings = replace(self._settings, **{name: value})
+            self._parameters.pop(name, None)
+            if isinstance(value, nn.Parameter):
+                self._parameters[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # reached for what is no attribute of the object or its class: settings, parameters, buffers, modules
+        return getattr(self.settings, name) if name in NAMES else super().__getattr__(name)
 
     def forward(
         self,
@@ -132,14 +138,7 @@ class SGLLoss(_Loss):
         features: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar."""
-        # as attributes nn.Module would look for them everywhere else first, which a step on small bags feels
-        pooling, buffers = self._modules["pooling"], self._buffers
-        assert pooling is not None
-        return functional._sgl(
-            logits, targets, mask, offsets, features, self.delta_l, self.lam, pooling, self.normalize,
-            self.rescale, self.weighted, self.mask_weight, buffers["class_weight"], buffers["pos_weight"], self.check,
-            self.impl, self.process_group, with_parts=False, look_at_weights=False,
-        )[0]  # fmt: skip
+        return self._total_and_terms(logits, targets, mask, offsets, features, with_parts=False)[0]
 
     def terms(
         self,
@@ -151,18 +150,29 @@ class SGLLoss(_Loss):
         features: Tensor | None = None,
     ) -> SGLTerms:
         """The loss (``total``, with gradient) and its three terms, unweighted and detached, for logging."""
-        return functional.sgl_terms(
-            logits, targets, mask=mask, offsets=offsets, features=features, delta_l=self.delta_l, lam=self.lam,
-            pooling=self.pooling, normalize=self.normalize, rescale=self.rescale, weighted=self.weighted,
-            mask_weight=self.mask_weight, class_weight=self.class_weight, pos_weight=self.pos_weight, check=self.check,
-            impl=self.impl, process_group=self.process_group,
+        total, parts = self._total_and_terms(logits, targets, mask, offsets, features, with_parts=True)
+        assert parts is not None
+        return SGLTerms(total, *parts.unbind())
+
+    def _total_and_terms(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        mask: Tensor | None,
+        offsets: Tensor | None,
+        features: Tensor | None,
+        with_parts: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        # not as attributes: nn.Module looks for those elsewhere first, which is measurable on small bags
+        pooling, buffers = self._modules["pooling"], self._buffers
+        assert pooling is not None
+        return functional.sgl_total_and_terms(
+            logits, targets, mask, offsets, features, self.settings, pooling, buffers["class_weight"],
+            buffers["pos_weight"], self.process_group, with_parts,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return (
-            f"delta_l={self.delta_l}, lam={self.lam}, normalize={self.normalize!r}, rescale={self.rescale}, "
-            f"weighted={self.weighted}, mask_weight={self.mask_weight}, impl={self.impl!r}"
-        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in NAMES)
 
 
 class BagLoss(_Loss):

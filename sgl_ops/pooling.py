@@ -90,7 +90,7 @@ class Pooling(nn.Module):
         logits, offsets, features = unnest(logits, mask, offsets, features)
         check_call(logits, None, mask, offsets)
         bags = bags_of(logits, mask, offsets)
-        z = self.pool(bags, bags.screen(bags.instances(logits)), features)
+        z = self.pool(bags, bags.propagate_nonfinite(bags.instances(logits)), features)
         return bags.bag_logits(torch.where(bags.size > 0, z, torch.nan))
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
@@ -165,11 +165,11 @@ class TopKPooling(Pooling):
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         k = self.places(bags.size)
-        least = bags.spread(bags.kth_largest(x, k))
+        least = bags.expand_to_instances(bags.kth_largest(x, k))
         tied = x == least
         left = (k - bags.count(x > least)).to(x.dtype)  # places for the tied instances
         log_share = torch.log(left / bags.count(tied).clamp(min=1))
-        log_weight = torch.where(tied, bags.spread(log_share), 0.0)
+        log_weight = torch.where(tied, bags.expand_to_instances(log_share), 0.0)
         return _weighted(bags, x, log_weight, keep=~(x < least))  # a NaN is kept
 
     def places(self, size: Tensor) -> Tensor:
@@ -196,7 +196,8 @@ class LSEPooling(Pooling):
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         # P from mean(e^(rp) - 1) keeps its relative accuracy near 0, Q = 1 - P from mean(1 - e^(-rq)) near 1.
-        r, log_r = self.r, math.log(self.r)
+        r = x.new_zeros(()) + self.r  # a tensor: torch.compile makes a new graph for each logarithm of a number
+        log_r = torch.log(r)
         p, q = _sigmoid(x), _sigmoid(-x)
         log_n = torch.log(bags.size.clamp(min=1).to(x.dtype))
         rise = r * p + _log1mexp(r * p, log_r + F.logsigmoid(x))  # log(e^(rp) - 1)
@@ -248,7 +249,7 @@ class GeneralizedMeanPooling(Pooling):
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         if self.log_r is None:
-            r = x.new_full((x.shape[1],), self.start)
+            r = x.new_zeros(x.shape[1]) + self.start
             log_r = torch.log(r)
         else:
             _match_classes("log_r", self.log_r, x)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._bags import Bags, bags_of, working_dtype
-from ._ranks import Group, of_all_ranks, summed
+from ._ranks import Group, all_reduce_sum, all_reduce_with_grad
 from .pooling import MaxPooling, MeanPooling, MinPooling
+from .settings import SGLSettings
 
 NEGATIVE, AMBIGUOUS, POSITIVE, NO_PART = 0, 1, 2, -1
 
@@ -53,15 +54,15 @@ def read(
     bags = bags_of(logits, mask, offsets)
     labels = _labels(bags, targets, working_dtype(logits.dtype), group)
     # what takes no part is left out before any arithmetic: 0 * NaN is NaN
-    x = torch.where(bags.spread(labels.takes_part), bags.instances(logits), 0.0)
-    return Instances(bags, labels, group, bags.screen(x))
+    x = torch.where(bags.expand_to_instances(labels.takes_part), bags.instances(logits), 0.0)
+    return Instances(bags, labels, group, bags.propagate_nonfinite(x))
 
 
 def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype, group: Group) -> Labels:
     targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     takes_part = (targets == targets) & (bags.size > 0)
     positive = takes_part & (targets != 0)
-    return Labels(takes_part, positive, positive.to(dtype), summed(takes_part.sum(), group))
+    return Labels(takes_part, positive, positive.to(dtype), all_reduce_sum(takes_part.sum(), group))
 
 
 def bce(x: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
@@ -85,21 +86,26 @@ def rescaled(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (ratio * (torch.expm1(low - x) / torch.expm1(low - high))).clamp(max=1.0)
 
 
-def guide(instances: Instances, delta_l: float, rescale: bool, weighted: bool) -> Guidance:
+def guide(instances: Instances, settings: SGLSettings) -> Guidance:
     """Ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of every bag-class."""
     bags, labels, x = instances.bags, instances.labels, instances.x.detach()
     low, high = bags.min(x), bags.max(x)
-    theta = rescaled(x, bags.spread(low), bags.spread(high)) if rescale else torch.sigmoid(x)
+    theta = (
+        rescaled(x, bags.expand_to_instances(low), bags.expand_to_instances(high))
+        if settings.rescale
+        else torch.sigmoid(x)
+    )
+    delta_l = settings.delta_l
     part = torch.where(theta < delta_l, NEGATIVE, torch.where(theta > 1.0 - delta_l, POSITIVE, AMBIGUOUS))
-    part = torch.where(bags.spread(labels.positive), part, NEGATIVE)
+    part = torch.where(bags.expand_to_instances(labels.positive), part, NEGATIVE)
     takes_part = labels.takes_part
-    if rescale:  # all alike: there is no ranking to learn from
+    if settings.rescale:  # all alike: there is no ranking to learn from
         takes_part = takes_part & ~(labels.positive & (low == high))
-    part = torch.where(bags.spread(takes_part), part, NO_PART)
+    part = torch.where(bags.expand_to_instances(takes_part), part, NO_PART)
     part = bags.fill(part, NO_PART).to(torch.int8)
     ternary = torch.where(part == POSITIVE, 1.0, torch.where(part == AMBIGUOUS, theta, 0.0))
     alpha = torch.where(labels.positive, torch.sigmoid(high) - torch.sigmoid(bags.median(x)), 1.0)
-    weight = torch.exp2(alpha - 1) if weighted else torch.ones_like(alpha)
+    weight = torch.exp2(alpha - 1) if settings.weighted else torch.ones_like(alpha)
     return Guidance(ternary.to(x.dtype), part, alpha, weight)
 
 
@@ -124,7 +130,7 @@ def pooled(
     bags, labels = instances.bags, instances.labels
     if features is not None:
         wanted = labels.takes_part.any(1, keepdim=True)
-        wanted = bags.spread(wanted)
+        wanted = bags.expand_to_instances(wanted)
         wanted = wanted.transpose(1, 2) if wanted.dim() == 3 else wanted
         features = torch.where(wanted, features, 0.0)
     z = pooling(bags.layout(instances.x), mask=mask, offsets=offsets, features=features)
@@ -158,7 +164,7 @@ def instance_term(
         number = bags.count(inside)
         if normalize == "batch":
             loss_sum = loss_sum if class_weight is None else class_weight * loss_sum
-            total = total + loss_sum.sum() / summed(number.sum(), instances.group).clamp(min=1)
+            total = total + loss_sum.sum() / all_reduce_sum(number.sum(), instances.group).clamp(min=1)
         else:
             total = total + mean_over_bag_classes(instances, loss_sum / number.clamp(min=1), class_weight)
     return total
@@ -192,23 +198,20 @@ def sgl_terms(
     offsets: Tensor | None,
     features: Tensor | None,
     *,
-    delta_l: float,
+    settings: SGLSettings,
     pooling: nn.Module,
-    normalize: str,
-    rescale: bool,
-    weighted: bool,
     class_weight: Tensor | None,
     pos_weight: Tensor | None,
     group: Group,
 ) -> Terms:
     instances = read(logits, targets, mask, offsets, group)
-    guidance = guide(instances, delta_l, rescale, weighted)
+    guidance = guide(instances, settings)
     terms = (
         bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight),
-        instance_term(instances, guidance, normalize, class_weight, pos_weight),
+        instance_term(instances, guidance, settings.normalize, class_weight, pos_weight),
         mask_term(instances, guidance, class_weight),
     )
-    return Terms(*of_all_ranks(torch.stack(terms), group).unbind()) if group else Terms(*terms)
+    return Terms(*all_reduce_with_grad(torch.stack(terms), group).unbind()) if group else Terms(*terms)
 
 
 def bil_loss(
@@ -224,11 +227,13 @@ def bil_loss(
     """Bag-instance loss (Zhou et al. 2017): instances against their own rounded probabilities."""
     instances = read(logits, targets, mask, offsets, group)
     bags, labels, x = instances.bags, instances.labels, instances.x
-    pseudo = ((x.detach() > 0) & bags.spread(labels.positive)).to(x.dtype)
+    pseudo = ((x.detach() > 0) & bags.expand_to_instances(labels.positive)).to(x.dtype)
     instance = bags.mean(bce(x, pseudo))
     bag = bce(pooled(instances, pooling, mask, offsets, features), labels.y)
     positive = bag + (bag.detach() - instance) ** 2
-    return of_all_ranks(mean_over_bag_classes(instances, torch.where(labels.positive, positive, instance)), group)
+    return all_reduce_with_grad(
+        mean_over_bag_classes(instances, torch.where(labels.positive, positive, instance)), group
+    )
 
 
 def bag_loss(
@@ -245,7 +250,7 @@ def bag_loss(
 ) -> Tensor:
     """L_bag with its gradient, of all ranks."""
     instances = read(logits, targets, mask, offsets, group)
-    return of_all_ranks(bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight), group)
+    return all_reduce_with_grad(bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight), group)
 
 
 def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None, *, group: Group) -> Tensor:
@@ -255,4 +260,4 @@ def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tens
     loss = torch.zeros_like(y)
     for pooling, target in ((MaxPooling(), y), (MinPooling(), torch.zeros_like(y)), (MeanPooling(), y / 2)):
         loss = loss + bce(pooled(instances, pooling, mask, offsets, None), target) / 3
-    return of_all_ranks(mean_over_bag_classes(instances, loss), group)
+    return all_reduce_with_grad(mean_over_bag_classes(instances, loss), group)

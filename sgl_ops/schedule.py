@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ._checks import check_number, check_values
 from ._ranking import Ranking, rank_bags
-from ._ranks import Group, check_group, summed
+from ._ranks import Group, all_reduce_sum, check_group
 
 __all__ = ["LamSchedule", "prior_bias"]
 
@@ -183,7 +183,7 @@ class LamSchedule:
         ranking = rank_bags(scores, torch.cat([labels for _, labels in self._bags]))
         # the counts travel on the device of the logits, which a process group of NCCL needs
         counts = torch.stack(ranking).to(scores.device, torch.float32 if scores.device.type == "mps" else torch.float64)
-        ranking = Ranking(*summed(counts, self.process_group).cpu().double().unbind())
+        ranking = Ranking(*all_reduce_sum(counts, self.process_group).cpu().double().unbind())
         self.class_auc = ranking.auc
         bound = 0.5 + 3 * ranking.chance_deviation
         counting = bound < 1  # False for NaN

@@ -171,9 +171,9 @@ def test_settings_may_change_between_steps(impl, device):
     for lam in (0.0, 1.0, 20.0):
         criterion.lam = lam
         torch.testing.assert_close(criterion(x, y), SGLLoss(lam=lam, impl=impl)(x, y))
-    criterion.lam = -1.0
     with pytest.raises(ValueError, match="lam"):
-        criterion(x, y)
+        criterion.lam = -1.0
+    torch.testing.assert_close(criterion(x, y), SGLLoss(lam=20.0, impl=impl)(x, y))
 
 
 def test_settings_are_by_keyword():

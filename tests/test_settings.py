@@ -1,0 +1,310 @@
+"""Settings that change from step to step, and weights that are learned."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import pickle
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from batches import settled
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, functional
+from sgl_ops.pooling import GeneralizedMeanPooling, LSEPooling
+
+NAMES = [field.name for field in fields(SGLSettings)]
+#: Twenty values of everything that may change from step to step, all at once.
+STEPS = [
+    {"lam": 0.1 * i + 0.05, "mask_weight": 0.05 * i + 0.1, "delta_l": 0.02 * i + 0.011, "r": 1.0 + 0.7 * i}
+    for i in range(20)
+]
+
+
+def batch(device: torch.device, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    x = 2 * torch.randn(6, 2, 9, generator=generator, dtype=torch.float64)
+    y = (torch.rand(6, 2, generator=generator) < 0.5).double()
+    y[1, 1] = torch.nan
+    return settled(x).to(device, dtype), y.to(device)
+
+
+def gradients(loss, x, y, *others):
+    """Value and gradients by x and ``others``."""
+    x = x.clone().requires_grad_()
+    value = loss(x, y)
+    return value.detach(), *torch.autograd.grad(value, (x, *others))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One object
+
+
+def test_a_setting_is_named_once():
+    """Everything that takes settings derives their names from the fields of SGLSettings."""
+    for function in (SGLLoss, functional.sgl_loss, functional.sgl_terms, functional.self_guidance):
+        parameters = inspect.signature(function).parameters
+        for field in fields(SGLSettings):
+            assert parameters[field.name].default == field.default
+    criterion = SGLLoss()
+    assert [getattr(criterion, name) for name in NAMES] == [getattr(SGLSettings(), name) for name in NAMES]
+    assert all(f"{name}=" in repr(criterion) for name in NAMES)
+    assert criterion.settings.__dataclass_params__.frozen
+
+
+def test_settings_as_an_object(device):
+    x, y = batch(device)
+    settings = SGLSettings(lam=3.0, delta_l=0.2, mask_weight=0.5, normalize="bag")
+    expected = functional.sgl_loss(x, y, lam=3.0, delta_l=0.2, mask_weight=0.5, normalize="bag")
+    assert torch.equal(SGLLoss(settings=settings)(x, y), expected)
+    assert torch.equal(functional.sgl_loss(x, y, settings=settings), expected)
+    assert torch.equal(functional.sgl_loss(x, y, settings=replace(settings, lam=1.0), lam=3.0), expected)
+    criterion = SGLLoss()
+    criterion.settings = settings
+    assert torch.equal(criterion(x, y), expected)
+    for again in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(again(x, y), expected)
+    with pytest.raises(TypeError, match="settings: expected an SGLSettings, got dict"):
+        SGLLoss(settings={"lam": 3.0})
+    with pytest.raises(TypeError, match="lamda"):
+        SGLLoss(lamda=3.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Twenty values, two graphs, right values
+
+
+def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
+    """(a function of a step's values and x and y, which is compiled, and the counter of its graphs)."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    criterion = SGLLoss(pooling=pooling, impl=impl)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def call(x, y, lam, mask_weight, delta_l):
+        if functional_call:
+            return functional.sgl_loss(
+                x, y, pooling=pooling, impl=impl, lam=lam, mask_weight=mask_weight, delta_l=delta_l
+            )
+        return criterion(x, y)
+
+    def step(x, y, r, **values):
+        setattr(pooling, "r" if isinstance(pooling, LSEPooling) else "start", r)
+        if functional_call:
+            return call(x, y, **values)
+        # the values reach the compiled function by the module alone
+        for name, value in values.items():
+            setattr(criterion, name, value)
+        return call(x, y, 0.0, 0.0, 0.0)
+
+    return step, counter
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("functional_call", [False, True], ids=["module", "function"])
+@pytest.mark.parametrize("kind", [LSEPooling, GeneralizedMeanPooling])
+def test_twenty_values_need_two_graphs(impl, device, kind, functional_call):
+    if impl == "emulated" or (kind is GeneralizedMeanPooling and functional_call):
+        pytest.skip("no case of its own")
+    step, counter = compiled_steps(impl, kind(), functional_call)
+    x, y = batch(device)
+    seen = set()
+    for values in STEPS:
+        settings = {name: value for name, value in values.items() if name != "r"}
+        exact = SGLLoss(pooling=kind(values["r"]), impl="reference", **settings)
+        expected = gradients(exact, x, y)
+        found = gradients(lambda x, y, values=values: step(x, y, **values), x, y)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        seen.add(expected[1].abs().sum().item())
+    assert counter.frame_count <= 2
+    assert len(seen) == len(STEPS)
+
+
+@pytest.mark.no_cover
+def test_a_bad_value_is_refused_by_the_compiled_function(impl, device):
+    torch._dynamo.reset()
+    x, y = batch(device)
+    compiled = torch.compile(lambda lam: functional.sgl_loss(x, y, lam=lam, impl=impl), backend="eager")
+    for lam in (1.0, 2.0, 3.0):
+        compiled(lam)
+    with pytest.raises(Exception, match="lam: expected finite and >= 0"):
+        compiled(-1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learned weights
+
+
+def by_hand(x, y, lam, mask_weight, **options):
+    """Value and gradients by x, lam and mask_weight, from the terms of the reference."""
+    x = x.clone().double().requires_grad_()
+    terms = functional.sgl_terms(x, y, lam=lam, mask_weight=mask_weight, impl="reference", **options)
+    terms.total.backward()
+    return terms.total.detach(), x.grad, terms.instance, terms.mask
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "generalized_mean"}, {"normalize": "bag", "pooling": "softmax"}])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_learned_weights(impl, device, how, options):
+    if how == "compiled" and (options or "emulated" in _fused._forward.name()):
+        pytest.skip("no case of its own")
+    x, y = batch(device)
+    expected = by_hand(x, y, 2.0, 0.5, **options)
+    lam, mask_weight = (torch.tensor(v, dtype=torch.float32, device=device, requires_grad=True) for v in (2.0, 0.5))
+
+    def loss(x, y, lam, mask_weight):
+        return functional.sgl_loss(x, y, lam=lam, mask_weight=mask_weight, impl=impl, **options)
+
+    torch._dynamo.reset()
+    loss = torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compiled" else loss
+    found = gradients(lambda x, y: loss(x, y, lam, mask_weight), x, y, lam, mask_weight)
+    assert found[0].dtype == torch.float64
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close([g.double() for g in found[2:]], list(expected[2:]), rtol=1e-6, atol=0)
+    # one of them alone, and logits without a gradient
+    found = torch.autograd.grad(loss(x, y, lam, 0.5), lam)
+    torch.testing.assert_close(found[0].double(), expected[2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_learned_weight_changes_neither_dtype_nor_gradient(impl, device, dtype):
+    x, y = batch(device, dtype)
+    plain = gradients(SGLLoss(lam=3.0, mask_weight=0.5, impl=impl), x, y)
+    lam = torch.tensor([3.0], dtype=torch.float64, device=device, requires_grad=True)
+    value, grad, _ = gradients(SGLLoss(lam=lam, mask_weight=0.5, impl=impl), x, y, lam)
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    torch.testing.assert_close((value, grad), plain, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-7)
+    # a gradient of float16 is scaled before it is rounded
+    scaled = (SGLLoss(lam=lam, impl=impl)(x.requires_grad_(), y) * 2.0**14).backward()
+    assert scaled is None
+    assert x.grad.isfinite().all()
+
+
+def test_a_parameter_belongs_to_the_module(impl, device):
+    x, y = batch(device)
+    criterion = SGLLoss(lam=nn.Parameter(torch.tensor(2.0)), impl=impl).to(device)
+    assert [name for name, _ in criterion.named_parameters()] == ["lam"]
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
+    terms = criterion.terms(x, y)
+    terms.total.backward()
+    optimizer.step()
+    torch.testing.assert_close(criterion.lam.item(), 2.0 - 0.1 * terms.instance.item())
+    torch.testing.assert_close(criterion(x, y), SGLLoss(lam=criterion.lam.item(), impl=impl)(x, y))
+    other = copy.deepcopy(criterion)
+    other.load_state_dict({"lam": torch.tensor(5.0)})
+    torch.testing.assert_close(other(x, y), SGLLoss(lam=5.0, impl=impl)(x, y))
+    other.lam = 1.0
+    assert not list(other.parameters())
+    torch.testing.assert_close(other(x, y), SGLLoss(impl=impl)(x, y))
+    # of more than one term
+    other.mask_weight = nn.Parameter(torch.tensor(0.3, device=device))
+    other(x, y).backward()
+    torch.testing.assert_close(other.mask_weight.grad.double(), terms.mask)
+
+
+def test_second_derivatives_of_a_learned_weight_are_refused_by_the_operator(fused_device):
+    x, y = batch(fused_device)
+    lam = torch.tensor(2.0, requires_grad=True)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(SGLLoss(lam=lam, impl="fused")(x, y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["class_weight", "pos_weight"])
+def test_constants_that_require_a_gradient_are_refused(device, name):
+    x, y = batch(device)
+    vector = torch.ones(2, dtype=torch.float64, device=device, requires_grad=True)
+    message = f"{name}: expected a constant, got a tensor that requires a gradient"
+    for make in (SGLLoss, BagLoss):
+        with pytest.raises(ValueError, match=message):
+            make(**{name: vector})
+        criterion = make(**{name: vector.detach()})
+        setattr(criterion, name, vector)
+        with pytest.raises(ValueError, match=message):
+            criterion(x, y)
+    for function in (functional.sgl_loss, functional.bag_loss):
+        with pytest.raises(ValueError, match=message):
+            torch.func.grad(lambda v, function=function: function(x, y, **{name: v}))(vector.detach())
+        with pytest.raises(ValueError, match=message):
+            torch.func.jvp(lambda v, f=function: f(x, y, **{name: v}), (vector.detach(),), (vector.detach(),))
+
+
+def test_a_threshold_that_requires_a_gradient_is_refused(device):
+    with pytest.raises(ValueError, match="delta_l: expected a constant"):
+        SGLLoss(delta_l=torch.tensor(0.3, requires_grad=True))
+    assert SGLLoss(delta_l=torch.tensor(0.25)).delta_l == 0.25
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (torch.tensor([1.0, 2.0]), ValueError, r"lam: expected one element, got shape \(2,\)"),
+        (torch.tensor(1j), TypeError, "lam: expected a real number"),
+        (torch.tensor(-1.0), ValueError, "lam: expected finite and >= 0, got -1"),
+        (torch.tensor(torch.nan), ValueError, "lam: expected finite and >= 0, got nan"),
+    ],
+)
+def test_bad_tensor_weights(value, kind, message):
+    with pytest.raises(kind, match=message):
+        SGLLoss(lam=value)
+    if "finite" in message:
+        SGLLoss(lam=value, check=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learned weights of two processes
+
+
+class Learned(nn.Module):
+    """A network and its criterion, so that DistributedDataParallel averages the gradient of the weights, too."""
+
+    def __init__(self, impl: str, group):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        weights = {name: nn.Parameter(torch.tensor(v, dtype=torch.float64)) for name, v in WEIGHTS.items()}
+        self.criterion = SGLLoss(impl=impl, process_group=group, **weights)
+
+    def forward(self, x, y):
+        return self.criterion(self.scale * x, y)
+
+
+WEIGHTS = {"lam": 2.0, "mask_weight": 0.5}
+IMPLS = ["reference", *(["fused"] if "cpu" in _fused.DEVICES else [])]
+
+
+def learn(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x, y = batch(torch.device("cpu"))
+    part = slice(0, 4) if rank == 0 else slice(4, 6)
+    results = {}
+    for impl in IMPLS:
+        for how in ("eager", "compiled"):
+            torch._dynamo.reset()
+            model = Learned(impl, dist.group.WORLD)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            if how == "compiled":
+                model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+            wrapped(x[part], y[part]).backward()
+            results[impl, how] = {name: p.grad for name, p in model.named_parameters()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_learned_weights_of_two_processes(tmp_path):
+    torch.multiprocessing.spawn(learn, (os.fspath(tmp_path),), nprocs=2)
+    model = Learned("reference", None)
+    model(*batch(torch.device("cpu"))).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad.abs() > 0.01 for grad in expected.values())
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"{rank}.pt", weights_only=True).values():
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
