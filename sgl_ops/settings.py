@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from ._checks import check_constant, looks_at_values
 
 __all__ = ["SGLSettings"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +115,7 @@ def settings_of(settings: SGLSettings | None, changes: dict[str, Any]) -> SGLSet
     return replace(settings, **changes) if changes else settings
 
 
-def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+def takes_settings(function: Function) -> Function:
     """Show the settings in the signature of ``function``, which takes them as ``**changes``."""
     signature = inspect.signature(function)
     kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -121,14 +123,15 @@ def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in fields(SGLSettings)
     ]
-    function.__signature__ = signature.replace(parameters=[*kept, *shown])
+    documented: Any = function
+    documented.__signature__ = signature.replace(parameters=[*kept, *shown])
     return function
 
 
 def _number(name: str, value: object) -> float:
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _weight(name: str, value: object, check: bool | None) -> float | Tensor:
