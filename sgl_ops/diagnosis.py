@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ._bags import Bags, bags_of
-from ._checks import check_call, check_settings, check_values, unnest
+from ._checks import check_call, check_values, unnest
 from ._ranking import Ranking, rank_bags
 from .functional import self_guidance
 from .pooling import make_pooling
+from .settings import SGLSettings
 
 __all__ = ["BagMeasures", "Diagnosis", "Finding", "diagnose"]
 
@@ -186,7 +187,7 @@ def diagnose(
         rate; a network whose patches see the whole image gives the same logit everywhere, so use one
         with a smaller receptive field.
     """
-    check_settings(delta_l, 0.0, 0.0, "batch")
+    SGLSettings(delta_l=delta_l)  # raises where the threshold is out of range
     logits, offsets, features = unnest(logits, mask, offsets, features)
     check_call(logits, targets, mask, offsets)
     # a look at an epoch is not a step of training: on a GPU it may wait
