@@ -4,9 +4,10 @@
     python localize_cxr.py --run RUN BASELINE --data-dir DIR --out OUT  the second run beside the first
     python localize_cxr.py --run RUN --data-dir DIR --threshold validation --gate validation
 
-A map becomes a box as in the paper's section 4.4 (boxes.heatmap_to_box). A box is found where its IoU with the true one
-is greater than T_IoU and, behind the gate, the class is predicted. The thresholds are those of the options, or are
-chosen by the labels of the validation images; boxes choose nothing. Images that were trained on are refused.
+A map becomes a box as in the paper's section 4.4 (sgl_ops.localization.heatmap_to_box). A box is found where its IoU
+with the true one is greater than T_IoU and, behind the gate, the class is predicted. The thresholds are those of the
+options, or are chosen by the labels of the validation images; boxes choose nothing. Images that were trained on are
+refused.
 
 Writes into --out metrics.json, details.json (settings, thresholds, intervals), predictions.csv (an image a row),
 boxes.csv (a true box a row), localization.png and report.html; of a second run the tables into OUT/baseline.
@@ -15,90 +16,16 @@ boxes.csv (a true box a row), localization.png and report.html; of a second run 
 from __future__ import annotations
 
 import argparse
-import csv
-import math
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import boxes as bx
-import cxr_data
-import report
-import torch
-import train_cxr
-from cxr_data import CLASSES, path_of
-from cxr_evaluation import VALIDATION, Evaluated, Truth, evaluate, refuse_trained, truth_of
-from cxr_report import draw, localization_rows, write_report
-from training import device_name, message_of, write_json
+from common.options import default_device, device_name, message_of, path_of
+from images.evaluation import VALIDATION, evaluate, refuse_trained, truth_of
+from images.nih import load_index
+from images.provenance import trained_names
+from images.report import draw, write_report
+from images.tables import clear_baseline, names_beside, print_table, write_tables
 
-TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
-
-
-def without_nan(content: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(content, dict):
-        return {key: without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(without_nan(run.metrics), folder / "metrics.json")
-    write_json(without_nan(run.details), folder / "details.json")
-    with (folder / "predictions.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "patient", *(f"p_{c}" for c in CLASSES), *(f"label_{c}" for c in CLASSES)])
-        for name, patient, p, y in zip(truth.names, truth.patients, run.said.probability, truth.labels, strict=True):
-            writer.writerow([name, patient, *(f"{v:.6g}" for v in p), *(f"{v:g}" for v in y)])
-    with (folder / "boxes.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        sides = ("x", "y", "w", "h")
-        writer.writerow(["image", "patient", "class", "probability", "predicted",
-                         *(f"true_{s}" for s in sides), *(f"found_{s}" for s in sides), "iou"])  # fmt: skip
-        for k, (i, c) in enumerate(zip(truth.image, truth.classes, strict=True)):
-            found = ["" if math.isnan(v) else f"{v:g}" for v in run.found[k]]
-            writer.writerow(
-                [truth.names[i], truth.patients[i], CLASSES[c], f"{run.said.probability[i, c]:.6g}",
-                 int(run.predicted[k]), *(f"{v:.6g}" for v in truth.boxes[k]), *found, f"{run.overlaps[k]:.4f}"]
-            )  # fmt: skip
-
-
-def clear_baseline(folder: Path, needed: bool) -> None:
-    """Takes away what an earlier evaluation of two runs left; anything else is somebody's, perhaps a run of that name.
-
-    Raises:
-        ValueError: there is something else, and the folder is ``needed``.
-    """
-    if not folder.exists():
-        return
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    if there == set(TABLES):
-        for name in there:
-            (folder / name).unlink()
-        folder.rmdir()
-    elif needed and there:
-        raise ValueError(f"out: {folder} is to hold the tables of the second run, and holds something else")
-
-
-def names_beside(paths: Sequence[Path]) -> list[str]:
-    """As much of the end of each path as tells it from the others."""
-    parts = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, parts))):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
-
-
-def print_table(runs: Sequence[Evaluated], official: bool) -> None:
-    print(f"\n{'mean over the classes':48}{'AUC':>7}" + "".join(f"{f'> {t:g}':>8}" for t in bx.T_IOU))
-    auc = {run.name: run.metrics["auc"]["mean"] for run in runs}
-    for name, accuracy in localization_rows(runs, official):
-        values = (accuracy.get(f"{t:g}", {}).get("mean") for t in bx.T_IOU)
-        print(f"{name:48}{report.number(auc.get(name)):>7}" + "".join(f"{report.number(v, 2):>8}" for v in values))
+from sgl_ops import localization as bx
 
 
 def threshold(text: str) -> float | str:
@@ -136,8 +63,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gallery-size", type=int, default=320, help="side of its images in pixels (320)")
     add("--batch-size", type=int, default=16)
     add("--workers", type=int, default=0, help="processes that decode images (0: none beside this one)")
-    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device_name, default=None)
     args = parser.parse_args(argv)
+    args.device = args.device or default_device()
     if len(args.run) > 2:
         parser.error(f"--run: expected one or two, got {len(args.run)}")
     if len({run.resolve() for run in args.run}) < len(args.run):
@@ -172,12 +100,12 @@ def localize(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the data or a run does not fit, or nothing can be written.
     """
-    index = cxr_data.load_index(args.data_dir, args.allow_missing, args.tables)
+    index = load_index(args.data_dir, args.allow_missing, args.tables)
     truth = truth_of(index)
     if not len(truth.rows):
         raise ValueError(f"data-dir: no image of the test list is in {args.data_dir}")
     for run in args.run:
-        refuse_trained(truth, train_cxr.trained_names(run), run)
+        refuse_trained(truth, trained_names(run), run)
     # where something cannot be written, it is told before the networks are asked
     args.out.mkdir(parents=True, exist_ok=True)
     beside = args.out / "baseline"

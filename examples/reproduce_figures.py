@@ -32,13 +32,16 @@ import numpy as np
 import torch
 import train_cifar10_bags
 import train_mnist_bags
-from bags import Bags
-from experiment import bags_of, numbers_to_show, pictures_of
-from instances import Instances, load_instances
-from plots import draw_bags
+from bags.drawing import Bags
+from bags.experiment import bags_of, numbers_to_show, pictures_of
+from bags.instances import Instances, load_instances
+from bags.plots import draw_bags
+from bags.training import instance_logits, train_run
+from common.choices import Config
+from common.environment import commit, machine
+from common.files import write_json
+from common.workers import compute_in_workers
 from tqdm import tqdm
-from training import Config, instance_logits, train_run, write_json
-from workers import commit, compute_in_workers, machine
 
 #: name: (label, what train_mnist_bags.py is told). The means are the authors': of logits.
 METHODS = {

@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-import experiment
 import torch
-from experiment import COMMON, DECISIVE, check, make_parser, run
-from instances import import_torchvision
+from bags import experiment
+from bags.experiment import COMMON, DECISIVE, check, make_parser, run
+from common.choices import Config
+from common.import_torchvision import import_torchvision
 from torch import Tensor, nn
-from training import Config
 
 
 class ResNet18(nn.Module):

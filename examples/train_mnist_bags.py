@@ -15,9 +15,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from experiment import COMMON, check, configs_of, make_parser, run
+from bags.experiment import COMMON, check, configs_of, make_parser, run
+from common.choices import Config
 from torch import Tensor, nn
-from training import Config
 
 
 class LeNet(nn.Module):

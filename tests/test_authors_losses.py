@@ -1,10 +1,10 @@
-"""examples/authors_losses.py: the control is the published code, whose shapes broadcast."""
+"""examples/bags/authors_losses.py: the control is the published code, whose shapes broadcast."""
 
 from __future__ import annotations
 
-import authors_losses
 import pytest
 import torch
+from bags import authors_losses
 
 import sgl_ops
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 
-import experiment
-import instances
 import numpy as np
 import pytest
 import torch
 import train_cifar10_bags as example
-import training
+from bags import experiment, instances, training
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 
-import boxes as bx
-import compare_localization as compare
-import drawn_lesions
+import compare_localization as command
 import numpy as np
 import pytest
 import torch
+from localization import comparison as compare
+from localization import drawn_lesions, tables
+
+from sgl_ops import localization as bx
 
 SMALL = {"size": 48, "train_images": 48, "test_images": 24, "epochs": 2, "batch_size": 16}
 
@@ -43,7 +45,7 @@ def test_boxes_are_where_the_lesions_are():
     assert (boxes[:, 2:].min(1) > 17).mean() > 0.7  # larger than what a local patch sees
     both = [(k, m) for k in range(len(image)) for m in range(k) if image[k] == image[m]]
     assert len(both) > 20
-    assert all(bx.iou(boxes[k], boxes[m]) < 0.1 for k, m in both)
+    assert all(bx.box_iou(boxes[k], boxes[m]) < 0.1 for k, m in both)
 
 
 @pytest.mark.parametrize("name", drawn_lesions.CLASSES)
@@ -156,7 +158,7 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     assert content["command"] == "python compare_localization.py --rows 17/max/sgl --seeds 2"
     assert content["settings"]["lam"] == compare.settings_of(compare.Row("17", "max", "sgl"))["lam"]
     assert np.array(content["shown"]).shape == (4, 6, 6)
-    assert compare.main(["--out", str(out), "--draw-only"]) == 0
+    assert command.main(["--out", str(out), "--draw-only"]) == 0
     printed = capsys.readouterr().out
     assert (out / "localization.md").read_text().strip() == printed.strip()
     assert (out / "localization.png").read_bytes().startswith(b"\x89PNG")
@@ -177,7 +179,7 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
 
     compare.SETTINGS["epochs"] = 3  # undone by the fixture
     for option in ([], ["--draw-only"]):
-        assert compare.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *option]) == 2
+        assert command.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *option]) == 2
         assert "'epochs': 2}, not {'epochs': 3}" in capsys.readouterr().err
     assert not (out / "65_max_bag_seed1.json").exists()  # nothing is computed beside them
 
@@ -188,13 +190,13 @@ def test_only_what_is_missing_is_computed(small, tmp_path, monkeypatch, capsys):
 
     # in this process: a worker would not know of the small settings
     monkeypatch.setattr(
-        compare, "compute_in_workers", lambda f, runs, workers, *given: ((run, f(run, *given)) for run in runs)
+        command, "compute_in_workers", lambda f, runs, workers, *given: ((run, f(run, *given)) for run in runs)
     )
-    assert compare.main(["--rows", "17/max/bag", "17/max/sgl", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert command.main(["--rows", "17/max/bag", "17/max/sgl", "--seeds", "1", "--out", str(tmp_path)]) == 0
     assert "2 runs, 1 of them to compute" in capsys.readouterr().out
     assert (tmp_path / "17_max_bag_seed1.json").read_text() == there
     (tmp_path / "17_max_bag_seed1.json").unlink()
-    assert compare.main(["--rows", "17/max/bag", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert command.main(["--rows", "17/max/bag", "--seeds", "1", "--out", str(tmp_path)]) == 0
     again = json.loads((tmp_path / "17_max_bag_seed1.json").read_text())
     assert {key: again[key] for key in ("result", "shown")} == {
         key: json.loads(there)[key] for key in ("result", "shown")
@@ -202,22 +204,22 @@ def test_only_what_is_missing_is_computed(small, tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_there_is_said(tmp_path, capsys):
-    assert compare.main(["--out", str(tmp_path), "--draw-only"]) == 2
+    assert command.main(["--out", str(tmp_path), "--draw-only"]) == 2
     assert "there is no run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        compare.parse_arguments(["--rows", "17/median"])
+        command.parse_arguments(["--rows", "17/median"])
     assert "expected FIELD/POOLING/LOSS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", [".", "other_settings", "other_seeds", "networks"])
 def test_what_was_computed_is_what_the_script_would_compute(folder):
     """The committed files are of the committed settings, and the committed table is drawn from them."""
-    out = compare.Path(compare.__file__).parent / "results" / "localization" / folder
-    found = compare.collect(out)
-    assert (out / "localization.md").read_text() == compare.tables_of(found) + "\n"
+    out = command.Path(command.__file__).parent / "results" / "localization" / folder
+    found = tables.collect(out)
+    assert (out / "localization.md").read_text() == tables.tables_of(found) + "\n"
 
 
 def test_the_page_shows_the_table_that_was_drawn():
-    results = compare.Path(compare.__file__).parent / "results"
+    results = command.Path(command.__file__).parent / "results"
     drawn = (results / "localization" / "localization.md").read_text().split("\n\n")[1]
     assert drawn.count("\n") == 28 and drawn in (results / "README.md").read_text()

@@ -10,12 +10,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import check_cxr
-import cxr_data
-import make_synthetic_cxr as synthetic
+import make_synthetic_cxr
 import numpy as np
 import pytest
 import torch
-from cxr_data import CLASSES
+from common import options
+from images import batches, cache, items, nih, pixels, synthetic, synthetic_set
+from images.check import checked_index
+from images.nih import CLASSES
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -26,7 +28,7 @@ SIZE = 48
 def drawn(tmp_path_factory):
     """A small synthetic data set."""
     folder = tmp_path_factory.mktemp("cxr")
-    synthetic.write_dataset(folder / "data", images=40, size=SIZE, seed=0)
+    synthetic_set.write_dataset(folder / "data", images=40, size=SIZE, seed=0)
     return folder / "data"
 
 
@@ -55,7 +57,7 @@ def test_genuine_tables(data_dir):
     folder = data_dir / "chestxray14"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
-    index = cxr_data.load_index(folder, allow_missing=True)
+    index = nih.load_index(folder, allow_missing=True)
     assert len(index.names) == 44
     assert len(index.names) + len(index.missing) == 112_120
     boxes = [box for found in index.boxes.values() for box in found]
@@ -75,15 +77,15 @@ def test_genuine_tables(data_dir):
     for path in index.paths[:3] + [p for p in index.paths if Image.open(p).mode == "RGBA"][:1]:
         image = np.array(Image.open(path))
         grey = image if image.ndim == 2 else image[..., 0]
-        assert np.array_equal(cxr_data.load_image(path, 1024), grey)
-        assert np.abs(cxr_data.load_image(path, 64) - grey.reshape(64, 16, 64, 16).mean((1, 3))).mean() < 3
+        assert np.array_equal(pixels.load_image(path, 1024), grey)
+        assert np.abs(pixels.load_image(path, 64) - grey.reshape(64, 16, 64, 16).mean((1, 3))).mean() < 3
     with pytest.raises(ValueError, match="112076 of 112120 images of the tables are missing"):
-        cxr_data.refuse_missing(folder, index.missing, 112_120)
+        nih.refuse_missing(folder, index.missing, 112_120)
 
 
 def test_the_index_says_what_was_drawn(drawn):
-    plans = {plan.name: plan for plan in synthetic.plan_images(40, 0)}
-    index = cxr_data.load_index(drawn)
+    plans = {plan.name: plan for plan in synthetic_set.plan_images(40, 0)}
+    index = nih.load_index(drawn)
     assert set(index.names) == set(plans)
     assert 0 < index.test.sum() < len(index.names)
     for row, name in enumerate(index.names):
@@ -92,7 +94,7 @@ def test_the_index_says_what_was_drawn(drawn):
         assert (index.patients[row], index.test[row]) == (plan.patient, plan.test)
         assert index.paths[row].name == name
         boxed = {CLASSES[box[0]] for box in index.boxes.get(name, ())}
-        assert boxed == (set(plan.findings) & set(synthetic.BOXED) if plan.test else set())
+        assert boxed == (set(plan.findings) & set(synthetic_set.BOXED) if plan.test else set())
     assert index.labels.dtype == np.float32
     assert not index.missing
 
@@ -104,7 +106,7 @@ def test_the_older_table_reads_the_same(drawn, copy):
     old = [header + ",", *(",".join([*r[:4], f"{int(r[4]):03}Y", *r[5:], ""]) for r in rows)]
     path.unlink()
     (copy / "Data_Entry_2017.csv").write_text("\r\n".join(old) + "\r\n")
-    one, other = cxr_data.load_index(drawn), cxr_data.load_index(copy)
+    one, other = nih.load_index(drawn), nih.load_index(copy)
     assert one.names == other.names
     assert np.array_equal(one.labels, other.labels)
     assert np.array_equal(one.sizes, other.sizes)
@@ -153,7 +155,7 @@ ENTRY, BOX = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
 def test_a_wrong_line_is_named(copy, file, line, function, message):
     change(copy / file, line, function)
     with pytest.raises(ValueError, match=message) as error:
-        cxr_data.load_index(copy)
+        nih.load_index(copy)
     assert file in str(error.value)
     assert check_cxr.main(["--data-dir", str(copy)]) == 2
 
@@ -169,22 +171,22 @@ def test_a_truncated_table_is_refused_wherever_it_ends(copy, file):
     for cut in sorted(cuts - harmless):
         (copy / file).write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=file.split("_")[0]):
-            cxr_data.load_index(copy)
+            nih.load_index(copy)
 
 
 def test_what_is_not_the_official_split_or_list_of_boxes_is_refused(copy, monkeypatch):
-    entries, test, boxes = cxr_data.read_tables(copy)
+    entries, test, boxes = nih.read_tables(copy)
     count = sum(map(len, boxes.values()))
-    monkeypatch.setattr(cxr_data, "OFFICIAL_IMAGES", len(test))
-    monkeypatch.setattr(cxr_data, "OFFICIAL_TEST_IMAGES", test.sum())
-    monkeypatch.setattr(cxr_data, "OFFICIAL_BOXES", count)
-    assert cxr_data.read_tables(copy)[0].names == entries.names
-    monkeypatch.setattr(cxr_data, "OFFICIAL_BOXES", count + 1)
+    monkeypatch.setattr(nih, "OFFICIAL_IMAGES", len(test))
+    monkeypatch.setattr(nih, "OFFICIAL_TEST_IMAGES", test.sum())
+    monkeypatch.setattr(nih, "OFFICIAL_BOXES", count)
+    assert nih.read_tables(copy)[0].names == entries.names
+    monkeypatch.setattr(nih, "OFFICIAL_BOXES", count + 1)
     with pytest.raises(ValueError, match=f"{BOX}: expected {count + 1} boxes, got {count}; it may be truncated"):
-        cxr_data.read_tables(copy)
-    monkeypatch.setattr(cxr_data, "OFFICIAL_TEST_IMAGES", test.sum() + 1)
+        nih.read_tables(copy)
+    monkeypatch.setattr(nih, "OFFICIAL_TEST_IMAGES", test.sum() + 1)
     with pytest.raises(ValueError, match=r"test_list\.txt: expected the official"):
-        cxr_data.read_tables(copy)
+        nih.read_tables(copy)
 
 
 def test_absent_tables_and_folders(copy, tmp_path):
@@ -192,17 +194,17 @@ def test_absent_tables_and_folders(copy, tmp_path):
         content = (copy / file).read_text()
         (copy / file).unlink()
         with pytest.raises(ValueError, match=f"no {file}"):
-            cxr_data.load_index(copy)
+            nih.load_index(copy)
         (copy / file).write_text(content)
     (copy / ENTRY).unlink()
     with pytest.raises(ValueError, match=r"expected Data_Entry_2017_v2020\.csv or Data_Entry_2017\.csv"):
-        cxr_data.load_index(copy)
+        nih.load_index(copy)
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        cxr_data.load_index(tmp_path / "nowhere")
+        nih.load_index(tmp_path / "nowhere")
 
 
 def test_a_patient_in_both_lists_is_refused(copy):
-    index = cxr_data.load_index(copy)
+    index = nih.load_index(copy)
     several = next(p for p in index.patients[~index.test] if (index.patients == p).sum() > 1)
     moved = index.names[int(np.flatnonzero(index.patients == several)[0])]
     path = copy / "train_val_list.txt"
@@ -210,14 +212,14 @@ def test_a_patient_in_both_lists_is_refused(copy):
     with (copy / "test_list.txt").open("a") as file:
         file.write("\n" + moved)
     with pytest.raises(ValueError, match=f"1 patients are in train_val_list.txt and in test_list.txt .{several}"):
-        cxr_data.load_index(copy)
+        nih.load_index(copy)
 
 
 # the images
 
 
 def test_all_three_layouts_and_resized_jpegs(drawn, tmp_path):
-    expected = cxr_data.load_index(drawn)
+    expected = nih.load_index(drawn)
     flat = shutil.copytree(drawn, tmp_path / "flat")
     flatten(flat)
     one = shutil.copytree(flat, tmp_path / "one")
@@ -228,15 +230,15 @@ def test_all_three_layouts_and_resized_jpegs(drawn, tmp_path):
         Image.open(path).convert("L").resize((32, 32)).save(small / f"{path.stem}.JPG", format="JPEG")
         path.rename(one / "images" / path.name)
     for folder, tables in ((flat, None), (one, None), (small, drawn)):
-        index = cxr_data.load_index(folder, tables=tables)
+        index = nih.load_index(folder, tables=tables)
         assert index.names == expected.names
         assert np.array_equal(index.labels, expected.labels)
         assert index.boxes == expected.boxes  # whatever the size of the images
         assert check_cxr.main(["--data-dir", str(folder), "--tables", str(tables or folder), "--decode"]) == 0
-    assert cxr_data.load_image(index.paths[0], 32).shape == (32, 32)
+    assert pixels.load_image(index.paths[0], 32).shape == (32, 32)
     shutil.copy(flat / expected.names[0], flat / "images_001")
     with pytest.raises(ValueError, match="is there twice"):
-        cxr_data.load_index(flat)
+        nih.load_index(flat)
 
 
 def test_missing_images(copy, capsys):
@@ -244,11 +246,11 @@ def test_missing_images(copy, capsys):
     for path in gone:
         path.unlink()
     with pytest.raises(ValueError, match=rf"{len(gone)} of \d+ images .* missing \(00000001_000.png, "):
-        cxr_data.load_index(copy)
-    index = cxr_data.load_index(copy, allow_missing=True)
+        nih.load_index(copy)
+    index = nih.load_index(copy, allow_missing=True)
     assert set(index.missing) == {path.name for path in gone}
     assert all(path.stem == name[:-4] for path, name in zip(index.paths, index.names, strict=True))
-    plans = {plan.name: plan for plan in synthetic.plan_images(40, 0)}
+    plans = {plan.name: plan for plan in synthetic_set.plan_images(40, 0)}
     for row, name in enumerate(index.names):
         assert [CLASSES[c] for c in np.flatnonzero(index.labels[row])] == plans[name].findings
     assert check_cxr.main(["--data-dir", str(copy), "--list-missing"]) == 1
@@ -258,9 +260,7 @@ def test_missing_images(copy, capsys):
     assert check_cxr.main(["--data-dir", str(copy), "--allow-missing"]) == 0
     shutil.rmtree(copy / "images_001")
     with pytest.raises(ValueError, match="none of the"):
-        cxr_data.load_index(
-            shutil.copytree(copy, copy / "none", ignore=lambda *_: [f"images_{k:03}" for k in range(13)])
-        )
+        nih.load_index(shutil.copytree(copy, copy / "none", ignore=lambda *_: [f"images_{k:03}" for k in range(13)]))
 
 
 def grey(side=40):
@@ -279,17 +279,17 @@ def test_every_kind_of_pixel_is_the_same_grey(tmp_path, mode):
         image = image.convert(mode)
     image.save(tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").mode == mode
-    assert np.array_equal(cxr_data.load_image(tmp_path / "x.png", 40), grey())
-    assert cxr_data.load_image(tmp_path / "x.png", 20).shape == (20, 20)
+    assert np.array_equal(pixels.load_image(tmp_path / "x.png", 40), grey())
+    assert pixels.load_image(tmp_path / "x.png", 20).shape == (20, 20)
 
 
 def test_one_bit_is_black_and_white(tmp_path):
     Image.fromarray(grey() > 100).save(tmp_path / "x.png")
-    assert np.array_equal(cxr_data.load_image(tmp_path / "x.png", 40), 255 * (grey() > 100))
+    assert np.array_equal(pixels.load_image(tmp_path / "x.png", 40), 255 * (grey() > 100))
 
 
 def test_what_a_check_says_of_the_files(copy, capsys):
-    paths = cxr_data.load_index(copy).paths
+    paths = nih.load_index(copy).paths
     for path in paths:
         Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path)
     (copy / "images_001" / "images" / "99999999_000.png").write_bytes(paths[0].read_bytes())
@@ -309,8 +309,8 @@ def test_what_a_check_says_of_the_files(copy, capsys):
 
 def test_home_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    assert str(cxr_data.path_of("~/x")) == "/somewhere/x"
-    assert str(cxr_data.path_of("x")) == "x"
+    assert str(options.path_of("~/x")) == "/somewhere/x"
+    assert str(options.path_of("x")) == "x"
 
 
 def break_image(path, how):
@@ -332,22 +332,22 @@ def break_image(path, how):
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "a page", "flipped", "oblong"])
 def test_a_broken_image_is_named(copy, tmp_path, how, capsys):
-    path = cxr_data.load_index(copy).paths[7]
+    path = nih.load_index(copy).paths[7]
     break_image(path, how)
     with pytest.raises(ValueError, match=path.name):
-        cxr_data.load_image(path, 40)
+        pixels.load_image(path, 40)
     assert check_cxr.main(["--data-dir", str(copy), "--decode"]) == 1
     assert "1 images cannot be read" in (shown := capsys.readouterr().out)
     assert str(path) in shown
     with pytest.raises(ValueError, match=path.name):
-        cxr_data.open_cache(tmp_path / "cache", cxr_data.load_index(copy).paths, 16, workers=1)
+        cache.open_cache(tmp_path / "cache", nih.load_index(copy).paths, 16, workers=1)
     if how in ("truncated", "empty", "a page"):  # which a look at the files shows
         with pytest.raises(ValueError, match=path.name):
-            check_cxr.checked_index(copy)
+            checked_index(copy)
 
 
 def test_what_a_network_is_given():
-    x = cxr_data.to_input(np.array([[[0, 255]]], dtype=np.uint8))
+    x = pixels.to_input(np.array([[[0, 255]]], dtype=np.uint8))
     assert x.shape == (1, 3, 1, 2)
     assert x.dtype == torch.float32
     expected = [[(v - m) / s for v in (0, 1)] for m, s in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
@@ -358,88 +358,88 @@ def test_what_a_network_is_given():
 
 
 def test_validation_is_by_patient(drawn):
-    index = cxr_data.load_index(drawn)
-    patients = cxr_data.validation_patients(index, 0.25, 3)
+    index = nih.load_index(drawn)
+    patients = batches.validation_patients(index, 0.25, 3)
     everyone = np.unique(index.patients[~index.test])
     assert len(patients) == round(len(everyone) / 4)
     assert set(patients) <= set(everyone)
-    assert np.array_equal(patients, cxr_data.validation_patients(index, 0.25, 3))
-    assert not np.array_equal(patients, cxr_data.validation_patients(index, 0.25, 4))
+    assert np.array_equal(patients, batches.validation_patients(index, 0.25, 3))
+    assert not np.array_equal(patients, batches.validation_patients(index, 0.25, 4))
 
 
 def test_the_cache_goes_on_where_it_was_killed(drawn, tmp_path, monkeypatch):
-    paths = cxr_data.load_index(drawn).paths * 4
-    expected = np.stack([cxr_data.load_image(path, 16) for path in paths])
+    paths = nih.load_index(drawn).paths * 4
+    expected = np.stack([pixels.load_image(path, 16) for path in paths])
     seen = []
 
-    def killed(path, size, load_image=cxr_data.load_image):
+    def killed(path, size, load_image=pixels.load_image):
         seen.append(path)
         if len(seen) == 100:
             raise KeyboardInterrupt
         return load_image(path, size)
 
-    monkeypatch.setattr(cxr_data, "load_image", killed)
+    monkeypatch.setattr(cache, "load_image", killed)
     with pytest.raises(KeyboardInterrupt):
-        cxr_data.open_cache(tmp_path, paths, 16, workers=1)
+        cache.open_cache(tmp_path, paths, 16, workers=1)
     (part,) = tmp_path.glob("*.part")
     assert part.stat().st_size == 64 * 16**2
     assert not list(tmp_path.glob("*.u8"))
     with part.open("ab") as file:  # half an image
         file.write(b"\1" * 100)
     seen[:] = [None] * 1000
-    assert np.array_equal(cxr_data.open_cache(tmp_path, paths, 16, workers=2), expected)
+    assert np.array_equal(cache.open_cache(tmp_path, paths, 16, workers=2), expected)
     assert len(seen) == 1000 + len(paths) - 64
     assert not list(tmp_path.glob("*.part"))
-    monkeypatch.setattr(cxr_data, "load_image", None)  # all is there
-    cache = cxr_data.open_cache(tmp_path, paths, 16)
-    assert np.array_equal(cache, expected)
+    monkeypatch.setattr(cache, "load_image", None)  # all is there
+    cached = cache.open_cache(tmp_path, paths, 16)
+    assert np.array_equal(cached, expected)
     with pytest.raises(TypeError):
-        cxr_data.open_cache(tmp_path, paths[:-1], 16)  # another selection, another file
+        cache.open_cache(tmp_path, paths[:-1], 16)  # another selection, another file
 
 
 def test_an_image_that_was_replaced_is_decoded_anew(drawn, tmp_path):
     data = shutil.copytree(drawn, tmp_path / "data")
-    path = next(path for path in cxr_data.load_index(data).paths if path.suffix == ".png")
+    path = next(path for path in nih.load_index(data).paths if path.suffix == ".png")
     Image.fromarray(np.full((32, 32), 200, np.uint8)).save(path, compress_level=0)  # of one length, whatever is in it
     known, folder = path.stat(), tmp_path / "cache"
-    assert (cxr_data.open_cache(folder, [path], 32, workers=1) == 200).all()
+    assert (cache.open_cache(folder, [path], 32, workers=1) == 200).all()
     Image.fromarray(np.full((32, 32), 100, np.uint8)).save(path, compress_level=0)
     assert path.stat().st_size == known.st_size
     os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns + 10**9))  # however coarse the clock of the disk is
-    assert (cxr_data.open_cache(folder, [path], 32, workers=1) == 100).all()
-    cxr_data.open_cache(folder, [path], 32, workers=1)
+    assert (cache.open_cache(folder, [path], 32, workers=1) == 100).all()
+    cache.open_cache(folder, [path], 32, workers=1)
     assert len(list(folder.glob("*.u8"))) == 2
 
 
 def test_of_two_that_want_a_cache_one_builds_it(drawn, tmp_path, monkeypatch):
-    paths = cxr_data.load_index(drawn).paths
+    paths = nih.load_index(drawn).paths
     seen = []
 
-    def slowly(path, size, load_image=cxr_data.load_image):
+    def slowly(path, size, load_image=pixels.load_image):
         seen.append(path)
         time.sleep(0.005)
         return load_image(path, size)
 
-    monkeypatch.setattr(cxr_data, "load_image", slowly)
+    monkeypatch.setattr(cache, "load_image", slowly)
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda _: cxr_data.open_cache(tmp_path, paths, 16, workers=1), range(2))
+        one, other = pool.map(lambda _: cache.open_cache(tmp_path, paths, 16, workers=1), range(2))
     assert np.array_equal(one, other)
     assert sorted(seen) == sorted(paths)
 
 
 def test_a_cache_that_does_not_fit_says_so(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(cxr_data, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(cache, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ValueError, match=r"the cache needs 0\.0 GB more"):
-        cxr_data.open_cache(tmp_path, cxr_data.load_index(drawn).paths, 16)
+        cache.open_cache(tmp_path, nih.load_index(drawn).paths, 16)
 
 
 def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
-    index = cxr_data.load_index(drawn)
-    cache = cxr_data.open_cache(tmp_path, index.paths, 32, workers=1)
-    from_files = cxr_data.Radiographs(index.paths, index.labels, 32, 28, 5, index.names)
-    from_cache = cxr_data.Radiographs(cache, index.labels, 32, 28, 5, index.names)
+    index = nih.load_index(drawn)
+    cached = cache.open_cache(tmp_path, index.paths, 32, workers=1)
+    from_files = items.Radiographs(index.paths, index.labels, 32, 28, 5, index.names)
+    from_cache = items.Radiographs(cached, index.labels, 32, 28, 5, index.names)
     sent = pickle.dumps(from_cache)
-    assert len(sent) < cache.nbytes // 2 + index.labels.nbytes
+    assert len(sent) < cached.nbytes // 2 + index.labels.nbytes
     corners = set()
     for epoch in range(3):
         for number in (0, 5):
@@ -450,16 +450,16 @@ def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
             assert labels.tolist() == index.labels[number].tolist()
             assert back == number
             places = [(y, x) for y in range(5) for x in range(5)
-                      if np.array_equal(image.numpy(), cache[number, y : y + 28, x : x + 28])]  # fmt: skip
+                      if np.array_equal(image.numpy(), cached[number, y : y + 28, x : x + 28])]  # fmt: skip
             assert len(places) == 1
             corners |= set(places)
     assert len(corners) > 2
-    later = cxr_data.Radiographs(cache[3:], index.labels[3:], 32, 28, 5, index.names[3:])  # the first are gone
+    later = items.Radiographs(cached[3:], index.labels[3:], 32, 28, 5, index.names[3:])  # the first are gone
     assert torch.equal(later[1, 2][0], from_cache[1, 5][0])
     with pytest.raises(ValueError, match="names: expected one for each"):
-        cxr_data.Radiographs(cache, index.labels, 32, 28, 5)
-    whole = cxr_data.Radiographs(cache, index.labels, 32)[0, 3][0]
-    assert np.array_equal(whole.numpy(), cache[3])
+        items.Radiographs(cached, index.labels, 32, 28, 5)
+    whole = items.Radiographs(cached, index.labels, 32)[0, 3][0]
+    assert np.array_equal(whole.numpy(), cached[3])
 
 
 # what is drawn
@@ -487,15 +487,15 @@ def test_boxes_hold_their_pixels():
     where[2:4, 5] = where[3, 3] = True
     assert synthetic.box_of(where, 2.0) == (6, 4, 6, 4)
     # a small copy has the boxes of the large one, but for the width of its pixels
-    for name in synthetic.BOXED:
+    for name in synthetic_set.BOXED:
         large, small = (synthetic.draw_image(size, 0, 7, 0, [name], True)[1][name] for size in (256, 64))
         assert np.abs(np.array(large) - small).max() <= 2 * 16
 
 
 def test_the_plan_of_the_data_set():
-    plans = synthetic.plan_images(4000, 1)
+    plans = synthetic_set.plan_images(4000, 1)
     assert 4000 <= len(plans) < 4008
-    assert plans == synthetic.plan_images(4007, 1)[: len(plans)]
+    assert plans == synthetic_set.plan_images(4007, 1)[: len(plans)]
     test = np.array([plan.test for plan in plans])
     assert 0.15 < test.mean() < 0.25
     assert not {p.patient for p in plans if p.test} & {p.patient for p in plans if not p.test}
@@ -510,20 +510,20 @@ def test_the_plan_of_the_data_set():
 
 
 def test_some_findings_more_often():
-    few = synthetic.plan_images(1000, 1, ("Mass", "Effusion"), 3.0)
+    few = synthetic_set.plan_images(1000, 1, ("Mass", "Effusion"), 3.0)
     counts = {name: np.mean([name in plan.findings for plan in few]) for name in CLASSES}
     assert {name for name, share in counts.items() if share} == {"Mass", "Effusion"}
-    usual = synthetic.plan_images(1000, 1)
+    usual = synthetic_set.plan_images(1000, 1)
     for name in ("Mass", "Effusion"):
         assert 2 < counts[name] / np.mean([name in plan.findings for plan in usual]) < 4
 
 
 def test_only_into_an_empty_folder(drawn, tmp_path, capsys):
-    assert synthetic.main(["--out", str(drawn)]) == 2
+    assert make_synthetic_cxr.main(["--out", str(drawn)]) == 2
     assert "expected an empty folder" in capsys.readouterr().err
     options = ["--images", "3", "--size", "32", "--layout", "flat", "--seed", "4"]
     for name in ("a", "b"):
-        assert synthetic.main(["--out", str(tmp_path / name), *options]) == 0
+        assert make_synthetic_cxr.main(["--out", str(tmp_path / name), *options]) == 0
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert not (tmp_path / "a" / "test_list.txt").read_text().endswith("\n")

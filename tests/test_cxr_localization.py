@@ -11,20 +11,20 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import boxes
-import cxr_data
-import cxr_evaluation
 import localize_cxr
 import numpy as np
 import pytest
-import report
 import torch
 import train_cxr
-from cxr_data import CLASSES, Index
-from cxr_models import Grid
-from make_synthetic_cxr import write_dataset
+from images import evaluation, nih, page, pixels
+from images.dataset import Index
+from images.models import Grid
+from images.nih import CLASSES
+from images.synthetic_set import write_dataset
 from matplotlib.axes import Axes
 from PIL import Image
+
+from sgl_ops import localization as boxes
 
 SIZE = 64
 CONFIG = {
@@ -49,7 +49,7 @@ class Known(torch.nn.Module):
         return torch.nn.functional.avg_pool2d(x, 8)
 
     def forward(self, x):
-        grey = self.grey_of(x[:, 0] * cxr_data.STD[0] + cxr_data.MEAN[0])
+        grey = self.grey_of(x[:, 0] * pixels.STD[0] + pixels.MEAN[0])
         probability = torch.full((len(x), len(CLASSES), 8, 8), 0.1)
         probability[:, MASS] += 0.8 * (grey > 0.9)
         probability[:, NODULE] += 0.3 * ((grey > 0.4) & (grey < 0.6))
@@ -107,9 +107,9 @@ def data(tmp_path, monkeypatch):
         missing=["00000007_000.png"],
     )
     trained = {name for name, row in rows.items() if not row[1]}
-    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index)
-    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
-    monkeypatch.setattr(train_cxr, "trained_names", lambda run: trained)
+    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index)
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
+    monkeypatch.setattr(localize_cxr, "trained_names", lambda run: trained)
     monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
     return tmp_path, index, trained
 
@@ -157,7 +157,7 @@ def test_what_others_wrote_stays(data, capsys):
 
 def test_runs_of_one_kind_are_told_apart(data, monkeypatch, capsys):
     folder, *_ = data
-    monkeypatch.setattr(train_cxr, "load_network", lambda run, *_: (
+    monkeypatch.setattr(evaluation, "load_network", lambda run, *_: (
         Known() if run.parent.name == "s0" else Contrary(), dict(CONFIG), WHICH
     ))  # fmt: skip
     runs = [folder / "s0" / "run", folder / "s1" / "run"]
@@ -200,21 +200,21 @@ def test_mistakes_and_interruptions_end_in_a_line(data, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_cxr, "load_network", interrupt)
+    monkeypatch.setattr(evaluation, "load_network", interrupt)
     assert localize_cxr.main([*base, "--device", "cpu", "--out", str(folder / "c")]) == 130
     assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_the_papers_rows_stand_beside_the_official_split_alone(data, monkeypatch):
     _, index, _ = data
-    monkeypatch.setattr(cxr_data, "OFFICIAL_IMAGES", len(index.names) + len(index.missing))
-    assert cxr_evaluation.truth_of(index).official
+    monkeypatch.setattr(nih, "OFFICIAL_IMAGES", len(index.names) + len(index.missing))
+    assert evaluation.truth_of(index).official
     # another split of as many images: one with a box has gone to training
     test = index.test.copy()
     test[[0, 5]] = [False, True]
-    assert not cxr_evaluation.truth_of(index._replace(test=test)).official
-    monkeypatch.setattr(cxr_data, "OFFICIAL_IMAGES", 112_120)
-    assert not cxr_evaluation.truth_of(index).official
+    assert not evaluation.truth_of(index._replace(test=test)).official
+    monkeypatch.setattr(nih, "OFFICIAL_IMAGES", 112_120)
+    assert not evaluation.truth_of(index).official
 
 
 def test_known_maps_give_known_hits(data):
@@ -247,14 +247,14 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
     Image.fromarray(pixels).save(index.paths[0])
     one = index.test & (np.array(index.names) == index.names[0])
     boxes = {index.names[0]: [(MASS, *(1024 / SIZE * v for v in (20, 12, 16, 8)))]}
-    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
+    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
     drawn = []
     monkeypatch.setattr(localize_cxr, "draw", DRAW)
     monkeypatch.setattr(Axes, "imshow", lambda self, picture, **more: drawn.append(picture))
     for grid, exact in ((KnownFromTheEdge.grid, True), (Known.grid, False)):
         network = KnownFromTheEdge()
         network.grid = grid
-        monkeypatch.setattr(train_cxr, "load_network", lambda *_, network=network: (network, dict(CONFIG), WHICH))
+        monkeypatch.setattr(evaluation, "load_network", lambda *_, network=network: (network, dict(CONFIG), WHICH))
         metrics, out = evaluate(folder)
         for name, accuracy in (
             ("box", metrics["localization"]), ("best threshold", metrics["max_box_acc"]),
@@ -301,18 +301,18 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
     assert "best, of epoch 7" in (out / "report.html").read_text()
     assert "warning" not in capsys.readouterr().err
     config = CONFIG | {"val_patients": [90, 91, 92]}
-    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), config, WHICH))
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), config, WHICH))
     evaluate(folder, "--threshold", "validation")
     assert "of the run's 3 validation patients 1 are in the data" in capsys.readouterr().err
     # of a mean over the map the probability of the image is another than that of its greatest patch
-    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), CONFIG | {"pooling": "mean"}, WHICH))
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), CONFIG | {"pooling": "mean"}, WHICH))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")
     details = json.loads((out / "details.json").read_text())
     assert details["threshold_of_class"]["Nodule"] == pytest.approx(0.25)
     assert details["gate_of_class"]["Nodule"] == pytest.approx(0.1 + 0.3 * 4 / 64 / 2)
     # the boxes have no part in it
     other = {name: [(c, 0.0, 0.0, 8.0, 8.0) for c, *_ in boxes] for name, boxes in index.boxes.items()}
-    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index._replace(boxes=other))
+    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index._replace(boxes=other))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")
     again = json.loads((out / "details.json").read_text())
     assert again["threshold_of_class"] == details["threshold_of_class"]
@@ -329,8 +329,8 @@ def test_what_was_trained_on_is_refused(data, monkeypatch, capsys, extra, named)
             names=[*index.names, extra], patients=np.append(index.patients, 4), test=np.append(index.test, False),
             paths=[*index.paths, index.paths[0]], labels=np.append(index.labels, index.labels[:1], axis=0),
         )  # fmt: skip
-        monkeypatch.setattr(cxr_data, "load_index", lambda *_: index)
-    monkeypatch.setattr(train_cxr, "trained_names", lambda run: trained | {extra})
+        monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index)
+    monkeypatch.setattr(localize_cxr, "trained_names", lambda run: trained | {extra})
     out = folder / "out"
     assert localize_cxr.main(["--run", "r", "--data-dir", str(folder), "--out", str(out), "--device", "cpu"]) == 2
     assert named in capsys.readouterr().err
@@ -382,12 +382,12 @@ def test_a_run_of_train_cxr(tmp_path, capsys):
     evaluation = ["--run", str(run), "--draws", "5", "--threshold", "validation", "--gate", "validation"]
     assert localize_cxr.main([*common, *evaluation]) == 0
     metrics = json.loads((run / "localization" / "metrics.json").read_text())
-    index = cxr_data.load_index(data)
+    index = nih.load_index(data)
     assert metrics["images"] == index.test.sum()
     assert metrics["boxes"] == sum(len(boxes) for boxes in index.boxes.values()) > 0
     assert metrics["baselines"]["ceiling of the grid"]["0.1"]["mean"] > 0.5
     # the lists exchanged: a split that is not the one it was trained with
-    lists = data / cxr_data.TRAIN_VAL_LIST, data / cxr_data.TEST_LIST
+    lists = data / nih.TRAIN_VAL_LIST, data / nih.TEST_LIST
     train, test = (path.read_bytes() for path in lists)
     lists[0].write_bytes(test)
     lists[1].write_bytes(train)
@@ -399,8 +399,8 @@ def test_genuine_images_with_boxes(data_dir, tmp_path, monkeypatch):
     images, tables = data_dir / "chestxray14_256", data_dir / "chestxray14"
     if not (images / "images").is_dir() or not tables.is_dir():
         pytest.skip(f"there is no {images} or {tables}")
-    monkeypatch.setattr(train_cxr, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
-    monkeypatch.setattr(train_cxr, "trained_names", lambda run: set())
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
+    monkeypatch.setattr(localize_cxr, "trained_names", lambda run: set())
     more = ["--tables", str(tables), "--allow-missing", "--gallery", "0", "--out", str(tmp_path)]
     monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
     metrics, _ = evaluate(images, *more)
@@ -471,7 +471,7 @@ def test_two_runs_beside_each_other(data, monkeypatch):
     def load_network(run, *_):
         return Known(), CONFIG | ({"loss": "bag", "pooling": "mean"} if run.name == "other" else {}), WHICH
 
-    monkeypatch.setattr(train_cxr, "load_network", load_network)
+    monkeypatch.setattr(evaluation, "load_network", load_network)
     status = localize_cxr.main(["--run", str(folder / "one"), str(folder / "other"), "--data-dir", str(folder),
                                 "--device", "cpu", "--draws", "5", "--upsampling", "bilinear"])  # fmt: skip
     assert status == 0
@@ -490,7 +490,7 @@ def test_two_runs_beside_each_other(data, monkeypatch):
 
 def test_no_boxes_is_no_error(data, monkeypatch):
     folder, index, _ = data
-    monkeypatch.setattr(cxr_data, "load_index", lambda *_: index._replace(boxes={}))
+    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index._replace(boxes={}))
     metrics, out = evaluate(folder, "--threshold", "validation")
     assert metrics["boxes"] == 0
     assert metrics["localization"]["0.1"] == {"mean": None}
@@ -518,9 +518,9 @@ def test_options_that_make_no_sense(option, capsys):
 def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
     """What a browser makes of the picture's place and size: at every pixel what upsampling has there."""
     heatmap = np.arange(9).reshape(3, 3) / 8
-    card = report.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(boxes.NO_BOX),
-                       [report.View("", heatmap, np.array(boxes.NO_BOX), "", first)], 0.0)  # fmt: skip
-    (place,) = [a for tag, a in Elements(report.gallery([card], False)).found if a.get("class") == "map"]
+    card = page.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(boxes.NO_BOX),
+                       [page.View("", heatmap, np.array(boxes.NO_BOX), "", first)], 0.0)  # fmt: skip
+    (place,) = [a for tag, a in Elements(page.gallery([card], False)).found if a.get("class") == "map"]
     x, y, width, height = (float(place[name]) for name in ("x", "y", "width", "height"))
     with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
         pixels = np.asarray(picture.convert("RGB"))
@@ -530,11 +530,11 @@ def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
     )
     assert min(rows.min(), columns.min()) >= 0
     shown = pixels[np.ix_(rows, columns)]
-    assert (shown == report.coloured(boxes.upsample(heatmap, (24, 24), first=first))).all()
+    assert (shown == page.coloured(boxes.upsample(heatmap, (24, 24), first=first))).all()
 
 
 def test_curves_leave_out_what_is_not_defined():
-    svg = report.chart([report.Line("a <b>", [0, 0.5, 1], [0, math.nan, 1], 0)], "title", "x", "y")
+    svg = page.chart([page.Line("a <b>", [0, 0.5, 1], [0, math.nan, 1], 0)], "title", "x", "y")
     assert svg.count("344.0,") == 0 or "nan" not in svg
     assert "a &lt;b&gt;" in svg
     (points,) = re.findall(r'points="([^"]*)"', svg)
@@ -542,13 +542,13 @@ def test_curves_leave_out_what_is_not_defined():
 
 
 def test_text_is_escaped_once():
-    assert report.text("<&>") == "&lt;&amp;&gt;"
-    assert report.text(report.text("<&>")) == "&lt;&amp;&gt;"
-    assert "<td>&lt;b&gt;</td>" in report.table(["", "x"], [["a", "<b>"]])
+    assert page.text("<&>") == "&lt;&amp;&gt;"
+    assert page.text(page.text("<&>")) == "&lt;&amp;&gt;"
+    assert "<td>&lt;b&gt;</td>" in page.table(["", "x"], [["a", "<b>"]])
 
 
 def test_the_order_of_boxes_is_that_of_images(data):
     _, index, _ = data
-    truth = cxr_evaluation.truth_of(index)
+    truth = evaluation.truth_of(index)
     assert truth.image.tolist() == [0, 1, 2, 3]
     assert truth.boxes[1].tolist() == [256, 128, 512, 256]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import cxr_metrics as m
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images import metrics as m
 from sklearn.metrics import roc_auc_score
 
 

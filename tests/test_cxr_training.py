@@ -16,19 +16,22 @@ import sys
 import time
 import types
 
-import boxes
-import cxr_data
-import cxr_models
-import make_synthetic_cxr
 import numpy as np
 import pytest
 import torch
 import train_cxr as example
-import training
+from common import files, losses
+from common.import_torchvision import import_torchvision
+from common.processes import Processes, joined
 from conftest import ROOT
-from cxr_data import CLASSES
-from cxr_models import PatchClassifier
-from make_synthetic_cxr import write_dataset
+from images import batches, demo, items, models, nih, pixels, provenance, run_folder, synthetic_set, training
+from images import options as settings
+from images.checkpoint import load_run
+from images.models import PatchClassifier
+from images.nih import CLASSES
+from images.synthetic_set import write_dataset
+
+from sgl_ops import localization as boxes
 
 Image = pytest.importorskip("PIL.Image")
 has_torchvision = importlib.util.find_spec("torchvision") is not None
@@ -83,7 +86,7 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("stride", [8, 16])
-@pytest.mark.parametrize("name", [name for name in cxr_models.BACKBONES if name.startswith("local")] + ["bagnet9"])
+@pytest.mark.parametrize("name", [name for name in models.BACKBONES if name.startswith("local")] + ["bagnet9"])
 def test_local_patches_see_what_they_should(name, stride):
     field = int("".join(filter(str.isdigit, name)))
     if stride > field:
@@ -125,7 +128,7 @@ def test_cells_lie_where_the_network_looks(name, stride, centre):
     assert model.grid == (centre, stride)
     for weight in (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
         weight.fill_(1 / weight[0].numel())  # what a window reads counts alike, and no ReLU shuts anything out
-    side = 448 if name in cxr_models.TORCHVISION else 96
+    side = 448 if name in models.TORCHVISION else 96
     x = torch.rand(1, 3, side, side, requires_grad=True)  # maxima wander within their window, evenly on the whole
     cells, row, column = side // stride, side // stride // 2, side // stride // 2 + 1
     model(x)[:, 0, row, column].sum().backward()
@@ -138,12 +141,12 @@ def test_cells_lie_where_the_network_looks(name, stride, centre):
         looked, shown = (float(pixels @ a.sum(1 - axis) / a.sum()) for a in (seen, drawn))
         assert looked == pytest.approx(centre + cell * stride, abs=0.75)
         assert shown == pytest.approx(centre + cell * stride, abs=0.5)  # the cell's border is that of a pixel
-    x_of_peak, y_of_peak = boxes.peak_of(heat, (side, side), model.grid.centre / stride)
+    x_of_peak, y_of_peak = boxes.heatmap_to_point(heat, (side, side), model.grid.centre / stride)
     assert (x_of_peak, y_of_peak) == (centre + column * stride, centre + row * stride)
 
 
 @needs_torchvision
-@pytest.mark.parametrize("name", cxr_models.TORCHVISION)
+@pytest.mark.parametrize("name", models.TORCHVISION)
 def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
     """Taking out strides and dilating instead leaves the weights' meaning as it was."""
     x = torch.randn(1, 3, 64, 64)
@@ -166,7 +169,7 @@ def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
 
 @needs_torchvision
 def test_weights_of_a_file(tmp_path, monkeypatch):
-    cxr_models.import_torchvision()
+    import_torchvision()
     from torchvision import models
 
     for name in ("resnet18", "densenet121"):
@@ -177,16 +180,16 @@ def test_weights_of_a_file(tmp_path, monkeypatch):
         torch.save(state, tmp_path / f"{name}.pth")
         model = PatchClassifier(name, 16, 14)
         head = model.head.weight.clone()
-        cxr_models.load_weights(model, name, str(tmp_path / f"{name}.pth"))
+        models.load_weights(model, name, str(tmp_path / f"{name}.pth"))
         first = next(value for key, value in state.items() if key.endswith(("conv1.weight", "conv0.weight")))
         assert torch.equal(next(model.features.parameters()), first)
         assert torch.equal(model.head.weight, head)
     with pytest.raises(ValueError, match="does not fit resnet50"):
-        cxr_models.load_weights(PatchClassifier("resnet50", 32, 14), "resnet50", str(tmp_path / "resnet18.pth"))
+        models.load_weights(PatchClassifier("resnet50", 32, 14), "resnet50", str(tmp_path / "resnet18.pth"))
     with pytest.raises(ValueError, match=r"expected 'none', 'imagenet' or a file, got 'no\.pth'"):
-        cxr_models.load_weights(model, "densenet121", "no.pth")
+        models.load_weights(model, "densenet121", "no.pth")
     with pytest.raises(ValueError, match="none of ImageNet for local17"):
-        cxr_models.load_weights(PatchClassifier("local17", 8, 14), "local17", "imagenet")
+        models.load_weights(PatchClassifier("local17", 8, 14), "local17", "imagenet")
 
     def offline(*arguments, **named):
         raise OSError("no network")
@@ -194,31 +197,31 @@ def test_weights_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"could not be downloaded, or .* \(no network\); name a file"):
-        cxr_models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
+        models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
     for length in (0, 3, 5000):
         content = (tmp_path / "resnet18.pth").read_bytes()[:length]
         (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(content)
         with pytest.raises(ValueError, match=r"weights: could not be downloaded, or are cut off in .*hub/checkpoints"):
-            cxr_models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
+            models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
 
 
 # settings and order
 
 
 def test_the_papers_settings():
-    config = example.config_of(example.parse(["--data-dir", "x", "--out", "y"]))
+    config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y"]))
     expected = {
         "backbone": "resnet50", "weights": "imagenet", "image_size": 512, "loss": "sgl", "pooling": "softmax",
         "delta_l": 0.3, "lam": 20, "lr": 1e-4, "weight_decay": 1e-4, "lr_step": 10, "lr_factor": 0.1, "epochs": 20,
         "output_stride": 32, "rescale": True, "weighted": True, "amp": "off",
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
-    assert example.crop_of(config) == 448
+    assert batches.crop_of(config) == 448
     assert config["mask_weight"] > 0
-    criterion = training.make_criterion(config)
+    criterion = losses.make_criterion(config)
     assert (criterion.lam, criterion.mask_weight) == (20, config["mask_weight"])
-    base = example.config_of(example.parse(["--data-dir", "x", "--out", "y", "--loss", "bag"]))
+    base = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", "--loss", "bag"]))
     assert base["pooling"] == "mean"
 
 
@@ -228,23 +231,23 @@ def test_the_papers_settings():
 )
 def test_lam_starts_and_rises_when_it_should(delay, warmup, expected):
     config = {"lam": 20.0, "lam_delay": float(delay), "lam_warmup": float(warmup)}
-    assert [example.lam_at(config, at) for at in (0, 0.5, 1, 2, 7)] == expected
+    assert [losses.lam_at(config, at) for at in (0, 0.5, 1, 2, 7)] == expected
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_share_every_pass_of_the_same_order(accumulate):
     config = {"batch_size": 12, "accumulate": accumulate, "seed": 4}
     numbers = np.arange(100, 150)
-    alone = example.batches_of(numbers, config, 3, 0, 1)
-    shares = [example.batches_of(numbers, config, 3, rank, 3) for rank in range(3)]
+    alone = batches.batches_of(numbers, config, 3, 0, 1)
+    shares = [batches.batches_of(numbers, config, 3, rank, 3) for rank in range(3)]
     assert len(alone) == 4 * accumulate
     assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == alone
     everything = [key for some in alone for key in some]
     assert {epoch for epoch, _ in everything} == {3}
     assert len(set(everything)) == 48
     assert {number for _, number in everything} <= set(numbers.tolist())
-    assert example.batches_of(numbers, config, 3, 0, 1) == alone
-    assert {n for _, n in example.batches_of(numbers, config, 4, 0, 1)[0]} != {n for _, n in alone[0]}
+    assert batches.batches_of(numbers, config, 3, 0, 1) == alone
+    assert {n for _, n in batches.batches_of(numbers, config, 4, 0, 1)[0]} != {n for _, n in alone[0]}
 
 
 def test_a_share_that_validates_has_to_leave_some(drawn, tmp_path, capsys):
@@ -266,19 +269,19 @@ def test_a_share_that_validates_has_to_leave_some(drawn, tmp_path, capsys):
 def test_bad_options(options, capsys):
     given = ["--data-dir", "x", "--out", "y"] if options and options[0] not in ("--out", "--data-dir") else []
     with pytest.raises(SystemExit):
-        example.parse([*given, *options])
+        settings.parse([*given, *options])
     assert "error" in capsys.readouterr().err
 
 
 def test_the_prior_is_what_an_untrained_patch_says():
-    base = example.config_of(example.parse(["--data-dir", "x", "--out", "y", *SMALL]))
-    alone = example.Processes(0, 1, torch.device("cpu"), None)
+    base = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
+    alone = Processes(0, 1, torch.device("cpu"), None)
     images = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
     logits = []
     for prior in (0.5, 0.02):
-        network = example.Training(base | {"prior": prior}, alone, False).network.eval()
+        network = training.Training(base | {"prior": prior}, alone, False).network.eval()
         with torch.inference_mode():
-            logits.append(network(cxr_data.to_input(images)))
+            logits.append(network(pixels.to_input(images)))
     torch.testing.assert_close(logits[1], logits[0] + torch.logit(torch.tensor(0.02)))
 
 
@@ -294,18 +297,18 @@ def test_what_a_run_leaves(drawn, whole):
             float(row["bag"]) + 20 * float(row["instance"]) + config["mask_weight"] * float(row["mask"])
         )
     assert float(rows[1]["loss"]) < float(rows[0]["loss"])
-    index = cxr_data.load_index(drawn)
-    names = example.trained_names(whole)
+    index = nih.load_index(drawn)
+    names = provenance.trained_names(whole)
     assert names == {name for name, test in zip(index.names, index.test, strict=True) if not test}
     parts = {row["image"]: row["part"] for row in csv.DictReader((whole / "split.csv").open())}
     for name, patient in zip(index.names, index.patients, strict=True):
         if name in parts:
             assert (parts[name] == "val") == (patient in config["val_patients"])
     for which in (None, "best", "last"):
-        model, loaded = example.load_run(whole, "cpu", which)
+        model, loaded = load_run(whole, "cpu", which)
         assert loaded == config
         assert not model.training
-        images = cxr_data.to_input(np.stack([cxr_data.load_image(path, 64) for path in index.paths[:2]]))
+        images = pixels.to_input(np.stack([pixels.load_image(path, 64) for path in index.paths[:2]]))
         assert model(images).shape == (2, 14, 8, 8)
     assert "missing" not in (whole / "data.txt").read_text()
     if importlib.util.find_spec("tensorboard") is not None:
@@ -319,11 +322,11 @@ def test_the_best_is_of_the_highest_validation_auc(drawn, whole):
     # what it says of the validation images is what was written then
     from sklearn.metrics import roc_auc_score
 
-    model, config = example.load_run(whole, "cpu", "best")
-    index = cxr_data.load_index(drawn)
+    model, config = load_run(whole, "cpu", "best")
+    index = nih.load_index(drawn)
     val = np.isin(index.patients, config["val_patients"])
     with torch.inference_mode():
-        maps = model(cxr_data.to_input(np.stack([cxr_data.load_image(p, 64) for p in np.array(index.paths)[val]])))
+        maps = model(pixels.to_input(np.stack([pixels.load_image(p, 64) for p in np.array(index.paths)[val]])))
         scores = training.make_pooling("softmax")(maps).numpy()
     labels = index.labels[val]
     values = [roc_auc_score(labels[:, c], scores[:, c]) for c in range(14) if 0 < labels[:, c].sum() < val.sum()]
@@ -336,34 +339,38 @@ def test_a_changed_list_of_trained_images_is_noticed(whole, tmp_path):
     lines = (other / "split.csv").read_text().splitlines()
     (other / "split.csv").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(ValueError, match="not the images that the run was trained on"):
-        example.trained_names(other)
+        provenance.trained_names(other)
     (other / "split.csv").unlink()
     with pytest.raises(ValueError, match="holds no split"):
-        example.trained_names(other)
+        provenance.trained_names(other)
     with pytest.raises(ValueError, match=r"holds no last\.pt"):
-        example.load_run(tmp_path, "cpu")
+        load_run(tmp_path, "cpu")
 
 
 def test_what_the_weights_have_seen_the_run_has_seen(drawn, whole, tmp_path, capsys):
     """A network that goes on from another run's weights knows the images of that run, too, and so does a third."""
     some = ["--allow-missing", "--epochs", "1"]
     other = shutil.copytree(drawn, tmp_path / "data")
-    gone = sorted(example.trained_names(whole))[0]
+    gone = sorted(provenance.trained_names(whole))[0]
     next(other.rglob(gone)).unlink()
     second, third = tmp_path / "second", tmp_path / "third"
     assert run(other, second, *some, "--weights", str(whole / "best.pt")) == 0
     assert gone in (second / "missing.txt").read_text().split()
-    own = {row["image"] for row in csv.DictReader((second / "split.csv").open()) if row["part"] != example.THROUGH}
+    own = {
+        row["image"]
+        for row in csv.DictReader((second / "split.csv").open())
+        if row["part"] != provenance.PRETRAINED_PART
+    }
     assert gone not in own
-    assert example.trained_names(second) == own | example.trained_names(whole)
+    assert provenance.trained_names(second) == own | provenance.trained_names(whole)
     assert run(other, third, *some, "--weights", str(second / "last.pt")) == 0
-    assert gone in example.trained_names(third)
+    assert gone in provenance.trained_names(third)
     assert run(other, third, *some, "--weights", str(second / "last.pt"), "--resume") == 0
 
     lines = [line for line in (third / "split.csv").read_text().splitlines() if not line.startswith(gone)]
     (third / "split.csv").write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match="not the images that the run was trained on"):
-        example.trained_names(third)
+        provenance.trained_names(third)
     shutil.copy(whole / "last.pt", tmp_path / "alone.pt")
     capsys.readouterr()
     assert run(other, tmp_path / "fourth", *some, "--weights", str(tmp_path / "alone.pt")) == 2
@@ -374,8 +381,8 @@ def test_what_the_weights_have_seen_the_run_has_seen(drawn, whole, tmp_path, cap
     finally:
         (whole / "copied.pt").unlink()
     assert "is not of the run beside it" in capsys.readouterr().err
-    torch.save(example.load_state(whole / "last.pt")["model"], tmp_path / "plain.pt")  # of somebody else, who knows
-    assert example.names_of_weights(str(tmp_path / "plain.pt")) == example.names_of_weights("imagenet") == []
+    torch.save(files.load_state(whole / "last.pt")["model"], tmp_path / "plain.pt")  # of somebody else, who knows
+    assert provenance.names_of_weights(str(tmp_path / "plain.pt")) == provenance.names_of_weights("imagenet") == []
 
 
 def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
@@ -391,14 +398,25 @@ def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
         states = [torch.load(folder / name, weights_only=True) for folder in (longer, at_once)]
         assert states[0]["epoch"] == states[1]["epoch"]
         assert all(torch.equal(a, b) for a, b in zip(*(s["model"].values() for s in states), strict=True))
-    assert example.load_run(longer, "cpu", "last")[1]["epochs"] == 3
+    assert load_run(longer, "cpu", "last")[1]["epochs"] == 3
+
+
+def test_nothing_in_an_epoch_can_read_how_many_epochs_follow():
+    """Resuming with more epochs relies on it."""
+    config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
+    state = training.Training(config, Processes(0, 1, torch.device("cpu"), None), False)
+    assert settings.EXTENDABLE == ("epochs",)
+    assert not set(settings.EXTENDABLE) & set(state.config)
+    assert state.full_config() == config == state.state()["config"]
+    with pytest.raises(KeyError):
+        state.config["epochs"]
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["in the epoch", "at its end"])
 @pytest.mark.parametrize("where", ["loss", "parameters"])
 def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, where, step):
     """The checkpoint before it stays, and can be gone on with."""
-    take_step = example.Training.take_step
+    take_step = example.take_step
 
     def spoiled(self, passes, progress):
         take_step(self, passes, progress)
@@ -408,13 +426,13 @@ def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, wh
             if where == "loss":
                 take_step(self, passes, progress)
 
-    monkeypatch.setattr(example.Training, "take_step", spoiled)
+    monkeypatch.setattr(example, "take_step", spoiled)
     assert run(drawn, tmp_path, "--save-every", "1") == 2
     assert "a lower --lr may help" in capsys.readouterr().err
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (0, step)
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
-    monkeypatch.setattr(example.Training, "take_step", take_step)
+    monkeypatch.setattr(example, "take_step", take_step)
     assert run(drawn, tmp_path, "--resume") == 0
 
 
@@ -428,13 +446,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path
     steps = []
     with monkeypatch.context() as patch:
 
-        def take_step(self, passes, progress, original=example.Training.take_step):
+        def take_step(self, passes, progress, original=example.take_step):
             original(self, passes, progress)
             steps.append(progress)
             if len(steps) == {"first step": 1, "second step": 2, "epoch's last step": 3}.get(when):
                 raise Killed
 
-        def save(state, path, original=example.save_atomically):
+        def save(state, path, original=files.save_atomically):
             if when == "best kept" and path.name == "last.pt" and state["step"] == 0:
                 raise Killed
             original(state, path)
@@ -443,10 +461,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path
             if len(history) == 2:
                 raise Killed
 
-        patch.setattr(example.Training, "take_step", take_step)
-        patch.setattr(example, "save_atomically", save)
+        patch.setattr(example, "take_step", take_step)
+        patch.setattr(run_folder, "save_atomically", save)
         if when == "last history":
-            patch.setattr(example, "write_history", write)
+            patch.setattr(run_folder, "write_history", write)
         with pytest.raises(Killed):
             run(drawn, tmp_path / "cut", *options)
     if when == "epoch's last step":
@@ -476,8 +494,8 @@ def test_all_that_has_a_state_goes_on(drawn, tmp_path, monkeypatch, last):
 
     Between the two another program draws numbers of its own from all generators.
     """
-    monkeypatch.setattr(example, "make_model", lambda config: Tiny())
-    scales, original = [], example.Training.take_step
+    monkeypatch.setattr(training, "make_model", lambda config: Tiny())
+    scales, original = [], example.take_step
 
     class Scaler(torch.amp.GradScaler):
         """Soon too large, and so steps are left out, and then larger again every second step."""
@@ -492,7 +510,7 @@ def test_all_that_has_a_state_goes_on(drawn, tmp_path, monkeypatch, last):
             raise Killed
 
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    monkeypatch.setattr(example.Training, "take_step", take_step)
+    monkeypatch.setattr(example, "take_step", take_step)
     options = ["--epochs", "3", "--lr-step", "1", "--lr-factor", "0.5", "--amp", "fp16", "--save-every", "1"]
     stop = None
     assert run(drawn, tmp_path / "whole", *options) == 0
@@ -550,14 +568,14 @@ def test_what_is_kept_without_its_checkpoint_is_not_overwritten(drawn, whole, tm
         assert f"out: {out} holds a best.pt and a history.csv, but no last.pt" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
     assert run(drawn, tmp_path / "new", "--resume", "--epochs", "1") == 0
-    assert f"{tmp_path / 'new'} holds no last.pt to go on from: training begins" in capsys.readouterr().out
+    assert f"{tmp_path / 'new'} holds no last.pt to resume: training begins" in capsys.readouterr().out
 
 
 def test_two_trainings_into_one_folder_are_refused(drawn, tmp_path, capsys):
     out = tmp_path / "out"
     code = (
-        "import sys, pathlib, train_cxr\n"
-        "with train_cxr.locked(pathlib.Path(sys.argv[1])):\n"
+        "import sys, pathlib, images.run_folder\n"
+        "with images.run_folder.locked(pathlib.Path(sys.argv[1])):\n"
         "    print('locked', flush=True); sys.stdin.read()\n"
     )
     process = subprocess.Popen(
@@ -575,7 +593,7 @@ def test_two_trainings_into_one_folder_are_refused(drawn, tmp_path, capsys):
 
 def test_images_that_were_replaced_are_noticed(drawn, whole, tmp_path, capsys):
     data, out = shutil.copytree(drawn, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
-    index = cxr_data.load_index(data)
+    index = nih.load_index(data)
     for test, status in ((True, 0), (False, 2)):
         path = index.paths[np.flatnonzero(index.test == test)[0]]
         pixels = 255 - np.asarray(Image.open(path).convert("L"))
@@ -585,7 +603,7 @@ def test_images_that_were_replaced_are_noticed(drawn, whole, tmp_path, capsys):
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    training.save_atomically({"a": torch.zeros(3)}, tmp_path / "last.pt")
+    files.save_atomically({"a": torch.zeros(3)}, tmp_path / "last.pt")
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -593,10 +611,10 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatc
     for error, kind in ((full, OSError), (lambda _: (_ for _ in ()).throw(KeyboardInterrupt), KeyboardInterrupt)):
         monkeypatch.setattr(os, "fsync", error)
         with pytest.raises(kind) as told:
-            training.save_atomically({"a": torch.ones(3)}, tmp_path / "last.pt")
+            files.save_atomically({"a": torch.ones(3)}, tmp_path / "last.pt")
         assert kind is not OSError or str(told.value).endswith(f"No space left on device: '{tmp_path / 'last.pt'}'")
         assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-        assert (training.load_state(tmp_path / "last.pt")["a"] == 0).all()
+        assert (files.load_state(tmp_path / "last.pt")["a"] == 0).all()
 
 
 def test_variables_of_job_systems(monkeypatch):
@@ -604,25 +622,25 @@ def test_variables_of_job_systems(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with example.joined("cpu") as processes:
+    with joined("cpu") as processes:
         assert (processes.rank, processes.count, processes.group) == (0, 1, None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE.*torchrun"), example.joined("cpu"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE.*torchrun"), joined("cpu"):
         pass
 
 
 def test_weights_are_the_same_from_any_folder(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(whole)
-    one = example.parse(["--data-dir", ".", "--out", "x", "--weights", "best.pt"])
+    one = settings.parse(["--data-dir", ".", "--out", "x", "--weights", "best.pt"])
     monkeypatch.chdir(tmp_path)
     assert one.weights == str((whole / "best.pt").resolve())
-    assert example.parse(["--data-dir", ".", "--out", "x", "--weights", "nothing.pt"]).weights == "nothing.pt"
+    assert settings.parse(["--data-dir", ".", "--out", "x", "--weights", "nothing.pt"]).weights == "nothing.pt"
 
 
 def test_labels_that_were_changed_are_noticed(drawn, whole, tmp_path, capsys):
     data, out = shutil.copytree(drawn, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
-    path = data / cxr_data.ENTRIES[0]
-    index = cxr_data.load_index(data)
+    path = data / nih.ENTRIES[0]
+    index = nih.load_index(data)
     learned, tested = (index.names[np.flatnonzero(index.test == test)[0]] for test in (False, True))
     for name, status in ((tested, 0), (learned, 2)):
         lines = path.read_text().splitlines()
@@ -634,7 +652,7 @@ def test_labels_that_were_changed_are_noticed(drawn, whole, tmp_path, capsys):
         assert run(data, out, "--resume") == status
     assert "was trained with another entry table (the labels of its images have changed" in capsys.readouterr().err
     # other images are told as such, and not as other labels
-    lists = data / cxr_data.TRAIN_VAL_LIST, data / cxr_data.TEST_LIST
+    lists = data / nih.TRAIN_VAL_LIST, data / nih.TEST_LIST
     train, test = (some.read_bytes() for some in lists)
     lists[0].write_bytes(test)
     lists[1].write_bytes(train)
@@ -660,7 +678,7 @@ def test_stopped_by_a_key(drawn, tmp_path):
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=300)[1]
     assert process.returncode == 130, told
-    assert told.endswith("stopped; the same command with --resume goes on after the last checkpoint\n")
+    assert told.endswith("stopped; the same command with --resume continues after the last checkpoint\n")
     assert "Traceback" not in told
 
 
@@ -668,7 +686,7 @@ def test_stopped_by_a_key(drawn, tmp_path):
 def test_an_interruption_that_was_dropped_still_stops_it(drawn, tmp_path, monkeypatch, capsys, error):
     steps = []
 
-    def take_step(self, *arguments, take_step=example.Training.take_step):
+    def take_step(self, *arguments, take_step=example.take_step):
         take_step(self, *arguments)
         steps.append(0)
         with contextlib.suppress(KeyboardInterrupt):
@@ -677,7 +695,7 @@ def test_an_interruption_that_was_dropped_still_stops_it(drawn, tmp_path, monkey
         if error is not None:
             raise error
 
-    monkeypatch.setattr(example.Training, "take_step", take_step)
+    monkeypatch.setattr(example, "take_step", take_step)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert run(drawn, tmp_path / "out") == 130
@@ -689,7 +707,7 @@ def test_an_interruption_that_was_dropped_still_stops_it(drawn, tmp_path, monkey
 
 def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
     other = shutil.copytree(drawn, tmp_path / "data")
-    path = next(path for path in cxr_data.load_index(other).paths if "images_003" in str(path))
+    path = next(path for path in nih.load_index(other).paths if "images_003" in str(path))
     path.write_bytes(path.read_bytes()[:-30])
     assert run(other, tmp_path / "out") == 2
     assert f"1 images cannot be read:\n{path}: " in capsys.readouterr().err
@@ -699,7 +717,7 @@ def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert run(other, tmp_path / "out", "--allow-missing", "--epochs", "1") == 0
     assert (tmp_path / "out" / "missing.txt").read_text() == path.name + "\n"
-    assert path.name not in example.trained_names(tmp_path / "out")
+    assert path.name not in provenance.trained_names(tmp_path / "out")
     assert run(other, tmp_path / "more", "--allow-missing", "--batch-size", "64") == 2
     assert "batch-size: 64 is more than the" in capsys.readouterr().err
 
@@ -720,18 +738,18 @@ def test_dry_run_of_the_options(drawn, tmp_path, monkeypatch, capsys, options):
 
 
 def step_of(config, passes, **changed):
-    alone = example.Processes(0, 1, torch.device("cpu"), None)
-    some = example.Training(config | changed, alone, False)
-    example.train_mode(some.model, some.config)
-    some.take_step(passes, 0.0)
+    alone = Processes(0, 1, torch.device("cpu"), None)
+    some = training.Training(config | changed, alone, False)
+    some.train_mode()
+    example.take_step(some, passes, 0.0)
     return torch.cat([p.detach().flatten() for p in some.network.parameters()]), some
 
 
 def test_two_passes_are_one_step(drawn):
     """With the bag loss, which is a mean over images, and with statistics that do not depend on the others."""
-    base = example.config_of(example.parse(["--data-dir", "x", "--out", "y", *SMALL, "--loss", "bag"]))
-    index = cxr_data.load_index(drawn)
-    data = cxr_data.Radiographs(index.paths, index.labels, 64)
+    base = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL, "--loss", "bag"]))
+    index = nih.load_index(drawn)
+    data = items.Radiographs(index.paths, index.labels, 64)
     images, labels, _ = torch.utils.data.default_collate([data[0, n] for n in range(8)])
     # plain steps, that a gradient near 0 does not turn round as Adam's do
     one, a = step_of(base | {"batch_norm": "frozen"}, [(images, labels)])
@@ -782,26 +800,28 @@ def test_two_processes_are_one(drawn, tmp_path):
 END_AND_GO_ON = """
 import sys
 import train_cxr as example
+from common.processes import joined
+from images import options as settings
 
 class Killed(BaseException):
     pass
 
-def until_the_third(self, *arguments, take_step=example.Training.take_step):
+def until_the_third(self, *arguments, take_step=example.take_step):
     if self.step == 2:
         raise Killed
     take_step(self, *arguments)
 
-with example.joined("cpu") as processes:
+with joined("cpu") as processes:
     def run(out, *more):
-        args = example.parse([*sys.argv[2:], "--out", f"{sys.argv[1]}/{out}", *more])
-        example.train(args, example.config_of(args), processes)
+        args = settings.parse([*sys.argv[2:], "--out", f"{sys.argv[1]}/{out}", *more])
+        example.train(args, settings.config_of(args), processes)
 
     run("whole")
-    original, example.Training.take_step = example.Training.take_step, until_the_third
+    original, example.take_step = example.take_step, until_the_third
     try:
         run("cut")
     except Killed:
-        example.Training.take_step = original
+        example.take_step = original
         run("cut", "--resume")
 """
 
@@ -818,56 +838,56 @@ def test_two_processes_that_end_go_on_to_the_same_log(drawn, tmp_path, loss):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_the_tour(tmp_path, monkeypatch):
+def test_the_demonstration(tmp_path, monkeypatch):
     """Two runs on what it drew, and both are handed to the report."""
     handed = []
     stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0, __spec__="found")
     monkeypatch.setitem(sys.modules, "localize_cxr", stub)
-    monkeypatch.setattr(example, "TOUR", example.TOUR | {"epochs": 1, "image_size": 32})
-    monkeypatch.setattr(example, "TOUR_DATA", example.TOUR_DATA | {"images": 40, "size": 32})
+    monkeypatch.setattr(settings, "DEMO", settings.DEMO | {"epochs": 1, "image_size": 32})
+    monkeypatch.setattr(demo, "DEMO_DATA", settings.DEMO_DATA | {"images": 40, "size": 32})
     out = tmp_path / "tour"
     assert example.main(["--synthetic", "--out", str(out)]) == 0
-    configs = [example.load_run(out / name, "cpu")[1] for name in ("sgl", "bag")]
+    configs = [load_run(out / name, "cpu")[1] for name in ("sgl", "bag")]
     assert [config["loss"] for config in configs] == ["sgl", "bag"]
     assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"loss"}
     ((_, sgl, bag, _, data, *_),) = handed
     assert (sgl, bag, data) == (str(out / "sgl"), str(out / "bag"), str(out / "data"))
-    labels = cxr_data.load_index(out / "data").labels
-    assert {CLASSES[c] for c in np.flatnonzero(labels.any(0))} == set(example.TOUR_DATA["findings"])
+    labels = nih.load_index(out / "data").labels
+    assert {CLASSES[c] for c in np.flatnonzero(labels.any(0))} == set(settings.DEMO_DATA["findings"])
     assert example.main(["--synthetic", "--out", str(out)]) == 2
 
 
 @pytest.mark.parametrize("where", ["drawing", "first run", "second run", "report"])
-def test_a_tour_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys, where):
+def test_a_stopped_demonstration_continues(tmp_path, monkeypatch, capsys, where):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     handed = []
     stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0, __spec__="found")
     monkeypatch.setitem(sys.modules, "localize_cxr", stub)
-    monkeypatch.setattr(example, "TOUR", example.TOUR | {"epochs": 1, "image_size": 32})
-    monkeypatch.setattr(example, "TOUR_DATA", example.TOUR_DATA | {"images": 40, "size": 32})
-    monkeypatch.setattr(example, "make_model", lambda config: Tiny())
+    monkeypatch.setattr(settings, "DEMO", settings.DEMO | {"epochs": 1, "image_size": 32})
+    monkeypatch.setattr(demo, "DEMO_DATA", settings.DEMO_DATA | {"images": 40, "size": 32})
+    monkeypatch.setattr(training, "make_model", lambda config: Tiny())
     command = ["--synthetic", "--out", str(tmp_path / "tour")]
     with monkeypatch.context() as patch:
         if where == "drawing":
-            patch.setattr(make_synthetic_cxr, "write_tables", stop)
+            patch.setattr(synthetic_set, "write_tables", stop)
         elif where == "report":
             patch.setattr(stub, "main", stop)
         else:
-            original = example.Training.take_step
+            original = example.take_step
             bag = where == "second run"
             patch.setattr(
-                example.Training, "take_step",
+                example, "take_step",
                 lambda self, *given: stop() if (self.config["loss"] == "bag") == bag else original(self, *given),
             )  # fmt: skip
         assert example.main(command) == 130
     assert capsys.readouterr().err.endswith(
-        "stopped; the same command with --resume goes on after the last checkpoint\n"
+        "stopped; the same command with --resume continues after the last checkpoint\n"
     )
     if where != "drawing":
         assert example.main(command) == 2
-        assert "holds a tour; continue it with --resume" in capsys.readouterr().err
+        assert "holds a demonstration; continue it with --resume" in capsys.readouterr().err
     assert handed == []
     assert example.main([*command, "--resume"]) == 0
     assert len(handed) == 1
@@ -882,7 +902,7 @@ def test_genuine_images(data_dir, tmp_path):
         pytest.skip(f"no {folder}")
     assert run(folder, tmp_path / "out", "--allow-missing", "--epochs", "1") == 0
     here = {path.name for path in (folder / "images").iterdir()}
-    trained = example.trained_names(tmp_path / "out")
+    trained = provenance.trained_names(tmp_path / "out")
     assert trained == here & set((folder / "train_val_list.txt").read_text().split())
     assert trained
-    assert not trained & set(cxr_data.read_boxes(folder / "BBox_List_2017.csv"))
+    assert not trained & set(nih.read_boxes(folder / "BBox_List_2017.csv"))

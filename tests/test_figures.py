@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     run = figures.Run("sgl", 6, 8, 0)
     whole = json.loads(figures.compute(run, arguments).read_text())
     (tmp_path / f"{run.name}.json").unlink()
-    import training
+    from bags import training
 
     epochs = []
 

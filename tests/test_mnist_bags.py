@@ -6,15 +6,14 @@ import csv
 import importlib.util
 import json
 
-import experiment
-import instances
 import numpy as np
 import pytest
 import torch
 import train_mnist_bags as example
-import training
-from bags import draw_bags, take
-from metrics import auc, iou, iou_pooled
+from bags import experiment, instances, training
+from bags.drawing import draw_bags, take
+from bags.metrics import iou, iou_pooled
+from common.metrics import auc
 
 import sgl_ops
 

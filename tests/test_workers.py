@@ -1,4 +1,4 @@
-"""examples/workers.py: several runs at once, their results and errors, and that nobody computes on for nobody."""
+"""common/workers.py: several runs at once, their results and errors; no worker outlives the script."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import workers
+from common import workers
 
 
 def square(x, plus):
@@ -31,7 +31,7 @@ def test_an_error_of_a_run_is_told():
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-import workers
+from common import workers
 
 def wait(folder):
     (folder / str(os.getpid())).touch()
@@ -48,7 +48,7 @@ def test_no_worker_outlives_the_script(tmp_path, sent):
     script, folder = tmp_path / "script.py", tmp_path / "began"
     script.write_text(SCRIPT)
     folder.mkdir()
-    path = os.pathsep.join([str(Path(workers.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(workers.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, script, folder], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
     )

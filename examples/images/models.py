@@ -12,15 +12,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from instances import import_torchvision
+from common.files import load_state
+from common.import_torchvision import import_torchvision
 from torch import Tensor, nn
-from training import load_state
 
-#: Of the local networks, by receptive field: in how many blocks of each of the four stages there is a 3x3 convolution.
-THREES = {9: (1, 1, 0, 0), 17: (1, 1, 1, 0), 33: (1, 1, 1, 1), 65: (1, 1, 2, 2)}
-TORCHVISION = ("resnet18", "resnet50", "densenet121")
-BACKBONES = (*TORCHVISION, *(f"{kind}{field}" for kind in ("local", "bagnet") for field in THREES))
-STRIDES = (32, 16, 8)
+from images.backbones import BACKBONES, STRIDES, THREES, TORCHVISION
 
 
 class Grid(NamedTuple):

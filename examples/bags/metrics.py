@@ -1,16 +1,10 @@
-"""What is measured of a trained network: of whole bags (AUC) and of their instances (IoU)."""
+"""What is measured of a trained network: of the instances of its bags (IoU)."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
-
-
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve of bag scores; NaN where there are bags of one kind only."""
-    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else math.nan
 
 
 def iou(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray) -> float:

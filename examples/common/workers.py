@@ -1,18 +1,13 @@
-"""Runs of an experiment in several processes at once, and where and from what they were made."""
+"""Runs of an experiment in several processes at once."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
-import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 Run = TypeVar("Run")
 Result = TypeVar("Result")
@@ -49,16 +44,3 @@ def _end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())

@@ -7,18 +7,19 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import boxes as bx
-import cxr_data
 import numpy as np
-import report
-from cxr_data import BOX_SIDE, CLASSES
-from cxr_evaluation import VALIDATION, Evaluated, Truth, trivial_boxes
-from cxr_metrics import FEW_PATIENTS, PAPER_AUC, PAPER_LOCALIZATION
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from sklearn.metrics import roc_curve
+
+from images import page
+from images.evaluation import VALIDATION, Evaluated, Truth, trivial_boxes
+from images.metrics import FEW_PATIENTS, PAPER_AUC, PAPER_LOCALIZATION
+from images.nih import BOX_SIDE, CLASSES
+from images.pixels import load_image
+from sgl_ops import localization as bx
 
 #: Runs beside each other; the colours after theirs are those of boxes without a network.
 COMPARED = 2
@@ -29,10 +30,10 @@ def first_of_each_class(truth: Truth) -> list[int]:
     return [int(np.flatnonzero(truth.classes == c)[0]) for c in range(len(CLASSES)) if (truth.classes == c).any()]
 
 
-def said_of(run: Evaluated, truth: Truth, k: int) -> str:
+def caption_of(run: Evaluated, truth: Truth, k: int) -> str:
     """Of box ``k``: the probability of its class in the image, and how well it was met."""
     iou = "no box" if np.isnan(run.found[k]).any() else f"IoU {run.overlaps[k]:.2f}"
-    return f"p {run.said.probability[truth.image[k], truth.classes[k]]:.2f}, {iou}"
+    return f"p {run.predictions.probability[truth.image[k], truth.classes[k]]:.2f}, {iou}"
 
 
 def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -> None:
@@ -49,29 +50,29 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -
     for place, k in enumerate(shown):
         row, pair = divmod(place, pairs)
         i, c = truth.image[k], truth.classes[k]
-        picture = cxr_data.load_image(truth.paths[i], 512)
+        picture = load_image(truth.paths[i], 512)
         for column in range(columns):
             axes = grid[row, pair * columns + column]
             extent = (0, BOX_SIDE, BOX_SIDE, 0)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
             axes.set(xlim=(0, BOX_SIDE), ylim=(BOX_SIDE, 0))
-            framed = [(truth.boxes[k], report.TRUE)]
+            framed = [(truth.boxes[k], page.TRUE)]
             title = CLASSES[c]
             if column:
                 run = runs[column - 1]
-                shown_map = bx.upsample(run.said.maps[k], picture.shape, upsampling, run.said.first)
-                axes.imshow(shown_map, cmap=report.COLOURS, vmin=0, vmax=1, alpha=0.4, extent=extent,
+                shown_map = bx.upsample(run.predictions.maps[k], picture.shape, upsampling, run.predictions.first)
+                axes.imshow(shown_map, cmap=page.COLOURS, vmin=0, vmax=1, alpha=0.4, extent=extent,
                             interpolation="nearest")  # fmt: skip
-                framed.append((run.found[k], report.FOUND))
-                title = f"{run.name}\n{said_of(run, truth, k)}"
+                framed.append((run.found[k], page.FOUND))
+                title = f"{run.name}\n{caption_of(run, truth, k)}"
             for (x, y, w, h), colour in framed:
                 if not math.isnan(x):
                     axes.add_patch(Rectangle((x, y), w, h, fill=False, lw=2, ec=colour))
             axes.set_title(title, fontsize=7.5)
-    figure.colorbar(ScalarMappable(cmap=report.COLOURS), ax=grid, shrink=0.5, label="probability of the class")
+    figure.colorbar(ScalarMappable(cmap=page.COLOURS), ax=grid, shrink=0.5, label="probability of the class")
     frames = [
         Patch(fill=False, ec=colour, lw=2, label=name)
-        for name, colour in (("true box", report.TRUE), ("found box", report.FOUND))
+        for name, colour in (("true box", page.TRUE), ("found box", page.FOUND))
     ]
     figure.legend(handles=frames, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
@@ -79,43 +80,43 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -
 
 def with_interval(value: float, ci: Sequence[float]) -> str:
     low, high = ci
-    return report.number(value) if math.isnan(low) else f"{value:.3f} ({low:.3f}-{high:.3f})"
+    return page.number(value) if math.isnan(low) else f"{value:.3f} ({low:.3f}-{high:.3f})"
 
 
-def auc_section(runs: Sequence[Evaluated], official: bool) -> report.Markup:
+def auc_section(runs: Sequence[Evaluated], official: bool) -> page.Markup:
     patients = runs[0].details["patients"]
     papers = PAPER_AUC if official else {}
     rows, bars = [], []
     for name in (*(name for name in CLASSES if patients[name]), "mean"):
         marked = f"{name}*" if 0 < patients.get(name, 0) < FEW_PATIENTS else name
         values = [(run.metrics["auc"][name], run.metrics["auc_ci"][name]) for run in runs]
-        paper = [report.number(row.get(name)) for row in papers.values()]
+        paper = [page.number(row.get(name)) for row in papers.values()]
         rows.append([marked, *(with_interval(*v) for v in values), *paper, patients.get(name, "")])
-        spans = [report.Span(ci[0], value, ci[1], k) for k, (value, ci) in enumerate(values)]
+        spans = [page.Span(ci[0], value, ci[1], k) for k, (value, ci) in enumerate(values)]
         bars.append((marked, spans))
     lowest = min([0.5, *(span.low for _, spans in bars for span in spans if not math.isnan(span.low))])
     notes = []
     if any(row[0].endswith("*") for row in rows):
         about = f"* fewer than {FEW_PATIENTS} patients: the interval says little."
-        notes.append(report.paragraph(about, "note"))
+        notes.append(page.paragraph(about, "note"))
     if official and not papers:
         notes.append(
-            report.paragraph(
-                "What the paper reports of classification (Table 1) is not printed here; cxr_metrics.PAPER_AUC takes "
-                "its rows.",
+            page.paragraph(
+                "What the paper reports of classification (Table 1) is not printed here; PAPER_AUC in metrics.py "
+                "takes its rows.",
                 "note",
             )
         )
-    return report.section(
+    return page.section(
         "Classification",
-        report.table(
+        page.table(
             ["class", *(run.name for run in runs), *papers, "patients with it"],
             rows,
             f"AUC over {runs[0].metrics['images']} test images, 95 % interval over patients",
         ),
         *notes,
-        report.intervals(bars, "AUC and its interval", math.floor(10 * lowest) / 10, 1.0),
-        report.legend([(run.name, k, False) for k, run in enumerate(runs)]),
+        page.intervals(bars, "AUC and its interval", math.floor(10 * lowest) / 10, 1.0),
+        page.legend([(run.name, k, False) for k, run in enumerate(runs)]),
     )
 
 
@@ -135,7 +136,7 @@ def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[s
     return [*rows, *(PAPER_LOCALIZATION.items() if official else ())]
 
 
-def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Markup:
+def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
     steps = [f"{t:g}" for t in bx.T_IOU]
     heads = [f"IoU\u00a0> {step}" for step in steps]  # ">" is not torn off
     details = runs[0].details
@@ -150,10 +151,10 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Mark
         return f"chosen by the labels of {details['validation_images']} validation images{but}"
 
     def cells(accuracy: dict[str, float], names: Sequence[str]) -> list[str]:
-        return [report.number(accuracy.get(name), 2) for name in names]
+        return [page.number(accuracy.get(name), 2) for name in names]
 
     rows = localization_rows(runs, truth.official)
-    overview = [[name, *(report.number(accuracy[step]["mean"], 2) for step in steps)] for name, accuracy in rows]
+    overview = [[name, *(page.number(accuracy[step]["mean"], 2) for step in steps)] for name, accuracy in rows]
     intervals = [
         [
             run.name + end,
@@ -164,18 +165,18 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Mark
     ]
     columns = (*present, "mean")
     by_class = [
-        report.table(["", *columns], [[name, *cells(accuracy[step], columns)] for name, accuracy in rows], head)
+        page.table(["", *columns], [[name, *cells(accuracy[step], columns)] for name, accuracy in rows], head)
         for step, head in zip(steps, heads, strict=True)
     ]
     pointing = [[run.name, *cells(run.metrics["pointing_game"], columns)] for run in runs]
-    return report.section(
+    return page.section(
         "Localization",
-        report.paragraph(
+        page.paragraph(
             f"{len(truth.boxes)} boxes: {counts}. T_p {chosen('threshold')}, gate {chosen('gate')}, "
             f"{details['upsampling']} upsampling, opening and closing by {details['morphology']} pixels."
         ),
-        report.table(["", *heads], overview, "share of boxes found, mean over the classes"),
-        report.paragraph(
+        page.table(["", *heads], overview, "share of boxes found, mean over the classes"),
+        page.paragraph(
             "Behind the gate a box counts where the class is predicted, too; without it, and in all rows that have no "
             "network, whatever is predicted. MaxBoxAcc takes the one threshold that is best on these very boxes: what "
             "the maps could give, not what the method gave. The mean box of a class is that of the boxes of other "
@@ -183,13 +184,13 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> report.Mark
             "how certain a share of 0 or 1 is: its interval has no width.",
             "note",
         ),
-        report.table(["", *heads], intervals, "the same with 95 % intervals over patients"),
-        report.details("By class", *by_class),
-        report.table(["", *columns], pointing, "pointing game: boxes that hold the centre of the map's greatest cell"),
+        page.table(["", *heads], intervals, "the same with 95 % intervals over patients"),
+        page.details("By class", *by_class),
+        page.table(["", *columns], pointing, "pointing game: boxes that hold the centre of the map's greatest cell"),
     )
 
 
-def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> report.Markup:
+def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> page.Markup:
     def share(hits: np.ndarray) -> list[float]:
         """Mean over the classes of every column of hits (k, steps)."""
         return [bx.per_class(column, truth.classes, CLASSES)["mean"] for column in hits.T]
@@ -198,47 +199,47 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
     lines = []
     for k, run in enumerate(runs):
         hits = run.overlaps[:, None] > at
-        lines.append(report.Line(run.name, at, share(hits & run.predicted[:, None]), k))
-        lines.append(report.Line(f"{run.name}, without gate", at, share(hits), k, True))
+        lines.append(page.Line(run.name, at, share(hits & run.predicted[:, None]), k))
+        lines.append(page.Line(f"{run.name}, without gate", at, share(hits), k, True))
     for k, (name, found) in enumerate(
-        trivial_boxes(truth, runs[0].said, runs[0].config["image_size"]).items(), COMPARED
+        trivial_boxes(truth, runs[0].predictions, runs[0].config["image_size"]).items(), COMPARED
     ):
-        lines.append(report.Line(name, at, share(bx.iou(found, truth.boxes)[:, None] > at), k, True))
-    charts = [report.chart(lines, "Boxes found, mean over the classes", "T_IoU", "share")]
+        lines.append(page.Line(name, at, share(bx.box_iou(found, truth.boxes)[:, None] > at), k, True))
+    charts = [page.chart(lines, "Boxes found, mean over the classes", "T_IoU", "share")]
 
     thresholds = np.arange(100) / 100
     overlaps = []
     for run in runs:
         side = run.config["image_size"]
         boxes = [
-            bx.boxes_by_threshold(heatmap, (side, side), thresholds, upsampling, run.said.first)
-            for heatmap in run.said.maps
+            bx.boxes_by_threshold(heatmap, (side, side), thresholds, upsampling, run.predictions.first)
+            for heatmap in run.predictions.maps
         ]
-        overlaps.append(bx.iou(np.array(boxes), truth.boxes[:, None] * (side / BOX_SIDE)))
+        overlaps.append(bx.box_iou(np.array(boxes), truth.boxes[:, None] * (side / BOX_SIDE)))
     for t in (0.3, 0.5):
-        lines = [report.Line(run.name, thresholds, share(overlaps[k] > t), k) for k, run in enumerate(runs)]
-        charts.append(report.chart(lines, f"What T_p does: IoU > {t:g}, no gate, no morphology", "T_p", "share"))
+        lines = [page.Line(run.name, thresholds, share(overlaps[k] > t), k) for k, run in enumerate(runs)]
+        charts.append(page.chart(lines, f"What T_p does: IoU > {t:g}, no gate, no morphology", "T_p", "share"))
 
     at = np.linspace(0, 1, 101)
     rocs = []
     for c, name in enumerate(CLASSES):
         labels = truth.labels[:, c]
         if 0 < labels.sum() < len(labels):
-            curves = [roc_curve(labels, run.said.probability[:, c])[:2] for run in runs]
+            curves = [roc_curve(labels, run.predictions.probability[:, c])[:2] for run in runs]
             lines = [
-                report.Line(run.name, at, np.interp(at, *curve), k)
+                page.Line(run.name, at, np.interp(at, *curve), k)
                 for k, (run, curve) in enumerate(zip(runs, curves, strict=True))
             ]
-            rocs.append(report.chart(lines, name, "1 - specificity", "sensitivity"))
-    return report.section(
+            rocs.append(page.chart(lines, name, "1 - specificity", "sensitivity"))
+    return page.section(
         "Curves",
-        report.side_by_side(*charts),
-        report.paragraph("The curves over T_p look at the test boxes; nothing was chosen by them.", "note"),
-        report.details("ROC of every class", report.side_by_side(*rocs)),
+        page.side_by_side(*charts),
+        page.paragraph("The curves over T_p look at the test boxes; nothing was chosen by them.", "note"),
+        page.details("ROC of every class", page.side_by_side(*rocs)),
     )
 
 
-def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, count: int, side: int) -> report.Markup:
+def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, count: int, side: int) -> page.Markup:
     """``count`` boxes, the first of each class first, on images of ``side`` pixels."""
     first = first_of_each_class(truth)
     order = [*first, *(k for k in range(len(truth.boxes)) if k not in set(first))][:count]
@@ -246,23 +247,27 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
     for k in order:
         i, c = truth.image[k], truth.classes[k]
         cards.append(
-            report.Card(
+            page.Card(
                 title=f"{CLASSES[c]} · {truth.names[i]}",
                 group=CLASSES[c],
-                image=cxr_data.load_image(truth.paths[i], side),
+                image=load_image(truth.paths[i], side),
                 side=BOX_SIDE,
                 box=truth.boxes[k],
                 views=[
-                    report.View(run.name, run.said.maps[k], run.found[k], said_of(run, truth, k), run.said.first)
+                    page.View(
+                        run.name,
+                        run.predictions.maps[k],
+                        run.found[k],
+                        caption_of(run, truth, k),
+                        run.predictions.first,
+                    )
                     for run in runs
                 ],
                 best=float(runs[0].overlaps[k]),
             )
         )
     about = f"{len(cards)} of {len(truth.boxes)} boxes, one of each class first. A click, or Enter, makes one larger."
-    return report.section(
-        "Gallery", report.paragraph(about), report.KEY, report.gallery(cards, upsampling == "bilinear")
-    )
+    return page.section("Gallery", page.paragraph(about), page.KEY, page.gallery(cards, upsampling == "bilinear"))
 
 
 def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespace, path: Path) -> None:
@@ -270,32 +275,30 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
     sections = []
     if truth.index.missing:
         about = f"{len(truth.index.missing)} images of the tables are not there, and were left out."
-        sections.append(report.paragraph(about, "warning"))
+        sections.append(page.paragraph(about, "warning"))
     sections.append(auc_section(runs, truth.official))
     if len(truth.boxes):
         sections.append(localization_section(runs, truth))
         sections.append(curves_section(runs, truth, args.upsampling))
         sections.append(gallery_section(runs, truth, args.upsampling, args.gallery, args.gallery_size))
     else:
-        sections.append(report.paragraph("None of these images has a box.", "warning"))
+        sections.append(page.paragraph("None of these images has a box.", "warning"))
     settings = []
     for run in runs:
         of_class = [run.details[f"{key}_of_class"] for key in ("threshold", "gate")]
         settings.append(
-            report.details(
+            page.details(
                 run.name,
-                report.table(
+                page.table(
                     ["setting", "value"],
                     [
                         ("network", f"{run.details['network']}, of epoch {run.details['epoch']}"),
                         *run.details["config"].items(),
                     ],
                 ),
-                report.table(["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in CLASSES]),
+                page.table(["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in CLASSES]),
             )
         )
     lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the test list."
-    content = report.page(
-        "ChestX-ray14: what is found, and where", lead, *sections, report.section("Settings", *settings)
-    )
+    content = page.page("ChestX-ray14: what is found, and where", lead, *sections, page.section("Settings", *settings))
     path.write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Asking a trained network about the official test list of ChestX-ray14, and measuring what it says.
+"""Predictions of a trained network on the test list, and their measures.
 
 Thresholds are numbers that the caller gives, or are chosen by the labels of validation images; boxes choose nothing.
 """
@@ -10,17 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import boxes as bx
-import cxr_data
 import numpy as np
 import torch
-import train_cxr
-from cxr_data import BOX_SIDE, CLASSES, Index
-from cxr_metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals
+from common.choices import Config
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training import Config
 
+from images import nih
+from images.cache import open_cache
+from images.checkpoint import load_network
+from images.dataset import Index
+from images.items import Radiographs
+from images.metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals
+from images.nih import BOX_SIDE, CLASSES
+from images.pixels import to_input
+from sgl_ops import localization as bx
 from sgl_ops.pooling import make_pooling
 
 #: In place of a number: the threshold that the validation images' labels choose.
@@ -53,11 +57,11 @@ class Truth(NamedTuple):
         """
         count = len(self.index.names) + len(self.index.missing)
         learned = (name for name, test in zip(self.index.names, self.index.test, strict=True) if not test)
-        return count == cxr_data.OFFICIAL_IMAGES and self.index.boxes.keys().isdisjoint(learned)
+        return count == nih.OFFICIAL_IMAGES and self.index.boxes.keys().isdisjoint(learned)
 
 
-class Said(NamedTuple):
-    """What a network says: (n, C) probability of the image and of its greatest patch, and (k,) maps (h, w) of boxes.
+class Predictions(NamedTuple):
+    """Probabilities (n, C) of the image and of its greatest patch, and the maps (k,) of (h, w) of boxes.
 
     ``first``: where the centre of a map's first cell is, in cells from the edge of the image.
     """
@@ -73,7 +77,7 @@ class Evaluated(NamedTuple):
 
     name: str
     config: Config
-    said: Said
+    predictions: Predictions
     found: np.ndarray
     overlaps: np.ndarray
     predicted: np.ndarray
@@ -121,7 +125,7 @@ def refuse_trained(truth: Truth, trained: set[str], run: Path) -> None:
         )
 
 
-def ask(
+def predict(
     model: torch.nn.Module,
     config: Config,
     index: Index,
@@ -129,12 +133,12 @@ def ask(
     args: argparse.Namespace,
     image: np.ndarray | None = None,
     classes: np.ndarray | None = None,
-) -> Said:
-    """What ``model`` says of the images ``rows`` (n,) of the index, with its maps of ``classes`` (k,) in the images
-    ``image`` (k,), numbers below n."""
+) -> Predictions:
+    """Predictions for the images ``rows`` (n,) of the index, with maps of the ``classes`` (k,) in the images ``image``
+    (k,), numbers below n."""
     size = config["image_size"]
-    images = index.paths if args.cache is None else cxr_data.open_cache(args.cache, index.paths, size)
-    data = cxr_data.Radiographs(images, index.labels, size)
+    images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size)
+    data = Radiographs(images, index.labels, size)
     loader = DataLoader(data, args.batch_size, sampler=[(0, int(row)) for row in rows], num_workers=args.workers)
     pooling = make_pooling(config["pooling"])
     image = np.zeros(0, int) if image is None else image
@@ -145,7 +149,7 @@ def ask(
     for batch, _, _ in tqdm(loader, desc=name_of(config), unit="batch", disable=None):
         with torch.inference_mode():
             # in float32 every logit above 17 would be the same probability, and where the greatest is a matter of order
-            logits = model(cxr_data.to_input(batch.to(args.device))).double()
+            logits = model(to_input(batch.to(args.device))).double()
             inside = slice(start, start + len(batch))
             probability[inside] = torch.sigmoid(pooling(logits)).cpu()
             patches = torch.sigmoid(logits).cpu().numpy()
@@ -154,7 +158,7 @@ def ask(
         for k in np.flatnonzero((image >= inside.start) & (image < inside.stop)):
             maps[k] = patches[image[k] - start, classes[k]].copy()
         start = inside.stop
-    return Said(probability, peak, maps, centre / step)
+    return Predictions(probability, peak, maps, centre / step)
 
 
 def thresholds_of(
@@ -170,8 +174,8 @@ def thresholds_of(
     Raises:
         ValueError: they are to be chosen, and the run has no validation images, or the data lacks them.
     """
-    asked = (args.threshold, args.gate)
-    if VALIDATION not in asked:
+    given = (args.threshold, args.gate)
+    if VALIDATION not in given:
         return np.full(len(CLASSES), args.threshold), np.full(len(CLASSES), args.gate), {}
     rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])) & ~index.test)
     if not len(rows):
@@ -179,7 +183,7 @@ def thresholds_of(
     there, expected = len(np.unique(index.patients[rows])), len(config["val_patients"])
     if there < expected:
         print(f"warning: of the run's {expected} validation patients {there} are in the data", file=sys.stderr)
-    said, labels = ask(model, config, index, rows, args), index.labels[rows]
+    predictions, labels = predict(model, config, index, rows, args), index.labels[rows]
     positive = (labels > 0).sum(0)
     chosen = {
         "validation_images": len(rows),
@@ -189,7 +193,7 @@ def thresholds_of(
         np.array([best_threshold(scores[:, c], labels[:, c]) for c in range(len(CLASSES))])
         if value == VALIDATION
         else np.full(len(CLASSES), value)
-        for value, scores in zip(asked, (said.peak, said.probability), strict=True)
+        for value, scores in zip(given, (predictions.peak, predictions.probability), strict=True)
     )
     return t_p, gate, chosen
 
@@ -200,41 +204,43 @@ def name_of(config: Config) -> str:
 
 
 def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
-    """Asks the network of ``run``, and measures what it says."""
-    model, config, which = train_cxr.load_network(run, torch.device(args.device), args.which)
+    """Predictions of the network of ``run``, and their measures."""
+    model, config, which = load_network(run, torch.device(args.device), args.which)
     model.eval()
     t_p, gate, chosen = thresholds_of(model, config, truth.index, args)
-    said = ask(model, config, truth.index, truth.rows, args, truth.image, truth.classes)
+    predictions = predict(model, config, truth.index, truth.rows, args, truth.image, truth.classes)
     side = config["image_size"]
     found = np.array(
         [
-            bx.heatmap_to_box(heatmap, (side, side), t_p[c], args.upsampling, args.morphology, said.first)
-            for heatmap, c in zip(said.maps, truth.classes, strict=True)
+            bx.heatmap_to_box(heatmap, (side, side), t_p[c], args.upsampling, args.morphology, predictions.first)
+            for heatmap, c in zip(predictions.maps, truth.classes, strict=True)
         ]
     )
     found = found.reshape(-1, 4) * (BOX_SIDE / side)
-    overlaps = bx.iou(found, truth.boxes)
-    predicted = said.probability[truth.image, truth.classes] > gate[truth.classes]
-    peaks = np.array([bx.peak_of(heatmap, TABLE_SIZE, said.first) for heatmap in said.maps]).reshape(-1, 2)
+    overlaps = bx.box_iou(found, truth.boxes)
+    predicted = predictions.probability[truth.image, truth.classes] > gate[truth.classes]
+    peaks = np.array(
+        [bx.heatmap_to_point(heatmap, TABLE_SIZE, predictions.first) for heatmap in predictions.maps]
+    ).reshape(-1, 2)
     drawn = {"names": CLASSES, "draws": args.draws, "seed": args.seed}
     metrics = {
-        "auc": auc_per_class(said.probability, truth.labels, CLASSES),
-        "auc_ci": auc_intervals(said.probability, truth.labels, truth.patients, **drawn),
+        "auc": auc_per_class(predictions.probability, truth.labels, CLASSES),
+        "auc_ci": auc_intervals(predictions.probability, truth.labels, truth.patients, **drawn),
         "localization": bx.localization_accuracy(overlaps, truth.classes, CLASSES, predicted),
         "localization_ungated": bx.localization_accuracy(overlaps, truth.classes, CLASSES),
         "max_box_acc": bx.max_box_accuracy(
-            said.maps,
+            predictions.maps,
             truth.boxes * (side / BOX_SIDE),
             truth.classes,
             CLASSES,
             (side, side),
             args.upsampling,
-            first=said.first,
+            first=predictions.first,
         ),
         "pointing_game": bx.per_class(bx.contains(truth.boxes, peaks), truth.classes, CLASSES),
         "baselines": {
-            name: bx.localization_accuracy(bx.iou(boxes, truth.boxes), truth.classes, CLASSES)
-            for name, boxes in trivial_boxes(truth, said, side).items()
+            name: bx.localization_accuracy(bx.box_iou(boxes, truth.boxes), truth.classes, CLASSES)
+            for name, boxes in trivial_boxes(truth, predictions, side).items()
         },
         "images": len(truth.rows),
         "boxes": len(truth.boxes),
@@ -252,8 +258,8 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
         "morphology": args.morphology,
         "draws": args.draws,
         "seed": args.seed,
-        "grid": list(said.maps[0].shape) if said.maps else [],
-        "first_cell": said.first,
+        "grid": list(predictions.maps[0].shape) if predictions.maps else [],
+        "first_cell": predictions.first,
         "patients": {name: len(set(truth.patients[truth.labels[:, c] > 0])) for c, name in enumerate(CLASSES)},
         "boxes": {name: int((truth.classes == c).sum()) for c, name in enumerate(CLASSES)},
     }
@@ -262,19 +268,21 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
             f"{t:g}": mean_intervals((overlaps > t) & counts, truth.classes, truth.patients[truth.image], **drawn)
             for t in bx.T_IOU
         }
-    return Evaluated(name_of(config), config, said, found, overlaps, predicted, metrics, details)
+    return Evaluated(name_of(config), config, predictions, found, overlaps, predicted, metrics, details)
 
 
-def trivial_boxes(truth: Truth, said: Said, side: int) -> dict[str, np.ndarray]:
+def trivial_boxes(truth: Truth, predictions: Predictions, side: int) -> dict[str, np.ndarray]:
     """Boxes (k, 4) that need no network, and the best that the cells of this one's maps could give.
 
     The latter as those of the maps, in whole pixels of images of ``side`` by ``side``.
     """
     count, unit = len(truth.boxes), BOX_SIDE / side
     return {
-        "whole image": np.tile(bx.whole_image(TABLE_SIZE), (count, 1)),
+        "whole image": np.tile(bx.whole_image_box(TABLE_SIZE), (count, 1)),
         "centre box": np.tile(bx.centre_box(TABLE_SIZE), (count, 1)),
         "mean box of the class": bx.mean_boxes(truth.boxes, truth.classes, truth.patients[truth.image]),
         "ceiling of the grid": unit
-        * bx.grid_ceiling(truth.boxes / unit, said.maps[0].shape if count else (1, 1), (side, side), said.first),
+        * bx.grid_ceiling(
+            truth.boxes / unit, predictions.maps[0].shape if count else (1, 1), (side, side), predictions.first
+        ),
     }

@@ -1,4 +1,4 @@
-"""NIH ChestX-ray14 as it lies on disks: the tables, the splits, the images, and a cache of them.
+"""NIH ChestX-ray14 as it lies on disks: the tables, the splits and the images.
 
 Whatever does not fit is a ValueError that names file and line: a label is never guessed. Images are found by name, in
 the twelve folders ``images_001/images`` to ``images_012/images``, in one folder ``images``, or beside the tables.
@@ -7,30 +7,18 @@ Copies of another size are welcome, also as JPEG. Boxes stay what the table says
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
-import hashlib
 import math
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from shutil import disk_usage
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from images.dataset import Index
 
 #: The paper's order, and that of the columns of labels.
 CLASSES = (
@@ -57,29 +45,6 @@ BOX_CLASSES = {name: number for number, name in enumerate(CLASSES)} | {"Infiltra
 NAME = re.compile(r"(\d{8})_\d{3}\.png")
 AGE = re.compile(r"\d+[YMD]?")
 SUFFIXES = (".png", ".jpg", ".jpeg")
-
-#: Mean and deviation per channel of what torchvision's networks were trained on.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class Index(NamedTuple):
-    """What is known of n images.
-
-    ``names`` as in the tables; ``labels`` (n, 14) float32, columns as in CLASSES, all 0 where there is no finding;
-    ``patients`` (n,); ``test`` (n,) bool, those of the official test list; ``paths`` of the files; ``boxes`` by name:
-    (class number, x, y, width, height), x and y of the upper left corner, in pixels of the BOX_SIDE x BOX_SIDE image;
-    ``sizes`` (n, 2), width and height of the radiograph before it was made 1024x1024 (boxes do not refer to it);
-    ``missing``: names that the tables have and the disk has not.
-    """
-
-    names: list[str]
-    labels: np.ndarray
-    patients: np.ndarray
-    test: np.ndarray
-    paths: list[Path]
-    boxes: dict[str, list[tuple[int, float, float, float, float]]]
-    sizes: np.ndarray
-    missing: list[str]
 
 
 class Entries(NamedTuple):
@@ -342,182 +307,10 @@ def find_images(data_dir: Path) -> dict[str, Path]:
     return found
 
 
-def path_of(text: str) -> Path:
-    """For argparse: with ~ as the home folder, which a shell leaves as it is after --out=."""
-    return Path(text).expanduser()
-
-
-def load_image(path: Path, size: int) -> np.ndarray:
-    """The radiograph as grey values (size, size) uint8.
-
-    Colours become grey, an alpha channel is dropped, 16 bits become the upper 8.
-
-    Raises:
-        ValueError: it cannot be read to its end, it is not square (so that boxes would not fit), or its pixels are
-            neither 8 nor 16 bits.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from None
-    if image.width != image.height:
-        raise ValueError(f"{path}: expected a square image, got {image.width}x{image.height}")
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError(f"{path}: expected 8 or 16 bits, got values {wide.min()} to {wide.max()}")
-        image = Image.fromarray((wide >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError(f"{path}: expected 8 or 16 bits, got floating point")
-    image = image.convert("L")
-    if image.width != size:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)  # of all pixels that fall into one
-    return np.array(image)
-
-
-def to_input(images: np.ndarray | Tensor) -> Tensor:
-    """What a network takes, (n, 3, height, width) float32, of grey values (n, height, width) uint8."""
-    x = torch.as_tensor(images)
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (x.unsqueeze(1).float() / 255 - mean) / std
-
-
 # splits
-
-
-def validation_patients(index: Index, fraction: float, seed: int) -> np.ndarray:
-    """The patients of the official training list that validate: ``fraction`` of them, drawn by ``seed``; sorted.
-
-    1/8 makes of the official lists the paper's 70, 10 and 20 percent.
-    """
-    patients = np.unique(index.patients[~index.test])
-    count = round(fraction * len(patients))
-    return np.sort(np.random.default_rng(seed).permutation(patients)[:count])
 
 
 # the cache
 
 
-def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | None = None) -> np.ndarray:
-    """The images of ``paths`` as grey values (n, size, size) uint8, memory-mapped, decoded at the first time.
-
-    A file in ``folder`` that grows image by image, so that it goes on where it was killed, and gets its name when it is
-    whole. Its name depends on size, and on names, lengths and times of change of the files: another selection, or an
-    image that was replaced, is another file; the old one stays. Of several processes that ask at the same time one
-    builds, and the others wait.
-
-    Raises:
-        ValueError: an image cannot be read (all such of some hundred are named), or there is no room.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(f"{size}".encode())
-    for path in paths:
-        known = path.stat()
-        digest.update(f"/{path.name}:{known.st_size}:{known.st_mtime_ns}".encode())
-    whole = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
-    if not whole.exists():
-        with _locked(whole.with_suffix(".lock")):
-            if not whole.exists():  # another one may have built it meanwhile
-                _build(whole, paths, size, workers or os.cpu_count() or 1)
-    if whole.stat().st_size != len(paths) * size**2:
-        raise ValueError(f"{whole}: cut off, or not a cache; remove it, and it is built anew")
-    return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), size, size))
-
-
-def _build(whole: Path, paths: Sequence[Path], size: int, workers: int) -> None:
-    part = whole.with_suffix(".part")
-    done = part.stat().st_size // size**2 if part.exists() else 0
-    needed, free = (len(paths) - done) * size**2, disk_usage(part.parent).free
-    if needed > free:
-        raise ValueError(f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
-    # decoding and resizing leave the interpreter to other threads
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        part.open("ab") as file,
-        tqdm(total=len(paths), initial=done, desc="cache", unit="image", disable=None) as progress,
-    ):
-        file.truncate(done * size**2)  # half an image may have been written
-        for start in range(done, len(paths), 64 * workers):
-            block = list(pool.map(lambda path: _image_or_error(path, size), paths[start : start + 64 * workers]))
-            errors = [image for image in block if isinstance(image, ValueError)]
-            if errors:
-                more = "check_cxr.py --decode looks at all; where one is replaced, the cache is begun anew"
-                raise ValueError("\n".join([*map(str, errors), more]))
-            file.write(b"".join(image.tobytes() for image in block))
-            file.flush()
-            progress.update(len(block))
-        os.fsync(file.fileno())
-    os.replace(part, whole)
-
-
-def _image_or_error(path: Path, size: int) -> np.ndarray | ValueError:
-    try:
-        return load_image(path, size)
-    except ValueError as error:
-        return error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a killed one holds nothing."""
-    with path.open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 # what a network is fed with
-
-
-class Radiographs(Dataset):
-    """Images with labels, for a torch DataLoader.
-
-    ``images``: an array (n, size, size) uint8, or n paths, decoded when asked for. ``labels``: (n, 14). An item is
-    asked for by (epoch, number), and is (grey values (crop, crop) uint8, labels (14,), number). Without ``crop`` it is
-    the whole image. Where it is cropped depends on ``seed``, epoch and its name of ``names`` (n,) alone, and so not on
-    workers, processes, an interruption, or what other images there are.
-    """
-
-    def __init__(
-        self,
-        images: np.ndarray | Sequence[Path],
-        labels: np.ndarray,
-        size: int,
-        crop: int | None = None,
-        seed: int = 0,
-        names: Sequence[str] = (),
-    ):
-        if crop is not None and len(names) != len(labels):
-            raise ValueError(f"names: expected one for each of the {len(labels)} images, got {len(names)}")
-        self.images, self.labels, self.size, self.crop, self.seed, self.names = images, labels, size, crop, seed, names
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a process that loads images opens the file itself, instead of being sent what is in it
-        state = dict(self.__dict__)
-        if isinstance(self.images, np.memmap):
-            state["images"] = (self.images.filename, self.images.shape)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["images"], tuple):
-            name, shape = state["images"]
-            state["images"] = np.memmap(name, dtype=np.uint8, mode="r", shape=shape)
-        self.__dict__ = state
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-        epoch, number = key
-        image = self.images[number]
-        if isinstance(image, Path):
-            image = load_image(image, self.size)
-        if self.crop is not None:
-            rng = np.random.default_rng((self.seed, epoch, zlib.crc32(self.names[number].encode())))
-            y, x = rng.integers(0, self.size - self.crop + 1, 2)
-            image = image[y : y + self.crop, x : x + self.crop]
-        return torch.from_numpy(np.array(image)), torch.from_numpy(self.labels[number]), number

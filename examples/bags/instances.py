@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common.import_torchvision import import_torchvision
 from torch import Tensor
 
 SIDE = 32
@@ -46,24 +45,6 @@ def load_instances(data: str, data_dir: str) -> Instances:
     mean = train.mean(dim=(0, 2, 3), keepdim=True)
     std = train.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-6)
     return Instances((train - mean) / std, y_train, (test - mean) / std, y_test)
-
-
-def import_torchvision() -> types.ModuleType:
-    """torchvision, also where its operators do not fit the installed torch.
-
-    PyPI's torchvision beside a CPU build of torch has no operators, and its module that describes them to the compiler
-    ends the import. Data sets, transforms and models need neither: that one module is left out.
-    """
-    if torch.version.cuda is None and "torchvision" not in sys.modules:
-        name = "torchvision._meta_registrations"
-        sys.modules.setdefault(name, types.ModuleType(name))
-    try:
-        import torchvision
-        import torchvision.datasets
-    except ModuleNotFoundError:
-        raise ValueError("data: this needs torchvision, which is not installed: pip install torchvision") from None
-
-    return torchvision
 
 
 def _digits() -> tuple[np.ndarray, ...]:

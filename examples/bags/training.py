@@ -6,12 +6,7 @@ configuration and seed give the same result bit for bit on the CPU, also over an
 
 from __future__ import annotations
 
-import argparse
 import csv
-import io
-import json
-import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,52 +14,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from authors_losses import AUTHORS_LOSSES
-from bags import Bags, take
-from metrics import auc, iou, iou_pooled
+from common.choices import Config
+from common.files import load_state, save_atomically
+from common.losses import make_criterion as make_common_criterion
+from common.metrics import auc
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
-from sgl_ops.pooling import POOLINGS, MaxPooling, TopKPooling, make_pooling
+from bags.authors_losses import AUTHORS_LOSSES
+from bags.drawing import Bags, take
+from bags.metrics import iou, iou_pooled
+from sgl_ops import BagLoss
+from sgl_ops.pooling import MaxPooling, TopKPooling, make_pooling
 
-LOSSES = ("sgl", "bag", "bil", "mmm")
 DEFAULT_POOLING = {
     "sgl": "max", "bag": "max", "bil": "mean", "mmm": "max", "mmm_authors": "max", "bil_authors": "mean_logits",
 }  # fmt: skip
 METRICS = ("auc", "iou", "iou_pooled")
 
-Config = dict[str, Any]
 
-
-def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
-    """The loss that a configuration asks for; with ``process_group`` its counts are those of all processes together.
-
-    The other losses divide by the number of bags and classes alone, which are as many in every process.
-    """
-    pooling = config["pooling"]
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
-    if config["loss"] == "sgl":
-        return SGLLoss(
-            delta_l=config["delta_l"],
-            lam=config["lam"],
-            pooling=pooling,
-            rescale=config["rescale"],
-            weighted=config["weighted"],
-            normalize=config.get("normalize", "batch"),
-            mask_weight=config.get("mask_weight", 0.0),
-            **({} if process_group is None else {"process_group": process_group}),
-        )
-    if config["loss"] == "bag":
-        return BagLoss(pooling=pooling)
-    if config["loss"] == "bil":
-        return BILLoss(pooling=pooling)
-    if config["loss"] == "mmm":
-        return MMMLoss()
-    if config["loss"] in AUTHORS_LOSSES:
-        return AUTHORS_LOSSES[config["loss"]]()
-    raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {config['loss']!r}")
+def make_criterion(config: Config) -> nn.Module:
+    """The loss of a configuration, one of the authors' code among them."""
+    return AUTHORS_LOSSES[config["loss"]]() if config["loss"] in AUTHORS_LOSSES else make_common_criterion(config)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -210,10 +181,10 @@ def train_run(
             val_loss = float(criterion(logits, bags["val"].labels, offsets=bags["val"].offsets))
             validation = measure(logits, bags["val"], config["pooling"])
             row |= {"val_loss": val_loss} | {f"val_{k}": v for k, v in validation.items()}
-            merit = (validation["auc"], -val_loss)
-            if state["best"] is None or merit > tuple(state["best"]["merit"]):
+            best_score = (validation["auc"], -val_loss)
+            if state["best"] is None or best_score > tuple(state["best"]["merit"]):
                 weights = {name: value.clone() for name, value in model.state_dict().items()}
-                state["best"] = {"merit": list(merit), "epoch": epoch, "model": weights}
+                state["best"] = {"merit": list(best_score), "epoch": epoch, "model": weights}
             progress.set_postfix(loss=f"{loss:.3f}", val_auc=f"{validation['auc']:.3f}")
         state["history"].append(row)
         state |= {
@@ -242,66 +213,6 @@ def train_run(
     return entry, state["history"], model
 
 
-def device_name(text: str) -> str:
-    """For argparse: a device that torch has here. Nothing is put there, as each of several processes has its own."""
-    try:
-        kind = torch.device(text).type
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text}: torch finds no GPU here")
-    return text
-
-
-def message_of(error: Exception) -> str:
-    """What it says, also where a process that loads images said it: torch tells that with its whole traceback."""
-    text = str(error)
-    if not text.startswith("Caught "):
-        return text
-    return text.rsplit(f"\n{type(error).__name__}: ", 1)[-1].strip()
-
-
-def load_state(path: Path, **options: Any) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU; nothing in it is executed.
-
-    Raises:
-        ValueError: it is not there, cut off, or something else.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # reading something else ends in many ways
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: not a checkpoint, but a {type(state).__name__}")
-    return state
-
-
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """A file that is either the old one or the new one, whenever the process ends, or the power.
-
-    Raises:
-        OSError: it cannot be written; nothing of it is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    # in memory first: on a file torch says of a full disk, or of Ctrl-C, that a position is unexpected
-    content = io.BytesIO()
-    torch.save(state, content)
-    try:
-        with beside.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, and worst and best where there are several runs, of the metrics of both networks of every run."""
     kinds: dict[str, Callable[[list[float]], float]] = {"mean": lambda v: float(np.mean(v))}
@@ -313,15 +224,6 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for kind, of in kinds.items()
     }
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Indented, but for lists of numbers, which are a line each."""
-    beside = path.with_suffix(".tmp")
-    text = json.dumps(content, indent=1)
-    text = re.sub(r"\[[-+.e\d,\s]*\]", lambda found: " ".join(found[0].split()), text)
-    beside.write_text(text + "\n")
-    os.replace(beside, path)
 
 
 def write_history(histories: dict[int, list[dict[str, Any]]], path: Path) -> None:

@@ -14,26 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from authors_losses import AUTHORS_LOSSES
-from bags import Bags, draw_bags, to_device
-from instances import Instances, load_instances
-from plots import draw_bags as draw_panels
+from common.choices import LOSSES, POOLINGS, Config
+from common.files import write_json
 from torch import Tensor, nn
-from training import (
+
+from bags.authors_losses import AUTHORS_LOSSES
+from bags.drawing import Bags, draw_bags, to_device
+from bags.instances import Instances, load_instances
+from bags.plots import draw_bags as draw_panels
+from bags.training import (
     DEFAULT_POOLING,
-    LOSSES,
     METRICS,
-    Config,
     instance_logits,
     make_criterion,
     summarize,
     train_epoch,
     train_run,
     write_history,
-    write_json,
 )
-
-from sgl_ops.pooling import POOLINGS
 
 #: What decides a result, and so what a run has to agree in to be continued.
 DECISIVE = (
@@ -74,7 +72,7 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     add("weight-decay", kind=float, text="of Adam")
     add("val-every", text="validate in every N-th epoch, and in the last")
     add("loss", kind=str, choices=(*LOSSES, *AUTHORS_LOSSES), text="without it sgl, and bag with max pooling beside it")
-    add("pooling", kind=str, choices=list(POOLINGS), text="sgl, bag: max; bil: mean")
+    add("pooling", kind=str, choices=POOLINGS, text="sgl, bag: max; bil: mean")
     add("delta-l", kind=float, text="threshold of the ternary targets, in [0, 0.5]")
     add("lam", kind=float, text="weight of the instance loss")
     parser.add_argument("--no-rescale", action="store_true", help="theta = p instead of Eq. 5")

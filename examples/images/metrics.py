@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from metrics import auc
+from common.metrics import auc
 from sklearn.metrics import roc_curve
 
 #: An interval from fewer patients says little.

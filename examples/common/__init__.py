@@ -1,0 +1,1 @@
+"""What the pipelines share: losses by name, files, options, processes."""

@@ -1,0 +1,14 @@
+"""Names that options choose from. Nothing here imports torch, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: A flat dict of everything that decides a result.
+Config = dict[str, Any]
+
+LOSSES = ("sgl", "bag", "bil", "mmm")
+#: The names of ``sgl_ops.pooling.POOLINGS``, in the same order.
+POOLINGS = (
+    "max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean",
+)  # fmt: skip

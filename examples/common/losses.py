@@ -1,0 +1,46 @@
+"""The loss of a configuration, and the schedule of its instance term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from common.choices import LOSSES, Config
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
+from sgl_ops.pooling import POOLINGS
+
+
+def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
+    """The loss that a configuration asks for; with ``process_group`` its counts are those of all processes together.
+
+    The other losses divide by the number of bags and classes alone, which are as many in every process.
+    """
+    pooling = config["pooling"]
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if config["loss"] == "sgl":
+        return SGLLoss(
+            delta_l=config["delta_l"],
+            lam=config["lam"],
+            pooling=pooling,
+            rescale=config["rescale"],
+            weighted=config["weighted"],
+            normalize=config.get("normalize", "batch"),
+            mask_weight=config.get("mask_weight", 0.0),
+            **({} if process_group is None else {"process_group": process_group}),
+        )
+    if config["loss"] == "bag":
+        return BagLoss(pooling=pooling)
+    if config["loss"] == "bil":
+        return BILLoss(pooling=pooling)
+    if config["loss"] == "mmm":
+        return MMMLoss()
+    raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {config['loss']!r}")
+
+
+def lam_at(config: Config, progress: float) -> float:
+    """The weight of the instance loss after ``progress`` epochs: first none, then rising, then whole."""
+    begun = progress - config["lam_delay"]
+    warmup = config["lam_warmup"]
+    return config["lam"] * min(max(begun / warmup if warmup else float(begun >= 0), 0.0), 1.0)

@@ -1,0 +1,39 @@
+"""Types for argparse, and the messages of commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def path_of(text: str) -> Path:
+    """For argparse: with ~ as the home folder, which a shell leaves as it is after --out=."""
+    return Path(text).expanduser()
+
+
+def device_name(text: str) -> str:
+    """For argparse: a device that torch has here. Nothing is put there, as each of several processes has its own."""
+    import torch
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: torch finds no GPU here")
+    return text
+
+
+def default_device() -> str:
+    """``"cuda"`` where torch finds a GPU, else ``"cpu"``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def message_of(error: Exception) -> str:
+    """What it says, also where a process that loads images said it: torch tells that with its whole traceback."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.rsplit(f"\n{type(error).__name__}: ", 1)[-1].strip()

@@ -1,0 +1,1 @@
+"""Images with labels: data sets, models, checkpoints, training, evaluation and the report."""

@@ -1,0 +1,90 @@
+"""A cache of decoded images: one memory-mapped file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import disk_usage
+
+import numpy as np
+from tqdm import tqdm
+
+from images.pixels import load_image
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | None = None) -> np.ndarray:
+    """The images of ``paths`` as grey values (n, size, size) uint8, memory-mapped, decoded at the first time.
+
+    A file in ``folder`` that grows image by image, so that it goes on where it was killed, and gets its name when it is
+    whole. Its name depends on size, and on names, lengths and times of change of the files: another selection, or an
+    image that was replaced, is another file; the old one stays. Of several processes that ask at the same time one
+    builds, and the others wait.
+
+    Raises:
+        ValueError: an image cannot be read (all such of some hundred are named), or there is no room.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(f"{size}".encode())
+    for path in paths:
+        known = path.stat()
+        digest.update(f"/{path.name}:{known.st_size}:{known.st_mtime_ns}".encode())
+    whole = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
+    if not whole.exists():
+        with _locked(whole.with_suffix(".lock")):
+            if not whole.exists():  # another one may have built it meanwhile
+                _build(whole, paths, size, workers or os.cpu_count() or 1)
+    if whole.stat().st_size != len(paths) * size**2:
+        raise ValueError(f"{whole}: cut off, or not a cache; remove it, and it is built anew")
+    return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), size, size))
+
+
+def _build(whole: Path, paths: Sequence[Path], size: int, workers: int) -> None:
+    part = whole.with_suffix(".part")
+    done = part.stat().st_size // size**2 if part.exists() else 0
+    needed, free = (len(paths) - done) * size**2, disk_usage(part.parent).free
+    if needed > free:
+        raise ValueError(f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
+    # decoding and resizing leave the interpreter to other threads
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        part.open("ab") as file,
+        tqdm(total=len(paths), initial=done, desc="cache", unit="image", disable=None) as progress,
+    ):
+        file.truncate(done * size**2)  # half an image may have been written
+        for start in range(done, len(paths), 64 * workers):
+            block = list(pool.map(lambda path: _image_or_error(path, size), paths[start : start + 64 * workers]))
+            errors = [image for image in block if isinstance(image, ValueError)]
+            if errors:
+                more = "check_cxr.py --decode looks at all; where one is replaced, the cache is begun anew"
+                raise ValueError("\n".join([*map(str, errors), more]))
+            file.write(b"".join(image.tobytes() for image in block))
+            file.flush()
+            progress.update(len(block))
+        os.fsync(file.fileno())
+    os.replace(part, whole)
+
+
+def _image_or_error(path: Path, size: int) -> np.ndarray | ValueError:
+    try:
+        return load_image(path, size)
+    except ValueError as error:
+        return error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; a killed one holds nothing."""
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

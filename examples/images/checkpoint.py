@@ -1,0 +1,49 @@
+"""The trained network of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from common.choices import Config
+from common.files import load_state
+from torch import nn
+
+from images.models import PatchClassifier
+from images.nih import CLASSES
+
+
+def make_model(config: Config) -> PatchClassifier:
+    return PatchClassifier(config["backbone"], config["output_stride"], len(CLASSES))
+
+
+def load_run(run: Path, device: str | torch.device, which: str | None = None) -> tuple[nn.Module, Config]:
+    """A trained network, (n, 3, H, W) to logits (n, 14, h, w), in evaluation mode, and its configuration.
+
+    Args:
+        which: ``"best"`` on the validation images, or ``"last"``; None: the best, where there were such images.
+
+    Raises:
+        ValueError: there is no such run, or not yet.
+    """
+    model, config, _ = load_network(run, device, which)
+    return model, config
+
+
+def load_network(
+    run: Path, device: str | torch.device, which: str | None = None
+) -> tuple[nn.Module, Config, dict[str, Any]]:
+    """The same, and which it is: "network", ``"best"`` or ``"last"``, and "epoch", after how many (whole) ones."""
+    run = Path(run)
+    which = which or ("best" if (run / "best.pt").exists() else "last")
+    path = run / f"{which}.pt"
+    if not path.is_file():
+        raise ValueError(f"run: {run} holds no {path.name}")
+    state = load_state(path)
+    last = load_state(run / "last.pt", mmap=True)["config"]
+    if any(state["config"].get(key) != last.get(key) for key in ("train_names_digest", "backbone", "loss", "seed")):
+        raise ValueError(f"run: {path} and last.pt are of different trainings")
+    model = make_model(state["config"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), state["config"], {"network": which, "epoch": state["epoch"]}

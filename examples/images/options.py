@@ -1,0 +1,150 @@
+"""The options of train_cxr.py. Nothing here imports torch before the options are read."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from typing import Any
+
+from common.choices import LOSSES, POOLINGS, Config
+from common.options import default_device, device_name, path_of
+
+from images.backbones import BACKBONES, STRIDES, TORCHVISION
+
+POOLING_OF = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
+
+#: Settings that decide a result: a run is resumed only with the same ones. The images have to agree as well.
+RESUME_KEYS = (
+    "backbone", "weights", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay",
+    "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
+    "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
+)  # fmt: skip
+
+#: Settings of RESUME_KEYS that may be larger when a run is resumed. Training hides them from everything in an epoch.
+EXTENDABLE = ("epochs",)
+
+#: What --synthetic changes of the defaults. Instances are counted within bags: counted over the batch, no run
+#: that was tried with so few images learned to classify.
+DEMO = {
+    "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 64, "pooling": "max", "lam": 1.0,
+    "lam_delay": 2.0, "lam_warmup": 4.0, "normalize": "bag", "mask_weight": 0.0, "prior": 0.3, "epochs": 8,
+    "batch_size": 8, "lr": 1e-3, "lr_step": 7, "workers": 0,
+}  # fmt: skip
+
+#: What --synthetic draws: few findings, but often, so that little training is enough.
+DEMO_DATA = {"images": 1200, "size": 128, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def add(name: str, default: Any, text: str, **more: Any) -> None:
+        shown = "" if default is None else f" ({default:g})" if isinstance(default, float) else f" ({default})"
+        kind = {} if "type" in more or default is None else {"type": type(default)}
+        parser.add_argument(f"--{name}", default=default, help=text + shown, **kind, **more)
+
+    parser.add_argument("--data-dir", type=path_of, help="folder with the images, and the tables")
+    parser.add_argument("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
+    parser.add_argument("--allow-missing", action="store_true", help="leave out images that are not there")
+    parser.add_argument("--cache", type=path_of, help="folder for the decoded images, of all runs of that size")
+    parser.add_argument("--out", type=path_of, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue what is in --out, if there is something")
+    parser.add_argument(
+        "--synthetic", action="store_true", help="a demonstration: drawn images, SGL beside the bag loss"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="one step of training, and write nothing")
+    add("backbone", "resnet50", "network without its head", choices=BACKBONES)
+    add("weights", None, "imagenet, none, or a file with a state_dict (imagenet; of local and bagnet: none)")
+    add("output-stride", None, "pixels of the image per patch (32; of local and bagnet: 8)", type=int, choices=STRIDES)
+    add("image-size", 512, "images are made this wide and high; training crops 7/8 of it")
+    add("loss", "sgl", "what is minimized", choices=LOSSES)
+    add("pooling", None, "sgl: softmax; bag, bil: mean; mmm has its own", choices=POOLINGS)
+    add("delta-l", 0.3, "threshold of the ternary targets, in [0, 0.5]")
+    add("lam", 20.0, "weight of the instance loss")
+    add("lam-delay", 0.0, "epochs without it: what an untrained network says of patches is no guide")
+    add("lam-warmup", 0.0, "epochs in which it then rises from 0")
+    add("mask-weight", 1.0, "weight of the penalty on the mask, which the paper does not tell")
+    add("normalize", "batch", "where instances are counted", choices=("batch", "bag"))
+    parser.add_argument("--no-rescale", action="store_true", help="theta = p instead of Eq. 5")
+    parser.add_argument("--no-weight", action="store_true", help="w = 1 instead of Eq. 7 and 8")
+    add("epochs", 20, "passes over the training images")
+    add("batch-size", 32, "images in a step, of all processes together")
+    add("accumulate", 1, "forward passes that a step is cut into; the loss counts instances in each")
+    add("lr", 1e-4, "learning rate of Adam")
+    add("lr-step", 10, "epochs after which it is multiplied by --lr-factor")
+    add("lr-factor", 0.1, "what it is multiplied by")
+    add("weight-decay", 1e-4, "of Adam")
+    add("val-fraction", 0.125, "part of the training list's patients that validates")
+    add("seed", 0, "of weights, order, crops and validation patients")
+    add("prior", 0.5, "probability of a patch before training; small, where training starts from nothing")
+    add("amp", "off", "mixed precision", choices=("off", "bf16", "fp16"))
+    norms = "statistics: own, of each process; sync, of all; frozen, as they came with the weights"
+    add("batch-norm", "own", norms, choices=("own", "sync", "frozen"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    add("workers", min(8, os.cpu_count() or 1), "processes that load images, per process that trains")
+    add("save-every", 200, "steps between checkpoints, beside that at the end of an epoch")
+    add("device", None, "cpu or cuda (cuda where there is a GPU)", type=device_name)
+    return parser
+
+
+def parse(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    if args.synthetic:
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
+    check(parser, args)
+    args.device = args.device or default_device()
+    local = args.backbone not in TORCHVISION
+    args.pooling = args.pooling or POOLING_OF[args.loss]
+    args.weights = args.weights or ("none" if local else "imagenet")
+    if args.weights not in ("none", "imagenet") and path_of(args.weights).is_file():
+        args.weights = str(path_of(args.weights).resolve())  # the same from any folder, when a run is continued
+    args.output_stride = args.output_stride or (8 if local else 32)
+    if args.image_size % args.output_stride or crop_side(args.image_size, args.output_stride) < args.output_stride:
+        parser.error(
+            f"--image-size: expected a multiple of the output stride {args.output_stride} whose crop, 7/8 of it, holds "
+            f"a patch, got {args.image_size}"
+        )
+    return args
+
+
+def crop_side(image_size: int, output_stride: int) -> int:
+    """The side of the crops of training: 7/8 of the image, in whole patches."""
+    return image_size * 7 // 8 // output_stride * output_stride
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command, naming the option, where a value makes no sense."""
+    if args.synthetic:
+        if args.data_dir:
+            parser.error("--synthetic: draws its own data, and takes no --data-dir")
+        if args.dry_run:
+            parser.error("--synthetic: has no --dry-run")
+    elif args.data_dir is None or (args.out is None and not args.dry_run):
+        parser.error("--data-dir and --out are needed, or --synthetic")
+    for name in ("epochs", "batch_size", "accumulate", "lr_step", "save_every", "image_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    for name in ("lam", "lam_delay", "lam_warmup", "mask_weight", "lr", "lr_factor", "weight_decay", "workers", "seed"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(args, name)}")
+    if not 0 <= args.delta_l <= 0.5:
+        parser.error(f"--delta-l: expected 0 to 0.5, got {args.delta_l}")
+    if not 0 <= args.val_fraction < 1:
+        parser.error(f"--val-fraction: expected 0 to less than 1, got {args.val_fraction}")
+    if not 0 < args.prior < 1:
+        parser.error(f"--prior: expected between 0 and 1, got {args.prior}")
+    shares = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % shares:
+        parser.error(f"--batch-size: {args.batch_size} is no multiple of passes times processes, {shares}")
+    if args.loss == "mmm" and args.pooling:
+        parser.error("--pooling: mmm has poolings of its own")
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    values = vars(args) | {"rescale": not args.no_rescale, "weighted": not args.no_weight}
+    return {name: values[name] for name in RESUME_KEYS}

@@ -1,0 +1,84 @@
+"""What a run was trained on: the digests in its configuration, and split.csv."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+
+from common.choices import Config
+from common.files import load_state
+
+from images.batches import Split
+from images.dataset import Index
+
+#: In split.csv, the part of the images that the run has seen through the weights of another.
+PRETRAINED_PART = "weights"
+
+#: What else a run has to agree in, as it is told.
+DATA = {
+    "train_names_digest": "choice of images",
+    "train_labels_digest": "entry table (the labels of its images have changed since)",
+    "train_files_digest": "content of its images (their files have other sizes)",
+    "weights_names_digest": "run that the weights are of",
+}
+
+
+def digest_of(lines: list[str]) -> str:
+    """Of the names of images, or of names and labels, in any order."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def digests_of(index: Index, split: Split, seen: list[str]) -> Config:
+    """What the configuration of a run says of its images. ``seen``: names of those the weights were trained on."""
+    learned = (*split.train, *split.val)
+    digests = {
+        "val_patients": split.val_patients.tolist(),
+        "train_names_digest": digest_of([index.names[n] for n in learned]),
+        "train_labels_digest": digest_of([f"{index.names[n]} {index.labels[n].astype(int)}" for n in learned]),
+        "train_files_digest": digest_of([f"{index.names[n]} {index.paths[n].stat().st_size}" for n in learned]),
+    }
+    return digests | ({"weights_names_digest": digest_of(seen)} if seen else {})
+
+
+def trained_names(run: Path) -> set[str]:
+    """The images that a run was trained or validated on, and those that the run was whose weights it began with.
+
+    Raises:
+        ValueError: split.csv is not there, or is not what the run wrote.
+    """
+    path = Path(run) / "split.csv"
+    if not path.is_file():
+        raise ValueError(f"run: {run} holds no split.csv, which says what it was trained on")
+    with path.open(newline="") as file:
+        rows = [(row["image"], row["part"]) for row in csv.DictReader(file)]
+    config = load_state(Path(run) / "last.pt", mmap=True)["config"]
+    own, before = ([name for name, part in rows if (part == PRETRAINED_PART) == old] for old in (False, True))
+    if digest_of(own) != config["train_names_digest"] or digest_of(before) != config.get(
+        "weights_names_digest", digest_of([])
+    ):
+        raise ValueError(f"{path}: these are not the images that the run was trained on")
+    return {name for name, _ in rows}
+
+
+def names_of_weights(weights: str) -> list[str]:
+    """The images that the weights have seen, where they are those of a run of this script.
+
+    Raises:
+        ValueError: they are, and what the run was trained on is not beside them.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        return []
+    config = load_state(path).get("config", {})  # not mapped: files of older kinds cannot be
+    if not isinstance(config, dict) or "train_names_digest" not in config:
+        return []
+    try:
+        names = trained_names(path.parent)
+    except ValueError as error:
+        raise ValueError(
+            f"weights: {weights} is of a training, and what it was trained on is not known: {error}"
+        ) from None
+    if load_state(path.parent / "last.pt", mmap=True)["config"]["train_names_digest"] != config["train_names_digest"]:
+        raise ValueError(f"weights: {weights} is not of the run beside it, which says what it was trained on")
+    return sorted(names)

@@ -1,0 +1,112 @@
+"""The folder of a run: what may be overwritten, one training at a time, and what is written beside checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.files import save_atomically, write_json
+
+from images.provenance import PRETRAINED_PART
+from images.sources import Sources
+from images.training import Training
+
+
+def refuse_existing(out: Path, resume: bool) -> None:
+    """Raises ValueError where ``out`` holds what this training would overwrite."""
+    if (out / "last.pt").exists():
+        if not resume:
+            raise ValueError(f"out: {out} holds a run; continue it with --resume, or name another folder")
+        return
+    # an end at the end of the first epoch leaves a best.pt without these two, which is nothing to keep
+    if (out / "best.pt").exists() and (out / "history.csv").exists():
+        raise ValueError(f"out: {out} holds a best.pt and a history.csv, but no last.pt; name another folder")
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps other processes from training into ``out``, as long as this one lives.
+
+    Raises:
+        ValueError: one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that load images would keep
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"out: another training is at work in {out}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+class RunFolder:
+    """The folder of the training of the first process."""
+
+    def __init__(self, out: Path, sources: Sources, training: Training, resume: bool):
+        """Writes what is known before the first step; removes a best.pt without its last.pt."""
+        self.out = out
+        if not (out / "last.pt").exists():
+            if resume:
+                print(f"{out} holds no last.pt to resume: training begins")
+            (out / "best.pt").unlink(missing_ok=True)  # of a training that ended before its first last.pt
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(training.full_config(), out / "config.json")
+        (out / "data.txt").write_text(sources.report + "\n")
+        (out / "missing.txt").unlink(missing_ok=True)
+        if sources.index.missing:
+            (out / "missing.txt").write_text("\n".join(sources.index.missing) + "\n")
+        with (out / "split.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "part"])
+            writer.writerows(
+                [sources.index.names[n], part] for part in ("train", "val") for n in getattr(sources.split, part)
+            )
+            writer.writerows([name, PRETRAINED_PART] for name in sources.seen)
+        if training.history:  # the previous process may have ended before it wrote this
+            write_history(training.history, out / "history.csv")
+        self.logs = tensorboard(out, training.epoch)
+        if training.epoch == training.extendable["epochs"]:
+            print(f"{out} is trained, all {training.epoch} epochs; --resume with more --epochs continues")
+
+    def keep(self, training: Training, row: dict[str, Any], better: bool) -> None:
+        """Checkpoints and logs of the epoch that has ended."""
+        # best.pt first: a process that is killed between the two finds the same best again
+        if better:
+            best = {"config": training.full_config(), "model": training.network.state_dict(), "epoch": training.epoch}
+            save_atomically(best, self.out / "best.pt")
+        save_atomically(training.state(), self.out / "last.pt")
+        write_history(training.history, self.out / "history.csv")
+        if self.logs is not None:
+            for name, value in row.items():
+                self.logs.add_scalar(name, value, training.epoch)
+            self.logs.flush()
+        shown = f", val AUC {row['val_auc']:.3f}" if "val_auc" in row else ""
+        speed = row["images_per_s"]
+        print(f"epoch {training.epoch}: loss {row['loss']:.4f}{shown}, {speed:.1f} images/s", flush=True)
+
+
+def write_history(history: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def tensorboard(out: Path, epoch: int) -> Any:
+    """Where numbers go for TensorBoard, after those of ``epoch``; None where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=epoch + 1)

@@ -1,0 +1,54 @@
+"""What a run is trained on: the checked data set, its split, and what the initial weights were trained on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NamedTuple
+
+from common.choices import Config
+
+from images.batches import Split, crop_of, split_of
+from images.cache import open_cache
+from images.check import checked_index
+from images.dataset import Index
+from images.items import Radiographs
+from images.provenance import digests_of, names_of_weights
+
+
+class Sources(NamedTuple):
+    """``report``: what check_cxr.py prints, and the split; ``seen``: the images that the weights were trained on."""
+
+    index: Index
+    split: Split
+    report: str
+    seen: list[str]
+
+    def data(self, args: argparse.Namespace, config: Config) -> tuple[Radiographs, Radiographs]:
+        """Cropped images for training, and whole ones for validation, from the cache if there is one."""
+        index, size = self.index, config["image_size"]
+        images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size)
+        train_data = Radiographs(images, index.labels, size, crop_of(config), config["seed"], index.names)
+        return train_data, Radiographs(images, index.labels, size)
+
+
+def open_sources(args: argparse.Namespace, config: Config) -> Sources:
+    """Reads and checks the data set of ``--data-dir``; adds to ``config`` what a resumed run has to agree in.
+
+    Raises:
+        ValueError: the data set cannot be used, or leaves too few images.
+    """
+    index, report = checked_index(args.data_dir, args.allow_missing, args.tables)
+    split = split_of(index, config)
+    if index.test.all():
+        raise ValueError(f"data-dir: no image of the training list is in {args.data_dir}")
+    if not len(split.train):
+        raise ValueError(f"val-fraction: {config['val_fraction']:g} leaves no image to train on")
+    if config["val_fraction"] and not len(split.val):
+        print("warning: no patient validates, so that there is no best network", file=sys.stderr)
+    if len(split.train) < config["batch_size"]:
+        raise ValueError(f"batch-size: {config['batch_size']} is more than the {len(split.train)} training images")
+    seen = names_of_weights(config["weights"])
+    config |= digests_of(index, split, seen)
+    counts = f"{len(split.train)} images train, {len(split.val)} of {len(split.val_patients)} other patients validate"
+    return Sources(index, split, f"{report}\n\n{counts}", seen)

@@ -1,0 +1,134 @@
+"""A drawn data set in the layout and the file formats of NIH ChestX-ray14. For what is drawn see synthetic.py."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from images.nih import BOX_HEADER, BOXES, CLASSES, ENTRIES, ENTRY_HEADER, NO_FINDING, TEST_LIST, TRAIN_VAL_LIST
+from images.synthetic import FILE, PLAN, TABLES, draw_image
+
+#: How often in an image of the training list, before some findings bring others with them.
+RATES = {
+    "Atelectasis": 0.08, "Cardiomegaly": 0.06, "Consolidation": 0.05, "Edema": 0.03, "Effusion": 0.11,
+    "Emphysema": 0.04, "Fibrosis": 0.04, "Hernia": 0.02, "Infiltration": 0.15, "Mass": 0.09, "Nodule": 0.10,
+    "Pleural_Thickening": 0.05, "Pneumonia": 0.05, "Pneumothorax": 0.08,
+}  # fmt: skip
+#: Findings that make another one this much more frequent.
+TOGETHER = {("Effusion", "Atelectasis"): 3.0, ("Cardiomegaly", "Edema"): 4.0, ("Pneumonia", "Infiltration"): 2.5}
+BOXED = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
+TEST_SHARE, TEST_RATE = 0.2, 1.4
+STAYS = 0.7
+
+
+class Plan(NamedTuple):
+    """An image to draw."""
+
+    patient: int
+    follow_up: int
+    findings: list[str]
+    ap: bool
+    test: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.patient:08}_{self.follow_up:03}.png"
+
+
+def plan_images(count: int, seed: int, findings_drawn: Sequence[str] = CLASSES, rate: float = 1.0) -> list[Plan]:
+    """What ``count`` images, or up to seven more, show; every fifth patient or so is in the test list."""
+    rates = {name: rate * RATES[name] for name in findings_drawn}
+    plans: list[Plan] = []
+    patient = 0
+    while len(plans) < count:
+        patient += 1
+        rng = np.random.default_rng((seed, PLAN, patient))
+        test = rng.random() < TEST_SHARE
+        findings: list[str] = []
+        for follow_up in range(min(int(rng.geometric(0.42)), 8)):
+            more = TEST_RATE if test else 1
+            findings = draw_findings([f for f in findings if rng.random() < STAYS], rng, rates, more)
+            plans.append(Plan(patient, follow_up, findings, bool(rng.random() < (0.57 if test else 0.35)), test))
+    return plans
+
+
+def draw_findings(kept: list[str], rng: np.random.Generator, rates: dict[str, float], rate: float) -> list[str]:
+    """The findings of an image of a patient who keeps some of the last one; in the order of CLASSES."""
+    found = set(kept)
+    for name in sorted(rates, key=lambda name: any(name == second for _, second in TOGETHER)):  # those brought, last
+        more = [factor for (first, second), factor in TOGETHER.items() if second == name and first in found]
+        # a patient with several images is not to have ever more: new findings only as often as old ones go
+        often = rate * rates[name] * float(np.prod(more)) * (1 if not kept else 1 - STAYS)
+        if rng.random() < often:
+            found.add(name)
+    return [name for name in CLASSES if name in found]
+
+
+def write_dataset(
+    out: Path,
+    images: int,
+    size: int,
+    seed: int,
+    layout: str = "twelve",
+    workers: int = 1,
+    findings: Sequence[str] = CLASSES,
+    rate: float = 1.0,
+) -> list[Plan]:
+    """Everything into ``out``, the tables last; what was drawn. Only ``findings``, ``rate`` times as often as else.
+
+    Raises:
+        ValueError: there is something in ``out``.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: expected an empty folder, or none")
+    plans = plan_images(images, seed, findings, rate)
+    folders = [out / f"images_{k:03}" / "images" for k in range(1, 13)]
+    folders = {"twelve": folders, "one": [out / "images"], "flat": [out]}[layout]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(numbered: tuple[int, Plan]) -> dict[str, tuple[float, float, float, float]]:
+        number, plan = numbered
+        pixels, boxes = draw_image(size, seed, plan.patient, plan.follow_up, plan.findings, plan.ap)
+        image = Image.fromarray(pixels)
+        if np.random.default_rng((seed, FILE, number)).random() < 0.02:
+            image = image.convert("RGBA")
+        image.save(folders[number * len(folders) // len(plans)] / plan.name)
+        return boxes
+
+    with ThreadPoolExecutor(workers) as pool:
+        todo = tqdm(enumerate(plans), total=len(plans), desc="drawing", unit="image", disable=None)
+        boxes = list(pool.map(draw, todo))
+    write_tables(out, plans, boxes, np.random.default_rng((seed, TABLES)))
+    return plans
+
+
+def write_tables(
+    out: Path, plans: list[Plan], boxes: list[dict[str, tuple[float, float, float, float]]], rng: np.random.Generator
+) -> None:
+    for name, test in ((TRAIN_VAL_LIST, False), (TEST_LIST, True)):
+        (out / name).write_text("\n".join(plan.name for plan in plans if plan.test == test))
+    with (out / BOXES).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(BOX_HEADER)
+        for label in BOXED:
+            for plan, found in zip(plans, boxes, strict=True):
+                if plan.test and label in found:
+                    written = "Infiltrate" if label == "Infiltration" else label
+                    writer.writerow([plan.name, written, *found[label]])
+    with (out / ENTRIES[0]).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(ENTRY_HEADER)
+        for plan in plans:
+            width, height = rng.choice([[2048, 2500], [2500, 2048], [3056, 2544], [2992, 2991]])
+            writer.writerow([
+                plan.name, "|".join(plan.findings) or NO_FINDING, plan.follow_up, plan.patient,
+                20 + plan.patient % 60, "FM"[plan.patient % 2], "AP" if plan.ap else "PA", width, height, 0.143, 0.143,
+            ])  # fmt: skip

@@ -1,0 +1,87 @@
+"""The files and the table in the terminal of an evaluation."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import write_json
+
+from images import page
+from images.evaluation import Evaluated, Truth
+from images.nih import CLASSES
+from images.report import localization_rows
+from sgl_ops import localization as bx
+
+TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
+
+
+def without_nan(content: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(without_nan(run.metrics), folder / "metrics.json")
+    write_json(without_nan(run.details), folder / "details.json")
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "patient", *(f"p_{c}" for c in CLASSES), *(f"label_{c}" for c in CLASSES)])
+        for name, patient, p, y in zip(
+            truth.names, truth.patients, run.predictions.probability, truth.labels, strict=True
+        ):
+            writer.writerow([name, patient, *(f"{v:.6g}" for v in p), *(f"{v:g}" for v in y)])
+    with (folder / "boxes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        sides = ("x", "y", "w", "h")
+        writer.writerow(["image", "patient", "class", "probability", "predicted",
+                         *(f"true_{s}" for s in sides), *(f"found_{s}" for s in sides), "iou"])  # fmt: skip
+        for k, (i, c) in enumerate(zip(truth.image, truth.classes, strict=True)):
+            found = ["" if math.isnan(v) else f"{v:g}" for v in run.found[k]]
+            writer.writerow(
+                [truth.names[i], truth.patients[i], CLASSES[c], f"{run.predictions.probability[i, c]:.6g}",
+                 int(run.predicted[k]), *(f"{v:.6g}" for v in truth.boxes[k]), *found, f"{run.overlaps[k]:.4f}"]
+            )  # fmt: skip
+
+
+def clear_baseline(folder: Path, needed: bool) -> None:
+    """Takes away what an earlier evaluation of two runs left; anything else is somebody's, perhaps a run of that name.
+
+    Raises:
+        ValueError: there is something else, and the folder is ``needed``.
+    """
+    if not folder.exists():
+        return
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if there == set(TABLES):
+        for name in there:
+            (folder / name).unlink()
+        folder.rmdir()
+    elif needed and there:
+        raise ValueError(f"out: {folder} is to hold the tables of the second run, and holds something else")
+
+
+def names_beside(paths: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells it from the others."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def print_table(runs: Sequence[Evaluated], official: bool) -> None:
+    print(f"\n{'mean over the classes':48}{'AUC':>7}" + "".join(f"{f'> {t:g}':>8}" for t in bx.T_IOU))
+    auc = {run.name: run.metrics["auc"]["mean"] for run in runs}
+    for name, accuracy in localization_rows(runs, official):
+        values = (accuracy.get(f"{t:g}", {}).get("mean") for t in bx.T_IOU)
+        print(f"{name:48}{page.number(auc.get(name)):>7}" + "".join(f"{page.number(v, 2):>8}" for v in values))

@@ -1,0 +1,248 @@
+"""One run of compare_localization.py: its row of the table, the settings, training and measures."""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from common.choices import Config
+from common.environment import commit, machine
+from common.files import write_json
+from common.losses import lam_at, make_criterion
+from images.backbones import BACKBONES, TORCHVISION
+from images.metrics import auc_per_class
+from images.models import make_backbone
+from torch import nn
+
+from localization.drawn_lesions import CLASSES, Drawn, draw
+from sgl_ops import localization as bx
+from sgl_ops.pooling import make_pooling
+
+#: Pixels that a patch sees: how many of the three layers on the finished grid are 3x3 convolutions, the others 1x1.
+FIELDS = {"17": 0, "33": 1, "65": 3}
+#: And the local ones of train_cxr.py, which take several times as long.
+NETWORKS = (*FIELDS, *(name for name in BACKBONES if name not in TORCHVISION))
+STRIDE = 8
+POOLINGS = ("max", "softmax", "mean")
+LOSSES = {"bag": "bag only", "sgl": "SGL", "mask": "SGL, mask penalty"}
+T_P = (0.5, 0.9)
+SEEDS = (4, 5, 6)
+
+#: What decides a run, beside its row and seed.
+SETTINGS: Config = {
+    "size": 96, "train_images": 1000, "test_images": 400, "epochs": 10, "batch_size": 32, "lr": 3e-3,
+    "weight_decay": 1e-4, "prior": 0.1, "delta_l": 0.3, "lam": 1.0, "lam_delay": 2.0, "lam_warmup": 4.0,
+    "normalize": "bag", "mask_weight": 0.0, "rescale": True, "weighted": True,
+    "upsampling": "bilinear", "morphology": 5,
+    "thresholds": 100,  # of MaxBoxAcc: maps that saturate have their best at 0.99
+    "cell_centre": 4.5,  # of the first cell of every network here, in pixels: 17, 33 or 65 have their middle on a pixel
+}  # fmt: skip
+#: And what a pooling or a loss changes of it: the paper's lam is 1 with max pooling, 20 with a softmax.
+SETTINGS_OF: dict[str, Config] = {
+    "softmax": {"lam": 20.0},
+    "mean": {"lam": 20.0},
+    "max/mask": {"mask_weight": 1.0},
+    "softmax/mask": {"mask_weight": 20.0},
+    "mean/mask": {"mask_weight": 20.0},
+}
+
+
+class Row(NamedTuple):
+    network: str
+    pooling: str
+    loss: str
+    changes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "/".join([self.network, self.pooling, self.loss, *self.changes])
+
+    @property
+    def plain(self) -> bool:
+        return not self.changes
+
+
+class Run(NamedTuple):
+    row: Row
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.row.name.replace('/', '_')}_seed{self.seed}.json"
+
+
+TABLE = [Row(*row) for row in product(NETWORKS, POOLINGS, LOSSES)]
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of the table that begin with ``name``, or the one with the settings that it ends with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parts = name.split("/")
+    changes = tuple(part for part in parts if "=" in part)
+    plain = parts[: len(parts) - len(changes)]
+    rows = [row._replace(changes=changes) for row in TABLE if row.name.split("/")[: len(plain)] == plain]
+    if not rows or parts[len(plain) :] != list(changes):
+        raise ValueError(f"rows: expected FIELD/POOLING/LOSS of {TABLE[0].name} ... {TABLE[-1].name}, got {name!r}")
+    for row in rows:
+        settings_of(row)
+    return rows
+
+
+def settings_of(row: Row) -> Config:
+    """
+    Raises:
+        ValueError: a change of what is no setting, or of no such kind.
+    """
+    settings = SETTINGS | {"loss": "bag" if row.loss == "bag" else "sgl", "pooling": row.pooling}
+    for key in (row.pooling, row.loss, f"{row.pooling}/{row.loss}"):
+        settings |= SETTINGS_OF.get(key, {})
+    for change in row.changes:
+        key, _, text = change.partition("=")
+        if key not in SETTINGS or isinstance(SETTINGS[key], bool):
+            raise ValueError(f"rows: {row.name}: {key!r} is no setting: {', '.join(SETTINGS)}")
+        try:
+            settings[key] = type(SETTINGS[key])(text)
+        except ValueError:
+            raise ValueError(f"rows: {row.name}: expected a number for {key}, got {text!r}") from None
+    return settings
+
+
+# a run
+
+
+def make_network(name: str) -> nn.Sequential:
+    """Logits (n, C, size / 8, size / 8) of images (n, 1, size, size), from a last layer of 1x1.
+
+    The names of FIELDS: alike but for the kernels of three layers.
+    """
+    if name not in FIELDS:
+        features, channels = make_backbone(name, STRIDE)
+        return nn.Sequential(Coloured(), features, nn.Conv2d(channels, len(CLASSES), 1))
+    # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them: padding each layer
+    # alike would put the map half a cell too far to the lower right
+    layers: list[nn.Module] = [nn.ZeroPad2d((4, 5, 4, 5))]
+    channels = 1
+    fine = [(64, 3 if k < FIELDS[name] else 1, 1) for k in range(3)]
+    for width, kernel, stride in [(16, 5, 2), (32, 3, 2), (64, 3, 2), *fine]:
+        padding = kernel // 2 if stride == 1 else 0
+        convolution = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, len(CLASSES), 1))
+
+
+class Coloured(nn.Module):
+    """Grey images (n, 1, height, width) as the networks of images/models.py want them: (n, 3, height, width)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(-1, 3, -1, -1)
+
+
+def to_input(images: np.ndarray) -> torch.Tensor:
+    x = torch.from_numpy(images).unsqueeze(1).float()
+    return ((x - 128) / 32).contiguous(memory_format=torch.channels_last)
+
+
+def drawn_for(settings: Config, seed: int, part: str) -> Drawn:
+    return draw(settings[f"{part}_images"], settings["size"], (seed, ("train", "test").index(part) + 1))
+
+
+def train(row: Row, seed: int) -> nn.Module:
+    """The network of the last epoch. The learning rate falls to nothing, so that the last is as good as any."""
+    settings = settings_of(row)
+    data = drawn_for(settings, seed, "train")
+    torch.manual_seed(seed)
+    network = make_network(row.network).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        network[-1].bias.add_(math.log(settings["prior"] / (1 - settings["prior"])))
+    criterion = make_criterion(settings)
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
+    labels = torch.from_numpy(data.labels)
+    steps = len(labels) // settings["batch_size"]
+    for epoch in range(settings["epochs"]):
+        order = torch.randperm(len(labels))[: steps * settings["batch_size"]]
+        for step, some in enumerate(order.split(settings["batch_size"])):
+            progress = epoch + step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = settings["lr"] * (1 - progress / settings["epochs"])
+            if settings["loss"] == "sgl":
+                criterion.lam = lam_at(settings, progress)
+            loss = criterion(network(to_input(data.images[some])), labels[some])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.eval()
+
+
+def predict(network: nn.Module, images: np.ndarray, pooling: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (n, C) and maps of probabilities (n, C, h, w)."""
+    with torch.inference_mode():
+        # in float32 every logit above 17 would be the same probability
+        logits = torch.cat([network(to_input(some)) for some in np.array_split(images, -(-len(images) // 64))]).double()
+        return make_pooling(pooling)(logits).numpy(), torch.sigmoid(logits).numpy()
+
+
+def measure(scores: np.ndarray, maps: np.ndarray, data: Drawn, settings: Config) -> dict[str, Any]:
+    """AUC, and for each T_p how many boxes are found, how large they are against the true ones, how many are none."""
+    image, classes = np.nonzero(data.labels)
+    true, size = data.boxes[image, classes], data.images.shape[1:]
+    result: dict[str, Any] = {"auc": auc_per_class(scores, data.labels, CLASSES), "boxes": len(true)}
+    chosen, mode, side = maps[image, classes], settings["upsampling"], settings["morphology"]
+    first = settings["cell_centre"] / STRIDE
+    for threshold in T_P:
+        found = np.array([bx.heatmap_to_box(m, size, threshold, mode, side, first) for m in chosen])
+        area = np.nan_to_num(found[:, 2:].prod(1) / true[:, 2:].prod(1))
+        result[f"{threshold:g}"] = {
+            "accuracy": bx.localization_accuracy(bx.box_iou(found, true), classes, CLASSES),
+            "area_mean": float(area.mean()),
+            "area_median": float(np.median(area)),
+            "no_box": float(np.isnan(found[:, 0]).mean()),
+        }
+    result["max_box"] = bx.max_box_accuracy(
+        chosen, true, classes, CLASSES, size, mode, steps=settings["thresholds"], first=first
+    )
+    return rounded(result)
+
+
+def rounded(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    return round(content, 4) if isinstance(content, float) else content
+
+
+def shown_of(data: Drawn) -> list[tuple[int, int]]:
+    """(image, class) of what is drawn: the first test image of each class, not the one that looks best."""
+    return [(int(np.argmax(data.labels[:, c])), c) for c in range(len(CLASSES))]
+
+
+def compute(run: Run, out: Path) -> Path:
+    torch.set_num_threads(1)  # as many runs at once as there are cores
+    began, trained_by = time.perf_counter(), commit()
+    network = train(run.row, run.seed)
+    trained = time.perf_counter()
+    settings = settings_of(run.row)
+    data = drawn_for(settings, run.seed, "test")
+    scores, maps = predict(network, data.images, run.row.pooling)
+    content = {
+        "row": run.row.name,
+        "seed": run.seed,
+        "settings": settings,
+        "result": measure(scores, maps, data, settings),
+        # in thousandths
+        "shown": [np.rint(1000 * maps[where]).astype(int).tolist() for where in shown_of(data)],
+        "command": f"python compare_localization.py --rows {run.row.name} --seeds {run.seed}",
+        "seconds": round(time.perf_counter() - began, 1),
+        "seconds_training": round(trained - began, 1),
+        "commit": trained_by,
+        "machine": f"one thread, {machine()}, torch {torch.__version__}",
+    }
+    write_json(content, out / run.file)
+    return out / run.file
