@@ -4,7 +4,7 @@
     python localize_cxr.py --run RUN BASELINE --data-dir DIR --out OUT  the second run beside the first
     python localize_cxr.py --run RUN --data-dir DIR --threshold validation --gate validation
 
-A map becomes a box as in the paper's section 4.4 (sgl_ops.localization.heatmap_to_box). A box is found where its IoU
+A map becomes a box as in section 4.4 of the paper (sgl_ops.localization.heatmap_to_box). A box is found where its IoU
 with the true one is greater than T_IoU and, behind the gate, the class is predicted. The thresholds are those of the
 options, or are chosen by the labels of the validation images; boxes choose nothing. Images that were trained on are
 refused.
@@ -18,28 +18,21 @@ from __future__ import annotations
 import argparse
 import sys
 
+from common.choices import UPSAMPLING
 from common.options import default_device, device_name, message_of, path_of
-from images.evaluation import VALIDATION, evaluate, refuse_trained, truth_of
-from images.nih import load_index
-from images.provenance import trained_names
-from images.report import draw, write_report
-from images.tables import clear_baseline, names_beside, print_table, write_tables
-
-from sgl_ops import localization as bx
-
-
-def threshold(text: str) -> float | str:
-    if text == VALIDATION:
-        return text
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a probability below 1, or {VALIDATION}, got {text}")
-    return value
+from images.thresholds import RASTERS, map_threshold, probability
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", type=path_of, required=True, help="folder of the images")
+    add("--tables", type=path_of, help="folder of the tables (--data-dir)")
+    add("--allow-missing", action="store_true", help="leave out images that the tables have and the disk has not")
+    add("--cache", type=path_of, help="folder of decoded images, as of train_cxr.py")
+    add = parser.add_argument_group("networks").add_argument
     add(
         "--run",
         nargs="+",
@@ -47,23 +40,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         required=True,
         help="a folder that train_cxr.py wrote, and one to compare with",
     )
-    add("--data-dir", type=path_of, required=True, help="folder of the images")
-    add("--tables", type=path_of, help="folder of the tables (--data-dir)")
-    add("--allow-missing", action="store_true", help="leave out images that the tables have and the disk has not")
-    add("--cache", type=path_of, help="folder of decoded images, as of train_cxr.py")
-    add("--out", type=path_of, help="folder to write into (RUN/localization)")
     add("--which", choices=("best", "last"), help="network of the runs (best, where images validated)")
-    add("--threshold", type=threshold, default=0.5, help="T_p of the map, or validation: by labels (0.5)")
-    add("--gate", type=threshold, default=0.5, help="probability that predicts a class, or validation (0.5)")
-    add("--upsampling", choices=bx.UPSAMPLING, default="nearest", help="of the map to the image (nearest)")
+    add("--batch-size", type=int, default=16, help="images in a forward pass (16)")
+    add("--workers", type=int, default=0, help="processes that decode images (0: none beside this one)")
+    add("--device", type=device_name, help="cpu or cuda (cuda where there is a GPU)")
+    add = parser.add_argument_group("from maps to boxes").add_argument
+    add(
+        "--threshold",
+        type=map_threshold,
+        default=0.5,
+        help="T_p: a probability; a share of the map's maximum, such as 0.5max; or validation: by labels (0.5)",
+    )
+    add("--gate", type=probability, default=0.5, help="probability that predicts a class, or validation (0.5)")
+    add("--upsampling", choices=UPSAMPLING, default="nearest", help="of the map to the image (nearest)")
+    add(
+        "--raster",
+        choices=RASTERS,
+        default="network",
+        help="place of the cells: network, in the middle of their receptive fields; even, as in the paper (network)",
+    )
     add("--morphology", type=int, default=5, help="side of the square that opens and closes, odd; 1: none (5)")
+    add = parser.add_argument_group("report").add_argument
+    add("--out", type=path_of, help="folder to write into (RUN/localization)")
     add("--draws", type=int, default=1000, help="draws of patients for the intervals (1000)")
     add("--seed", type=int, default=0, help="of these draws (0)")
-    add("--gallery", type=int, default=1000, help="boxes shown in the report at most (1000)")
+    add("--gallery", type=int, default=1000, help="boxes shown in the report at most (1000); 0: no pictures")
     add("--gallery-size", type=int, default=320, help="side of its images in pixels (320)")
-    add("--batch-size", type=int, default=16)
-    add("--workers", type=int, default=0, help="processes that decode images (0: none beside this one)")
-    add("--device", type=device_name, default=None)
     args = parser.parse_args(argv)
     args.device = args.device or default_device()
     if len(args.run) > 2:
@@ -100,13 +102,20 @@ def localize(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the data or a run does not fit, or nothing can be written.
     """
+    from images.evaluation import evaluate, refuse_trained, truth_of
+    from images.figure import draw
+    from images.nih import load_index
+    from images.provenance import trained_names
+    from images.report import write_report
+    from images.tables import clear_baseline, names_beside, print_table, write_tables
+
     index = load_index(args.data_dir, args.allow_missing, args.tables)
     truth = truth_of(index)
     if not len(truth.rows):
         raise ValueError(f"data-dir: no image of the test list is in {args.data_dir}")
     for run in args.run:
         refuse_trained(truth, trained_names(run), run)
-    # where something cannot be written, it is told before the networks are asked
+    # a folder that cannot be written is an error before the networks run
     args.out.mkdir(parents=True, exist_ok=True)
     beside = args.out / "baseline"
     clear_baseline(beside, len(args.run) > 1)
@@ -119,9 +128,10 @@ def localize(args: argparse.Namespace) -> None:
         write_tables(run, truth, folder)
     if len(truth.boxes):
         draw(runs, truth, args.out / "localization.png", args.upsampling)
-    write_report(runs, truth, args, args.out / "report.html")
+    sentences = write_report(runs, truth, args, args.out / "report.html")
     print_table(runs, truth.official)
-    print(f"\nThe report is {args.out / 'report.html'}")
+    print("\n" + "\n".join(sentences))
+    print(f"\nnext: open {args.out / 'report.html'} in a browser")
 
 
 if __name__ == "__main__":

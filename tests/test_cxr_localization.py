@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import train_cxr
-from images import evaluation, nih, page, pixels
+from images import evaluation, figure, gallery, nih, page, paper, pixels, provenance, report
 from images.dataset import Index
 from images.models import Grid
 from images.nih import CLASSES
@@ -24,7 +24,7 @@ from images.synthetic_set import write_dataset
 from matplotlib.axes import Axes
 from PIL import Image
 
-from sgl_ops import localization as boxes
+from sgl_ops.localization import NO_BOX, overlay, seen_cells
 
 SIZE = 64
 CONFIG = {
@@ -33,7 +33,7 @@ CONFIG = {
 }  # fmt: skip
 WHICH = {"network": "best", "epoch": 7}
 MASS, NODULE, EDEMA = (CLASSES.index(name) for name in ("Mass", "Nodule", "Edema"))
-DRAW = localize_cxr.draw
+DRAW = figure.draw
 UNIT = 1024 // 8  # a cell of an 8 x 8 map, in pixels of the table
 
 
@@ -107,10 +107,10 @@ def data(tmp_path, monkeypatch):
         missing=["00000007_000.png"],
     )
     trained = {name for name, row in rows.items() if not row[1]}
-    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index)
+    monkeypatch.setattr(nih, "load_index", lambda *_: index)
     monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
-    monkeypatch.setattr(localize_cxr, "trained_names", lambda run: trained)
-    monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
+    monkeypatch.setattr(provenance, "trained_names", lambda run: trained)
+    monkeypatch.setattr(figure, "draw", lambda *_: None)  # slow
     return tmp_path, index, trained
 
 
@@ -164,7 +164,7 @@ def test_runs_of_one_kind_are_told_apart(data, monkeypatch, capsys):
     out = folder / "out"
     common = ["--data-dir", str(folder), "--out", str(out), "--device", "cpu", "--draws", "5"]
     assert localize_cxr.main(["--run", *map(str, runs), *common]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "/run) " in line]
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.search(r"/run\) +[\d-]", line)]
     auc = [json.loads((out / part / "metrics.json").read_text())["auc"]["mean"] for part in ("", "baseline")]
     assert auc[0] != auc[1]
     assert [(row.split("(")[1][:6], float(row.split(")")[1].split()[0])) for row in rows] == [
@@ -247,9 +247,9 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
     Image.fromarray(pixels).save(index.paths[0])
     one = index.test & (np.array(index.names) == index.names[0])
     boxes = {index.names[0]: [(MASS, *(1024 / SIZE * v for v in (20, 12, 16, 8)))]}
-    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
+    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
     drawn = []
-    monkeypatch.setattr(localize_cxr, "draw", DRAW)
+    monkeypatch.setattr(figure, "draw", DRAW)
     monkeypatch.setattr(Axes, "imshow", lambda self, picture, **more: drawn.append(picture))
     for grid, exact in ((KnownFromTheEdge.grid, True), (Known.grid, False)):
         network = KnownFromTheEdge()
@@ -263,11 +263,11 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
             assert (accuracy["0.7"]["Mass"] == 1) == exact, name
         # drawn in 512 pixels the borders, half-way between centres, are half a pixel of the network's 64 further right
         # than where a box of whole pixels ends
-        found = drawn[-1] > 0.5
+        found = drawn[-1][..., 3] > 0.5 * 255 * page.OPACITY / 100
         edges = [np.flatnonzero(np.diff(found.any(axis), prepend=False, append=False)) for axis in (0, 1)]
         assert (np.abs(np.subtract(edges, [[8 * 20, 8 * 36], [8 * 12, 8 * 20]])) <= 4).all() == exact
         # the gallery's picture of the map is placed by what the browser does with it
-        (place,) = [a for tag, a in alone((out / "report.html").read_text()).found if a.get("class") == "map"]
+        place = next(a for tag, a in alone((out / "report.html").read_text()).found if a.get("class") == "map fixed")
         left, width = float(place["x"]), float(place["width"])
         with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
             columns = (np.asarray(picture.convert("RGB")) != np.asarray(picture.convert("RGB"))[0, 0]).any((0, 2))
@@ -312,7 +312,7 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
     assert details["gate_of_class"]["Nodule"] == pytest.approx(0.1 + 0.3 * 4 / 64 / 2)
     # the boxes have no part in it
     other = {name: [(c, 0.0, 0.0, 8.0, 8.0) for c, *_ in boxes] for name, boxes in index.boxes.items()}
-    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index._replace(boxes=other))
+    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(boxes=other))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")
     again = json.loads((out / "details.json").read_text())
     assert again["threshold_of_class"] == details["threshold_of_class"]
@@ -329,8 +329,8 @@ def test_what_was_trained_on_is_refused(data, monkeypatch, capsys, extra, named)
             names=[*index.names, extra], patients=np.append(index.patients, 4), test=np.append(index.test, False),
             paths=[*index.paths, index.paths[0]], labels=np.append(index.labels, index.labels[:1], axis=0),
         )  # fmt: skip
-        monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index)
-    monkeypatch.setattr(localize_cxr, "trained_names", lambda run: trained | {extra})
+        monkeypatch.setattr(nih, "load_index", lambda *_: index)
+    monkeypatch.setattr(provenance, "trained_names", lambda run: trained | {extra})
     out = folder / "out"
     assert localize_cxr.main(["--run", "r", "--data-dir", str(folder), "--out", str(out), "--device", "cpu"]) == 2
     assert named in capsys.readouterr().err
@@ -342,7 +342,7 @@ def test_the_schema(data):
     metrics, out = evaluate(folder)
     assert list(metrics) == [
         "auc", "auc_ci", "localization", "localization_ungated", "max_box_acc", "pointing_game", "baselines",
-        "images", "boxes",
+        "images", "boxes", "localization_relative", "localization_relative_ungated",
     ]  # fmt: skip
     assert list(metrics["auc"]) == list(metrics["auc_ci"]) == [*CLASSES, "mean"]
     assert len(metrics["auc_ci"]["Mass"]) == 2
@@ -400,13 +400,15 @@ def test_genuine_images_with_boxes(data_dir, tmp_path, monkeypatch):
     if not (images / "images").is_dir() or not tables.is_dir():
         pytest.skip(f"there is no {images} or {tables}")
     monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
-    monkeypatch.setattr(localize_cxr, "trained_names", lambda run: set())
+    monkeypatch.setattr(provenance, "trained_names", lambda run: set())
     more = ["--tables", str(tables), "--allow-missing", "--gallery", "0", "--out", str(tmp_path)]
-    monkeypatch.setattr(localize_cxr, "draw", lambda *_: None)  # slow
+    monkeypatch.setattr(figure, "draw", lambda *_: None)  # slow
     metrics, _ = evaluate(images, *more)
     assert (metrics["images"], metrics["boxes"]) == (311, 53)
     assert metrics["localization"]["0.1"]["mean"] < metrics["baselines"]["centre box"]["0.1"]["mean"]
-    assert "SGL (paper, Table 2)" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    for shown in ("Tables 1 and 2 of Seibold", *paper.AUC, *paper.LOCALIZATION):
+        assert shown in text
     with (tmp_path / "boxes.csv").open() as file:
         assert sum(row["class"] == "Infiltration" for row in csv.DictReader(file)) == 4  # "Infiltrate" in the list
 
@@ -444,21 +446,35 @@ def alone(text):
 
 def test_the_report_holds_everything_and_asks_for_nothing(data, monkeypatch):
     folder, *_ = data
-    monkeypatch.setattr(localize_cxr, "draw", DRAW)
+    monkeypatch.setattr(figure, "draw", DRAW)
     _, out = evaluate(folder)
     text = (out / "report.html").read_text()
     page = alone(text)
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
     cards = [attributes for tag, attributes in page.found if attributes.get("class") == "card"]
-    assert [card["data-group"] for card in cards] == ["Mass", "Nodule", "Mass", "Mass"]
-    assert [card["data-hit"] for card in cards] == ["1", "0", "1", "0"]
+    # the best two, the worst two, then all
+    assert [card["data-group"] for card in cards] == [
+        "Mass",
+        "Mass",
+        "Mass",
+        "Nodule",
+        "Mass",
+        "Nodule",
+        "Mass",
+        "Mass",
+    ]
+    assert [card["data-hit"] for card in cards] == ["1", "1", "0", "0", "1", "0", "1", "0"]
     frames = [attributes["class"] for tag, attributes in page.found if tag == "rect"]
-    assert frames.count("true") == 4
-    assert frames.count("found") == 3
+    assert frames.count("true") == 8
+    assert frames.count("found") == 6
+    assert text.count(">no box</text>") == 2  # of the nodule, in both galleries
+    assert text.count('<span class="key-none">no box</span>') == 2  # their legends
     for shown in ("0.33", "SGL, max pooling", "MaxBoxAcc", "centre box", "1 images of the tables"):
         assert shown in text
-    assert "paper, Table" not in text  # of other images
+    assert "Seibold" not in text  # the paper reports of other images
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles == ["Verdict", "Best and worst", "Classification", "Localization", "Curves", "Gallery", "Settings"]
     assert '<th scope="row">Edema</th>' not in text.split("<h2>Localization")[0]  # nobody has it
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text.lower())
     with Image.open(out / "localization.png") as picture:
@@ -483,14 +499,14 @@ def test_two_runs_beside_each_other(data, monkeypatch):
     page = alone(text)
     used = {attributes["href"] for tag, attributes in page.found if tag == "use"}
     assert used == {f"#{attributes['id']}" for tag, attributes in page.found if tag == "image" and "id" in attributes}
-    assert len(used) == 4
+    assert len(used) == 2 + 2 + 4
     assert "bag loss, mean pooling" in text
     assert "gallery smooth" in text
 
 
 def test_no_boxes_is_no_error(data, monkeypatch):
     folder, index, _ = data
-    monkeypatch.setattr(localize_cxr, "load_index", lambda *_: index._replace(boxes={}))
+    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(boxes={}))
     metrics, out = evaluate(folder, "--threshold", "validation")
     assert metrics["boxes"] == 0
     assert metrics["localization"]["0.1"] == {"mean": None}
@@ -518,19 +534,35 @@ def test_options_that_make_no_sense(option, capsys):
 def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
     """What a browser makes of the picture's place and size: at every pixel what upsampling has there."""
     heatmap = np.arange(9).reshape(3, 3) / 8
-    card = page.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(boxes.NO_BOX),
-                       [page.View("", heatmap, np.array(boxes.NO_BOX), "", first)], 0.0)  # fmt: skip
-    (place,) = [a for tag, a in Elements(page.gallery([card], False)).found if a.get("class") == "map"]
-    x, y, width, height = (float(place[name]) for name in ("x", "y", "width", "height"))
-    with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    rows, columns = (
-        np.floor((np.arange(24) + 0.5 - start) / length * count).astype(int)
-        for start, length, count in ((y, height, len(pixels)), (x, width, len(pixels[0])))
-    )
-    assert min(rows.min(), columns.min()) >= 0
-    shown = pixels[np.ix_(rows, columns)]
-    assert (shown == page.coloured(boxes.upsample(heatmap, (24, 24), first=first))).all()
+    card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(NO_BOX),
+                        [gallery.View("", heatmap, np.array(NO_BOX), "", first)], 0.0)  # fmt: skip
+    images = [a for tag, a in Elements(gallery.gallery([card], False, "all")).found if tag == "image"]
+    seen = heatmap[np.ix_(*seen_cells((3, 3), (24, 24), first))]
+    own = (float(seen.min()), float(seen.max()))
+    for kind, limits in (("map fixed", (0.0, 1.0)), ("map own", own)):
+        (place,) = [a for a in images if a.get("class") == kind]
+        x, y, width, height = (float(place[name]) for name in ("x", "y", "width", "height"))
+        with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
+            pixels = np.asarray(picture.convert("RGBA"))
+        rows, columns = (
+            np.floor((np.arange(24) + 0.5 - start) / length * count).astype(int)
+            for start, length, count in ((y, height, len(pixels)), (x, width, len(pixels[0])))
+        )
+        assert min(rows.min(), columns.min()) >= 0
+        shown = pixels[np.ix_(rows, columns)]
+        assert (shown == overlay(heatmap, (24, 24), first=first, limits=limits, opacity=1.0)).all()
+
+
+def test_a_map_of_one_value_is_shown():
+    card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(NO_BOX),
+                        [gallery.View("", np.full((3, 3), 0.05), np.array(NO_BOX), "")], 0.0)  # fmt: skip
+    images = [a for tag, a in Elements(gallery.gallery([card], False, "all")).found if "map" in a.get("class", "")]
+    opacities = {}
+    for image in images:
+        with Image.open(io.BytesIO(base64.b64decode(image["href"].split(",")[1]))) as picture:
+            opacities[image["class"]] = np.asarray(picture.convert("RGBA"))[..., 3]
+    assert (opacities["map fixed"] == round(0.05 * 255)).all()  # hardly tinted
+    assert (opacities["map own"] == 0).all()  # its range is empty
 
 
 def test_curves_leave_out_what_is_not_defined():
@@ -545,6 +577,58 @@ def test_text_is_escaped_once():
     assert page.text("<&>") == "&lt;&amp;&gt;"
     assert page.text(page.text("<&>")) == "&lt;&amp;&gt;"
     assert "<td>&lt;b&gt;</td>" in page.table(["", "x"], [["a", "<b>"]])
+
+
+def test_thresholds_relative_to_the_maximum_have_rows_of_their_own(data, capsys):
+    folder, *_ = data
+    metrics, out = evaluate(folder)
+    # the nodule is seen at 0.4, which is more than half of 0.4 and less than T_p
+    assert metrics["localization_ungated"]["0.7"]["Nodule"] == 0
+    assert metrics["localization_relative_ungated"]["0.7"]["Nodule"] == 1
+    assert metrics["localization_relative"]["0.7"]["Nodule"] == 0  # it is not predicted
+    assert "T_p 0.5max, without gate" in (out / "report.html").read_text()
+    assert "T_p 0.5max, without gate" in capsys.readouterr().out
+    relative, _ = evaluate(folder, "--threshold", "0.5max")
+    assert relative["localization_ungated"] == metrics["localization_relative_ungated"]
+    assert relative["localization"] == metrics["localization_relative"]
+    assert "localization_relative" not in relative
+    assert json.loads((out / "details.json").read_text())["threshold"] == "0.5max"
+    assert "T_p 0.5max, gate 0.5" in (out / "report.html").read_text()
+    higher, _ = evaluate(folder, "--threshold", "0.99max")
+    assert higher["localization_ungated"]["0.7"]["Nodule"] == 1
+
+
+def test_an_even_raster(data, monkeypatch):
+    """A network whose cells begin at the edge, evaluated as if its cells divided the image evenly."""
+    folder, index, _ = data
+    pixels = np.full((SIZE, SIZE), 30, np.uint8)
+    pixels[12:20, 20:36] = 255
+    Image.fromarray(pixels).save(index.paths[0])
+    one = index.test & (np.array(index.names) == index.names[0])
+    boxes = {index.names[0]: [(MASS, *(1024 / SIZE * v for v in (20, 12, 16, 8)))]}
+    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownFromTheEdge(), dict(CONFIG), WHICH))
+    for raster, found, first in (("network", (20, 12, 16, 8), 0.0625), ("even", (24, 16, 16, 8), 0.5)):
+        _, out = evaluate(folder, "--raster", raster)
+        with (out / "boxes.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert [float(row[f"found_{side}"]) for side in "xywh"] == [1024 / SIZE * v for v in found]
+        details = json.loads((out / "details.json").read_text())
+        assert (details["raster"], details["first_cell"]) == (raster, first)
+        assert f"{raster} raster" in (out / "report.html").read_text()
+
+
+def test_best_and_worst(data):
+    _, index, _ = data
+    truth = evaluation.truth_of(index)
+    probability = np.full((5, len(CLASSES)), 0.1)
+    probability[2, MASS] = 0.9
+    run = evaluation.Evaluated(
+        "run", {}, evaluation.Predictions(probability, probability, [], 0.5), np.zeros((4, 4)),
+        np.array([0.2, 0.7, 0.0, 0.0]), np.ones(4, bool), {}, {},
+    )  # fmt: skip
+    assert report.best_and_worst(run, truth, 4) == ([1, 0], [2, 3])  # the miss at p = 0.9 is worse than that at 0.1
+    assert report.best_and_worst(run, truth, 1) == ([1], [2])
 
 
 def test_the_order_of_boxes_is_that_of_images(data):

@@ -116,8 +116,3 @@ def test_threshold_by_hand():
     assert m.best_threshold(scores, np.zeros(5)) == 0.5
     assert (scores > m.best_threshold(scores, np.array([0, 1, 0, 0, 0]))).sum() == 4
     assert not (scores > m.best_threshold(scores, np.array([1, 0, 0, 0, 0]))).any()
-
-
-def test_the_papers_rows_have_a_mean():
-    for row in m.PAPER_LOCALIZATION.values():
-        assert [row[t]["mean"] for t in ("0.1", "0.3", "0.5", "0.7")] == [0.66, 0.36, 0.13, 0.01]

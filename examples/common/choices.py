@@ -12,3 +12,5 @@ LOSSES = ("sgl", "bag", "bil", "mmm")
 POOLINGS = (
     "max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean",
 )  # fmt: skip
+#: The names of ``sgl_ops.localization.UPSAMPLING``, in the same order.
+UPSAMPLING = ("nearest", "bilinear")

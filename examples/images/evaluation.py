@@ -24,11 +24,22 @@ from images.items import Radiographs
 from images.metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals
 from images.nih import BOX_SIDE, CLASSES
 from images.pixels import to_input
-from sgl_ops import localization as bx
+from images.thresholds import HALF, VALIDATION, Relative
+from sgl_ops.localization import (
+    T_IOU,
+    box_iou,
+    centre_box,
+    grid_ceiling,
+    heatmap_to_box,
+    localization_accuracy,
+    max_box_accuracy,
+    mean_boxes,
+    pointing_game,
+    seen_cells,
+    whole_image_box,
+)
 from sgl_ops.pooling import make_pooling
 
-#: In place of a number: the threshold that the validation images' labels choose.
-VALIDATION = "validation"
 TABLE_SIZE = (BOX_SIDE, BOX_SIDE)
 
 
@@ -146,6 +157,7 @@ def predict(
     maps = [np.zeros((0, 0))] * len(image)
     start = 0
     centre, step = model.grid
+    first = 0.5 if args.raster == "even" else centre / step
     for batch, _, _ in tqdm(loader, desc=name_of(config), unit="batch", disable=None):
         with torch.inference_mode():
             # in float32 every logit above 17 would be the same probability, and where the greatest is a matter of order
@@ -153,12 +165,12 @@ def predict(
             inside = slice(start, start + len(batch))
             probability[inside] = torch.sigmoid(pooling(logits)).cpu()
             patches = torch.sigmoid(logits).cpu().numpy()
-        rows_seen, columns_seen = bx.seen_cells(patches.shape[2:], (size, size), centre / step)
+        rows_seen, columns_seen = seen_cells(patches.shape[2:], (size, size), first)
         peak[inside] = patches[:, :, rows_seen[:, None], columns_seen].max((2, 3))
         for k in np.flatnonzero((image >= inside.start) & (image < inside.stop)):
             maps[k] = patches[image[k] - start, classes[k]].copy()
         start = inside.stop
-    return Predictions(probability, peak, maps, centre / step)
+    return Predictions(probability, peak, maps, first)
 
 
 def thresholds_of(
@@ -210,51 +222,49 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
     t_p, gate, chosen = thresholds_of(model, config, truth.index, args)
     predictions = predict(model, config, truth.index, truth.rows, args, truth.image, truth.classes)
     side = config["image_size"]
-    found = np.array(
-        [
-            bx.heatmap_to_box(heatmap, (side, side), t_p[c], args.upsampling, args.morphology, predictions.first)
-            for heatmap, c in zip(predictions.maps, truth.classes, strict=True)
-        ]
-    )
-    found = found.reshape(-1, 4) * (BOX_SIDE / side)
-    overlaps = bx.box_iou(found, truth.boxes)
+    found = boxes_of(predictions, truth, t_p, side, args, isinstance(args.threshold, Relative))
+    overlaps = box_iou(found, truth.boxes)
     predicted = predictions.probability[truth.image, truth.classes] > gate[truth.classes]
-    peaks = np.array(
-        [bx.heatmap_to_point(heatmap, TABLE_SIZE, predictions.first) for heatmap in predictions.maps]
-    ).reshape(-1, 2)
+    maps, classes = predictions.maps, truth.classes
     drawn = {"names": CLASSES, "draws": args.draws, "seed": args.seed}
     metrics = {
         "auc": auc_per_class(predictions.probability, truth.labels, CLASSES),
         "auc_ci": auc_intervals(predictions.probability, truth.labels, truth.patients, **drawn),
-        "localization": bx.localization_accuracy(overlaps, truth.classes, CLASSES, predicted),
-        "localization_ungated": bx.localization_accuracy(overlaps, truth.classes, CLASSES),
-        "max_box_acc": bx.max_box_accuracy(
-            predictions.maps,
+        "localization": localization_accuracy(overlaps, classes, CLASSES, predicted),
+        "localization_ungated": localization_accuracy(overlaps, classes, CLASSES),
+        # in pixels of the network's image, to which the maps are upsampled
+        "max_box_acc": max_box_accuracy(
+            maps,
             truth.boxes * (side / BOX_SIDE),
-            truth.classes,
+            classes,
             CLASSES,
             (side, side),
             args.upsampling,
             first=predictions.first,
         ),
-        "pointing_game": bx.per_class(bx.contains(truth.boxes, peaks), truth.classes, CLASSES),
+        "pointing_game": pointing_game(maps, truth.boxes, classes, CLASSES, TABLE_SIZE, predictions.first),
         "baselines": {
-            name: bx.localization_accuracy(bx.box_iou(boxes, truth.boxes), truth.classes, CLASSES)
+            name: localization_accuracy(box_iou(boxes, truth.boxes), classes, CLASSES)
             for name, boxes in trivial_boxes(truth, predictions, side).items()
         },
         "images": len(truth.rows),
         "boxes": len(truth.boxes),
     }
+    if not isinstance(args.threshold, Relative):
+        half = box_iou(boxes_of(predictions, truth, np.full(len(CLASSES), HALF), side, args, True), truth.boxes)
+        metrics["localization_relative"] = localization_accuracy(half, classes, CLASSES, predicted)
+        metrics["localization_relative_ungated"] = localization_accuracy(half, classes, CLASSES)
     details = {
         "name": name_of(config),
         **which,
         **chosen,
         "config": {key: value for key, value in config.items() if not isinstance(value, list)},
-        "threshold": args.threshold,
+        "threshold": str(args.threshold) if isinstance(args.threshold, Relative) else args.threshold,
         "gate": args.gate,
         "threshold_of_class": dict(zip(CLASSES, t_p.tolist(), strict=True)),
         "gate_of_class": dict(zip(CLASSES, gate.tolist(), strict=True)),
         "upsampling": args.upsampling,
+        "raster": args.raster,
         "morphology": args.morphology,
         "draws": args.draws,
         "seed": args.seed,
@@ -266,9 +276,30 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
     for key, counts in (("localization", predicted), ("localization_ungated", np.ones_like(predicted))):
         details[f"{key}_ci"] = {
             f"{t:g}": mean_intervals((overlaps > t) & counts, truth.classes, truth.patients[truth.image], **drawn)
-            for t in bx.T_IOU
+            for t in T_IOU
         }
     return Evaluated(name_of(config), config, predictions, found, overlaps, predicted, metrics, details)
+
+
+def boxes_of(
+    predictions: Predictions,
+    truth: Truth,
+    thresholds: np.ndarray,
+    side: int,
+    args: argparse.Namespace,
+    relative: bool,
+) -> np.ndarray:
+    """The boxes (k, 4) of the maps at the ``thresholds`` (C,) of their classes, in pixels of the tables.
+
+    The maps are upsampled to ``side`` x ``side`` pixels. ``relative``: the thresholds are shares of each map's maximum.
+    """
+    found = [
+        heatmap_to_box(
+            heatmap, (side, side), thresholds[c], args.upsampling, args.morphology, predictions.first, relative=relative
+        )
+        for heatmap, c in zip(predictions.maps, truth.classes, strict=True)
+    ]
+    return np.array(found).reshape(-1, 4) * (BOX_SIDE / side)
 
 
 def trivial_boxes(truth: Truth, predictions: Predictions, side: int) -> dict[str, np.ndarray]:
@@ -278,11 +309,11 @@ def trivial_boxes(truth: Truth, predictions: Predictions, side: int) -> dict[str
     """
     count, unit = len(truth.boxes), BOX_SIDE / side
     return {
-        "whole image": np.tile(bx.whole_image_box(TABLE_SIZE), (count, 1)),
-        "centre box": np.tile(bx.centre_box(TABLE_SIZE), (count, 1)),
-        "mean box of the class": bx.mean_boxes(truth.boxes, truth.classes, truth.patients[truth.image]),
+        "whole image": np.tile(whole_image_box(TABLE_SIZE), (count, 1)),
+        "centre box": np.tile(centre_box(TABLE_SIZE), (count, 1)),
+        "mean box of the class": mean_boxes(truth.boxes, truth.classes, truth.patients[truth.image]),
         "ceiling of the grid": unit
-        * bx.grid_ceiling(
+        * grid_ceiling(
             truth.boxes / unit, predictions.maps[0].shape if count else (1, 1), (side, side), predictions.first
         ),
     }

@@ -8,74 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
 from sklearn.metrics import roc_curve
 
-from images import page
-from images.evaluation import VALIDATION, Evaluated, Truth, trivial_boxes
-from images.metrics import FEW_PATIENTS, PAPER_AUC, PAPER_LOCALIZATION
+from images import gallery, page, paper
+from images.evaluation import Evaluated, Truth, trivial_boxes
+from images.figure import caption_of, first_of_each_class
+from images.metrics import FEW_PATIENTS
 from images.nih import BOX_SIDE, CLASSES
 from images.pixels import load_image
-from sgl_ops import localization as bx
+from images.thresholds import HALF, VALIDATION
+from images.verdict import compare_boxes, verdict
+from sgl_ops.localization import T_IOU, box_iou, boxes_by_threshold, per_class
 
 #: Runs beside each other; the colours after theirs are those of boxes without a network.
 COMPARED = 2
-
-
-def first_of_each_class(truth: Truth) -> list[int]:
-    """Numbers of boxes: not those that look best."""
-    return [int(np.flatnonzero(truth.classes == c)[0]) for c in range(len(CLASSES)) if (truth.classes == c).any()]
-
-
-def caption_of(run: Evaluated, truth: Truth, k: int) -> str:
-    """Of box ``k``: the probability of its class in the image, and how well it was met."""
-    iou = "no box" if np.isnan(run.found[k]).any() else f"IoU {run.overlaps[k]:.2f}"
-    return f"p {run.predictions.probability[truth.image[k], truth.classes[k]]:.2f}, {iou}"
-
-
-def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -> None:
-    """The first box of each class: the radiograph, then each run's map over it, as in the paper's Fig. 7."""
-    shown = first_of_each_class(truth)
-    columns = 1 + len(runs)
-    pairs = 2 if len(shown) > 4 else 1  # classes beside each other
-    rows = -(-len(shown) // pairs)
-    figure = Figure(figsize=(2.4 * columns * pairs, 2.55 * rows + 0.9), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns * pairs, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for place, k in enumerate(shown):
-        row, pair = divmod(place, pairs)
-        i, c = truth.image[k], truth.classes[k]
-        picture = load_image(truth.paths[i], 512)
-        for column in range(columns):
-            axes = grid[row, pair * columns + column]
-            extent = (0, BOX_SIDE, BOX_SIDE, 0)
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
-            axes.set(xlim=(0, BOX_SIDE), ylim=(BOX_SIDE, 0))
-            framed = [(truth.boxes[k], page.TRUE)]
-            title = CLASSES[c]
-            if column:
-                run = runs[column - 1]
-                shown_map = bx.upsample(run.predictions.maps[k], picture.shape, upsampling, run.predictions.first)
-                axes.imshow(shown_map, cmap=page.COLOURS, vmin=0, vmax=1, alpha=0.4, extent=extent,
-                            interpolation="nearest")  # fmt: skip
-                framed.append((run.found[k], page.FOUND))
-                title = f"{run.name}\n{caption_of(run, truth, k)}"
-            for (x, y, w, h), colour in framed:
-                if not math.isnan(x):
-                    axes.add_patch(Rectangle((x, y), w, h, fill=False, lw=2, ec=colour))
-            axes.set_title(title, fontsize=7.5)
-    figure.colorbar(ScalarMappable(cmap=page.COLOURS), ax=grid, shrink=0.5, label="probability of the class")
-    frames = [
-        Patch(fill=False, ec=colour, lw=2, label=name)
-        for name, colour in (("true box", page.TRUE), ("found box", page.FOUND))
-    ]
-    figure.legend(handles=frames, loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
 
 
 def with_interval(value: float, ci: Sequence[float]) -> str:
@@ -85,13 +31,13 @@ def with_interval(value: float, ci: Sequence[float]) -> str:
 
 def auc_section(runs: Sequence[Evaluated], official: bool) -> page.Markup:
     patients = runs[0].details["patients"]
-    papers = PAPER_AUC if official else {}
+    papers = paper.AUC if official else {}
     rows, bars = [], []
     for name in (*(name for name in CLASSES if patients[name]), "mean"):
         marked = f"{name}*" if 0 < patients.get(name, 0) < FEW_PATIENTS else name
         values = [(run.metrics["auc"][name], run.metrics["auc_ci"][name]) for run in runs]
-        paper = [page.number(row.get(name)) for row in papers.values()]
-        rows.append([marked, *(with_interval(*v) for v in values), *paper, patients.get(name, "")])
+        printed = [page.number(row.get(name)) for row in papers.values()]
+        rows.append([marked, *(with_interval(*v) for v in values), *printed, patients.get(name, "")])
         spans = [page.Span(ci[0], value, ci[1], k) for k, (value, ci) in enumerate(values)]
         bars.append((marked, spans))
     lowest = min([0.5, *(span.low for _, spans in bars for span in spans if not math.isnan(span.low))])
@@ -99,14 +45,8 @@ def auc_section(runs: Sequence[Evaluated], official: bool) -> page.Markup:
     if any(row[0].endswith("*") for row in rows):
         about = f"* fewer than {FEW_PATIENTS} patients: the interval says little."
         notes.append(page.paragraph(about, "note"))
-    if official and not papers:
-        notes.append(
-            page.paragraph(
-                "What the paper reports of classification (Table 1) is not printed here; PAPER_AUC in metrics.py "
-                "takes its rows.",
-                "note",
-            )
-        )
+    if official:
+        notes.append(page.paragraph(paper.NOTE, "note"))
     return page.section(
         "Classification",
         page.table(
@@ -126,6 +66,9 @@ def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[s
     for run in runs:
         rows.append((run.name, run.metrics["localization"]))
         rows.append((f"{run.name}, without gate", run.metrics["localization_ungated"]))
+        if "localization_relative" in run.metrics:
+            rows.append((f"{run.name}, T_p {HALF}", run.metrics["localization_relative"]))
+            rows.append((f"{run.name}, T_p {HALF}, without gate", run.metrics["localization_relative_ungated"]))
         rows.append((f"{run.name}, MaxBoxAcc", run.metrics["max_box_acc"]))
     for name, accuracy in runs[0].metrics["baselines"].items():
         rows.append((name, accuracy))
@@ -133,11 +76,11 @@ def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[s
         if other != accuracy:  # the maps are of different grids
             rows[-1] = (f"{name}, {runs[0].name}", accuracy)
             rows.append((f"{name}, {runs[-1].name}", other))
-    return [*rows, *(PAPER_LOCALIZATION.items() if official else ())]
+    return [*rows, *(paper.LOCALIZATION.items() if official else ())]
 
 
 def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
-    steps = [f"{t:g}" for t in bx.T_IOU]
+    steps = [f"{t:g}" for t in T_IOU]
     heads = [f"IoU\u00a0> {step}" for step in steps]  # ">" is not torn off
     details = runs[0].details
     present = [name for name, count in details["boxes"].items() if count]
@@ -145,7 +88,7 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
 
     def chosen(key: str) -> str:
         if details[key] != VALIDATION:
-            return f"{details[key]:g}"
+            return str(details[key])
         rest = details["classes_at_0.5"]
         but = f", 0.5 for {', '.join(rest)}, of which they show too little" if rest else ""
         return f"chosen by the labels of {details['validation_images']} validation images{but}"
@@ -173,7 +116,8 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
         "Localization",
         page.paragraph(
             f"{len(truth.boxes)} boxes: {counts}. T_p {chosen('threshold')}, gate {chosen('gate')}, "
-            f"{details['upsampling']} upsampling, opening and closing by {details['morphology']} pixels."
+            f"{details['upsampling']} upsampling, {details['raster']} raster, opening and closing by "
+            f"{details['morphology']} pixels."
         ),
         page.table(["", *heads], overview, "share of boxes found, mean over the classes"),
         page.paragraph(
@@ -181,9 +125,11 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
             "network, whatever is predicted. MaxBoxAcc takes the one threshold that is best on these very boxes: what "
             "the maps could give, not what the method gave. The mean box of a class is that of the boxes of other "
             "patients; the ceiling is the best box that whole cells of the map can give. Draws of patients cannot tell "
-            "how certain a share of 0 or 1 is: its interval has no width.",
+            f"how certain a share of 0 or 1 is: its interval has no width. T_p {HALF}: each map's threshold is half "
+            "its maximum.",
             "note",
         ),
+        *([page.paragraph(paper.NOTE, "note")] if truth.official else []),
         page.table(["", *heads], intervals, "the same with 95 % intervals over patients"),
         page.details("By class", *by_class),
         page.table(["", *columns], pointing, "pointing game: boxes that hold the centre of the map's greatest cell"),
@@ -193,7 +139,7 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
 def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> page.Markup:
     def share(hits: np.ndarray) -> list[float]:
         """Mean over the classes of every column of hits (k, steps)."""
-        return [bx.per_class(column, truth.classes, CLASSES)["mean"] for column in hits.T]
+        return [per_class(column, truth.classes, CLASSES)["mean"] for column in hits.T]
 
     at = np.linspace(0, 1, 41)
     lines = []
@@ -204,7 +150,7 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
     for k, (name, found) in enumerate(
         trivial_boxes(truth, runs[0].predictions, runs[0].config["image_size"]).items(), COMPARED
     ):
-        lines.append(page.Line(name, at, share(bx.box_iou(found, truth.boxes)[:, None] > at), k, True))
+        lines.append(page.Line(name, at, share(box_iou(found, truth.boxes)[:, None] > at), k, True))
     charts = [page.chart(lines, "Boxes found, mean over the classes", "T_IoU", "share")]
 
     thresholds = np.arange(100) / 100
@@ -212,10 +158,10 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
     for run in runs:
         side = run.config["image_size"]
         boxes = [
-            bx.boxes_by_threshold(heatmap, (side, side), thresholds, upsampling, run.predictions.first)
+            boxes_by_threshold(heatmap, (side, side), thresholds, upsampling, run.predictions.first)
             for heatmap in run.predictions.maps
         ]
-        overlaps.append(bx.box_iou(np.array(boxes), truth.boxes[:, None] * (side / BOX_SIDE)))
+        overlaps.append(box_iou(np.array(boxes), truth.boxes[:, None] * (side / BOX_SIDE)))
     for t in (0.3, 0.5):
         lines = [page.Line(run.name, thresholds, share(overlaps[k] > t), k) for k, run in enumerate(runs)]
         charts.append(page.chart(lines, f"What T_p does: IoU > {t:g}, no gate, no morphology", "T_p", "share"))
@@ -239,43 +185,94 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
     )
 
 
-def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, count: int, side: int) -> page.Markup:
-    """``count`` boxes, the first of each class first, on images of ``side`` pixels."""
-    first = first_of_each_class(truth)
-    order = [*first, *(k for k in range(len(truth.boxes)) if k not in set(first))][:count]
+def cards_of(runs: Sequence[Evaluated], truth: Truth, order: Sequence[int], side: int) -> list[gallery.Card]:
+    """A card for each box of ``order``, with images of ``side`` pixels."""
     cards = []
     for k in order:
         i, c = truth.image[k], truth.classes[k]
+        views = [
+            gallery.View(
+                run.name, run.predictions.maps[k], run.found[k], caption_of(run, truth, k), run.predictions.first
+            )
+            for run in runs
+        ]
         cards.append(
-            page.Card(
+            gallery.Card(
                 title=f"{CLASSES[c]} · {truth.names[i]}",
                 group=CLASSES[c],
                 image=load_image(truth.paths[i], side),
                 side=BOX_SIDE,
                 box=truth.boxes[k],
-                views=[
-                    page.View(
-                        run.name,
-                        run.predictions.maps[k],
-                        run.found[k],
-                        caption_of(run, truth, k),
-                        run.predictions.first,
-                    )
-                    for run in runs
-                ],
+                views=views,
                 best=float(runs[0].overlaps[k]),
             )
         )
+    return cards
+
+
+def best_and_worst(run: Evaluated, truth: Truth, count: int) -> tuple[list[int], list[int]]:
+    """Numbers of the ``count`` boxes with the highest IoU, and of those with the lowest, at most half of all each.
+
+    Of equal IoUs the one whose class the network gives the higher probability is better at the top, and worse at the
+    bottom: a confident miss comes first.
+    """
+    sure = run.predictions.probability[truth.image, truth.classes]
+    count = min(count, len(truth.boxes) // 2 or 1)
+    best = np.lexsort((-sure, -run.overlaps))[:count].tolist()
+    worst = [int(k) for k in np.lexsort((-sure, run.overlaps)) if k not in best][:count]
+    return best, worst
+
+
+def pictures_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, side: int) -> page.Markup:
+    """The best and the worst boxes of the first run."""
+    best, worst = best_and_worst(runs[0], truth, 4)
+    smooth = upsampling == "bilinear"
+    parts = [
+        page.paragraph(f"The boxes of {runs[0].name} with the highest IoU. A click, or Enter, makes one larger."),
+        gallery.KEY,
+        gallery.gallery(cards_of(runs, truth, best, side), smooth, "best", filters=False),
+    ]
+    if worst:
+        parts += [
+            page.paragraph("Those with the lowest IoU, of equal ones the most confident first."),
+            gallery.gallery(cards_of(runs, truth, worst, side), smooth, "worst", filters=False),
+        ]
+    return page.section("Best and worst", *parts)
+
+
+def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, count: int, side: int) -> page.Markup:
+    """``count`` boxes, the first of each class first, on images of ``side`` pixels."""
+    first = first_of_each_class(truth)
+    order = [*first, *(k for k in range(len(truth.boxes)) if k not in set(first))][:count]
+    cards = cards_of(runs, truth, order, side)
     about = f"{len(cards)} of {len(truth.boxes)} boxes, one of each class first. A click, or Enter, makes one larger."
-    return page.section("Gallery", page.paragraph(about), page.KEY, page.gallery(cards, upsampling == "bilinear"))
+    return page.section(
+        "Gallery", page.paragraph(about), gallery.KEY, gallery.gallery(cards, upsampling == "bilinear", "all")
+    )
 
 
-def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespace, path: Path) -> None:
-    """The page of ``runs`` at ``path``."""
-    sections = []
+def verdict_section(sentences: Sequence[str]) -> page.Markup:
+    about = (
+        "One side beats the other where the 95 % interval of the difference, over draws of patients, lies above 0. "
+        "Boxes are compared without gate."
+    )
+    return page.section("Verdict", page.bullets(sentences), page.paragraph(about, "note"))
+
+
+def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespace, path: Path) -> list[str]:
+    """Writes the page of ``runs`` at ``path``.
+
+    Returns:
+        the sentences of the verdict.
+    """
+    comparisons = compare_boxes(runs, truth, args.draws, args.seed) if len(truth.boxes) else []
+    sentences = verdict(runs, truth, comparisons, args.draws, args.seed)
+    sections = [verdict_section(sentences)]
     if truth.index.missing:
         about = f"{len(truth.index.missing)} images of the tables are not there, and were left out."
         sections.append(page.paragraph(about, "warning"))
+    if len(truth.boxes) and args.gallery:
+        sections.append(pictures_section(runs, truth, args.upsampling, args.gallery_size))
     sections.append(auc_section(runs, truth.official))
     if len(truth.boxes):
         sections.append(localization_section(runs, truth))
@@ -302,3 +299,4 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
     lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the test list."
     content = page.page("ChestX-ray14: what is found, and where", lead, *sections, page.section("Settings", *settings))
     path.write_text(content, encoding="utf-8")
+    return sentences

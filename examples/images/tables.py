@@ -14,7 +14,7 @@ from images import page
 from images.evaluation import Evaluated, Truth
 from images.nih import CLASSES
 from images.report import localization_rows
-from sgl_ops import localization as bx
+from sgl_ops.localization import T_IOU
 
 TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
 
@@ -80,8 +80,8 @@ def names_beside(paths: Sequence[Path]) -> list[str]:
 
 
 def print_table(runs: Sequence[Evaluated], official: bool) -> None:
-    print(f"\n{'mean over the classes':48}{'AUC':>7}" + "".join(f"{f'> {t:g}':>8}" for t in bx.T_IOU))
+    print(f"\n{'mean over the classes':48}{'AUC':>7}" + "".join(f"{f'> {t:g}':>8}" for t in T_IOU))
     auc = {run.name: run.metrics["auc"]["mean"] for run in runs}
     for name, accuracy in localization_rows(runs, official):
-        values = (accuracy.get(f"{t:g}", {}).get("mean") for t in bx.T_IOU)
+        values = (accuracy.get(f"{t:g}", {}).get("mean") for t in T_IOU)
         print(f"{name:48}{page.number(auc.get(name)):>7}" + "".join(f"{page.number(v, 2):>8}" for v in values))

@@ -1,0 +1,77 @@
+"""The figure of an evaluation: the first box of each class, with the maps of one run or of two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from images import page
+from images.evaluation import Evaluated, Truth
+from images.nih import BOX_SIDE, CLASSES
+from images.pixels import load_image
+from sgl_ops.localization import COLOURS, overlay
+
+
+def first_of_each_class(truth: Truth) -> list[int]:
+    """Numbers of boxes: not those that look best."""
+    return [int(np.flatnonzero(truth.classes == c)[0]) for c in range(len(CLASSES)) if (truth.classes == c).any()]
+
+
+def caption_of(run: Evaluated, truth: Truth, k: int) -> str:
+    """Of box ``k``: the probability of its class in the image, and how well it was met."""
+    iou = "no box" if np.isnan(run.found[k]).any() else f"IoU {run.overlaps[k]:.2f}"
+    return f"p {run.predictions.probability[truth.image[k], truth.classes[k]]:.2f}, {iou}"
+
+
+def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -> None:
+    """The first box of each class: the radiograph, then each run's map over it, as in the paper's Fig. 7."""
+    shown = first_of_each_class(truth)
+    columns = 1 + len(runs)
+    pairs = 2 if len(shown) > 4 else 1  # classes beside each other
+    rows = -(-len(shown) // pairs)
+    figure = Figure(figsize=(2.4 * columns * pairs, 2.55 * rows + 0.9), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns * pairs, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for place, k in enumerate(shown):
+        row, pair = divmod(place, pairs)
+        i, c = truth.image[k], truth.classes[k]
+        picture = load_image(truth.paths[i], 512)
+        for column in range(columns):
+            axes = grid[row, pair * columns + column]
+            extent = (0, BOX_SIDE, BOX_SIDE, 0)
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
+            axes.set(xlim=(0, BOX_SIDE), ylim=(BOX_SIDE, 0))
+            framed = [(truth.boxes[k], page.TRUE)]
+            title = CLASSES[c]
+            if column:
+                run = runs[column - 1]
+                predictions = run.predictions
+                layer = overlay(
+                    predictions.maps[k], picture.shape, upsampling, predictions.first, opacity=page.OPACITY / 100
+                )
+                axes.imshow(layer, extent=extent, interpolation="nearest")
+                framed.append((run.found[k], page.FOUND))
+                title = f"{run.name}\n{caption_of(run, truth, k)}"
+            for (x, y, w, h), colour in framed:
+                if not math.isnan(x):
+                    axes.add_patch(Rectangle((x, y), w, h, fill=False, lw=2, ec=colour))
+            axes.set_title(title, fontsize=7.5)
+    colours = LinearSegmentedColormap.from_list("map", COLOURS / 255)
+    figure.colorbar(ScalarMappable(cmap=colours), ax=grid, shrink=0.5, label="probability of the class")
+    frames = [
+        Patch(fill=False, ec=colour, lw=2, label=name)
+        for name, colour in (("true box", page.TRUE), ("found box", page.FOUND))
+    ]
+    frames.append(Patch(fill=False, ec="none", label='"no box": no pixel of the map is above T_p'))
+    figure.legend(handles=frames, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,144 @@
+"""Galleries of a page: images with the maps, the true and the found boxes over them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from images.page import OPACITY, Markup, text
+from sgl_ops.localization import overlay, seen_cells
+
+
+class View(NamedTuple):
+    """What one network says of an image: its name, the map (h, w), the box (4,) found (NaN: none), a caption.
+
+    ``first``: where the centre of the map's first cell is, in cells from the edge of the image.
+    """
+
+    name: str
+    heatmap: np.ndarray
+    box: np.ndarray
+    caption: str
+    first: float = 0.5
+
+
+class Card(NamedTuple):
+    """An image of the gallery: (size, size) uint8, the true box (4,) and those found, all in pixels of ``side``.
+
+    ``group`` and ``best``, the IoU of the first view, are what the gallery is filtered by.
+    """
+
+    title: str
+    group: str
+    image: np.ndarray
+    side: int
+    box: np.ndarray
+    views: Sequence[View]
+    best: float
+
+
+def data_uri(pixels: np.ndarray, kind: str) -> str:
+    """An image (h, w) or (h, w, 3) uint8 as an address that holds it; ``kind`` is png or jpeg."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **({"quality": 80} if kind == "jpeg" else {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _rect(box: np.ndarray, kind: str, side: int) -> str:
+    """The frame of a box (4,), or the words "no box" in an image of ``side`` pixels."""
+    if np.isnan(box).any():
+        return f'<text class="none" x="{side / 2:g}" y="{0.96 * side:g}" font-size="{0.08 * side:g}">no box</text>'
+    x, y, w, h = box
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"'
+    return f'<rect class="edge" {place}/><rect class="{kind}" {place}/>'
+
+
+def _map(view: View, side: int) -> str:
+    """The map over an image of ``side`` pixels, twice: the range 0 ... 1, and its own range, which CSS hides.
+
+    The cells at the edges are continued over what the map leaves bare; the picture's frame cuts off the rest.
+    """
+    more = math.ceil(abs(view.first - 0.5))
+    height, width = view.heatmap.shape
+    x, y, w, h = (
+        f"{side * cells / count:.6g}"
+        for cells, count in (
+            (view.first - 0.5 - more, width),
+            (view.first - 0.5 - more, height),
+            (width + 2 * more, width),
+            (height + 2 * more, height),
+        )
+    )
+    seen = view.heatmap[np.ix_(*seen_cells((height, width), (side, side), view.first))]
+    low, high = float(seen.min()), float(seen.max())
+    padded = np.pad(view.heatmap, more, mode="edge")
+    layers = []
+    for kind, limits in (("fixed", (0.0, 1.0)), ("own", (low, high) if low < high else None)):
+        pixels = overlay(padded, padded.shape, limits=limits, opacity=1.0)
+        layers.append(
+            f'<image class="map {kind}" href="{data_uri(pixels, "png")}" x="{x}" y="{y}" width="{w}" height="{h}" '
+            'preserveAspectRatio="none"/>'
+        )
+    return "".join(layers)
+
+
+#: How opaque the maps are, and which values the colours span. Every such form of a page changes all of its maps.
+MAP_CONTROLS = Markup(
+    f'<label>Opacity of the map <input class="opacity" type="range" min="0" max="100" value="{OPACITY}"></label> '
+    '<label>Colours span <select class="range"><option value="fixed">0 to 1</option>'
+    '<option value="own">each map\'s own range</option></select></label>'
+)
+
+
+def gallery(cards: Sequence[Card], smooth: bool, name: str, filters: bool = True) -> Markup:
+    """The cards of the gallery ``name``, with a form that changes the maps.
+
+    ``filters``: the form also selects cards by group, and by whether the first network's box has an IoU > 0.3.
+    ``smooth``: the browser interpolates the maps. Each image is stored once for all views of its card.
+    """
+    form = MAP_CONTROLS
+    if filters:
+        options = "".join(f"<option>{text(group)}</option>" for group in sorted({card.group for card in cards}))
+        form = Markup(
+            f'<label>Class <select id="group"><option value="">all</option>{options}</select></label> '
+            '<label>Box of the first network <select id="hits"><option value="">all</option>'
+            '<option value="1">IoU &gt; 0.3</option><option value="0">IoU ≤ 0.3</option></select></label> '
+            f'{MAP_CONTROLS} <output id="count"></output>'
+        )
+    parts = [f'<form class="controls" hidden>{form}</form>']
+    for k, card in enumerate(cards):
+        views = []
+        for j, view in enumerate(card.views):
+            base = (
+                f'<image id="{name}{k}" href="{data_uri(card.image, "jpeg")}" width="{card.side}" '
+                f'height="{card.side}"/>'
+                if j == 0
+                else f'<use href="#{name}{k}"/>'
+            )
+            views.append(
+                f'<div class="view"><svg viewBox="0 0 {card.side} {card.side}" role="img" '
+                f'aria-label="{text(card.title)}, {text(view.name)}: {text(view.caption)}">{base}'
+                f"{_map(view, card.side)}{_rect(card.box, 'true', card.side)}{_rect(view.box, 'found', card.side)}"
+                f"</svg><b>{text(view.name)}</b> {text(view.caption)}</div>"
+            )
+        parts.append(
+            f'<figure class="card" data-group="{text(card.group)}" data-hit="{int(card.best > 0.3)}">'
+            f'<div class="views" tabindex="0">{"".join(views)}</div>'
+            f"<figcaption>{text(card.title)}</figcaption></figure>"
+        )
+    kinds = " ".join(["gallery", *(["smooth"] if smooth else []), *(["filtered"] if filters else [])])
+    return Markup(f'<div class="{kinds}">{"".join(parts)}</div>')
+
+
+#: What the colours of the gallery mean.
+KEY = Markup(
+    '<p class="note"><span class="box"></span> true box &ensp; <span class="box found"></span> found box &ensp; '
+    '<span class="key-none">no box</span> the map has no pixel above T_p, or opening removes them all &ensp; '
+    '0 <span class="swatch"></span> 1 probability of the class: the more probable, the more opaque</p>'
+)

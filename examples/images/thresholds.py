@@ -1,0 +1,48 @@
+"""Thresholds of a command line: a probability, a share of the map's maximum, or by the labels of validation images."""
+
+from __future__ import annotations
+
+import argparse
+
+#: In place of a number: the labels of the validation images choose the threshold.
+VALIDATION = "validation"
+#: The two ways to place the cells of a map on the image.
+RASTERS = ("network", "even")
+
+
+class Relative(float):
+    """A threshold as a share of the map's maximum, 0 <= share < 1. Written ``0.5max``."""
+
+    def __repr__(self) -> str:
+        return f"{float(self):g}max"
+
+    __str__ = __repr__
+
+
+#: The relative threshold that has rows of its own in every evaluation.
+HALF = Relative(0.5)
+
+
+def probability(text: str) -> float | str:
+    """For argparse: a probability below 1, or ``validation``."""
+    return text if text == VALIDATION else _share(text, f"a probability below 1, or {VALIDATION}", text)
+
+
+def map_threshold(text: str) -> float | str:
+    """For argparse: a probability below 1, a share of the map's maximum such as ``0.5max``, or ``validation``."""
+    if text == VALIDATION:
+        return text
+    expected = f"a probability below 1, a share of the maximum such as {HALF}, or {VALIDATION}"
+    if text.endswith("max"):
+        return Relative(_share(text[: -len("max")], expected, text))
+    return _share(text, expected, text)
+
+
+def _share(number: str, expected: str, text: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value

@@ -1,0 +1,147 @@
+"""The result of an evaluation in words: which run is better, and which boxes without a network are not beaten.
+
+Comparisons are paired: both sides are measured on the same images and boxes, and the interval is that of the difference
+of their means over the classes, over draws of patients. One side beats the other where the interval lies above 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from images.evaluation import Evaluated, Truth, trivial_boxes
+from images.metrics import Interval, auc_difference_interval, difference_intervals
+from images.nih import CLASSES
+from sgl_ops.localization import T_IOU, box_iou, per_class
+
+#: Not a predictor: the best that the cells of a map allow.
+CEILING = "ceiling of the grid"
+#: Fewer boxes give intervals that decide little.
+FEW_BOXES = 100
+
+
+class Comparison(NamedTuple):
+    """What ``name`` and ``other`` find at IoU > ``t`` (means over the classes), and the interval of the difference."""
+
+    name: str
+    other: str
+    t: float
+    share: float
+    other_share: float
+    interval: Interval
+
+    @property
+    def better(self) -> bool:
+        return self.interval.low > 0
+
+    @property
+    def worse(self) -> bool:
+        return self.interval.high < 0
+
+
+def compare_boxes(runs: Sequence[Evaluated], truth: Truth, draws: int, seed: int) -> list[Comparison]:
+    """Each run against each kind of box without a network, then the first run against the second. Without gate."""
+    hits = {run.name: run.overlaps[:, None] > T_IOU for run in runs}
+    pairs = []
+    for run in runs:
+        for name, boxes in trivial_boxes(truth, run.predictions, run.config["image_size"]).items():
+            if name != CEILING:
+                hits[name] = box_iou(boxes, truth.boxes)[:, None] > T_IOU
+                pairs.append((run.name, name))
+    pairs += [(runs[0].name, run.name) for run in runs[1:]]
+    names = CLASSES
+    means = {
+        name: [per_class(column, truth.classes, names)["mean"] for column in found.T] for name, found in hits.items()
+    }
+    differences = np.concatenate([hits[a].astype(float) - hits[b] for a, b in pairs], axis=1)
+    patients = truth.patients[truth.image]
+    intervals = iter(difference_intervals(differences, truth.classes, patients, draws, seed))
+    return [
+        Comparison(a, b, t, means[a][k], means[b][k], next(intervals)) for a, b in pairs for k, t in enumerate(T_IOU)
+    ]
+
+
+def listed(items: Iterable[str]) -> str:
+    items = list(items)
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _where(steps: Sequence[float]) -> str:
+    return "at every IoU" if len(steps) == len(T_IOU) else f"at IoU > {listed(f'{t:g}' for t in steps)}"
+
+
+def _against_trivial(run: Evaluated, comparisons: Sequence[Comparison]) -> list[str]:
+    """Two sentences: the boxes without a network that ``run`` beats, and those that it does not."""
+    own = [c for c in comparisons if c.name == run.name]
+    sentences = []
+    for kind, wanted in (("beats", True), ("does not beat", False)):
+        found = []
+        for other in dict.fromkeys(c.other for c in own):
+            steps = [c.t for c in own if c.other == other and c.better == wanted]
+            if steps:
+                worse = [c.t for c in own if c.other == other and c.worse]
+                clearly = f", clearly worse {_where(worse)}" if worse and not wanted else ""
+                found.append(f"the {other} ({_where(steps)}{clearly})")
+        if found:
+            sentences.append(f"{run.name} {kind} {listed(found)}.")
+        elif wanted:
+            sentences.append(f"{run.name} beats no box that needs no network.")
+    return sentences
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.0f} %"
+
+
+def verdict(
+    runs: Sequence[Evaluated], truth: Truth, comparisons: Sequence[Comparison], draws: int, seed: int
+) -> list[str]:
+    """The sentences that the report opens with."""
+    sentences = []
+    for run in runs:
+        low, high = run.metrics["auc_ci"]["mean"]
+        names = [name for name in run.metrics["auc"] if name != "mean" and not math.isnan(run.metrics["auc"][name])]
+        above = sum(run.metrics["auc_ci"][name][0] > 0.5 for name in names)
+        sentences.append(
+            f"{run.name} classifies with a mean AUC of {run.metrics['auc']['mean']:.2f} (95 % interval {low:.2f} to "
+            f"{high:.2f}); {above} of {len(names)} classes are above chance (0.5)."
+        )
+    if len(runs) > 1:
+        a, b = runs
+        between = auc_difference_interval(
+            a.predictions.probability, b.predictions.probability, truth.labels, truth.patients, draws, seed
+        )
+        gap = f"difference {a.metrics['auc']['mean'] - b.metrics['auc']['mean']:+.3f}, 95 % interval "
+        gap += f"{between.low:+.3f} to {between.high:+.3f}"
+        if between.low > 0 or between.high < 0:
+            better, worse = (a, b) if between.low > 0 else (b, a)
+            sentences.append(f"{better.name} classifies better than {worse.name} ({gap}).")
+        else:
+            sentences.append(f"The AUC does not tell {a.name} from {b.name} ({gap}).")
+    if not len(truth.boxes):
+        return sentences
+    for run in runs:
+        share, gated = (run.metrics[key]["0.3"]["mean"] for key in ("localization_ungated", "localization"))
+        sentences.append(
+            f"At IoU > 0.3 {run.name} finds {_percent(share)} of the boxes (mean over the classes), {_percent(gated)} "
+            "where the class has to be predicted as well."
+        )
+    if len(runs) > 1:
+        between_runs = [c for c in comparisons if c.other == runs[1].name]
+        for words, steps in (
+            ("finds more boxes than", [c.t for c in between_runs if c.better]),
+            ("finds fewer boxes than", [c.t for c in between_runs if c.worse]),
+        ):
+            if steps:
+                sentences.append(f"{runs[0].name} {words} {runs[1].name} {_where(steps)}.")
+        if not any(c.better or c.worse for c in between_runs):
+            sentences.append(f"The boxes do not tell {runs[0].name} from {runs[1].name} at any IoU.")
+    trivial = [c for c in comparisons if c.other not in {run.name for run in runs}]
+    for run in runs:
+        sentences += _against_trivial(run, trivial)
+    if len(truth.boxes) < FEW_BOXES:
+        sentences.append(f"There are only {len(truth.boxes)} boxes: the intervals are wide.")
+    return sentences

@@ -1,0 +1,184 @@
+"""The verdict of a report, the paper's tables beside it, and the intervals of differences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+from common.choices import UPSAMPLING
+from images import evaluation, paper, thresholds, verdict
+from images.metrics import auc_difference_interval, auc_intervals, auc_per_class, difference_intervals, mean_intervals
+from images.nih import CLASSES
+
+from sgl_ops import localization
+
+MASS, NODULE = CLASSES.index("Mass"), CLASSES.index("Nodule")
+
+
+def test_names_for_options_are_those_of_the_library():
+    assert UPSAMPLING == localization.UPSAMPLING
+
+
+def test_the_papers_means_are_those_of_its_rows():
+    """But for one mean, which the module names."""
+    rows = {("AUC", name): row for name, row in paper.AUC.items()}
+    rows |= {(t, name): row for name, table in paper.LOCALIZATION.items() for t, row in table.items()}
+    assert len(rows) == 4 + 16
+    for key, row in rows.items():
+        *values, mean = row.values()
+        near = abs(np.mean(values) - mean) <= 0.01
+        assert near == (key != ("0.1", "Liu et al. 2019")), key
+    assert {tuple(row) for key, row in rows.items() if key[0] == "AUC"} == {(*CLASSES, "mean")}
+    assert {len(row) for key, row in rows.items() if key[0] != "AUC"} == {9}
+    assert {name for _, name in rows if name.endswith("*")} == {"Li et al. 2018 *", "Liu et al. 2019 *"}
+    assert [paper.LOCALIZATION["SGL (paper)"][t]["Cardiomegaly"] for t in ("0.1", "0.3", "0.5", "0.7")] == [
+        0.94, 0.76, 0.32, 0.01
+    ]  # fmt: skip
+
+
+def test_thresholds_of_the_command_line():
+    assert thresholds.map_threshold("0.25") == 0.25
+    assert not isinstance(thresholds.map_threshold("0.25"), thresholds.Relative)
+    half = thresholds.map_threshold("0.50max")
+    assert isinstance(half, thresholds.Relative)
+    assert (float(half), str(half), f"{half}") == (0.5, "0.5max", "0.5max")
+    assert thresholds.map_threshold("validation") == thresholds.probability("validation") == "validation"
+    assert thresholds.probability("0") == 0
+    for text in ("1", "1max", "-0.1", "-0.1max", "nan", "nanmax", "max", "half", "0.5 max max"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"0\.5max, or validation, got"):
+            thresholds.map_threshold(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="probability below 1"):
+        thresholds.probability("0.5max")
+
+
+def test_the_interval_of_a_difference_by_hand():
+    """Each patient has one box, and 30 of 40 are found by one side alone."""
+    patients = np.arange(40)
+    values = np.repeat([1.0, 0.0], [30, 10])[:, None] * [[1, 0, -1]]
+    above, none, below = difference_intervals(values, np.zeros(40, int), patients, 2000, 0)
+    assert 0.55 < above.low < 0.75 < above.high < 0.95
+    assert none == (0, 0)
+    assert below == pytest.approx((-above.high, -above.low))
+    # as the interval of a share, where it is one
+    names = ["a"]
+    share = mean_intervals(values[:, 0], np.zeros(40, int), patients, names, 2000, 1)["mean"]
+    assert share == pytest.approx(above, abs=0.03)
+    # patients are drawn whole: ten of the same boxes in each of four patients say less
+    wide = difference_intervals(values, np.zeros(40, int), patients // 10, 2000, 0)[0]
+    assert wide.high - wide.low > 1.5 * (above.high - above.low)
+    # a class that is missing from a draw moves as the others do: no draw is lost
+    rare = np.where(patients == 0, 1, 0)
+    assert not math.isnan(difference_intervals(values, rare, patients, 200, 0)[0].low)
+
+
+def test_the_interval_of_a_difference_of_aucs():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((300, 2)) < 0.4).astype(float)
+    good, bad = labels + rng.normal(size=(300, 2)), labels / 4 + rng.normal(size=(300, 2))
+    patients = np.arange(300)
+    ahead = auc_difference_interval(good, bad, labels, patients, 200, 0)
+    mean = [auc_per_class(scores, labels, ["a", "b"])["mean"] for scores in (good, bad)]
+    assert 0 < ahead.low < mean[0] - mean[1] < ahead.high
+    assert auc_difference_interval(bad, good, labels, patients, 200, 0) == pytest.approx((-ahead.high, -ahead.low))
+    assert auc_difference_interval(good, good, labels, patients, 200, 0) == (0, 0)
+    # paired: narrower than what two independent intervals give
+    width = sum(high - low for low, high in (
+        auc_intervals(scores, labels, patients, ["a", "b"], 200, 0)["mean"] for scores in (good, bad)
+    ))  # fmt: skip
+    assert ahead.high - ahead.low < width
+
+
+def truth_with(boxes: np.ndarray) -> evaluation.Truth:
+    """One image and one patient for each box, of Mass and Nodule by turns."""
+    count = len(boxes)
+    classes = np.tile([MASS, NODULE], count)[:count]
+    labels = np.zeros((count, len(CLASSES)))
+    labels[np.arange(count), classes] = 1
+    return evaluation.Truth(
+        None, np.arange(count), [str(k) for k in range(count)], [], labels, np.arange(count), np.arange(count), classes,
+        boxes,
+    )  # fmt: skip
+
+
+def run_with(name: str, truth: evaluation.Truth, found: np.ndarray, score: np.ndarray) -> evaluation.Evaluated:
+    """A run that finds the boxes ``found`` (k, 4), with ``score`` (n, C) as probabilities."""
+    overlaps = localization.box_iou(found, truth.boxes)
+    count = len(truth.boxes)
+    predictions = evaluation.Predictions(score, score, [np.zeros((8, 8))] * count, 0.5)
+    accuracy = localization.localization_accuracy(overlaps, truth.classes, CLASSES)
+    metrics = {
+        "auc": auc_per_class(score, truth.labels, CLASSES),
+        "auc_ci": auc_intervals(score, truth.labels, truth.patients, CLASSES, 50, 0),
+        "localization": accuracy,
+        "localization_ungated": accuracy,
+    }
+    return evaluation.Evaluated(
+        name, {"image_size": 64}, predictions, found, overlaps, np.ones(count, bool), metrics, {}
+    )
+
+
+def sentences_of(runs, truth):
+    return verdict.verdict(runs, truth, verdict.compare_boxes(runs, truth, 200, 0), 200, 0)
+
+
+def test_verdict_where_a_run_finds_everything():
+    rng = np.random.default_rng(0)
+    boxes = np.concatenate([rng.uniform(0, 900, (60, 2)), rng.uniform(40, 120, (60, 2))], axis=1)
+    truth = truth_with(boxes)
+    good = run_with("good", truth, boxes, truth.labels)
+    sentences = sentences_of([good], truth)
+    assert sentences[0] == (
+        "good classifies with a mean AUC of 1.00 (95 % interval 1.00 to 1.00); 2 of 2 classes are above chance (0.5)."
+    )
+    assert "At IoU > 0.3 good finds 100 % of the boxes (mean over the classes), 100 %" in sentences[1]
+    assert sentences[2] == (
+        "good beats the whole image (at every IoU), the centre box (at every IoU) and the mean box of the class (at "
+        "every IoU)."
+    )
+    assert not [line for line in sentences if "does not beat" in line]
+    assert sentences[-1] == "There are only 60 boxes: the intervals are wide."
+
+
+def test_verdict_where_the_centre_box_is_not_beaten():
+    """The boxes are in the centre, and the run finds none of them."""
+    boxes = np.tile([256.0, 256, 512, 512], (120, 1)) + np.random.default_rng(0).uniform(-9, 9, (120, 4))
+    truth = truth_with(boxes)
+    scores = np.random.default_rng(1).random((120, len(CLASSES)))
+    blind = run_with("blind", truth, np.full((120, 4), math.nan), scores)
+    sentences = sentences_of([blind], truth)
+    assert "blind beats no box that needs no network." in sentences
+    (line,) = [line for line in sentences if "does not beat" in line]
+    assert "the centre box (at every IoU, clearly worse at every IoU)" in line
+    assert "the whole image (at every IoU, clearly worse at IoU > 0.1)" in line  # IoU 1/4: beyond that both find none
+    assert not [line for line in sentences if "only" in line]
+
+
+def test_verdict_of_two_runs():
+    rng = np.random.default_rng(0)
+    boxes = np.concatenate([rng.uniform(0, 700, (120, 2)), rng.uniform(150, 250, (120, 2))], axis=1)
+    truth = truth_with(boxes)
+    half = boxes * [1, 1, 0.7, 0.7]  # IoU 0.49
+    scores = [truth.labels + rng.normal(0, spread, truth.labels.shape) for spread in (0.3, 3.0)]
+    one, other = run_with("one", truth, boxes, scores[0]), run_with("other", truth, half, scores[1])
+    sentences = sentences_of([one, other], truth)
+    assert any(line.startswith("one classifies better than other (difference +0.") for line in sentences)
+    assert "one finds more boxes than other at IoU > 0.5 and 0.7." in sentences
+    sentences = sentences_of([other, one], truth)
+    assert any(line.startswith("one classifies better than other (difference -0.") for line in sentences)
+    assert "other finds fewer boxes than one at IoU > 0.5 and 0.7." in sentences
+    same = one._replace(name="twin")
+    sentences = sentences_of([one, same], truth)
+    assert any(line.startswith("The AUC does not tell one from twin (difference +0.000") for line in sentences)
+    assert "The boxes do not tell one from twin at any IoU." in sentences
+    json.dumps(sentences)
+
+
+def test_verdict_without_boxes():
+    truth = truth_with(np.zeros((0, 4)))._replace(
+        labels=np.eye(len(CLASSES)), patients=np.arange(len(CLASSES)), rows=np.arange(len(CLASSES))
+    )
+    run = run_with("run", truth, np.zeros((0, 4)), np.eye(len(CLASSES)))
+    assert len(verdict.verdict([run], truth, [], 20, 0)) == 1
