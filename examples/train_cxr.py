@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 train_cxr.py --data-dir DIR --out RUN --amp bf16     on eight GPUs
     python train_cxr.py --data-dir DIR --out RUN --loss bag --pooling mean           the paper's baseline
     python train_cxr.py --data-dir DIR --out RUN --backbone local33 --pooling max    patches that see 33 pixels
+    python train_cxr.py --data-dir DIR --out RUN --backbone timm/resnet50.tv_in1k    a network of timm
     python train_cxr.py --synthetic                                                  drawn images, two minutes, a report
 
 DIR is checked first, as by check_cxr.py. RUN gets config.json, split.csv (which images were trained on), history.csv,
@@ -126,6 +127,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
             print(sources.report)
         train_data, eval_data = sources.data(args, config)
         training = Training(config, processes, args.compile)
+        if processes.first:
+            print(training.network.description(config["image_size"]))
         if args.dry_run:
             dry_run(training, train_data, sources.split.train, args, take_step)
             return

@@ -15,7 +15,7 @@ from images.nih import CLASSES
 
 
 def make_model(config: Config) -> PatchClassifier:
-    return PatchClassifier(config["backbone"], config["output_stride"], len(CLASSES))
+    return PatchClassifier(config["backbone"], config["output_stride"], len(CLASSES), config.get("cut"))
 
 
 def load_run(run: Path, device: str | torch.device, which: str | None = None) -> tuple[nn.Module, Config]:

@@ -17,6 +17,7 @@ from common.import_torchvision import import_torchvision
 from torch import Tensor, nn
 
 from images.backbones import BACKBONES, STRIDES, THREES, TORCHVISION
+from images.timm_networks import PREFIX, TimmFeatures, load_timm_weights, timm_geometry
 
 
 class Grid(NamedTuple):
@@ -35,14 +36,28 @@ class PatchClassifier(nn.Module):
     ``grid``: in the middle of which pixels the cells are.
     """
 
-    def __init__(self, backbone: str, output_stride: int, classes: int):
+    def __init__(self, backbone: str, output_stride: int, classes: int, cut: int | None = None):
         super().__init__()
-        self.features, channels = make_backbone(backbone, output_stride)
+        self.features, channels = make_backbone(backbone, output_stride, cut)
         self.head = nn.Conv2d(channels, classes, 1)
-        self.grid = grid_of(self.features)
+        self.field: int | None = None  # pixels of a square that a patch sees, where known
+        if isinstance(self.features, TimmFeatures):
+            geometry = timm_geometry(backbone, cut, output_stride)
+            self.grid, self.field = Grid(geometry.centre, geometry.stride), geometry.field
+        else:
+            self.grid = grid_of(self.features)
+            if isinstance(self.features, LocalNet):
+                self.field = self.features.receptive_field
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+    def description(self, image_size: int) -> str:
+        """What a reader needs to know of the map of an image of ``image_size`` pixels: stride, grid, field."""
+        stride = int(self.grid.step)
+        side = image_size // stride
+        sees = "most of the image" if self.field is None else f"{self.field} pixels"
+        return f"stride {stride}, a grid of {side}x{side} patches, of which each sees {sees}"
 
 
 def grid_of(features: nn.Module) -> Grid:
@@ -70,14 +85,21 @@ def grid_of(features: nn.Module) -> Grid:
     return Grid(centre, step)
 
 
-def make_backbone(name: str, output_stride: int) -> tuple[nn.Module, int]:
+def make_backbone(name: str, output_stride: int, cut: int | None = None) -> tuple[nn.Module, int]:
     """A network without head, with random weights, and the number of its channels.
+
+    ``timm/NAME`` is a network of timm; ``cut`` keeps it up to that stage.
 
     ``local9`` to ``local65`` are small, for training from nothing; ``bagnet9`` to ``bagnet65`` as deep and wide as a
     ResNet-50. The number is the receptive field in pixels. Their stride is 8 or 16.
     """
+    if name.startswith(PREFIX):
+        features = TimmFeatures(name, cut, output_stride)
+        return features, features.channels
+    if cut is not None:
+        raise ValueError(f"cut: expected a backbone of timm, got {name!r}")
     if name not in BACKBONES:
-        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+        raise ValueError(f"backbone: expected timm/NAME or one of {', '.join(BACKBONES)}, got {name!r}")
     if output_stride not in STRIDES:
         raise ValueError(f"output stride: expected 32, 16 or 8, got {output_stride}")
     if name not in TORCHVISION:
@@ -219,6 +241,7 @@ class LocalNet(nn.Module):
         assert (field, jump) == (receptive_field, output_stride)
         self.layers = nn.Sequential(*layers)
         self.channels = channels
+        self.receptive_field = receptive_field
         self.stride = jump
         self.before = (field - jump) // 2
         self.after = field - jump - self.before
@@ -233,6 +256,9 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
     Of a file what belongs to a classifier is left out; all else has to fit.
     """
     if weights == "none":
+        return
+    if backbone.startswith(PREFIX):
+        load_timm_weights(model.features, backbone, weights)
         return
     if weights == "imagenet":
         if backbone not in TORCHVISION:

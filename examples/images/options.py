@@ -16,7 +16,7 @@ POOLING_OF = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
 
 #: Settings that decide a result: a run is resumed only with the same ones. The images have to agree as well.
 RESUME_KEYS = (
-    "backbone", "weights", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay",
+    "backbone", "weights", "cut", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay",
     "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
     "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
 )  # fmt: skip
@@ -56,10 +56,20 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         "--synthetic", action="store_true", help="a demonstration: drawn images, SGL beside the bag loss"
     )
     parser.add_argument("--dry-run", action="store_true", help="one step of training, and write nothing")
-    add("backbone", "resnet50", "network without its head", choices=BACKBONES)
+    networks = f"network without its head: {', '.join(BACKBONES)}, or timm/NAME, any convolutional network of timm"
+    add("backbone", "resnet50", networks, type=backbone_name, metavar="NAME")
     add("weights", None, "imagenet, none, or a file with a state_dict (imagenet; of local and bagnet: none)")
-    add("output-stride", None, "pixels of the image per patch (32; of local and bagnet: 8)", type=int, choices=STRIDES)
-    add("image-size", 512, "images are made this wide and high; training crops 7/8 of it")
+    add(
+        "cut",
+        None,
+        "with timm/NAME: only up to this stage, 0 the first; its patches see less",
+        type=int,
+        metavar="STAGE",
+    )
+    strides = "pixels of the image per patch, 32, 16 or 8 (32; of local and bagnet: 8; of timm/NAME: its own)"
+    add("output-stride", None, strides, type=int, metavar="N")
+    sizes = "images are made this wide and high; training crops 7/8 of it (512; of timm/NAME: what it was trained with)"
+    add("image-size", None, sizes, type=int, metavar="PIXELS")
     add("loss", "sgl", "what is minimized", choices=LOSSES)
     add("pooling", None, "sgl: softmax; bag, bil: mean; mmm has its own", choices=POOLINGS)
     add("delta-l", 0.3, "threshold of the ternary targets, in [0, 0.5]")
@@ -90,6 +100,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def backbone_name(text: str) -> str:
+    """One of BACKBONES, or ``timm/NAME``; whether timm has it is known later."""
+    if text not in BACKBONES and not (text.startswith("timm/") and len(text) > 5):
+        raise argparse.ArgumentTypeError(f"expected timm/NAME or one of {', '.join(BACKBONES)}, got {text!r}")
+    return text
+
+
 def parse(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
     args = parser.parse_args(argv)
@@ -98,18 +115,38 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
         args = parser.parse_args(argv)
     check(parser, args)
     args.device = args.device or default_device()
-    local = args.backbone not in TORCHVISION
+    of_timm = args.backbone.startswith("timm/")
+    local = not of_timm and args.backbone not in TORCHVISION
+    if of_timm:
+        fill_from_timm(parser, args)
     args.pooling = args.pooling or POOLING_OF[args.loss]
     args.weights = args.weights or ("none" if local else "imagenet")
     if args.weights not in ("none", "imagenet") and path_of(args.weights).is_file():
         args.weights = str(path_of(args.weights).resolve())  # the same from any folder, when a run is continued
     args.output_stride = args.output_stride or (8 if local else 32)
+    args.image_size = args.image_size or 512
     if args.image_size % args.output_stride or crop_side(args.image_size, args.output_stride) < args.output_stride:
         parser.error(
             f"--image-size: expected a multiple of the output stride {args.output_stride} whose crop, 7/8 of it, holds "
             f"a patch, got {args.image_size}"
         )
     return args
+
+
+def fill_from_timm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stride and image size of a network of timm, where they are not given."""
+    from images.timm_networks import defaults_of
+
+    try:
+        defaults = defaults_of(args.backbone, args.cut)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    args.output_stride = args.output_stride or defaults.stride
+    if args.output_stride > defaults.stride:
+        parser.error(f"--output-stride: {args.backbone} has {defaults.stride} at this stage, got {args.output_stride}")
+    if args.image_size is None:  # 7/8 of it is what training sees
+        least = -(-defaults.image_size * 8 // 7)
+        args.image_size = -(-least // args.output_stride) * args.output_stride
 
 
 def crop_side(image_size: int, output_stride: int) -> int:
@@ -126,8 +163,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error("--synthetic: has no --dry-run")
     elif args.data_dir is None or (args.out is None and not args.dry_run):
         parser.error("--data-dir and --out are needed, or --synthetic")
-    for name in ("epochs", "batch_size", "accumulate", "lr_step", "save_every", "image_size"):
-        if getattr(args, name) < 1:
+    if args.cut is not None and not args.backbone.startswith("timm/"):
+        parser.error(f"--cut: expected a backbone of timm (timm/NAME), got {args.backbone}")
+    if args.output_stride is not None and not args.backbone.startswith("timm/") and args.output_stride not in STRIDES:
+        parser.error(f"--output-stride: expected 32, 16 or 8, got {args.output_stride}")
+    for name in ("epochs", "batch_size", "accumulate", "lr_step", "save_every", "image_size", "output_stride"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     for name in ("lam", "lam_delay", "lam_warmup", "mask_weight", "lr", "lr_factor", "weight_decay", "workers", "seed"):
         if not 0 <= getattr(args, name) < math.inf:

@@ -1,0 +1,307 @@
+"""Pretrained networks of timm as extractors of feature maps, and the geometry of the maps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Geometry(NamedTuple):
+    """Where the cells of a feature map look, in pixels of the network's input.
+
+    Attributes:
+        stride: the distance between the centres of neighbouring cells.
+        centre: the centre of the first cell from the edge of the image; the first pixel covers 0 to 1.
+        field: the side of the square that a cell sees (its receptive field). None: a cell sees the whole image.
+    """
+
+    stride: int
+    centre: float
+    field: int | None
+
+
+class Backbone(nn.Module):
+    """A frozen network that turns images into one feature map: ``forward`` of (N, 3, H, W) gives (N, D, h, w).
+
+    The outputs of the ``stages`` are concatenated on the grid of the first stage's map. Cells of the other maps are
+    averaged or interpolated bilinearly so that all features of a cell have the same centre in the image.
+
+    Args:
+        network: the network; it is put into evaluation mode, and its parameters need no gradient.
+        stages: names of submodules, as ``network.named_modules()`` gives them. The first one decides the grid. Nothing
+            after the last stage is computed.
+        mean, std: of the normalization of images in [0, 1], per channel.
+        size: side in pixels of the images that the network was trained with.
+        tokens: side of a patch in pixels where the stages give tokens (N, 1 + h w, D), as vision transformers do.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def geometry(self) -> Geometry:
+        """The grid of the maps, and the widest field of the stages."""
+        fields = [geometry.field for geometry in self.geometries]
+        return self.geometries[0]._replace(field=None if None in fields else max(fields))
+
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int,
+        tokens: int | None = None,
+    ):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.stages = tuple(stages)
+        self.size = size
+        self.tokens = tokens
+        self.geometries = [geometry_of(self.network, stage, size, tokens) for stage in self.stages]
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (N, D, h, w) of images (N, 3, H, W) in [0, 1]."""
+        return self.features((images - self.mean) / self.std)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features (N, D, h, w) of normalized images (N, 3, H, W)."""
+        maps = stage_maps(self.network, self.stages, x, self.tokens)
+        grid = self.geometries[0]
+        size = maps[0].shape[2:]
+        return torch.cat([_aligned(m, g, grid, size) for m, g in zip(maps, self.geometries, strict=True)], 1)
+
+
+def stage_maps(network: nn.Module, stages: Sequence[str], x: Tensor, tokens: int | None) -> list[Tensor]:
+    """The outputs (N, D, h, w) of ``stages`` for images (N, 3, H, W); nothing after the last of them is computed."""
+    with _outputs(network, stages) as found, contextlib.suppress(_AllFoundError):
+        network(x)
+    return [_as_map(found[name], x, tokens) for name in stages]
+
+
+def _as_map(output: Tensor, x: Tensor, tokens: int | None) -> Tensor:
+    if output.dim() == 4:
+        return output
+    if output.dim() != 3 or tokens is None:
+        raise ValueError(f"stage: expected a feature map (N, D, h, w) or tokens (N, L, D), got {tuple(output.shape)}")
+    h, w = (n // tokens for n in x.shape[2:])
+    return output[:, output.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))
+
+
+class _AllFoundError(Exception):
+    """Ends a forward pass once the last stage has been computed."""
+
+
+@contextlib.contextmanager
+def _outputs(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of submodules by name, filled while the network runs; the pass ends when all are there."""
+    found: dict[str, Tensor] = {}
+    modules = dict(network.named_modules())
+
+    def keep(name: str, output: Tensor) -> None:
+        found[name] = output
+        if len(found) == len(set(names)):
+            raise _AllFoundError
+
+    hooks = [
+        modules[name].register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+        for name in set(names)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _aligned(maps: Tensor, own: Geometry, grid: Geometry, size: torch.Size) -> Tensor:
+    """``maps`` with the geometry ``own``, at the cells of ``grid``: (N, D, *size)."""
+    if (own.stride, own.centre) == (grid.stride, grid.centre) and maps.shape[2:] == size:
+        return maps
+    blocks = max(grid.stride // own.stride, 1)
+    if blocks > 1:
+        maps = F.avg_pool2d(maps, blocks, ceil_mode=True, count_include_pad=False)
+        own = own._replace(stride=own.stride * blocks, centre=own.centre + own.stride * (blocks - 1) / 2)
+    places = [
+        ((torch.arange(n) * grid.stride + grid.centre - own.centre) / own.stride + 0.5) / k * 2 - 1
+        for n, k in zip(size, maps.shape[2:], strict=True)
+    ]
+    y, x = torch.meshgrid(*places, indexing="ij")
+    at = torch.stack([x, y], -1).to(maps).expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps, at, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str | Path = "pretrained",
+    stages: Sequence[str] = (),
+    cut: str | None = None,
+    output_stride: int | None = None,
+) -> Backbone:
+    """A frozen network of timm.
+
+    Args:
+        name: a model of timm, with or without ``timm/`` before it.
+        weights: ``"pretrained"`` (downloaded by timm), ``"none"`` (random), or a .safetensors, .pth or .pt file with a
+            state dict of the network, without its classifier if need be. Half precision is converted to float32.
+        stages: the stages whose outputs are concatenated: numbers in the list of the network's stages (0 = the first),
+            or names of its submodules. Default: the last stage.
+        cut: the same as one stage: the trunk only up to there. Not together with ``stages``.
+        output_stride: 8, 16 or 32, for networks that timm can dilate.
+
+    Raises:
+        ValueError: an unknown name, stage or stride, a missing file, or weights that do not fit.
+    """
+    timm = import_timm()
+    short = name.removeprefix("timm/")
+    if not timm.is_model(short.partition(".")[0]):
+        near = timm.list_models(f"*{short[:6]}*")[:5]
+        raise ValueError(
+            f"backbone: timm has no model {short!r}" + (f"; similar names: {', '.join(near)}" if near else "")
+        )
+    options = {} if output_stride is None else {"output_stride": output_stride}
+    is_tokens = "vit" in short.partition(".")[0]
+    if is_tokens:
+        options["dynamic_img_size"] = True
+    try:
+        network = timm.create_model(short, pretrained=str(weights) == "pretrained", **options)
+    except (TypeError, NotImplementedError, AssertionError, KeyError) as error:
+        raise ValueError(f"output stride: {short} cannot have {output_stride} ({error})") from None
+    except Exception as error:  # a download fails in many ways
+        raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file, or 'none'") from None
+    if str(weights) not in ("pretrained", "none"):
+        load_weights(network, Path(weights))
+    if cut is not None and stages:
+        raise ValueError("cut: expected cut or stages, got both; one stage is what cut means")
+    wanted = [cut] if cut is not None else list(stages) or [str(len(stage_names(network)) - 1)]
+    config = network.pretrained_cfg
+    return Backbone(
+        network,
+        [stage_of(network, stage) for stage in wanted],
+        config["mean"],
+        config["std"],
+        config["input_size"][-1],
+        network.patch_embed.patch_size[0] if is_tokens else None,
+    )
+
+
+def import_timm():
+    """timm, also where torchvision's operators do not fit the installed torch."""
+    from common.import_torchvision import import_torchvision
+
+    import_torchvision()
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ValueError("backbone: timm is not installed: pip install 'sgl-ops[features]'") from None
+    return timm
+
+
+def stage_names(network: nn.Module) -> list[str]:
+    """The names of the submodules that timm lists as the stages of a network."""
+    info = getattr(network, "feature_info", None)
+    names = [str(entry["module"]) for entry in info] if info else []
+    known = dict(network.named_modules())
+    return [name for name in names if name in known] or [name for name, _ in network.named_children()]
+
+
+def stage_of(network: nn.Module, stage: str) -> str:
+    """The submodule that a number among the stages, or a name, stands for."""
+    names = stage_names(network)
+    if stage.isdigit() and int(stage) < len(names):
+        return names[int(stage)]
+    if stage and stage in dict(network.named_modules()):
+        return stage
+    raise ValueError(
+        f"stage: expected 0 to {len(names) - 1} ({', '.join(names)}) or the name of a submodule, got {stage!r}"
+    )
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """A state dict of a file into ``network``; the classifier, and the last convolution before it, may be missing."""
+    if not path.is_file():
+        raise ValueError(f"weights: expected 'pretrained', 'none' or a file, got {str(path)!r}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ModuleNotFoundError:
+            raise ValueError("weights: safetensors is not installed: pip install 'sgl-ops[features]'") from None
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    own = network.state_dict()
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    head = tuple(f"{name}." for name in ("classifier", "fc", "head", "conv_head", "bn2", "head_dist"))
+    state = {k: v for k, v in state.items() if not k.startswith(head) or (k in own and own[k].shape == v.shape)}
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.startswith(head) and not key.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise ValueError(
+            f"weights: {path} does not fit {type(network).__name__}: "
+            f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+
+
+def geometry_of(network: nn.Module, stage: str, size: int, tokens: int | None = None) -> Geometry:
+    """Where the cells of the map of ``stage`` look, measured by gradients.
+
+    A copy of the network computes with small positive weights, averages in place of maxima and neutral normalization,
+    in float64. The gradient of a cell with respect to an input pixel is then positive if the cell sees the pixel, and
+    exactly 0 if not. The image is a narrow strip, which is enough for one direction.
+
+    Args:
+        size: side in pixels of the images that the network was trained with. The strip is up to eight times as long.
+        tokens: side of a patch of a vision transformer.
+    """
+    probe = copy.deepcopy(network).double().eval()
+    _make_positive(probe)
+    geometry = _measured(probe, stage, size, tokens)
+    for factor in (2, 4, 8):
+        if geometry.field is None and tokens is None:
+            geometry = _measured(probe, stage, factor * size, tokens)
+    return geometry
+
+
+def _measured(probe: nn.Module, stage: str, side: int, tokens: int | None) -> Geometry:
+    """The geometry along a strip of ``side`` pixels; ``field`` None if a cell in the middle sees an end of it."""
+    strip = torch.ones(1, 3, side, 64, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        (cells,) = stage_maps(probe, [stage], strip, tokens)
+    cells = cells[0].sum(0)
+    middle, column = len(cells) // 2, cells.shape[1] // 2
+    stride = round(side / len(cells))
+    (gradient,) = torch.autograd.grad(cells[middle, column], strip)
+    seen = gradient[0].abs().sum((0, 2)).nonzero()
+    low, high = int(seen[0]), int(seen[-1]) + 1
+    if low == 0 or high == side:
+        return Geometry(stride, stride / 2, None)
+    return Geometry(stride, (low + high) / 2 - middle * stride, high - low)
+
+
+@torch.no_grad()
+def _make_positive(network: nn.Module) -> None:
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.MaxPool2d):
+                pool = nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode)
+                setattr(module, name, pool)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.weight.fill_(0.5 / module.weight[0].numel())  # sums below 1: ReLU6 is never saturated
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            if module.affine:
+                module.weight.fill_(1.0)
+                module.bias.zero_()

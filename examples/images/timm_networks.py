@@ -1,0 +1,152 @@
+"""Convolutional networks of timm as trainable backbones: ``timm/NAME``, up to a stage, on a finer grid if wanted."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from features.backbones import Geometry, geometry_of, import_timm
+from torch import Tensor, nn
+
+from images.pixels import MEAN, STD
+
+PREFIX = "timm/"
+
+
+class Defaults(NamedTuple):
+    """What timm says of a network.
+
+    Attributes:
+        stride: pixels from one cell to the next in the map of the stage, without dilation.
+        image_size: side in pixels of the images that its weights were trained with.
+        stages: the number of stages.
+    """
+
+    stride: int
+    image_size: int
+    stages: int
+
+
+def defaults_of(name: str, cut: int | None) -> Defaults:
+    """What timm says of ``timm/NAME`` up to stage ``cut``, without its weights.
+
+    Raises:
+        ValueError: timm is missing, or has no such network or stage.
+    """
+    with torch.device("meta"):
+        network = _create(name, None, None)
+    info = network.feature_info
+    stages = len(info.channels())
+    if cut is not None and not 0 <= cut < stages:
+        raise ValueError(f"cut: {name} has the stages 0 to {stages - 1}, got {cut}")
+    stage = stages - 1 if cut is None else cut
+    timm = import_timm()
+    size = timm.get_pretrained_cfg(name.removeprefix(PREFIX), allow_unregistered=True)
+    return Defaults(info.reduction()[stage], size.input_size[-1] if size is not None else 224, stages)
+
+
+class TimmFeatures(nn.Module):
+    """Features (n, D, h, w) of images (n, 3, H, W) that are normalized by the means of images.pixels.
+
+    The images are brought to the mean and deviation that the network was trained with.
+
+    Args:
+        name: ``timm/NAME``.
+        cut: number of the last stage, 0 the first; None: all stages. What comes after it is not part of the module.
+        output_stride: pixels from one cell to the next. Below that of the stage, timm dilates the network.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, name: str, cut: int | None, output_stride: int):
+        super().__init__()
+        defaults = defaults_of(name, cut)
+        if output_stride > defaults.stride:
+            raise ValueError(f"output stride: {name} has {defaults.stride} at this stage, got {output_stride}")
+        stage = defaults.stages - 1 if cut is None else cut
+        self.network = _create(name, (stage,), output_stride if output_stride < defaults.stride else None)
+        (self.channels,) = self.network.feature_info.channels()
+        config = self.network.pretrained_cfg if hasattr(self.network, "pretrained_cfg") else {}
+        mean, std = (torch.tensor(config.get(key, given)) for key, given in (("mean", MEAN), ("std", STD)))
+        self.register_buffer("scale", (torch.tensor(STD) / std).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", ((torch.tensor(MEAN) - mean) / std).view(3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (features,) = self.network(x * self.scale + self.shift)
+        return features
+
+
+@lru_cache(maxsize=16)
+def timm_geometry(name: str, cut: int | None, output_stride: int) -> Geometry:
+    """Where the cells of ``TimmFeatures(name, cut, output_stride)`` look; ``field`` None: beyond 1024 pixels."""
+    with torch.random.fork_rng():
+        probe = nn.Sequential(TimmFeatures(name, cut, output_stride), nn.Identity())
+    return geometry_of(probe.eval(), "1", 128)
+
+
+def _create(
+    name: str, stages: tuple[int, ...] | None, output_stride: int | None, pretrained: bool = False
+) -> nn.Module:
+    timm = import_timm()
+    short = name.removeprefix(PREFIX)
+    if not timm.is_model(short.partition(".")[0]):
+        near = timm.list_models(f"*{short[:6]}*")[:5]
+        raise ValueError(f"backbone: timm has no model {short!r}" + (f"; similar: {', '.join(near)}" if near else ""))
+    options = {} if stages is None else {"out_indices": stages}
+    if output_stride is not None:
+        options["output_stride"] = output_stride
+    try:
+        return timm.create_model(short, features_only=True, pretrained=pretrained, **options)
+    except (TypeError, NotImplementedError, AssertionError, KeyError, AttributeError) as error:
+        wanted = "has no feature maps" if output_stride is None else f"cannot have an output stride of {output_stride}"
+        raise ValueError(f"backbone: {short} {wanted} in timm ({error})") from None
+
+
+def load_timm_weights(features: TimmFeatures, name: str, weights: str) -> None:
+    """``weights``: ``"imagenet"`` (downloaded by timm), or a .safetensors, .pth or .pt file; fp16 becomes float32.
+
+    Of a file, the classifier and the stages after the cut are left out; every weight of the module has to be there.
+
+    Raises:
+        ValueError: no such file, a failed download, or weights that do not fit.
+    """
+    if weights == "imagenet":
+        try:
+            state = _create(name, tuple(features.network.feature_info.out_indices), None, pretrained=True).state_dict()
+        except Exception as error:  # a download fails in many ways
+            raise ValueError(f"weights: {name} could not be loaded ({error}); name a file, or 'none'") from None
+    else:
+        path = Path(weights)
+        if not path.is_file():
+            raise ValueError(f"weights: expected 'none', 'imagenet' or a file, got {weights!r}")
+        state = read_state(path)
+    prefix = "features.network."  # of a checkpoint of train_cxr.py
+    found = {
+        key.removeprefix(prefix): value.float() if value.is_floating_point() else value for key, value in state.items()
+    }
+    own = features.network.state_dict()
+    absent = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
+    other = [key for key in own if key in found and found[key].shape != own[key].shape]
+    if absent or other:
+        raise ValueError(
+            f"weights: {weights} does not fit {name}: {len(absent)} of {len(own)} are missing, e.g. {absent[:2]}, "
+            f"{len(other)} have another shape, e.g. {other[:2]}"
+        )
+    features.network.load_state_dict({key: found[key] for key in own if key in found}, strict=False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .safetensors file, or of one of torch.save (also under ``model`` or ``state_dict``)."""
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ModuleNotFoundError:
+            raise ValueError("weights: safetensors is not installed: pip install safetensors") from None
+        return load_file(path)
+    from common.files import load_state
+
+    state = load_state(path)
+    return state.get("model", state.get("state_dict", state))

@@ -1,0 +1,167 @@
+"""Networks of timm as backbones of train_cxr.py."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from common.import_torchvision import import_torchvision
+
+if importlib.util.find_spec("torchvision") is None:
+    pytest.skip("torchvision is not installed", allow_module_level=True)
+import_torchvision()
+timm = pytest.importorskip("timm")
+safetensors = pytest.importorskip("safetensors.torch")
+
+import train_cxr as example  # noqa: E402
+from images import options as settings  # noqa: E402
+from images.checkpoint import load_run  # noqa: E402
+from images.models import PatchClassifier, load_weights  # noqa: E402
+from images.pixels import MEAN, STD, to_input  # noqa: E402
+from images.synthetic_set import write_dataset  # noqa: E402
+from images.timm_networks import TimmFeatures, defaults_of  # noqa: E402
+
+SMALL = "timm/test_resnet"  # 0.5 million parameters
+
+
+def parsed(*options):
+    return settings.parse(["--data-dir", "x", "--out", "y", *options])
+
+
+@pytest.mark.parametrize("stride", [32, 16])
+def test_a_resnet_of_timm_is_that_of_torchvision(tmp_path, stride):
+    """The same file gives the same features, on the same grid."""
+    theirs = PatchClassifier("resnet18", stride, 2).eval()
+    state = {k.removeprefix("features."): v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
+    torch.save(state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "resnet18.pth")
+    ours = PatchClassifier("timm/resnet18", stride, 2).eval()
+    load_weights(ours, "timm/resnet18", str(tmp_path / "resnet18.pth"))
+    images = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.features(images), theirs.features(images), rtol=1e-3, atol=1e-4)
+    assert ours.grid == theirs.grid
+    assert ours.description(224).startswith(f"stride {stride}, a grid of {224 // stride}x{224 // stride} patches")
+    assert ours.field == 435
+
+
+def test_a_cut_network_is_the_beginning_of_the_whole():
+    whole = timm.create_model("resnet18").eval()
+    cut = TimmFeatures("timm/resnet18", 2, 8).eval()
+    cut.network.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole.layer2(whole.layer1(whole.maxpool(whole.act1(whole.bn1(whole.conv1(x))))))
+        torch.testing.assert_close(cut(x), expected)
+    assert cut.channels == 128
+    assert not any("layer3" in name for name, _ in cut.named_parameters())  # all parameters get a gradient: DDP
+    model = PatchClassifier("timm/resnet18", 8, 2, cut=2)
+    assert (model.field, model.grid.step) == (99, 8)
+
+
+def test_images_are_normalized_as_the_network_was_trained():
+    features = TimmFeatures("timm/tf_efficientnet_lite0", 1, 4).eval()
+    config = timm.get_pretrained_cfg("tf_efficientnet_lite0")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    assert config.mean != MEAN and config.std != STD
+    gray = torch.randint(0, 256, (2, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        (expected,) = features.network((gray.unsqueeze(1) / 255 - mean) / std)
+        torch.testing.assert_close(features(to_input(gray)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_a_file_in_half_precision(tmp_path):
+    network = timm.create_model("test_resnet")
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    path = tmp_path / "weights.safetensors"
+    safetensors.save_file(state, path)
+    model = PatchClassifier(SMALL, 32, 2)
+    load_weights(model, SMALL, str(path))
+    loaded = model.features.network.state_dict()
+    assert all(v.dtype != torch.float16 for v in loaded.values())
+    assert torch.equal(loaded["conv1.0.weight" if "conv1.0.weight" in loaded else "conv1.weight"],
+                       state["conv1.0.weight" if "conv1.0.weight" in state else "conv1.weight"].float())  # fmt: skip
+    with pytest.raises(ValueError, match=r"does not fit timm/resnet18: \d+ of \d+ are missing, e\.g\. \["):
+        load_weights(PatchClassifier("timm/resnet18", 32, 2), "timm/resnet18", str(path))
+    with pytest.raises(ValueError, match="expected 'none', 'imagenet' or a file"):
+        load_weights(model, SMALL, "no.safetensors")
+
+
+def test_weights_of_imagenet_without_a_network(monkeypatch):
+    def offline(*arguments, **named):
+        raise OSError("no network")
+
+    model = PatchClassifier(SMALL, 32, 2)
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match=r"weights: timm/test_resnet could not be loaded \(no network\)"):
+        load_weights(model, SMALL, "imagenet")
+
+
+def test_settings_come_from_the_network():
+    assert defaults_of("timm/tf_efficientnet_lite0", None)[:2] == (32, 224)
+    args = parsed("--backbone", "timm/tf_efficientnet_lite0")
+    assert (args.output_stride, args.image_size, args.weights) == (32, 256, "imagenet")
+    assert settings.crop_side(256, 32) == 224
+    args = parsed("--backbone", SMALL, "--cut", "2", "--image-size", "64", "--weights", "none")
+    assert (args.output_stride, args.image_size, args.cut) == (8, 64, 2)
+    assert settings.config_of(args)["cut"] == 2
+    assert parsed("--backbone", "timm/resnet50", "--output-stride", "8").output_stride == 8
+    assert parsed("--backbone", "resnet50").image_size == 512
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backbone", "timm/no_such_net"], "timm has no model 'no_such_net'"),
+        (["--backbone", "timm/"], "expected timm/NAME or one of"),
+        (["--backbone", SMALL, "--cut", "9"], "--cut: timm/test_resnet has the stages 0 to 4, got 9"),
+        (["--backbone", SMALL, "--cut", "1", "--output-stride", "8"], "has 4 at this stage, got 8"),
+        (["--backbone", "local33", "--cut", "1"], "--cut: expected a backbone of timm"),
+        (["--backbone", "resnet50", "--output-stride", "4"], "--output-stride: expected 32, 16 or 8, got 4"),
+        (["--backbone", SMALL, "--output-stride", "0"], "--output-stride: expected at least 1"),
+    ],
+)
+def test_options_that_do_not_fit(options, message, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_dilated():
+    with pytest.raises(ValueError, match="cannot have an output stride of 8"):
+        TimmFeatures("timm/vgg11", None, 8)
+
+
+def test_a_run(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_dataset(data, images=24, size=64, seed=2)
+    options = [
+        "--data-dir", str(data), "--out", str(out), "--allow-missing", "--backbone", SMALL, "--weights", "none",
+        "--cut", "2", "--image-size", "64", "--batch-size", "8", "--workers", "0", "--device", "cpu",
+        "--val-fraction", "0.3",
+    ]  # fmt: skip
+    assert example.main([*options, "--epochs", "1"]) == 0
+    assert "stride 8, a grid of 8x8 patches, of which each sees" in capsys.readouterr().out
+    model, config = load_run(out, "cpu")
+    assert config["cut"] == 2
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 14, 8, 8)
+    assert example.main([*options, "--epochs", "2", "--resume"]) == 0
+    changed = [*options, "--epochs", "3", "--resume"]
+    changed[changed.index("--cut") + 1] = "1"
+    assert example.main(changed) == 2
+    assert "was trained with another" in capsys.readouterr().err
+    # a run's weights are those of another run's start
+    begun = PatchClassifier(SMALL, 8, 14, cut=2)
+    load_weights(begun, SMALL, str(out / "last.pt"))
+
+
+def test_genuine_weights(data_dir):
+    path = data_dir / "backbones" / "tf_efficientnet_lite0.fp16.safetensors"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    model = PatchClassifier("timm/tf_efficientnet_lite0", 32, 14).eval()
+    load_weights(model, "timm/tf_efficientnet_lite0", str(path))
+    stem = safetensors.load_file(path)["conv_stem.weight"].float()
+    assert torch.equal(model.features.network.conv_stem.weight, stem)
+    assert model.grid == (31.5, 32)  # padded as TensorFlow pads: the cells lie further from the upper left edge
