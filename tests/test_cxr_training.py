@@ -170,10 +170,10 @@ def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
 @needs_torchvision
 def test_weights_of_a_file(tmp_path, monkeypatch):
     import_torchvision()
-    from torchvision import models
+    from torchvision import models as theirs
 
     for name in ("resnet18", "densenet121"):
-        state = getattr(models, name)().state_dict()
+        state = getattr(theirs, name)().state_dict()
         if name == "densenet121":  # as torchvision's own file has it
             state = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in k else k: v
                      for k, v in state.items()}  # fmt: skip
