@@ -1,6 +1,7 @@
 """MNIST-Bags: a network that is told only "this bag contains a 9" learns which of the digits are the 9s.
 
-    python train_mnist_bags.py                                    SGL beside max pooling on scikit-learn's digits
+    python train_mnist_bags.py                                    the demonstration: SGL and max pooling, three seeds
+                                                                  each, on scikit-learn's digits; less than a minute
     python train_mnist_bags.py --data mnist --data-dir DIR        the same on MNIST, 300 epochs
     python train_mnist_bags.py --data mnist --data-dir DIR --loss bil --pooling mean_logits --runs 3
 
@@ -51,24 +52,20 @@ def make_model(config: Config, channels: int) -> LeNet:
     return LeNet(channels)
 
 
+#: The defaults of the demonstration on scikit-learn's digits: three seeds of two losses in less than a minute.
+DEMO = {"bags": 50, "val_bags": 20, "test_bags": 300, "epochs": 15, "batch_size": 10, "lr": 2e-3, "runs": 3}
+#: The paper's settings, for every other data set.
+PAPER = {"bags": 100, "val_bags": 100, "test_bags": 1000, "epochs": 300, "batch_size": 64, "lr": 1e-4, "runs": 1}
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        __doc__,
-        **COMMON,
-        data="digits",
-        target=9,
-        positives=0,
-        bags=100,
-        val_bags=100,
-        test_bags=1000,
-        epochs=None,
-        lr=None,
-        runs=1,
-    )
+    common = {name: value for name, value in COMMON.items() if name not in PAPER}
+    hints = {name: f"digits: {DEMO[name]}, other data: {PAPER[name]}" for name in PAPER}
+    parser = make_parser(__doc__, hints, **common, data="digits", target=9, positives=0)
     args = parser.parse_args(argv)
-    quick = args.data == "digits"
-    args.epochs = (70 if quick else 300) if args.epochs is None else args.epochs
-    args.lr = (1e-3 if quick else 1e-4) if args.lr is None else args.lr
+    for name, value in (DEMO if args.data == "digits" else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return check(parser, args)
 
 

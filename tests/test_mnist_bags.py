@@ -141,9 +141,18 @@ def test_without_loss_both_methods_and_their_comparison(tmp_path, capsys):
     assert (tmp_path / "comparison.png").exists()
     for name, loss in (("sgl", "sgl"), ("max", "bag")):
         assert json.loads((tmp_path / name / "metrics.json").read_text())["config"]["loss"] == loss
-    table = capsys.readouterr().out
-    assert "sgl" in table
-    assert "max" in table
+    printed = capsys.readouterr().out
+    assert "sgl (max) seed 0: epoch 1 of 1, loss" in printed  # a line for each epoch where the output is no terminal
+    assert "SGL against max pooling alone: bag AUC" in printed
+    for column in training.METRICS:
+        assert f"\n{column} " in printed  # what the column means
+
+
+def test_the_demonstration_has_several_seeds_and_mnist_has_the_settings_of_the_paper():
+    demo, mnist = example.parse([]), example.parse(["--data", "mnist"])
+    assert demo.runs >= 3
+    assert (mnist.bags, mnist.epochs, mnist.lr, mnist.batch_size) == (100, 300, 1e-4, 64)
+    assert example.parse(["--epochs", "7"]).epochs == 7
 
 
 @pytest.mark.parametrize("loss", ["sgl", "mmm"])

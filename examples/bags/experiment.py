@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,27 @@ DECISIVE = (
 MakeModel = Callable[[Config, int], nn.Module]
 
 
-def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options that are common to all; ``defaults`` of those that differ."""
+def make_parser(description: str, hints: Mapping[str, str] | None = None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that all commands share.
+
+    ``defaults`` are those of the command; ``hints`` describe a default that depends on another option.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
     def add(name: str, *, kind: Any = int, text: str, **more: Any) -> None:
         value = defaults.get(name.replace("-", "_"))
-        shown = "" if value is None else f" ({value:g})" if isinstance(value, float) else f" ({value})"
+        hint = (hints or {}).get(name.replace("-", "_"))
+        shown = (
+            f" ({hint})"
+            if hint
+            else ""
+            if value is None
+            else f" ({value:g})"
+            if isinstance(value, float)
+            else f" ({value})"
+        )
         parser.add_argument(f"--{name}", type=kind, default=value, help=text + shown, **more)
 
     add("data", kind=str, text="digits, mnist, cifar10, or an .npz file of x_train, y_train, x_test, y_test")
@@ -62,13 +74,9 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     add("bags", text="training bags")
     add("val-bags", text="validation bags")
     add("test-bags", text="test bags")
-    add("epochs", text="passes over the training bags" + ("" if defaults["epochs"] else " (300; of digits 70)"))
+    add("epochs", text="passes over the training bags")
     add("batch-size", text="bags in a step")
-    add(
-        "lr",
-        kind=float,
-        text="learning rate of Adam" + ("" if defaults["lr"] else ": 1e-4; of digits, to be quick, 1e-3"),
-    )
+    add("lr", kind=float, text="learning rate of Adam")
     add("weight-decay", kind=float, text="of Adam")
     add("val-every", text="validate in every N-th epoch, and in the last")
     add("loss", kind=str, choices=(*LOSSES, *AUTHORS_LOSSES), text="without it sgl, and bag with max pooling beside it")
@@ -207,14 +215,36 @@ def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, target: in
     draw_panels(panels, 2, f"Told only which bags hold a {target}: the probability of each instance", path, shown=20)
 
 
-def print_table(results: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{'':10}{'':10}" + "".join(f"{name:>12}" for name in METRICS))
+def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
+    """The figures of every method, and what the columns mean."""
+    seeds = len(next(iter(results.values()))["runs"])
+    print(f"\nTest bags, mean over {seeds} seeds (worst to best):\n" if seeds > 1 else "\nTest bags:\n")
+    print(f"{'loss':6}{'network of':16}" + "".join(f"{name:>22}" for name in METRICS))
     for name, metrics in results.items():
-        for which in ("last", "best_val"):
-            print(f"{name:10}{which:10}" + "".join(f"{metrics['mean'][which][m]:12.3f}" for m in METRICS))
-            if len(metrics["runs"]) > 1:
-                span = (f"{metrics['worst'][which][m]:.3f}-{metrics['best'][which][m]:.3f}" for m in METRICS)
-                print(f"{'':20}" + "".join(f"{s:>12}" for s in span))
+        for which, label in (("last", "last epoch"), ("best_val", "best validation")):
+            cells = []
+            for metric in METRICS:
+                cell = f"{metrics['mean'][which][metric]:.3f}"
+                if seeds > 1:
+                    cell += f" ({metrics['worst'][which][metric]:.3f}-{metrics['best'][which][metric]:.3f})"
+                cells.append(f"{cell:>22}")
+            print(f"{name:6}{label:16}" + "".join(cells))
+    print(
+        f"\nauc         area under the ROC curve of the bag labels: is there a {target} in the bag?\n"
+        f"iou         overlap of instances with p > 0.5 and the true ones (class {target}), mean over bags: where?\n"
+        "iou_pooled  the same, the instances of 64 bags taken together"
+    )
+
+
+def conclusion(results: dict[str, dict[str, Any]]) -> str:
+    """What the comparison of SGL with max pooling shows, in a sentence."""
+    sgl, baseline = (results[name]["mean"]["last"] for name in ("sgl", "max"))
+    parts = []
+    for metric, text in (("auc", "bag AUC"), ("iou_pooled", "pooled IoU")):
+        difference = sgl[metric] - baseline[metric]
+        verdict = f"{abs(difference):.2f} {'higher' if difference > 0 else 'lower'}"
+        parts.append(f"{text} {sgl[metric]:.2f} against {baseline[metric]:.2f} ({verdict})")
+    return f"SGL against max pooling alone: {', '.join(parts)}."
 
 
 def free_folder(name: str) -> Path:
@@ -260,6 +290,12 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
         return 130
     if len(models) > 1:
         compare(models, images["test"], bags["test"], args.target, out / "comparison.png")
-    print_table(results)
-    print(f"\nTest bags; the pictures and figures are in {out}/")
+    print_table(results, args.target)
+    print()
+    if len(models) > 1:
+        print(conclusion(results))
+        print(f"{out}/comparison.png shows the same test bags under both losses.")
+    print(
+        f"Figures and pictures are in {out}/. Next: train on your own data, see docs/own-loop.md and docs/own-data.md."
+    )
     return 0

@@ -158,9 +158,10 @@ def train_run(
             raise ValueError(f"resume: {checkpoint} was trained with another {', '.join(different)}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+    description = f"{config['loss']} ({config['pooling']}) seed {seed}"
     progress = tqdm(
         range(state["epoch"] + 1, config["epochs"] + 1),
-        desc=f"{config['loss']} ({config['pooling']}) seed {seed}",
+        desc=description,
         initial=state["epoch"],
         total=config["epochs"],
         disable=quiet or None,
@@ -187,6 +188,9 @@ def train_run(
                 state["best"] = {"merit": list(best_score), "epoch": epoch, "model": weights}
             progress.set_postfix(loss=f"{loss:.3f}", val_auc=f"{validation['auc']:.3f}")
         state["history"].append(row)
+        if progress.disable and not quiet:  # the output is a file or a pipe: one line for each epoch
+            validated = "" if row["val_auc"] is None else f", validation AUC {row['val_auc']:.3f}"
+            print(f"{description}: epoch {epoch} of {config['epochs']}, loss {loss:.3f}{validated}", flush=True)
         state |= {
             "epoch": epoch,
             "seconds": state["seconds"] + time.perf_counter() - start,
