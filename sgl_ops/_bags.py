@@ -6,6 +6,7 @@ whether instances lie in a dense ``(N, C, L)`` block or in packed ``(T, C)`` row
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -130,7 +131,8 @@ class DenseBags(Bags):
     def __init__(self, logits: Tensor, mask: Tensor | None):
         self.one_class = logits.dim() == 2
         self.shape = logits.shape
-        length = logits.shape[1:].numel() if self.one_class else logits.shape[2:].numel()
+        # not Size.numel(), which makes a number of a symbolic size
+        length = math.prod(logits.shape[1 if self.one_class else 2 :])
         self.instance_shape = (logits.shape[0], length)
         self.padded = length == 0  # a reduction over nothing is an error in torch: one instance that is not real
         if self.padded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def unnest(
     """(logits, offsets, features) with a jagged nested tensor taken apart into packed rows and their offsets."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    if not logits.is_nested:
+        check_dense("logits", logits)
     if features is not None:
         _check_features(features, logits)
     if not logits.is_nested:
@@ -48,7 +51,9 @@ def unnest(
 def _check_features(features: object, logits: Tensor) -> None:
     if not isinstance(features, Tensor):
         raise TypeError(f"features: expected a torch.Tensor, got {type(features).__name__}")
-    if features.is_nested and not logits.is_nested:
+    if not features.is_nested:
+        check_dense("features", features)
+    elif not logits.is_nested:
         raise ValueError("features: a nested tensor of features needs nested logits")
 
 
@@ -111,9 +116,24 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
         raise ValueError(f"targets: expected shape {allowed}, got {tuple(tshape)}{hint}")
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    """A tensor whose memory can be read: neither sparse, nor in the layout of mkldnn, nor distributed."""
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; pass {name}.to_dense()")
+    if type(value) is not Tensor and "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(value, DTensor):
+            raise TypeError(
+                f"{name}: expected the tensor of this process, got a DTensor; pass {name}.to_local() of a tensor that "
+                "is sharded by bags, with process_group= for the loss of the whole batch"
+            )
+
+
 def _check_side(name: str, value: Tensor, logits: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    check_dense(name, value)
     if value.device != logits.device:
         raise ValueError(f"{name}: expected on the logits' device {logits.device}, got {value.device}")
 

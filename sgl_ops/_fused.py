@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._bags import working_dtype
-from ._ranks import Group, all_reduce_sum, size_of
+from ._ranks import Group, all_reduce_batch, size_of
+from ._tracing import is_compiled, is_scripted
 from .pooling import (
     LinearSoftmaxPooling,
     LSEPooling,
@@ -100,6 +102,10 @@ if DEVICES:
     def _backward_fake(grad_output, logits, *rest):  # type: ignore[no-untyped-def]
         return torch.empty_like(logits)
 
+    @torch.library.register_fake("sgl_ops::check_values")
+    def _check_fake(targets, offsets, total):  # type: ignore[no-untyped-def]
+        return 0  # no value can be looked at: nothing is found wrong
+
     def _names_after(operator: OpOverload, argument: str) -> list[str]:
         names = [a.name for a in operator._schema.arguments]
         return names[names.index(argument) + 1 :]
@@ -161,21 +167,30 @@ def _operands(settings: SGLSettings, pooling: tuple[int, float], names: list[str
     ]
 
 
-def _over_ranks(saved: Tensor, sums: Tensor, group: Group, lam: float, mask_weight: float, per_bag: bool) -> Any:
-    """(total, (bag, instance, mask)) of the batch that the ranks share; sets the denominators in ``saved``."""
-    # counts are added as integers
-    counts, numbers = all_reduce_sum(sums.view(torch.int64)[:4], group), all_reduce_sum(sums[4:], group)
+def _over_ranks(
+    saved: Tensor, sums: Tensor, bag_sum: Tensor | None, group: Group, lam: float, mask_weight: float, per_bag: bool
+) -> Any:
+    """(total, (bag, instance, mask)) of the batch that the ranks share; sets the denominators in ``saved``.
+
+    ``bag_sum``: this rank's sum of the bag loss of a pooling that is not in the operator.
+    """
+    counts, numbers = sums.view(torch.int64)[:4], sums[4:]  # counts are added as integers
+    if bag_sum is not None:
+        numbers = numbers + F.pad(bag_sum.to(numbers.dtype).reshape(1), (4, 1))
+    counts, numbers = all_reduce_batch(counts, numbers, group)
     sums = torch.cat((counts.view(torch.float64), numbers))
     return _conclude(sums, saved, lam, mask_weight, per_bag, float(size_of(group)))
 
 
-def _run_forward(call: Call, settings: SGLSettings, pooling: tuple[int, float], group: Group) -> Any:
+def _run_forward(
+    call: Call, bag_sum: Tensor | None, settings: SGLSettings, pooling: tuple[int, float], group: Group
+) -> Any:
     """(total, (bag, instance, mask), what the backward needs)."""
     operands = _operands(settings, pooling, _OF_FORWARD)
     if group is None:
         return _forward(*call, *operands)
     *_, saved, sums = _forward_sums(*call, *operands)
-    return *_over_ranks(saved, sums, group, settings.lam, settings.mask_weight, settings.per_bag), saved  # type: ignore[arg-type]
+    return *_over_ranks(saved, sums, bag_sum, group, settings.lam, settings.mask_weight, settings.per_bag), saved  # type: ignore[arg-type]
 
 
 def _linked(run: Callable[..., Tensor], arguments: tuple[Any, ...], logits: Tensor, grad_output: Tensor) -> Tensor:
@@ -197,8 +212,8 @@ class _FusedSGL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, call, settings, pooling, group, with_parts):  # type: ignore[no-untyped-def]
-        total, parts, saved = _run_forward(call, settings, pooling, group)
+    def forward(ctx, logits, bag_sum, call, settings, pooling, group, with_parts):  # type: ignore[no-untyped-def]
+        total, parts, saved = _run_forward(call, bag_sum, settings, pooling, group)
         ctx.save_for_backward(logits, call.mask, call.offsets, call.pos_weight, saved)
         ctx.settings, ctx.pooling = settings, pooling
         if not with_parts:
@@ -210,10 +225,11 @@ class _FusedSGL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _grad_parts=None):  # type: ignore[no-untyped-def]
         if grad_total is None:
-            return (None,) * 6
-        logits = ctx.saved_tensors[0]
-        arguments = (grad_total, *ctx.saved_tensors, *_operands(ctx.settings, ctx.pooling, _OF_BACKWARD))
-        return _linked(_backward, arguments, logits, grad_total), None, None, None, None, None
+            return (None,) * 7
+        kept = ctx.saved_tensors
+        arguments = (grad_total, *kept, *_operands(ctx.settings, ctx.pooling, _OF_BACKWARD))
+        of_bag_sum = grad_total * kept[-1][-1, _SHARE_OF_PAIR] if ctx.needs_input_grad[1] else None
+        return _linked(_backward, arguments, kept[0], grad_total), of_bag_sum, None, None, None, None, None
 
 
 class _FusedTerms(torch.autograd.Function):
@@ -225,31 +241,73 @@ class _FusedTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, logits, targets, mask, offsets, class_weight, pos_weight, numbers, others, of_backward, per_bag, group
+        ctx,
+        logits,
+        bag_sum,
+        targets,
+        mask,
+        offsets,
+        class_weight,
+        pos_weight,
+        numbers,
+        others,
+        of_backward,
+        per_bag,
+        group,
     ):
         arguments = (numbers, logits, targets, mask, offsets, class_weight, pos_weight, *others)
         if group is None:
             _, parts, saved = _forward_numbers(*arguments)
         else:
             *_, saved, sums = _forward_sums_numbers(*arguments)
-            _, parts = _over_ranks(saved, sums, group, 1.0, 1.0, per_bag)
+            _, parts = _over_ranks(saved, sums, bag_sum, group, 1.0, 1.0, per_bag)
         ctx.save_for_backward(logits, mask, offsets, pos_weight, saved, numbers)
         ctx.of_backward = of_backward
         return parts
 
     @staticmethod
     def backward(ctx, grad_parts):  # type: ignore[no-untyped-def]
-        logits, mask, offsets, pos_weight, saved, numbers = ctx.saved_tensors
-        bag, instance, penalty = grad_parts.detach().unbind()
-        one = torch.ones_like(bag)
-        factors = {1: one, "instance": instance, "mask": penalty, "bag": bag}
-        saved = saved * torch.stack([factors[key] for key in _FACTORS])
-        arguments = (numbers, one, logits, mask, offsets, pos_weight, saved, *ctx.of_backward)
-        return _linked(_backward_numbers, arguments, logits, grad_parts), *(None,) * 10
+        kept = ctx.saved_tensors
+        of_bag_sum = grad_parts[0] * kept[4][-1, _SHARE_OF_PAIR] if ctx.needs_input_grad[1] else None
+        return _gradient_of_terms(grad_parts, kept, ctx.of_backward), of_bag_sum, *(None,) * 11
+
+
+def _gradient_of_terms(grad_parts: Tensor, kept: tuple[Tensor, ...], of_backward: tuple[Any, ...]) -> Tensor:
+    """The gradient by the logits, from that by (bag, instance, mask): each multiplies its columns of ``saved``.
+
+    ``kept``: logits, mask, offsets, pos_weight, saved, numbers. ``of_backward``: the other settings of the backward.
+    """
+    logits, mask, offsets, pos_weight, saved, numbers = kept
+    bag, instance, penalty = grad_parts.detach().unbind()
+    one = torch.ones_like(bag)
+    factors = {1: one, "instance": instance, "mask": penalty, "bag": bag}
+    saved = saved * torch.stack([factors[key] for key in _FACTORS])
+    arguments = (numbers, one, logits, mask, offsets, pos_weight, saved, *of_backward)
+    return _linked(_backward_numbers, arguments, logits, grad_parts)
+
+
+if DEVICES:
+
+    def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        numbers, logits, _, mask, offsets, _, pos_weight, *others = inputs
+        ctx.save_for_backward(logits, mask, offsets, pos_weight, output[2], numbers)
+        given = dict(zip([name for name in _OF_FORWARD if name not in _NUMBERS], others, strict=True))
+        ctx.of_backward = tuple(given[name] for name in _OF_BACKWARD if name not in _NUMBERS)
+        ctx.inputs = len(inputs)
+
+    def _differentiate(ctx: Any, _total: Tensor, grad_parts: Tensor, _saved: Tensor) -> tuple[Tensor | None, ...]:
+        """The terms alone have a derivative: this operator is called where nothing else of it is used."""
+        grad = _gradient_of_terms(grad_parts, ctx.saved_tensors, ctx.of_backward)
+        return None, grad, *(None,) * (ctx.inputs - 2)
+
+    torch.library.register_autograd("sgl_ops::sgl_forward_numbers", _differentiate, setup_context=_keep)
 
 
 #: The term whose gradient multiplies each column of ``saved``: enum Column in csrc/batch.h.
 _FACTORS = (1, 1, 1, 1, "instance", "instance", "instance", "mask", "bag", 1, 1)
+
+#: The column of the last row of ``saved`` with the factor of the mean over pairs: kShareBagClass in csrc/batch.h.
+_SHARE_OF_PAIR = 3
 
 
 class _Once(torch.autograd.Function):
@@ -269,24 +327,35 @@ class _Once(torch.autograd.Function):
 
 
 def fused_terms(
-    call: Call, settings: SGLSettings, pooling: tuple[int, float], group: Group, with_parts: bool
+    call: Call,
+    bag_sum: Tensor | None,
+    settings: SGLSettings,
+    pooling: tuple[int, float],
+    group: Group,
+    with_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(total, (bag, instance, mask) detached) by the fused operator; the terms are None unless ``with_parts``.
 
-    ``pooling``: code and parameter, from :func:`code_of`.
+    Args:
+        call: the tensors.
+        bag_sum: with ``group``: the sum over the pairs of this rank of the bag loss, of a pooling that is not in the
+            operator.
+        pooling: code and parameter, from :func:`code_of`.
     """
-    if settings.has_tensor_weights or (torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()):
-        parts = _terms_by_numbers(call, settings, pooling, group)
+    if settings.has_tensor_weights or is_scripted() or is_compiled():
+        parts = _terms_by_numbers(call, bag_sum, settings, pooling, group)
         return settings.total(*parts.unbind()), parts.detach()
     logits = call.logits
-    if logits.requires_grad and torch.is_grad_enabled():
-        result = _FusedSGL.apply(logits, call, settings, pooling, group, with_parts)  # type: ignore[no-untyped-call]
+    if (logits.requires_grad or (bag_sum is not None and bag_sum.requires_grad)) and torch.is_grad_enabled():
+        result = _FusedSGL.apply(logits, bag_sum, call, settings, pooling, group, with_parts)  # type: ignore[no-untyped-call]
         return result if with_parts else (result, None)
-    total, parts, _ = _run_forward(call, settings, pooling, group)
+    total, parts, _ = _run_forward(call, bag_sum, settings, pooling, group)
     return total, parts
 
 
-def _terms_by_numbers(call: Call, settings: SGLSettings, pooling: tuple[int, float], group: Group) -> Tensor:
+def _terms_by_numbers(
+    call: Call, bag_sum: Tensor | None, settings: SGLSettings, pooling: tuple[int, float], group: Group
+) -> Tensor:
     """(bag, instance, mask), each with its gradient; one graph of torch.compile serves all values of the settings."""
     constant = {"lam": 1.0, "mask_weight": 1.0, "pooling_param": pooling[1]}
     values = [constant[name] if name in constant else getattr(settings, name) for name in _NUMBERS]
@@ -297,4 +366,7 @@ def _terms_by_numbers(call: Call, settings: SGLSettings, pooling: tuple[int, flo
         tuple(_operands(settings, pooling, [name for name in names if name not in _NUMBERS]))
         for names in (_OF_FORWARD, _OF_BACKWARD)
     )
-    return _FusedTerms.apply(*call, numbers, others, of_backward, settings.per_bag, group)  # type: ignore[no-untyped-call, no-any-return]
+    if is_scripted() and group is None:
+        # torch.jit.trace records the operator with its gradient, but not an autograd.Function with its gradient
+        return _forward_numbers(numbers, *call, *others)[1]  # type: ignore[no-any-return]
+    return _FusedTerms.apply(call.logits, bag_sum, *call[1:], numbers, others, of_backward, settings.per_bag, group)  # type: ignore[no-untyped-call, no-any-return]

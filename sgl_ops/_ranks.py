@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     Group: TypeAlias = ProcessGroup | None
 else:
     Group: TypeAlias = Any  # torch may be built without
+
+_is_batched = getattr(getattr(torch._C, "_functorch", None), "is_batchedtensor", lambda tensor: False)
 
 
 def check_group(group: Group) -> None:
@@ -31,9 +34,31 @@ def all_reduce_sum(count: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of a number that no gradient flows through."""
     if group is None:
         return count
+    if _is_batched(count):
+        raise ValueError("process_group: not supported under torch.func.vmap, where each rank has many losses")
     count = count.clone()
     dist.all_reduce(count, group=group)
     return count
+
+
+def all_reduce_batch(counts: Tensor, numbers: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The sums over the ranks of what a loss is made of: struct Batch in csrc/batch.h.
+
+    Every loss calls this function exactly once, on every path. So the ranks of a group run the same two collectives in
+    the same order, with the same shapes and dtypes, also where one rank takes the operator and another the reference.
+
+    Args:
+        counts: (4,) int64: pairs that take part, and instances in each part.
+        numbers: (6,), sums: instance loss of each part, instance loss by pairs, bag loss, penalty on the mask. The
+            gradient is world_size times that of the own share.
+    """
+    if group is None:
+        return counts, numbers
+    counts = all_reduce_sum(counts, group)
+    shares = numbers.to(torch.float64)
+    if torch.compiler.is_compiling():
+        shares = shares + 0.0 * counts.sum()  # a compiler must not change the order of the two
+    return counts, all_reduce_with_grad(shares, group).to(numbers.dtype)
 
 
 def all_reduce_with_grad(share: Tensor, group: Group) -> Tensor:

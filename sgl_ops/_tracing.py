@@ -23,12 +23,22 @@ def is_transformed() -> bool:
         return False
 
 
+def is_compiled() -> bool:
+    """Whether torch.compile reads the call, which makes a new graph for a new number in some places."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def is_scripted() -> bool:
+    """Whether torch.jit.trace records the call."""
+    return _tracing_state() is not None
+
+
 def is_traced(tensor: Tensor) -> bool:
     """Whether a tracer records the call, so that the values of tensors are unknown or must not enter the program.
 
     The tracers: torch.compile, torch.export, torch.jit.trace, make_fx, aot_function, and FakeTensorMode.
     """
-    if torch.compiler.is_compiling() or _tracing_state() is not None:
+    if torch.compiler.is_compiling() or is_scripted():
         return True
     if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
         from torch._subclasses.fake_tensor import FakeTensor

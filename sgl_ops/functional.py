@@ -187,12 +187,14 @@ def sgl_total_and_terms(
         # two gradients meet in the logits, and their sum is to be rounded once, to the dtype that was given
         logits = logits.to(working_dtype(logits.dtype))
     call = _fused.Call(logits, targets, mask, offsets, class_weight, pos_weight)
-    total, parts = _fused.fused_terms(call, settings, (code, parameter), group, with_parts)
+    bag_sum = bag = None
     if code == _fused.EXTERNAL:
-        bag = reference.bag_loss(
-            logits, targets, mask, offsets, features, pooling=module, class_weight=class_weight, pos_weight=pos_weight,
-            group=group,
-        )  # fmt: skip
+        instances = reference.read(logits, targets, mask, offsets)
+        bag_sum = reference.bag_sum(instances, module, mask, offsets, features, class_weight, pos_weight)
+        if group is None:
+            bag, bag_sum = reference.mean_over_pairs(instances, bag_sum), None
+    total, parts = _fused.fused_terms(call, bag_sum, settings, (code, parameter), group, with_parts)
+    if bag is not None:
         total = total + bag
         if parts is not None:
             parts = torch.cat((bag.detach().reshape(1), parts[1:]))

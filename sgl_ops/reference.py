@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._bags import Bags, bags_of, working_dtype
-from ._ranks import Group, all_reduce_sum, all_reduce_with_grad
+from ._ranks import Group, all_reduce_batch
 from .pooling import MaxPooling, MeanPooling, MinPooling
 from .settings import SGLSettings
 
@@ -26,7 +26,7 @@ class Labels(NamedTuple):
     takes_part: Tensor  # bool: the label is known and the bag has an instance
     positive: Tensor  # bool, among those
     y: Tensor  # 0 or 1 as a number, 0 for what does not take part
-    participants: Tensor  # (), how many take part, on all ranks
+    participants: Tensor  # (), how many take part
 
 
 class Guidance(NamedTuple):
@@ -50,19 +50,19 @@ class Instances(NamedTuple):
 def read(
     logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None, group: Group = None
 ) -> Instances:
-    """With a ``group`` every mean below is this rank's share of the mean over all ranks."""
+    """The instances of a call whose arguments are valid."""
     bags = bags_of(logits, mask, offsets)
-    labels = _labels(bags, targets, working_dtype(logits.dtype), group)
+    labels = _labels(bags, targets, working_dtype(logits.dtype))
     # what takes no part is left out before any arithmetic: 0 * NaN is NaN
     x = torch.where(bags.expand_to_instances(labels.takes_part), bags.instances(logits), 0.0)
     return Instances(bags, labels, group, bags.propagate_nonfinite(x))
 
 
-def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype, group: Group) -> Labels:
+def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype) -> Labels:
     targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     takes_part = (targets == targets) & (bags.size > 0)
     positive = takes_part & (targets != 0)
-    return Labels(takes_part, positive, positive.to(dtype), all_reduce_sum(takes_part.sum(), group))
+    return Labels(takes_part, positive, positive.to(dtype), takes_part.sum())
 
 
 def bce(x: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
@@ -109,7 +109,7 @@ def guide(instances: Instances, settings: SGLSettings) -> Guidance:
     return Guidance(ternary.to(x.dtype), part, alpha, weight)
 
 
-def bag_term(
+def bag_sum(
     instances: Instances,
     pooling: nn.Module,
     mask: Tensor | None,
@@ -118,9 +118,9 @@ def bag_term(
     class_weight: Tensor | None,
     pos_weight: Tensor | None,
 ) -> Tensor:
-    """L_bag (Eq. 3, 4): mean over the bag-classes that take part of BCE(P, y)."""
+    """Sum of BCE(P, y) (Eq. 3) over the pairs of a bag and a class that take part."""
     z = pooled(instances, pooling, mask, offsets, features)
-    return mean_over_bag_classes(instances, bce(z, instances.labels.y, pos_weight), class_weight)
+    return sum_over_pairs(instances, bce(z, instances.labels.y, pos_weight), class_weight)
 
 
 def pooled(
@@ -139,39 +139,46 @@ def pooled(
     return torch.where(labels.takes_part, z.reshape(labels.y.shape), 0.0)
 
 
-def mean_over_bag_classes(instances: Instances, loss: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Mean over the bag-classes that take part of ``loss`` (N, C); class weights leave the denominator alone."""
-    labels = instances.labels
+def sum_over_pairs(instances: Instances, loss: Tensor, class_weight: Tensor | None = None) -> Tensor:
+    """Sum of ``loss`` (N, C), weighted by class, over the pairs of a bag and a class that take part."""
     weighted = loss if class_weight is None else class_weight * loss
-    return torch.where(labels.takes_part, weighted, 0.0).sum() / labels.participants.clamp(min=1)
+    return torch.where(instances.labels.takes_part, weighted, 0.0).sum()
 
 
-def instance_term(
-    instances: Instances,
-    guidance: Guidance,
-    normalize: str,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-) -> Tensor:
-    """L_inst (Eq. 8): weighted BCE against the ternary targets, each of the three parts normalized by its own count."""
+def mean_over_pairs(instances: Instances, total: Tensor) -> Tensor:
+    """The mean from the sum ``total`` of this rank: over the pairs of a bag and a class of all ranks."""
+    counts = F.pad(instances.labels.participants.reshape(1), (0, 3))
+    counts, numbers = all_reduce_batch(counts, F.pad(total.reshape(1), (4, 1)), instances.group)
+    return numbers[4] / counts[0].clamp(min=1)
+
+
+class InstanceSums(NamedTuple):
+    """What the instance loss is made of, each in the order negative, ambiguous, positive."""
+
+    counts: Tensor  # (3,): instances of each part
+    losses: Tensor  # (3,): sum of the loss over the instances of each part
+    per_bag: Tensor  # (): sum over the pairs and the parts of the mean loss in the part
+
+
+def instance_sums(
+    instances: Instances, guidance: Guidance, class_weight: Tensor | None, pos_weight: Tensor | None
+) -> InstanceSums:
+    """Weighted BCE against the ternary targets, w BCE(p, M) (Eq. 7)."""
     bags, x = instances.bags, instances.x
     loss = bce(x, guidance.targets, None if pos_weight is None else bags.per_class(pos_weight))
-    total = x.new_zeros(())
+    counts, losses, per_bag = [], [], x.new_zeros(())
     for part in (NEGATIVE, AMBIGUOUS, POSITIVE):
         inside = guidance.part == part
         loss_sum = guidance.weight * bags.sum(torch.where(inside, loss, 0.0))
-        loss_sum = torch.where(instances.labels.takes_part, loss_sum, 0.0)
         number = bags.count(inside)
-        if normalize == "batch":
-            loss_sum = loss_sum if class_weight is None else class_weight * loss_sum
-            total = total + loss_sum.sum() / all_reduce_sum(number.sum(), instances.group).clamp(min=1)
-        else:
-            total = total + mean_over_bag_classes(instances, loss_sum / number.clamp(min=1), class_weight)
-    return total
+        counts.append(number.sum())
+        losses.append(sum_over_pairs(instances, loss_sum, class_weight))
+        per_bag = per_bag + sum_over_pairs(instances, loss_sum / number.clamp(min=1), class_weight)
+    return InstanceSums(torch.stack(counts), torch.stack(losses), per_bag)
 
 
-def mask_term(instances: Instances, guidance: Guidance, class_weight: Tensor | None) -> Tensor:
-    """L_mask (Sec. 3.3): mean over the bag-classes of sqrt(mean (p [M > 0])^2).
+def mask_sum(instances: Instances, guidance: Guidance, class_weight: Tensor | None) -> Tensor:
+    """Sum over the pairs of sqrt(mean (p [M > 0])^2), for L_mask (Sec. 3.3).
 
     In log space: where p^2 underflows, the root of 0 would have an infinite gradient.
     """
@@ -180,7 +187,7 @@ def mask_term(instances: Instances, guidance: Guidance, class_weight: Tensor | N
     log_n = torch.log(bags.size.clamp(min=1).to(instances.x.dtype))
     log_root = (bags.logsumexp(2 * F.logsigmoid(instances.x), kept) - log_n) / 2
     root = torch.where(bags.count(kept) > 0, torch.exp(log_root), 0.0)
-    return mean_over_bag_classes(instances, root, class_weight)
+    return sum_over_pairs(instances, root, class_weight)
 
 
 class Terms(NamedTuple):
@@ -206,12 +213,15 @@ def sgl_terms(
 ) -> Terms:
     instances = read(logits, targets, mask, offsets, group)
     guidance = guide(instances, settings)
-    terms = (
-        bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight),
-        instance_term(instances, guidance, settings.normalize, class_weight, pos_weight),
-        mask_term(instances, guidance, class_weight),
-    )
-    return Terms(*all_reduce_with_grad(torch.stack(terms), group).unbind()) if group else Terms(*terms)
+    sums = instance_sums(instances, guidance, class_weight, pos_weight)
+    bag = bag_sum(instances, pooling, mask, offsets, features, class_weight, pos_weight)
+    penalty = mask_sum(instances, guidance, class_weight)
+    counts = torch.cat((instances.labels.participants.reshape(1), sums.counts))
+    numbers = torch.cat((sums.losses, torch.stack((sums.per_bag, bag, penalty))))
+    counts, numbers = all_reduce_batch(counts, numbers, group)
+    pairs, counts = counts[0].clamp(min=1), counts[1:].clamp(min=1)
+    instance = numbers[3] / pairs if settings.per_bag else (numbers[:3] / counts).sum()
+    return Terms(numbers[4] / pairs, instance, numbers[5] / pairs)
 
 
 def bil_loss(
@@ -231,9 +241,7 @@ def bil_loss(
     instance = bags.mean(bce(x, pseudo))
     bag = bce(pooled(instances, pooling, mask, offsets, features), labels.y)
     positive = bag + (bag.detach() - instance) ** 2
-    return all_reduce_with_grad(
-        mean_over_bag_classes(instances, torch.where(labels.positive, positive, instance)), group
-    )
+    return mean_over_pairs(instances, sum_over_pairs(instances, torch.where(labels.positive, positive, instance)))
 
 
 def bag_loss(
@@ -250,7 +258,8 @@ def bag_loss(
 ) -> Tensor:
     """L_bag with its gradient, of all ranks."""
     instances = read(logits, targets, mask, offsets, group)
-    return all_reduce_with_grad(bag_term(instances, pooling, mask, offsets, features, class_weight, pos_weight), group)
+    total = bag_sum(instances, pooling, mask, offsets, features, class_weight, pos_weight)
+    return mean_over_pairs(instances, total)
 
 
 def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None, *, group: Group) -> Tensor:
@@ -260,4 +269,4 @@ def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tens
     loss = torch.zeros_like(y)
     for pooling, target in ((MaxPooling(), y), (MinPooling(), torch.zeros_like(y)), (MeanPooling(), y / 2)):
         loss = loss + bce(pooled(instances, pooling, mask, offsets, None), target) / 3
-    return all_reduce_with_grad(mean_over_bag_classes(instances, loss), group)
+    return mean_over_pairs(instances, sum_over_pairs(instances, loss))
