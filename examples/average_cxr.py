@@ -8,7 +8,6 @@ pointing game are without. What needs no network, and the ceiling of the grid, o
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -16,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from common.options import make_parser
 
 T_IOU = ("0.1", "0.3", "0.5")
 HEADER = ["network", "seeds", "AUC", *(f"IoU > {t}" for t in T_IOU), f"MaxBoxAcc {T_IOU[1]}", "pointing game"]
@@ -72,14 +73,16 @@ def table_of(paths: Iterable[Path]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="NAME_SEED.json")
+    parser = make_parser(__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="NAME_SEED.json", help="metrics.json of a run")
     args = parser.parse_args(argv)
     try:
         print(table_of(args.files))
     except (OSError, ValueError, KeyError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
+    # to stderr: the table may go into a file
+    print("\nnext: the boxes of each run are in its report.html", file=sys.stderr)
     return 0
 
 

@@ -4,6 +4,8 @@
     python check_cxr.py --data-dir DIR --decode           the same, and every image is decoded
     python check_cxr.py --data-dir DIR --tables OTHER     resized copies, with the tables elsewhere
 
+The last line is "ok", or says what is wrong.
+
 Exit status: 0, training may start; 1, images are missing or broken; 2, the tables or the folder cannot be used.
 """
 
@@ -12,22 +14,29 @@ from __future__ import annotations
 import argparse
 import sys
 
-from common.options import path_of
-from images.check import inspect
+from common.options import make_parser, next_step
+from images.options import add_data_options
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_data_options(parser, required=True)
+    add = parser.add_argument_group("check").add_argument
+    add("--list-missing", action="store_true", help="name all images that are not there")
+    add("--decode", action="store_true", help="decode every image, not some")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=path_of, required=True, help="folder with the images, and the tables")
-    parser.add_argument("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
-    parser.add_argument("--allow-missing", action="store_true", help="images that are not there are no fault")
-    parser.add_argument("--list-missing", action="store_true", help="name them all")
-    parser.add_argument("--decode", action="store_true", help="decode every image, not some")
-    args = parser.parse_args(argv)
+    args = parse(argv)
+    from images.check import inspect
+
     try:
         found = inspect(args.data_dir, args.tables, args.decode)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if args.tables is None and args.data_dir.is_dir() and not list(args.data_dir.glob("*.csv")):
+            print(f"{args.data_dir} has no table (*.csv): --tables names the folder that has them", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -36,9 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.list_missing:
         print("\nmissing:", *found.index.missing, sep="\n")
     missing = bool(found.index.missing) and not args.allow_missing
+    wrong = [f"{len(found.broken)} images cannot be read"] if found.broken else []
     if missing:
-        print("\nimages are missing; --allow-missing, of this command and of train_cxr.py, goes on without them")
-    return int(missing or bool(found.broken))
+        count = len(found.index.missing)
+        wrong.append(f"{count} images are missing (--allow-missing, here and in train_cxr.py, leaves them out)")
+    if wrong:
+        print(f"\nwrong: {'; '.join(wrong)}")
+        return 1
+    options = [f"--tables {args.tables}"] if args.tables else []
+    options += ["--allow-missing"] if args.allow_missing else []
+    next_step(" ".join(["python train_cxr.py --data-dir", str(args.data_dir), *options, "--out RUN"]))
+    print("ok")
+    return 0
 
 
 if __name__ == "__main__":

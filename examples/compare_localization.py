@@ -23,16 +23,17 @@ import json
 import sys
 from pathlib import Path
 
+from common.files import naming
+from common.options import make_parser, message_of, next_step
 from common.workers import compute_in_workers
-from localization.comparison import FIELDS, SEEDS, T_P, Run, compute, rows_of
-from localization.tables import collect, draw_maps, tables_of, write_numbers
+from localization.rows import FIELDS, SEEDS, T_P, Run, rows_of
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("runs").add_argument
     add("--rows", nargs="+", default=list(FIELDS), metavar="ROW", help="as above (17 33 65: all 27)")
-    add("--seeds", nargs="+", type=int, default=list(SEEDS), help=f"({' '.join(map(str, SEEDS))})")
+    add("--seeds", nargs="+", type=int, default=list(SEEDS), help=f"seeds of every row ({' '.join(map(str, SEEDS))})")
     add("--workers", type=int, default=1, help="runs at once, a core each (1)")
     add("--out", type=Path, default=Path("runs", "localization"), help="folder of the files (runs/localization)")
     add("--draw-only", action="store_true", help="train nothing")
@@ -48,6 +49,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
     """Those that are missing, in the order in which they are asked for, a seed of all rows after the other."""
+    from localization.comparison import compute
+
     args.out.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not (args.out / run.file).exists()]
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
@@ -64,23 +67,27 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    from localization.tables import collect, draw_maps, tables_of, write_numbers
+
     try:
-        collect(args.out)  # what is there and does not fit is told before anything is computed
+        collect(args.out)  # a file that does not fit is an error before anything is computed
         if not args.draw_only:
             compute_all([Run(row, seed) for row in args.rows for seed in args.seeds], args)
         found = collect(args.out)
         if not found:
             raise ValueError(f"out: there is no run in {args.out}")
-        (args.out / "localization.md").write_text(tables_of(found) + "\n")
+        with naming(args.out / "localization.md"):
+            (args.out / "localization.md").write_text(tables_of(found) + "\n")
         write_numbers(found, args.out / "localization.csv")
         draw_maps(found, args.out / "localization.png")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
     print((args.out / "localization.md").read_text())
+    next_step(f"open {args.out / 'localization.png'}")
     return 0
 
 

@@ -19,18 +19,14 @@ import argparse
 import sys
 
 from common.choices import UPSAMPLING
-from common.options import default_device, device_name, message_of, path_of
+from common.options import default_device, device_name, make_parser, message_of, next_step, path_of
+from images.options import add_data_options
 from images.thresholds import RASTERS, map_threshold, probability
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument_group("data").add_argument
-    add("--data-dir", type=path_of, required=True, help="folder of the images")
-    add("--tables", type=path_of, help="folder of the tables (--data-dir)")
-    add("--allow-missing", action="store_true", help="leave out images that the tables have and the disk has not")
+    parser = make_parser(__doc__)
+    add = add_data_options(parser, required=True).add_argument
     add("--cache", type=path_of, help="folder of decoded images, as of train_cxr.py")
     add = parser.add_argument_group("networks").add_argument
     add(
@@ -131,7 +127,7 @@ def localize(args: argparse.Namespace) -> None:
     sentences = write_report(runs, truth, args, args.out / "report.html")
     print_table(runs, truth.official)
     print("\n" + "\n".join(sentences))
-    print(f"\nnext: open {args.out / 'report.html'} in a browser")
+    next_step(f"open {args.out / 'report.html'} in a browser")
 
 
 if __name__ == "__main__":

@@ -11,24 +11,33 @@ from __future__ import annotations
 import argparse
 import sys
 
-from common.options import path_of
-from images.nih import BOX_SIDE, CLASSES
-from images.synthetic_set import write_dataset
+from common.options import make_parser, next_step, path_of
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=path_of, required=True, help="an empty folder, or one to make")
-    parser.add_argument("--images", type=int, default=2000, help="how many, or up to seven more (2000)")
-    parser.add_argument("--size", type=int, default=BOX_SIDE, help="width and height of the images (1024)")
-    parser.add_argument("--seed", type=int, default=0, help="another one draws another data set (0)")
-    parser.add_argument("--layout", choices=("twelve", "one", "flat"), default="twelve", help="of the folders (twelve)")
-    parser.add_argument("--workers", type=int, default=1, help="threads (1)")
-    parser.add_argument("--findings", nargs="+", choices=CLASSES, default=CLASSES, help="draw only these (all 14)")
-    parser.add_argument("--rate", type=float, default=1.0, help="how often, of what is usual (1)")
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    from images.nih import CLASSES
+
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("files").add_argument
+    add("--out", type=path_of, required=True, help="an empty folder, or one to make")
+    add("--layout", choices=("twelve", "one", "flat"), default="twelve", help="of the folders (twelve)")
+    add("--workers", type=int, default=1, help="threads (1)")
+    add = parser.add_argument_group("images").add_argument
+    add("--images", type=int, default=2000, help="number of images; up to seven more are drawn (2000)")
+    add("--size", type=int, default=1024, help="width and height of the images in pixels (1024)")
+    add("--seed", type=int, default=0, help="another seed draws another data set (0)")
+    add("--findings", nargs="+", choices=CLASSES, default=CLASSES, help="draw only these (all 14)")
+    add("--rate", type=float, default=1.0, help="factor of the frequency of the findings (1)")
     args = parser.parse_args(argv)
     if args.images < 1 or args.size < 32 or args.workers < 1 or args.seed < 0 or not args.rate > 0:
         parser.error("--images, --workers: at least 1; --size: at least 32; --seed: at least 0; --rate: more than 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from images.synthetic_set import write_dataset
+
     try:
         plans = write_dataset(
             args.out, args.images, args.size, args.seed, args.layout, args.workers, args.findings, args.rate
@@ -40,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nstopped; {args.out} holds a part of a data set, and has to be removed", file=sys.stderr)
         return 130
     print(f"{len(plans)} images of {plans[-1].patient} patients are in {args.out}")
+    next_step(f"python check_cxr.py --data-dir {args.out}")
     return 0
 
 

@@ -26,22 +26,17 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
 import train_cifar10_bags
 import train_mnist_bags
-from bags.drawing import Bags
-from bags.experiment import bags_of, numbers_to_show, pictures_of
-from bags.instances import Instances, load_instances
-from bags.plots import draw_bags
-from bags.training import instance_logits, train_run
 from common.choices import Config
-from common.environment import commit, machine
-from common.files import write_json
-from common.workers import compute_in_workers
-from tqdm import tqdm
+from common.options import default_device, device_name, make_parser, message_of, next_step
+
+if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
+    import torch
+    from bags.drawing import Bags
+    from bags.instances import Instances
 
 #: name: (label, what train_mnist_bags.py is told). The means are the authors': of logits.
 METHODS = {
@@ -133,9 +128,9 @@ class Run(NamedTuple):
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--figure", choices=[*FIGURES, "queue"], required=True)
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("figure").add_argument
+    add("--figure", choices=[*FIGURES, "queue"], required=True, help="what is computed and drawn")
     add(
         "--data",
         help="mnist, digits, cifar10, or an .npz file (train_mnist_bags.py --help) (mnist; 6: cifar10)",
@@ -146,10 +141,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bags", nargs="+", type=int, help=f"training bags ({' '.join(map(str, BAGS))}; 5b: 150; 6: 2500)")
     add("--positives", nargs="+", type=int, help="6: instances of the target class in a positive bag (1 2 5 10 20)")
     add("--seeds", type=int, help="runs of everything (10; 5b: 1; 6: 5)")
-    add("--epochs", type=int, help="(300; 6: 50)")
+    add("--epochs", type=int, help="passes over the training bags (300; 6: 50)")
     add("--quick", action="store_true", help="a coarse version: small bags and few of them, 1 seed, few epochs")
+    add = parser.add_argument_group("run").add_argument
     add("--workers", type=int, default=0, help="runs at once (a core each; on a GPU 1)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device_name, help="cpu or cuda (cuda where there is a GPU)")
     add("--out", type=Path, help="folder of the files (runs/figures, runs/figures_quick)")
     add("--draw-only", action="store_true", help="compute nothing")
     add(
@@ -159,6 +155,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="last: more for the training command, as --options --stem imagenet --lr 1e-3",
     )
     args = parser.parse_args(argv)
+    args.device = args.device or default_device()
     if args.figure == "queue" and any((args.methods, args.sizes, args.bags, args.seeds, args.quick, args.options)):
         parser.error(
             "--figure queue: --methods, --sizes, --bags, --seeds, --quick and --options are those of its figures"
@@ -206,6 +203,12 @@ def config_of(run: Run, args: argparse.Namespace) -> Config:
 
 def compute(run: Run, args: argparse.Namespace) -> Path:
     """Train, test, and write the run's file; from the last full epoch on where it was interrupted."""
+    import torch
+    from bags.experiment import bags_of, numbers_to_show
+    from bags.training import train_run
+    from common.environment import commit, machine
+    from common.files import write_json
+
     if args.device == "cpu":
         torch.set_num_threads(1)  # as many runs at once as there are cores
     config = config_of(run, args)
@@ -240,11 +243,16 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
 @functools.lru_cache(maxsize=1)
 def loaded(data: str, data_dir: str) -> Instances:
     """The instances; a process that computes several runs loads them once."""
+    from bags.instances import load_instances
+
     return load_instances(data, data_dir)
 
 
 def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int) -> dict[str, Any]:
     """What Figure 5b needs of test bag ``number``, of the network of the last epoch."""
+    import torch
+    from bags.training import instance_logits
+
     inside = slice(int(bags.offsets[number]), int(bags.offsets[number + 1]))
     probability = torch.sigmoid(instance_logits(model, images, bags.index[inside]))
     return {
@@ -267,6 +275,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
     """Those that are missing: the runs of the queue in its order; else seed by seed, cheap ones first."""
+    from bags.instances import load_instances
+    from common.workers import compute_in_workers
+    from tqdm import tqdm
+
     args.out.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if not (args.out / f"{run.name}.json").exists()]
     if args.figure != "queue":
@@ -329,6 +341,8 @@ def values_of(found: dict[Run, dict[str, Any]], metric: str, **point: Any) -> li
 
 def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """A row for each metric, a column for each size; lines are means, bands reach from the worst seed to the best."""
+    import numpy as np
+    from common.files import naming
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -364,12 +378,18 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
     figure.legend([lines[label] for label in labels], labels, loc="outside right upper", frameon=False)
     paths = [args.out / f"figure{args.figure}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        figure.savefig(path)
+        with naming(path):
+            figure.savefig(path)
     return paths
 
 
 def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """Figure 5b: the first test bags, and beside each other what the methods say of them."""
+    import numpy as np
+    from bags.experiment import pictures_of
+    from bags.instances import load_instances
+    from bags.plots import draw_bags
+
     (size, *_), (bags, *_) = args.sizes, args.bags
     contents = {run.method: content for run, content in found.items() if run[1:4] == (size, bags, 0)}
     if not contents:
@@ -394,6 +414,9 @@ def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) ->
 
 def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """Means, worst and best of every point, as Markdown for people and as CSV for machines."""
+    import numpy as np
+    from common.files import naming
+
     axis, axis_title = X_AXIS[args.figure]
     lines = [
         f"| bags of | {axis_title} | loss | seeds | " + " | ".join(METRICS.values()) + " |",
@@ -415,8 +438,9 @@ def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> 
             lines.append("| " + " | ".join(cells) + " |")
             rows.append({name: round(float(v), 4) if isinstance(v, float) else v for name, v in row.items()})
     table, numbers = (args.out / f"figure{args.figure}.{kind}" for kind in ("md", "csv"))
-    table.write_text("\n".join(lines) + "\n")
-    with numbers.open("w", newline="") as file:
+    with naming(table):
+        table.write_text("\n".join(lines) + "\n")
+    with naming(numbers), numbers.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -439,19 +463,21 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"out: there is no run of figure {args.figure} in {args.out}")
         if args.figure == "queue":
             print(f"{len(found)} of {len(runs)} runs of the queue are in {args.out}")
+            next_step(f"python reproduce_figures.py --figure 4 --data-dir {args.data_dir} --out {args.out} --draw-only")
             return 0
         if args.figure == "5b":
             paths = draw_examples(found, args)
         else:
             paths = [*draw(found, args), *write_tables(found, args)]
             print((args.out / f"figure{args.figure}.md").read_text())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
     print("written:", ", ".join(map(str, paths)))
+    next_step(f"open {paths[0]}")
     return 0
 
 

@@ -15,42 +15,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from bags import experiment
-from bags.experiment import COMMON, DECISIVE, check, make_parser, run
-from common.choices import Config
-from common.import_torchvision import import_torchvision
-from torch import Tensor, nn
+from bags import options
+from bags.options import COMMON, DECISIVE, check, make_parser
 
-
-class ResNet18(nn.Module):
-    """torchvision's ResNet-18 with one logit per image (n, channels, 32, 32), trained from nothing.
-
-    ``stem="cifar"``: a 3x3 convolution of stride 1 in place of the 7x7 of stride 2 and its pooling, which leave of
-    32x32 only 8x8; ``"imagenet"``: as it is. ``bf16``: the network under autocast; the logits are float32.
-    """
-
-    def __init__(self, channels: int = 3, stem: str = "cifar", bf16: bool = False):
-        super().__init__()
-        self.bf16 = bf16
-        import_torchvision()
-        from torchvision.models import resnet18
-
-        self.network = resnet18(num_classes=1)
-        if stem == "cifar":
-            self.network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-            self.network.maxpool = nn.Identity()
-        elif channels != 3:
-            self.network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(x.contiguous(memory_format=torch.channels_last)).float()
+if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
+    from bags.networks import ResNet18
+    from common.choices import Config
 
 
 def make_model(config: Config, channels: int) -> ResNet18:
+    from bags.networks import ResNet18
+
     return ResNet18(channels, config["stem"], config["bf16"])
 
 
@@ -68,17 +45,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         lr=1e-4,
         runs=5,
     )
-    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers (cifar)")
-    parser.add_argument("--bf16", action="store_true", help="the network in bfloat16 where autocast allows it")
+    add = parser.add_argument_group("network").add_argument
+    add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers (cifar)")
+    add("--bf16", action="store_true", help="the network in bfloat16 where autocast allows it")
     return check(parser, parser.parse_args(argv))
 
 
 def configs_of(args: argparse.Namespace) -> dict[str, Config]:
-    return experiment.configs_of(args, (*DECISIVE, "stem", "bf16"))
+    return options.configs_of(args, (*DECISIVE, "stem", "bf16"))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    from bags.experiment import run
+
     return run("cifar10_bags", args, configs_of(args), make_model)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.interrupt import Interrupt
-from common.options import message_of
+from common.options import message_of, next_step
 from images.options import config_of, parse
 from tqdm import tqdm
 
@@ -142,6 +142,15 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
                 folder.keep(training, row, better)
 
 
+def following(args: argparse.Namespace) -> str:
+    """What to do after a training."""
+    if args.dry_run:
+        return "the same command without --dry-run"
+    options = [f"--tables {args.tables}"] if args.tables else []
+    options += ["--allow-missing"] if args.allow_missing else []
+    return " ".join([f"python localize_cxr.py --run {args.out} --data-dir {args.data_dir}", *options])
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv, __doc__)
     Interrupt.listen()
@@ -154,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
 
                 return demonstrate(args, processes, train)
             train(args, config_of(args), processes)
+            if processes.first:
+                next_step(following(args))
     except (Exception, KeyboardInterrupt) as error:
         if not Interrupt.came and not isinstance(error, KeyboardInterrupt):
             if not isinstance(error, (ValueError, OSError)):

@@ -13,42 +13,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from bags.experiment import COMMON, check, configs_of, make_parser, run
-from common.choices import Config
-from torch import Tensor, nn
+from bags.options import COMMON, check, configs_of, make_parser
 
-
-class LeNet(nn.Module):
-    """LeNet-5 on 32x32 with two parallel second layers whose outputs are added; a logit per image."""
-
-    def __init__(self, channels: int = 1):
-        super().__init__()
-        self.first = nn.Conv2d(channels, 6, 5)
-        self.left = nn.Conv2d(6, 16, 5)
-        self.right = nn.Conv2d(6, 16, 5)
-        # the third convolution leaves one pixel: a matrix product
-        self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 1)
-        )
-        # this, and the two second layers as one convolution, make it half as fast again on a CPU
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pooled(self.first(x))
-        weight = torch.cat((self.left.weight, self.right.weight))
-        left, right = pooled(F.conv2d(x, weight, torch.cat((self.left.bias, self.right.bias)))).chunk(2, 1)
-        return self.head(left + right)
-
-
-def pooled(x: Tensor) -> Tensor:
-    """ReLU and 2x2 max pooling, in the order that leaves the ReLU a quarter of the work."""
-    return F.relu(F.max_pool2d(x, 2))
+if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
+    from bags.networks import LeNet
+    from common.choices import Config
 
 
 def make_model(config: Config, channels: int) -> LeNet:
+    from bags.networks import LeNet
+
     return LeNet(channels)
 
 
@@ -71,6 +47,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    from bags.experiment import run
+
     return run("mnist_bags", args, configs_of(args), make_model)
 
 

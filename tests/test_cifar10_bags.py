@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import train_cifar10_bags as example
-from bags import experiment, instances, training
+from bags import experiment, instances, networks, training
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 
@@ -34,13 +34,13 @@ def test_the_papers_settings():
 def test_the_network(stem, side):
     sizes = []
     for channels in (1, 3):
-        model = example.ResNet18(channels, stem).eval()
+        model = networks.ResNet18(channels, stem).eval()
         model.network.layer1.register_forward_hook(lambda m, x, y: sizes.append(y.shape[-1]))
         with torch.inference_mode():
             assert model(torch.zeros(2, channels, 32, 32)).shape == (2, 1)
     assert sizes == [side, side]
     assert 11e6 < sum(p.numel() for p in model.parameters()) < 11.3e6
-    low = example.ResNet18(3, stem, bf16=True).eval()
+    low = networks.ResNet18(3, stem, bf16=True).eval()
     low.load_state_dict(model.state_dict())
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -51,7 +51,7 @@ def test_the_network(stem, side):
 
 def test_a_batch_is_normalized_together():
     """Parts of it would have means and deviations of their own, and not be what a GPU computes."""
-    model = example.ResNet18(1, "imagenet")
+    model = networks.ResNet18(1, "imagenet")
     images = torch.randn(300, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = model(images).reshape(-1)
     torch.testing.assert_close(training.forward(model, images, torch.arange(300)), expected)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from localization import comparison as compare
 from localization import drawn_lesions, tables
+from localization import rows as table
 
 from sgl_ops import localization as bx
 
@@ -21,14 +22,14 @@ SMALL = {"size": 48, "train_images": 48, "test_images": 24, "epochs": 2, "batch_
 def small(monkeypatch):
     """Runs of a second."""
     for name, value in SMALL.items():
-        monkeypatch.setitem(compare.SETTINGS, name, value)
+        monkeypatch.setitem(table.SETTINGS, name, value)
 
 
 def small_run(out, row, seed):
     """In this process: a worker would not know of the small settings."""
-    (row,) = compare.rows_of(row)
+    (row,) = table.rows_of(row)
     out.mkdir(exist_ok=True)
-    return compare.compute(compare.Run(row, seed), out)
+    return compare.compute(table.Run(row, seed), out)
 
 
 def test_boxes_are_where_the_lesions_are():
@@ -72,7 +73,7 @@ def test_a_seed_draws_the_same_again_and_another_one_others():
     assert (first.images != other.images).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", compare.NETWORKS)
+@pytest.mark.parametrize("name", table.NETWORKS)
 def test_a_patch_sees_what_its_row_says(name):
     network = compare.make_network(name).eval()
     field = int(name.removeprefix("local").removeprefix("bagnet"))
@@ -81,34 +82,34 @@ def test_a_patch_sees_what_its_row_says(name):
             torch.nn.init.constant_(module.weight, 0.01)
     x = torch.rand(1, 1, 96, 96, requires_grad=True)
     logits = network(x)
-    assert logits.shape == (1, len(compare.CLASSES), 96 // compare.STRIDE, 96 // compare.STRIDE)
+    assert logits.shape == (1, len(compare.CLASSES), 96 // table.STRIDE, 96 // table.STRIDE)
     logits[0, 0, 6, 6].backward()
     rows, columns = (np.flatnonzero((x.grad[0, 0] != 0).any(axis).numpy()) for axis in (1, 0))
     assert rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == field
     for seen in (rows, columns):  # the middle of which is where the cell is drawn
-        assert seen.mean() + 0.5 == 48 + compare.SETTINGS["cell_centre"]
+        assert seen.mean() + 0.5 == 48 + table.SETTINGS["cell_centre"]
 
 
 def test_rows_by_name():
-    assert len(compare.rows_of("17")) == 9
-    assert compare.rows_of("65/softmax/mask") == [compare.Row("65", "softmax", "mask")]
-    (row,) = compare.rows_of("17/max/sgl/lam=3/delta_l=0.2")
-    settings = compare.settings_of(row)
+    assert len(table.rows_of("17")) == 9
+    assert table.rows_of("65/softmax/mask") == [table.Row("65", "softmax", "mask")]
+    (row,) = table.rows_of("17/max/sgl/lam=3/delta_l=0.2")
+    settings = table.settings_of(row)
     assert (settings["lam"], settings["delta_l"], settings["loss"], settings["pooling"]) == (3.0, 0.2, "sgl", "max")
-    assert compare.settings_of(row._replace(changes=()))["delta_l"] == 0.3
-    assert compare.settings_of(compare.Row("17", "max", "bag"))["loss"] == "bag"
-    assert compare.settings_of(compare.Row("17", "max", "sgl"))["mask_weight"] == 0
-    assert compare.settings_of(compare.Row("17", "max", "mask"))["mask_weight"] > 0
+    assert table.settings_of(row._replace(changes=()))["delta_l"] == 0.3
+    assert table.settings_of(table.Row("17", "max", "bag"))["loss"] == "bag"
+    assert table.settings_of(table.Row("17", "max", "sgl"))["mask_weight"] == 0
+    assert table.settings_of(table.Row("17", "max", "mask"))["mask_weight"] > 0
     for wrong in ("18", "17/median", "17/max/lam=1/sgl", "17/max/sgl/lamb=3", "17/max/sgl/lam=much", "17/max/sgl/mask"):
         with pytest.raises(ValueError, match="rows: "):
-            compare.rows_of(wrong)
+            table.rows_of(wrong)
 
 
 def test_what_is_measured():
     """Maps that show the lesions to the pixel, and maps of half of each: every number by hand."""
     data = drawn_lesions.draw(30, 48, 1)
     maps = np.zeros((*data.labels.shape, 48, 48))
-    settings = compare.SETTINGS | {"morphology": 1, "cell_centre": compare.STRIDE / 2}  # maps of the image's size
+    settings = table.SETTINGS | {"morphology": 1, "cell_centre": table.STRIDE / 2}  # maps of the image's size
     halves = maps.copy()
     for image, c in np.argwhere(data.labels > 0):
         x, y, w, h = data.boxes[image, c].astype(int)
@@ -138,12 +139,12 @@ def test_the_instance_loss_starts_late(small, monkeypatch):
             return logits.mean()
 
     monkeypatch.setattr(compare, "make_criterion", lambda settings: Criterion())
-    compare.train(compare.rows_of("17/max/sgl/lam_delay=1/lam_warmup=1/lam=6")[0], 0)
+    compare.train(table.rows_of("17/max/sgl/lam_delay=1/lam_warmup=1/lam=6")[0], 0)
     assert seen == pytest.approx([0, 0, 0, 0, 2, 4])
 
 
 def test_a_run_is_repeated_to_the_bit(small):
-    (row,) = compare.rows_of("17/max/sgl/lam_delay=0")
+    (row,) = table.rows_of("17/max/sgl/lam_delay=0")
     first, again, other = (compare.train(row, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["1.weight"], other["1.weight"])
@@ -156,11 +157,12 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
         small_run(out, row, seed)
     content = json.loads((out / "17_max_sgl_seed2.json").read_text())
     assert content["command"] == "python compare_localization.py --rows 17/max/sgl --seeds 2"
-    assert content["settings"]["lam"] == compare.settings_of(compare.Row("17", "max", "sgl"))["lam"]
+    assert content["settings"]["lam"] == table.settings_of(table.Row("17", "max", "sgl"))["lam"]
     assert np.array(content["shown"]).shape == (4, 6, 6)
     assert command.main(["--out", str(out), "--draw-only"]) == 0
     printed = capsys.readouterr().out
-    assert (out / "localization.md").read_text().strip() == printed.strip()
+    assert printed.strip().startswith((out / "localization.md").read_text().strip())
+    assert printed.splitlines()[-1] == f"next: open {out / 'localization.png'}"
     assert (out / "localization.png").read_bytes().startswith(b"\x89PNG")
     results = {path.stem: json.loads(path.read_text())["result"] for path in out.glob("*.json")}
     with (out / "localization.csv").open() as file:
@@ -177,7 +179,7 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     assert "| 65 | mean | SGL, mask penalty | 0.5 |" not in printed  # there is no bag loss to compare with
     assert "Best bag loss alone" in printed
 
-    compare.SETTINGS["epochs"] = 3  # undone by the fixture
+    table.SETTINGS["epochs"] = 3  # undone by the fixture
     for option in ([], ["--draw-only"]):
         assert command.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *option]) == 2
         assert "'epochs': 2}, not {'epochs': 3}" in capsys.readouterr().err

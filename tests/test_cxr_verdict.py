@@ -131,11 +131,11 @@ def test_verdict_where_a_run_finds_everything():
     good = run_with("good", truth, boxes, truth.labels)
     sentences = sentences_of([good], truth)
     assert sentences[0] == (
-        "good classifies with a mean AUC of 1.00 (95 % interval 1.00 to 1.00); 2 of 2 classes are above chance (0.5)."
+        "Good classifies with a mean AUC of 1.00 (95 % interval 1.00 to 1.00); 2 of 2 classes are above chance (0.5)."
     )
     assert "At IoU > 0.3 good finds 100 % of the boxes (mean over the classes), 100 %" in sentences[1]
     assert sentences[2] == (
-        "good beats the whole image (at every IoU), the centre box (at every IoU) and the mean box of the class (at "
+        "Good beats the whole image (at every IoU), the centre box (at every IoU) and the mean box of the class (at "
         "every IoU)."
     )
     assert not [line for line in sentences if "does not beat" in line]
@@ -149,7 +149,7 @@ def test_verdict_where_the_centre_box_is_not_beaten():
     scores = np.random.default_rng(1).random((120, len(CLASSES)))
     blind = run_with("blind", truth, np.full((120, 4), math.nan), scores)
     sentences = sentences_of([blind], truth)
-    assert "blind beats no box that needs no network." in sentences
+    assert "Blind beats no box that needs no network." in sentences
     (line,) = [line for line in sentences if "does not beat" in line]
     assert "the centre box (at every IoU, clearly worse at every IoU)" in line
     assert "the whole image (at every IoU, clearly worse at IoU > 0.1)" in line  # IoU 1/4: beyond that both find none
@@ -164,11 +164,11 @@ def test_verdict_of_two_runs():
     scores = [truth.labels + rng.normal(0, spread, truth.labels.shape) for spread in (0.3, 3.0)]
     one, other = run_with("one", truth, boxes, scores[0]), run_with("other", truth, half, scores[1])
     sentences = sentences_of([one, other], truth)
-    assert any(line.startswith("one classifies better than other (difference +0.") for line in sentences)
-    assert "one finds more boxes than other at IoU > 0.5 and 0.7." in sentences
+    assert any(line.startswith("One classifies better than other (difference +0.") for line in sentences)
+    assert "One finds more boxes than other at IoU > 0.5 and 0.7." in sentences
     sentences = sentences_of([other, one], truth)
-    assert any(line.startswith("one classifies better than other (difference -0.") for line in sentences)
-    assert "other finds fewer boxes than one at IoU > 0.5 and 0.7." in sentences
+    assert any(line.startswith("One classifies better than other (difference -0.") for line in sentences)
+    assert "Other finds fewer boxes than one at IoU > 0.5 and 0.7." in sentences
     same = one._replace(name="twin")
     sentences = sentences_of([one, same], truth)
     assert any(line.startswith("The AUC does not tell one from twin (difference +0.000") for line in sentences)

@@ -9,6 +9,7 @@ import json
 import pytest
 import reproduce_figures as figures
 import torch
+from bags import plots
 
 TINY = [
     "--figure", "5a", "--data", "digits", "--sizes", "6", "--bags", "8", "12", "--epochs", "1", "--workers", "1",
@@ -141,7 +142,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
 def test_figure_5b_shows_what_the_runs_keep(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "draw_bags", lambda panels, *rest, **more: drawn.extend(panels))
+    monkeypatch.setattr(plots, "draw_bags", lambda panels, *rest, **more: drawn.extend(panels))
     arguments = ["--figure", "5b", "--data", "digits", "--sizes", "6", "--bags", "8", "--epochs", "1", "--workers", "1"]
     assert figures.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
     kept = json.loads((tmp_path / "size6_bags8_sgl_seed0.json").read_text())["shown"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import train_mnist_bags as example
-from bags import experiment, instances, training
+from bags import experiment, instances, networks, options, training
 from bags.drawing import draw_bags, take
 from bags.metrics import iou, iou_pooled
 from common.metrics import auc
@@ -86,7 +86,7 @@ def test_metrics_by_hand():
 
 def test_splits_share_no_image():
     data = instances.load_instances("digits", "")
-    config = experiment.configs_of(example.parse(SMALL))["sgl"]
+    config = options.configs_of(example.parse(SMALL))["sgl"]
     images, bags = experiment.bags_of(data, config, 0, "cpu")
     assert images["train"] is images["val"]
     assert not set(bags["train"].index.tolist()) & set(bags["val"].index.tolist())
@@ -97,7 +97,7 @@ def test_splits_share_no_image():
 
 
 def test_network_is_the_authors():
-    model = example.LeNet()
+    model = networks.LeNet()
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 1)
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
     assert shapes == [(6, 1, 5, 5), (16, 6, 5, 5), (16, 6, 5, 5), (120, 16 * 5 * 5), (84, 120), (1, 84)]
@@ -238,7 +238,7 @@ def test_a_step_goes_backward_through_instances_with_a_gradient_alone(pooling):
     data = instances.load_instances("digits", "")
     rng = np.random.default_rng(0)
     drawn = draw_bags(np.arange(200), data.train_classes == 9, 12, 30, 3, rng)  # images repeat between bags
-    model = example.LeNet()
+    model = networks.LeNet()
     criterion = sgl_ops.BagLoss(pooling)
     loss = criterion(model(data.train_images[drawn.index])[:, 0], drawn.labels, offsets=drawn.offsets)
     loss.backward()
@@ -260,7 +260,7 @@ def test_a_step_goes_backward_through_instances_with_a_gradient_alone(pooling):
 
 def test_checkpoints_between_epochs_change_no_result(tmp_path):
     data = instances.load_instances("digits", "")
-    config = experiment.configs_of(example.parse(["--loss", "sgl", "--bags", "4", "--epochs", "3", "--bag-size", "5"]))[
+    config = options.configs_of(example.parse(["--loss", "sgl", "--bags", "4", "--epochs", "3", "--bag-size", "5"]))[
         "sgl"
     ]
     images, bags = experiment.bags_of(data, config, 0, "cpu")
@@ -273,7 +273,7 @@ def test_checkpoints_between_epochs_change_no_result(tmp_path):
             )
             results.append(
                 training.train_run(
-                    example.LeNet, config, 0, images, bags, tmp_path / f"{number}.pt", False, True, seconds
+                    networks.LeNet, config, 0, images, bags, tmp_path / f"{number}.pt", False, True, seconds
                 )[:2]
             )
     assert saved == [1, 2, 3, 3]

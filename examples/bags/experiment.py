@@ -1,4 +1,4 @@
-"""What the commands that train on bags of images share: their options, the drawing of bags, and what they write.
+"""What the commands that train on bags of images share: the drawing of bags, and what they write.
 
 Plain functions; a command adds a network, its defaults and its own options.
 """
@@ -8,22 +8,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common.choices import LOSSES, POOLINGS, Config
+from common.choices import Config
 from common.files import write_json
+from common.options import message_of, next_step
 from torch import Tensor, nn
 
-from bags.authors_losses import AUTHORS_LOSSES
 from bags.drawing import Bags, draw_bags, to_device
 from bags.instances import Instances, load_instances
 from bags.plots import draw_bags as draw_panels
 from bags.training import (
-    DEFAULT_POOLING,
     METRICS,
     instance_logits,
     make_criterion,
@@ -33,105 +32,7 @@ from bags.training import (
     write_history,
 )
 
-#: What decides a result, and so what a run has to agree in to be continued.
-DECISIVE = (
-    "data", "target", "bag_size", "bag_std", "positives", "bags", "val_bags", "test_bags", "epochs", "batch_size", "lr",
-    "weight_decay", "val_every", "loss", "pooling", "delta_l", "lam", "rescale", "weighted",
-)  # fmt: skip
-
 MakeModel = Callable[[Config, int], nn.Module]
-
-
-def make_parser(description: str, hints: Mapping[str, str] | None = None, **defaults: Any) -> argparse.ArgumentParser:
-    """The options that all commands share.
-
-    ``defaults`` are those of the command; ``hints`` describe a default that depends on another option.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-    def add(name: str, *, kind: Any = int, text: str, **more: Any) -> None:
-        value = defaults.get(name.replace("-", "_"))
-        hint = (hints or {}).get(name.replace("-", "_"))
-        shown = (
-            f" ({hint})"
-            if hint
-            else ""
-            if value is None
-            else f" ({value:g})"
-            if isinstance(value, float)
-            else f" ({value})"
-        )
-        parser.add_argument(f"--{name}", type=kind, default=value, help=text + shown, **more)
-
-    add("data", kind=str, text="digits, mnist, cifar10, or an .npz file of x_train, y_train, x_test, y_test")
-    add("data-dir", kind=str, text="folder of MNIST or CIFAR-10, downloaded into it where missing")
-    add("target", text="the class that makes a bag positive")
-    add("bag-size", kind=float, text="mean number of instances in a bag")
-    add("bag-std", kind=float, text="its standard deviation")
-    add("positives", text="instances of the target class in a positive bag; 0: as many as chance gives, at least one")
-    add("bags", text="training bags")
-    add("val-bags", text="validation bags")
-    add("test-bags", text="test bags")
-    add("epochs", text="passes over the training bags")
-    add("batch-size", text="bags in a step")
-    add("lr", kind=float, text="learning rate of Adam")
-    add("weight-decay", kind=float, text="of Adam")
-    add("val-every", text="validate in every N-th epoch, and in the last")
-    add("loss", kind=str, choices=(*LOSSES, *AUTHORS_LOSSES), text="without it sgl, and bag with max pooling beside it")
-    add("pooling", kind=str, choices=POOLINGS, text="sgl, bag: max; bil: mean")
-    add("delta-l", kind=float, text="threshold of the ternary targets, in [0, 0.5]")
-    add("lam", kind=float, text="weight of the instance loss")
-    parser.add_argument("--no-rescale", action="store_true", help="theta = p instead of Eq. 5")
-    parser.add_argument("--no-weight", action="store_true", help="w = 1 instead of Eq. 7 and 8")
-    add("seed", text="first seed")
-    add("runs", text="number of seeds")
-    add("device", kind=str, text="cpu or cuda")
-    parser.add_argument("--out", type=Path, help="folder to write into (below runs/, the next free name)")
-    parser.add_argument("--resume", action="store_true", help="continue what is in --out")
-    parser.add_argument("--dry-run", action="store_true", help="one step of training, and write nothing")
-    return parser
-
-
-#: Where the paper's two experiments agree.
-COMMON = {
-    "data_dir": "data", "bag_size": 50.0, "bag_std": 0.0, "batch_size": 64, "weight_decay": 1e-4, "val_every": 1,
-    "delta_l": 0.3, "lam": 1.0, "seed": 0, "device": "cuda" if torch.cuda.is_available() else "cpu",
-}  # fmt: skip
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Ends the command, naming the option, where a value makes no sense."""
-    for name in ("bags", "val_bags", "test_bags", "epochs", "batch_size", "runs", "val_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if args.bag_size < 1 or args.bag_std < 0:
-        parser.error(f"--bag-size, --bag-std: expected >= 1 and >= 0, got {args.bag_size} and {args.bag_std}")
-    if args.positives < 0 or (args.positives and (args.bag_std or args.positives > args.bag_size)):
-        parser.error(
-            f"--positives: expected 0, or up to --bag-size with a --bag-std of 0, got {args.positives} "
-            f"with {args.bag_size:g} and {args.bag_std:g}"
-        )
-    if not 0 <= args.delta_l <= 0.5 or not 0 <= args.lam < float("inf"):
-        parser.error(f"--delta-l, --lam: expected 0 to 0.5 and finite >= 0, got {args.delta_l} and {args.lam}")
-    if args.loss in ("mmm", *AUTHORS_LOSSES) and args.pooling:
-        parser.error(f"--pooling: {args.loss} has poolings of its own")
-    if args.resume and args.out is None:
-        parser.error("--resume: say with --out what to continue")
-    return args
-
-
-def configs_of(args: argparse.Namespace, decisive: tuple[str, ...] = DECISIVE) -> dict[str, Config]:
-    """What to train, by name: one method, or SGL and the max-pooling baseline."""
-    common = vars(args) | {"rescale": not args.no_rescale, "weighted": not args.no_weight}
-    methods = {args.loss: {"loss": args.loss}} if args.loss else {"sgl": {"loss": "sgl"}, "max": {"loss": "bag"}}
-    configs = {}
-    for name, method in methods.items():
-        pooling = args.pooling if args.pooling and name != "max" else DEFAULT_POOLING[method["loss"]]
-        config = common | method | {"pooling": pooling}
-        configs[name] = {key: config[key] for key in decisive} | {"data": Path(args.data).name}
-    return configs
 
 
 def bags_of(instances: Instances, config: Config, seed: int, device: str) -> tuple[dict[str, Tensor], dict[str, Bags]]:
@@ -273,6 +174,7 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
                     model, make_criterion(config), optimizer, images["train"], bags["train"], len(first), first
                 )
                 print(f"{method}: {config}\n{method}: loss of one step {loss:.4f}; nothing written")
+            next_step("the same command without --dry-run")
             return 0
         out = free_folder(name) if args.out is None else args.out
         if not args.resume and any(out.glob("**/seed*.pt")):
@@ -282,8 +184,8 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
             folder = out if args.loss else out / method
             folder.mkdir(parents=True, exist_ok=True)
             results[method], models[method] = train_method(method, config, args, instances, make_model, folder)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; --resume with the same --out and options goes on after the last full epoch", file=sys.stderr)
@@ -295,7 +197,6 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
     if len(models) > 1:
         print(conclusion(results))
         print(f"{out}/comparison.png shows the same test bags under both losses.")
-    print(
-        f"Figures and pictures are in {out}/. Next: train on your own data, see docs/own-loop.md and docs/own-data.md."
-    )
+    print(f"Figures and pictures are in {out}/.")
+    next_step("train on your own data, see docs/own-loop.md and docs/own-data.md")
     return 0

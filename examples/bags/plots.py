@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from common.files import naming
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -57,4 +58,5 @@ def draw_bags(panels: list[Panel], columns: int, heading: str, path: Path, shown
         frameon=False,
         fontsize=9,
     )
-    figure.savefig(path)
+    with naming(path):
+        figure.savefig(path)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from common.choices import Config
-from common.files import load_state, save_atomically
+from common.files import load_state, naming, save_atomically
 from common.losses import make_criterion as make_common_criterion
 from common.metrics import auc
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from bags.metrics import iou, iou_pooled
 from sgl_ops import BagLoss
 from sgl_ops.pooling import MaxPooling, TopKPooling, make_pooling
 
-DEFAULT_POOLING = {
-    "sgl": "max", "bag": "max", "bil": "mean", "mmm": "max", "mmm_authors": "max", "bil_authors": "mean_logits",
-}  # fmt: skip
 METRICS = ("auc", "iou", "iou_pooled")
 
 
@@ -232,7 +229,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_history(histories: dict[int, list[dict[str, Any]]], path: Path) -> None:
     """One row per seed and epoch."""
-    with path.open("w", newline="") as file:
+    with naming(path), path.open("w", newline="") as file:
         names = ["seed", *next(iter(histories.values()))[0]]
         writer = csv.DictWriter(file, names)
         writer.writeheader()

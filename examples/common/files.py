@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """For a block that writes ``path``: an OSError of it names the file. That of a full disk does not on its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load_state(path: Path, **options: Any) -> dict[str, Any]:
@@ -18,6 +31,8 @@ def load_state(path: Path, **options: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is not there, cut off, or something else.
     """
+    import torch
+
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file")
     try:
@@ -35,21 +50,22 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: it cannot be written; nothing of it is left.
     """
+    import torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     # in memory first: on a file torch says of a full disk, or of Ctrl-C, that a position is unexpected
     content = io.BytesIO()
     torch.save(state, content)
     try:
-        with beside.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
+        with naming(path):
+            with beside.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+    except BaseException:
         beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -58,5 +74,6 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     beside = path.with_suffix(".tmp")
     text = json.dumps(content, indent=1)
     text = re.sub(r"\[[-+.e\d,\s]*\]", lambda found: " ".join(found[0].split()), text)
-    beside.write_text(text + "\n")
-    os.replace(beside, path)
+    with naming(path):
+        beside.write_text(text + "\n")
+        os.replace(beside, path)

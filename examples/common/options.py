@@ -6,6 +6,21 @@ import argparse
 from pathlib import Path
 
 
+def make_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that keeps the lines of its description, and takes no beginnings of options: ``--epoch`` is an error."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def next_step(text: str) -> None:
+    """Prints the last line of a command: what to do next."""
+    print(f"\nnext: {text}")
+
+
 def path_of(text: str) -> Path:
     """For argparse: with ~ as the home folder, which a shell leaves as it is after --out=."""
     return Path(text).expanduser()

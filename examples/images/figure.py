@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from common.files import naming
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
@@ -74,4 +75,5 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -
     ]
     frames.append(Patch(fill=False, ec="none", label='"no box": no pixel of the map is above T_p'))
     figure.legend(handles=frames, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path)
+    with naming(path):
+        figure.savefig(path)

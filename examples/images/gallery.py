@@ -96,14 +96,15 @@ MAP_CONTROLS = Markup(
 )
 
 
-def gallery(cards: Sequence[Card], smooth: bool, name: str, filters: bool = True) -> Markup:
-    """The cards of the gallery ``name``, with a form that changes the maps.
+def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "filters") -> Markup:
+    """The cards of the gallery ``name``, with a form that changes all maps of the page.
 
-    ``filters``: the form also selects cards by group, and by whether the first network's box has an IoU > 0.3.
+    ``controls`` is "map"; or "filters", whose form also selects cards by group and by whether the first network's box
+    has an IoU > 0.3; or "" for no form.
     ``smooth``: the browser interpolates the maps. Each image is stored once for all views of its card.
     """
     form = MAP_CONTROLS
-    if filters:
+    if controls == "filters":
         options = "".join(f"<option>{text(group)}</option>" for group in sorted({card.group for card in cards}))
         form = Markup(
             f'<label>Class <select id="group"><option value="">all</option>{options}</select></label> '
@@ -111,7 +112,7 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, filters: bool = True
             '<option value="1">IoU &gt; 0.3</option><option value="0">IoU ≤ 0.3</option></select></label> '
             f'{MAP_CONTROLS} <output id="count"></output>'
         )
-    parts = [f'<form class="controls" hidden>{form}</form>']
+    parts = [f'<form class="controls" hidden>{form}</form>'] if controls else []
     for k, card in enumerate(cards):
         views = []
         for j, view in enumerate(card.views):
@@ -132,7 +133,7 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, filters: bool = True
             f'<div class="views" tabindex="0">{"".join(views)}</div>'
             f"<figcaption>{text(card.title)}</figcaption></figure>"
         )
-    kinds = " ".join(["gallery", *(["smooth"] if smooth else []), *(["filtered"] if filters else [])])
+    kinds = " ".join(["gallery", *(["smooth"] if smooth else []), *(["filtered"] if controls == "filters" else [])])
     return Markup(f'<div class="{kinds}">{"".join(parts)}</div>')
 
 

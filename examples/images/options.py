@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from common.choices import LOSSES, POOLINGS, Config
-from common.options import default_device, device_name, path_of
+from common.options import default_device, device_name, make_parser, path_of
 
 from images.backbones import BACKBONES, STRIDES, TORCHVISION
 
@@ -36,26 +36,52 @@ DEMO = {
 DEMO_DATA = {"images": 1200, "size": 128, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+#: Settings that did better than the paper's on genuine images: networks from nothing, on 1317 of them.
+BETTER = "--pooling max --lam 3 --lam-delay 2 --lam-warmup 4 --normalize bag --mask-weight 0 --prior 0.3"
+EPILOG = f"""The defaults are the paper's settings. On 1317 genuine images (ResNet-18 from nothing, 128 pixels,
+12 epochs, three seeds, the network of the last epoch) SGL did better with
+
+    {BETTER}
+
+It found 0.27 of the boxes at IoU > 0.1, with the paper's loss settings 0.16; its AUC was 0.64, with the paper's 0.62.
+The bag loss with mean pooling has 0.19 and 0.64. None of them beat a box in the centre. See "Measured" in
+examples/README.md."""
+
+
+def add_data_options(parser: argparse.ArgumentParser, required: bool = False) -> argparse._ArgumentGroup:
+    """Adds the options that name the data set, the same in all commands, and returns their group."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-dir", type=path_of, required=required, help="folder with the images, and the tables")
+    add("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
+    add("--allow-missing", action="store_true", help="leave out images that are not there")
+    return group
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of train_cxr.py, in groups."""
+    group = add_data_options(parser)
 
     def add(name: str, default: Any, text: str, **more: Any) -> None:
         shown = "" if default is None else f" ({default:g})" if isinstance(default, float) else f" ({default})"
         kind = {} if "type" in more or default is None else {"type": type(default)}
-        parser.add_argument(f"--{name}", default=default, help=text + shown, **kind, **more)
+        group.add_argument(f"--{name}", default=default, help=text + shown, **kind, **more)
 
-    parser.add_argument("--data-dir", type=path_of, help="folder with the images, and the tables")
-    parser.add_argument("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
-    parser.add_argument("--allow-missing", action="store_true", help="leave out images that are not there")
-    parser.add_argument("--cache", type=path_of, help="folder for the decoded images, of all runs of that size")
-    parser.add_argument("--out", type=path_of, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue what is in --out, if there is something")
-    parser.add_argument(
-        "--synthetic", action="store_true", help="a demonstration: drawn images, SGL beside the bag loss"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="one step of training, and write nothing")
+    def switch(name: str, text: str) -> None:
+        group.add_argument(f"--{name}", action="store_true", help=text)
+
+    group.add_argument("--cache", type=path_of, help="folder for the decoded images, of all runs of that size")
+    sizes = "images are made this wide and high; training crops 7/8 of it (512; of timm/NAME: what it was trained with)"
+    add("image-size", None, sizes, type=int, metavar="PIXELS")
+    add("val-fraction", 0.125, "part of the training list's patients that validates")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=path_of, help="folder of the run")
+    switch("resume", "continue what is in --out, if there is something")
+    switch("synthetic", "a demonstration: drawn images, SGL beside the bag loss")
+    switch("dry-run", "one step of training, and write nothing")
+    add("seed", 0, "of weights, order, crops and validation patients")
+    add("save-every", 200, "steps between checkpoints, beside that at the end of an epoch")
+    group = parser.add_argument_group("network")
     networks = f"network without its head: {', '.join(BACKBONES)}, or timm/NAME, any convolutional network of timm"
     add("backbone", "resnet50", networks, type=backbone_name, metavar="NAME")
     add("weights", None, "imagenet, none, or a file with a state_dict (imagenet; of local and bagnet: none)")
@@ -68,36 +94,33 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     strides = "pixels of the image per patch, 32, 16 or 8 (32; of local and bagnet: 8; of timm/NAME: its own)"
     add("output-stride", None, strides, type=int, metavar="N")
-    sizes = "images are made this wide and high; training crops 7/8 of it (512; of timm/NAME: what it was trained with)"
-    add("image-size", None, sizes, type=int, metavar="PIXELS")
+    add("prior", 0.5, "probability of a patch before training; small, where training starts from nothing")
+    norms = "statistics: own, of each process; sync, of all; frozen, as they came with the weights"
+    add("batch-norm", "own", norms, choices=("own", "sync", "frozen"))
+    group = parser.add_argument_group("loss")
     add("loss", "sgl", "what is minimized", choices=LOSSES)
     add("pooling", None, "sgl: softmax; bag, bil: mean; mmm has its own", choices=POOLINGS)
     add("delta-l", 0.3, "threshold of the ternary targets, in [0, 0.5]")
     add("lam", 20.0, "weight of the instance loss")
-    add("lam-delay", 0.0, "epochs without it: what an untrained network says of patches is no guide")
-    add("lam-warmup", 0.0, "epochs in which it then rises from 0")
-    add("mask-weight", 1.0, "weight of the penalty on the mask, which the paper does not tell")
+    add("lam-delay", 0.0, "epochs without the instance loss: the patches of an untrained network are no guide")
+    add("lam-warmup", 0.0, "epochs after that in which lam rises from 0")
+    add("mask-weight", 1.0, "weight of the penalty on the mask, which the paper does not give")
     add("normalize", "batch", "where instances are counted", choices=("batch", "bag"))
-    parser.add_argument("--no-rescale", action="store_true", help="theta = p instead of Eq. 5")
-    parser.add_argument("--no-weight", action="store_true", help="w = 1 instead of Eq. 7 and 8")
+    switch("no-rescale", "theta = p instead of Eq. 5")
+    switch("no-weight", "w = 1 instead of Eq. 7 and 8")
+    group = parser.add_argument_group("optimization")
     add("epochs", 20, "passes over the training images")
     add("batch-size", 32, "images in a step, of all processes together")
     add("accumulate", 1, "forward passes that a step is cut into; the loss counts instances in each")
     add("lr", 1e-4, "learning rate of Adam")
     add("lr-step", 10, "epochs after which it is multiplied by --lr-factor")
-    add("lr-factor", 0.1, "what it is multiplied by")
+    add("lr-factor", 0.1, "factor of the learning rate")
     add("weight-decay", 1e-4, "of Adam")
-    add("val-fraction", 0.125, "part of the training list's patients that validates")
-    add("seed", 0, "of weights, order, crops and validation patients")
-    add("prior", 0.5, "probability of a patch before training; small, where training starts from nothing")
+    group = parser.add_argument_group("machine")
     add("amp", "off", "mixed precision", choices=("off", "bf16", "fp16"))
-    norms = "statistics: own, of each process; sync, of all; frozen, as they came with the weights"
-    add("batch-norm", "own", norms, choices=("own", "sync", "frozen"))
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    switch("compile", "torch.compile")
     add("workers", min(8, os.cpu_count() or 1), "processes that load images, per process that trains")
-    add("save-every", 200, "steps between checkpoints, beside that at the end of an epoch")
     add("device", None, "cpu or cuda (cuda where there is a GPU)", type=device_name)
-    return parser
 
 
 def backbone_name(text: str) -> str:
@@ -108,7 +131,8 @@ def backbone_name(text: str) -> str:
 
 
 def parse(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    parser = make_parser(description)
+    parser = make_parser(description, EPILOG)
+    add_options(parser)
     args = parser.parse_args(argv)
     if args.synthetic:
         parser.set_defaults(**DEMO)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from common.files import naming
 from sklearn.metrics import roc_curve
 
 from images import gallery, page, paper
@@ -36,7 +37,7 @@ def auc_section(runs: Sequence[Evaluated], official: bool) -> page.Markup:
     for name in (*(name for name in CLASSES if patients[name]), "mean"):
         marked = f"{name}*" if 0 < patients.get(name, 0) < FEW_PATIENTS else name
         values = [(run.metrics["auc"][name], run.metrics["auc_ci"][name]) for run in runs]
-        printed = [page.number(row.get(name)) for row in papers.values()]
+        printed = [page.number(row.get(name), 2) for row in papers.values()]
         rows.append([marked, *(with_interval(*v) for v in values), *printed, patients.get(name, "")])
         spans = [page.Span(ci[0], value, ci[1], k) for k, (value, ci) in enumerate(values)]
         bars.append((marked, spans))
@@ -225,17 +226,17 @@ def best_and_worst(run: Evaluated, truth: Truth, count: int) -> tuple[list[int],
 
 def pictures_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, side: int) -> page.Markup:
     """The best and the worst boxes of the first run."""
-    best, worst = best_and_worst(runs[0], truth, 4)
+    best, worst = best_and_worst(runs[0], truth, 3)
     smooth = upsampling == "bilinear"
     parts = [
         page.paragraph(f"The boxes of {runs[0].name} with the highest IoU. A click, or Enter, makes one larger."),
         gallery.KEY,
-        gallery.gallery(cards_of(runs, truth, best, side), smooth, "best", filters=False),
+        gallery.gallery(cards_of(runs, truth, best, side), smooth, "best", "map"),
     ]
     if worst:
         parts += [
             page.paragraph("Those with the lowest IoU, of equal ones the most confident first."),
-            gallery.gallery(cards_of(runs, truth, worst, side), smooth, "worst", filters=False),
+            gallery.gallery(cards_of(runs, truth, worst, side), smooth, "worst", ""),
         ]
     return page.section("Best and worst", *parts)
 
@@ -297,6 +298,9 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
             )
         )
     lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the test list."
-    content = page.page("ChestX-ray14: what is found, and where", lead, *sections, page.section("Settings", *settings))
-    path.write_text(content, encoding="utf-8")
+    content = page.page(
+        "ChestX-ray14: classification and localization", lead, *sections, page.section("Settings", *settings)
+    )
+    with naming(path):
+        path.write_text(content, encoding="utf-8")
     return sentences

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.files import save_atomically, write_json
+from common.files import naming, save_atomically, write_json
 
 from images.provenance import PRETRAINED_PART
 from images.sources import Sources
@@ -62,11 +62,13 @@ class RunFolder:
             (out / "best.pt").unlink(missing_ok=True)  # of a training that ended before its first last.pt
         out.mkdir(parents=True, exist_ok=True)
         write_json(training.full_config(), out / "config.json")
-        (out / "data.txt").write_text(sources.report + "\n")
+        with naming(out / "data.txt"):
+            (out / "data.txt").write_text(sources.report + "\n")
         (out / "missing.txt").unlink(missing_ok=True)
         if sources.index.missing:
-            (out / "missing.txt").write_text("\n".join(sources.index.missing) + "\n")
-        with (out / "split.csv").open("w", newline="") as file:
+            with naming(out / "missing.txt"):
+                (out / "missing.txt").write_text("\n".join(sources.index.missing) + "\n")
+        with naming(out / "split.csv"), (out / "split.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "part"])
             writer.writerows(
@@ -97,7 +99,7 @@ class RunFolder:
 
 
 def write_history(history: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with naming(path), path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
         writer.writeheader()
         writer.writerows(history)

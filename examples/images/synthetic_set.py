@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from common.files import naming
 from PIL import Image
 from tqdm import tqdm
 
@@ -100,7 +101,9 @@ def write_dataset(
         image = Image.fromarray(pixels)
         if np.random.default_rng((seed, FILE, number)).random() < 0.02:
             image = image.convert("RGBA")
-        image.save(folders[number * len(folders) // len(plans)] / plan.name)
+        path = folders[number * len(folders) // len(plans)] / plan.name
+        with naming(path):
+            image.save(path)
         return boxes
 
     with ThreadPoolExecutor(workers) as pool:
@@ -114,8 +117,9 @@ def write_tables(
     out: Path, plans: list[Plan], boxes: list[dict[str, tuple[float, float, float, float]]], rng: np.random.Generator
 ) -> None:
     for name, test in ((TRAIN_VAL_LIST, False), (TEST_LIST, True)):
-        (out / name).write_text("\n".join(plan.name for plan in plans if plan.test == test))
-    with (out / BOXES).open("w", newline="") as file:
+        with naming(out / name):
+            (out / name).write_text("\n".join(plan.name for plan in plans if plan.test == test))
+    with naming(out / BOXES), (out / BOXES).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(BOX_HEADER)
         for label in BOXED:
@@ -123,7 +127,7 @@ def write_tables(
                 if plan.test and label in found:
                     written = "Infiltrate" if label == "Infiltration" else label
                     writer.writerow([plan.name, written, *found[label]])
-    with (out / ENTRIES[0]).open("w", newline="") as file:
+    with naming(out / ENTRIES[0]), (out / ENTRIES[0]).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(ENTRY_HEADER)
         for plan in plans:

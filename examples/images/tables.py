@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
+from common.files import naming, write_json
 
 from images import page
 from images.evaluation import Evaluated, Truth
@@ -32,14 +32,14 @@ def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(without_nan(run.metrics), folder / "metrics.json")
     write_json(without_nan(run.details), folder / "details.json")
-    with (folder / "predictions.csv").open("w", newline="") as file:
+    with naming(folder / "predictions.csv"), (folder / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "patient", *(f"p_{c}" for c in CLASSES), *(f"label_{c}" for c in CLASSES)])
         for name, patient, p, y in zip(
             truth.names, truth.patients, run.predictions.probability, truth.labels, strict=True
         ):
             writer.writerow([name, patient, *(f"{v:.6g}" for v in p), *(f"{v:g}" for v in y)])
-    with (folder / "boxes.csv").open("w", newline="") as file:
+    with naming(folder / "boxes.csv"), (folder / "boxes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         sides = ("x", "y", "w", "h")
         writer.writerow(["image", "patient", "class", "probability", "predicted",

@@ -100,6 +100,12 @@ def verdict(
     runs: Sequence[Evaluated], truth: Truth, comparisons: Sequence[Comparison], draws: int, seed: int
 ) -> list[str]:
     """The sentences that the report opens with."""
+    return [line[0].upper() + line[1:] for line in _sentences(runs, truth, comparisons, draws, seed)]
+
+
+def _sentences(
+    runs: Sequence[Evaluated], truth: Truth, comparisons: Sequence[Comparison], draws: int, seed: int
+) -> list[str]:
     sentences = []
     for run in runs:
         low, high = run.metrics["auc_ci"]["mean"]

@@ -11,21 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common.files import naming
 
-from localization.comparison import (
-    LOSSES,
-    STRIDE,
-    T_P,
-    TABLE,
-    Row,
-    Run,
-    drawn_for,
-    rounded,
-    rows_of,
-    settings_of,
-    shown_of,
-)
+from localization.comparison import drawn_for, rounded, shown_of
 from localization.drawn_lesions import CLASSES
+from localization.rows import LOSSES, STRIDE, T_P, TABLE, Row, Run, rows_of, settings_of
 from sgl_ops import localization as bx
 
 Found = dict[Run, dict[str, Any]]
@@ -165,7 +155,7 @@ def write_numbers(found: Found, path: Path) -> None:
         for name, values in columns.items():
             line |= {name: np.mean(values), f"{name}_lowest": min(values), f"{name}_highest": max(values)}
         lines.append(rounded({name: float(v) if isinstance(v, np.floating) else v for name, v in line.items()}))
-    with path.open("w", newline="") as file:
+    with naming(path), path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -218,4 +208,5 @@ def draw_maps(found: Found, path: Path) -> None:
         frameon=False,
         fontsize=9,
     )
-    figure.savefig(path)
+    with naming(path):
+        figure.savefig(path)

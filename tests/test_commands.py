@@ -1,0 +1,151 @@
+"""What all commands of the examples share: --help without torch, groups of options, the last line, full disks."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import errno
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from common import files, options
+from conftest import ROOT
+from images import options as training_options
+
+COMMANDS = sorted(path for path in (ROOT / "examples").glob("*.py"))
+#: Modules that take a second or more to import.
+SLOW = ("torch", "torchvision", "matplotlib", "scipy", "sklearn", "timm", "pandas")
+
+
+@pytest.fixture(scope="module")
+def helped() -> dict[str, tuple[int, str, list[str]]]:
+    """For each command the exit status and the text of --help, and the modules of SLOW that it imported."""
+    code = """
+import runpy, sys
+command, *slow = sys.argv[1:]
+sys.argv = [command, "--help"]
+try:
+    runpy.run_path(command, run_name="__main__")
+finally:
+    print(*(name for name in slow if name in sys.modules), file=sys.stderr)
+"""
+    given = {}
+    for path in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path), *SLOW],
+            capture_output=True, text=True, env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(path.parent)},
+        )  # fmt: skip
+        given[path.name] = done.returncode, done.stdout, done.stderr.split()
+    return given
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_help_imports_nothing_slow(helped, path):
+    status, text, slow = helped[path.name]
+    assert status == 0
+    assert text.startswith("usage: ")
+    assert slow == []
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_options_are_in_groups_and_explained(helped, path):
+    _, text, _ = helped[path.name]
+    parts = re.split(r"^(\S.*):\n", text, flags=re.M)
+    loose = dict(zip(parts[1::2], parts[2::2], strict=True)).get("options", "")
+    listed = re.findall(r"^  (--[\w-]+)", text, flags=re.M)
+    if len(listed) > 4:
+        assert re.findall(r"^  (-[\w-]+)", loose, flags=re.M) == ["-h"], loose
+    # every option has a text
+    for option in re.findall(r"^  (--[\w-]+.*(?:\n {8,}.*)*)", text, flags=re.M):
+        assert re.search(r"\s{2,}\S", option), option
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_a_last_line_says_what_to_do_next(path):
+    """Every command prints it: next_step, or to stderr where its output is a table for a file."""
+    sources = [path.read_text()]
+    for node in ast.walk(ast.parse(sources[0])):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("bags", "images"):
+            module = ROOT / "examples" / f"{node.module.replace('.', '/')}.py"
+            sources += [module.read_text()] if module.exists() else []
+    assert any("next_step(" in source or '"\\nnext: ' in source for source in sources)
+
+
+def parse_of(path: Path):
+    module = importlib.import_module(path.stem)
+    return next(getattr(module, name) for name in ("parse", "parse_arguments", "main") if hasattr(module, name))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_beginnings_of_options_are_refused(helped, path, capsys):
+    _, text, _ = helped[path.name]
+    listed = re.findall(r"^  (--[\w-]+)", text, flags=re.M)
+    for option in listed:
+        beginning = option[:-1]
+        if beginning in listed:
+            continue
+        with pytest.raises(SystemExit):
+            parse_of(path)([beginning, "1"])
+        assert "error: " in capsys.readouterr().err
+    made = options.make_parser("")
+    made.add_argument("--epochs", type=int)
+    with pytest.raises(SystemExit):
+        made.parse_args(["--epoch", "1"])
+    assert "unrecognized arguments: --epoch" in capsys.readouterr().err
+
+
+def test_settings_that_did_better_are_options(helped):
+    _, text, _ = helped["train_cxr.py"]
+    assert training_options.BETTER in text
+    parser = argparse.ArgumentParser()
+    training_options.add_options(parser)
+    better, default = parser.parse_args(training_options.BETTER.split()), parser.parse_args([])
+    changed = {name for name, value in vars(better).items() if value != getattr(default, name)}
+    assert changed == {"pooling", "lam", "lam_delay", "lam_warmup", "normalize", "mask_weight", "prior"}
+    assert (default.lam, default.delta_l, default.epochs, default.backbone) == (20, 0.3, 20, "resnet50")  # the paper's
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_names_the_file(tmp_path):
+    path = tmp_path / "table.csv"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as plain:
+        path.write_text("x")
+    assert plain.value.filename is None
+    with pytest.raises(OSError, match="No space left on device") as named, files.naming(path):
+        path.write_text("x")
+    assert named.value.filename == str(path)
+    assert named.value.errno == errno.ENOSPC
+    # what has a name keeps it, and what has no number keeps its words
+    with pytest.raises(FileNotFoundError, match="elsewhere"), files.naming(path):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(OSError, match=r"table\.csv: encoder error"), files.naming(path):
+        raise OSError("encoder error")
+
+
+def test_every_write_of_the_examples_names_its_file():
+    """open to write, write_text and savefig stand in a naming block."""
+    unnamed = []
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        named = [
+            range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.With) and any("naming(" in ast.unparse(item) for item in node.items)
+        ]
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            name, arguments = node.func.attr, [ast.unparse(argument) for argument in node.args]
+            writes = name in ("write_text", "write_bytes", "savefig") or (
+                name == "open" and any(re.fullmatch(r"'[wax]b?'", argument) for argument in arguments)
+            )
+            if writes and not any(node.lineno in lines for lines in named):
+                unnamed.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    # locks hold nothing
+    assert [place for place in unnamed if "cache.py" not in place and "run_folder.py" not in place] == []
