@@ -142,7 +142,7 @@ class Nothing(torch.autograd.Function):
 def parts_of_a_step(shape: tuple[int, int, int], share: float) -> dict[str, Callable[[], object]]:
     logits, targets = draw(shape, shape[:2], share)
     leaf = logits.clone().requires_grad_()
-    settings = (0.3, 1.0, 0.0, 1, 1.0, False, True, True)
+    settings = (0.3, 1.0, 0.0, 1, 1.0, False, True, True, 0)
     total, _, saved = _fused._forward(logits, targets, None, None, None, None, *settings)
     loss = SGLLoss(impl="fused")
     return {

@@ -1,8 +1,9 @@
-// From the sums over the instances of each bag-class to the loss of the batch, and from there to what the gradient needs:
-// the same for every device.
+// From the sums over the instances of each pair (bag, class) to the loss of the batch, and from there to what the gradient
+// needs: the same for every device.
 #pragma once
 
-#include "sgl_math.h"
+#include "pooling.h"
+#include "self_guidance.h"
 
 namespace sgl {
 
@@ -12,104 +13,151 @@ enum class Label : int8_t {
   kPositive
 };
 
+// What the instances of a pair contribute.
 enum class Kind : int8_t {
-  kAbsent = 0,  // unknown label or no instance: takes no part
-  kNegative = 1,
-  kPositive = 2,
-  kUnranked = 3,  // positive, its instances all alike: only the bag loss sees it
-  kBroken = 4,  // holds a NaN or an infinity: loss and gradient are NaN
+  kExcluded = 0,  // unknown label or no instance: takes no part
+  kNegative = 1,  // BCE against 0
+  kPositive = 2,  // BCE against the ternary targets
+  kConstant = 3,  // positive, and all instances alike: only the bag loss sees it
+  kNonFinite = 4,  // holds a NaN or an infinity: loss and gradient are NaN
+  kBagOnly = 5,  // the loss has no instance term
+  kRounded = 6,  // positive: BCE against the rounded probabilities
+  kExtremes = 7,  // the smallest and the largest instance have a loss of their own
 };
 
-// What the loss is made of, the same for every bag-class.
+// Which loss the operators compute.
+enum LossCode : int64_t {
+  kSelfGuidingLoss = 0,
+  kBagLoss = 1,  // the bag loss alone
+  kBagInstanceLoss = 2,  // BIL (Zhou et al. 2017)
+  kMinMeanMaxLoss = 3,  // MMM (Morfi & Stowell 2018); the pooling is the mean
+  kBagLogits = 4,  // no loss: the bag logit of each pair
+};
+
+// The same for every pair.
 struct Settings {
   double delta_l, lam, mask_weight;
   int64_t pooling;
   double pooling_parameter;
   bool per_bag, rescale, weighted;
+  int64_t loss;
 };
 
-// What passes over the instances of one bag-class find out.
+// What the passes over the instances of one pair find.
 struct Sums {
   Kind kind;
   bool positive;  // its label
   int64_t n;  // instances
-  double low, high, nearest;  // smallest, largest logit, and the distance of the nearest to zero
-  double median;  // of the logits, of a positive bag-class
+  Extent<double> extent;
+  double median;  // of the logits, for kPositive
   double loss[3];  // BCE of the negative, ambiguous and positive instances
   int64_t count[3];
   double square;  // of p at instances with M > 0, scaled as p is
   double pooled[3];  // sums of PoolingTerms
+  int64_t lows, highs;  // kExtremes: instances equal to the smallest and to the largest
 };
 
-// The two numbers that the pooling needs of a bag-class in its gradient are slope1 and slope2.
-struct BagClass {
+struct Pair {
   Kind kind;
-  double low, high, nearest;
-  double weight;  // w of Eq. 8
+  double weight;  // w of Eq. 7
   double loss[3];
   int64_t count[3];
+  double bag_logit;
   double bag_loss, bag_slope;  // BCE(P, y) and its derivative by the bag logit
-  double slope1, slope2;
+  double slope1, slope2;  // what the pooling needs for dz/dx
   double mask;  // sqrt(mean (p [M > 0])^2)
   double mask_slope;  // d mask / dx = mask_slope * scaled_p^2 * q
+  // kBagInstanceLoss: d loss / d (sum of the BCE of the instances); kMinMeanMaxLoss: d loss / dx of a smallest instance
+  double instance_slope;
+  double high_slope;  // kMinMeanMaxLoss: d loss / dx of a largest instance
 };
 
-SGL_HD BagClass finish(const Sums& s, const Settings& settings, double pos_weight) {
-  BagClass b = {};
+SGL_HD Pair nonfinite_pair(const Sums& s) {
+  // Never silently dropped, whatever the weights of the terms. The denominators of the other pairs count it.
+  // Constant indices only: a dynamic index would move these arrays to local memory.
+  Pair b = {};
   b.kind = s.kind;
-  if (s.kind == Kind::kAbsent) return b;
   b.weight = 1;
-  if (s.kind == Kind::kBroken) {
-    // never silently dropped, whatever the weights of the terms; Eq. 8's denominators are those of the others, too
-    // not by an index that is computed, which would put the arrays of a CUDA thread into memory
-    b.bag_loss = nan_of(double());
-    b.loss[0] = s.positive ? 0.0 : b.bag_loss;
-    b.loss[1] = s.positive ? b.bag_loss : 0.0;
-    b.count[0] = s.positive ? 0 : s.n;
-    b.count[1] = s.positive ? s.n : 0;
-    return b;
-  }
-  b.low = s.low;
-  b.high = s.high;
-  b.nearest = s.nearest;
+  b.bag_logit = b.bag_loss = nan_of(double());
+  b.loss[0] = s.positive ? 0.0 : b.bag_loss;
+  b.loss[1] = s.positive ? b.bag_loss : 0.0;
+  b.count[0] = s.positive ? 0 : s.n;
+  b.count[1] = s.positive ? s.n : 0;
+  return b;
+}
+
+SGL_HD Pair finalize_pair(const Sums& s, const Settings& settings, double pos_weight) {
+  if (s.kind == Kind::kNonFinite) return nonfinite_pair(s);
+  Pair b = {};
+  b.kind = s.kind;
+  b.bag_logit = nan_of(double());
+  if (s.kind == Kind::kExcluded) return b;
+  b.weight = 1;
+  const double high = s.extent.high;
+  const bool has_parts = settings.loss == kSelfGuidingLoss;
   for (int k = 0; k < 3; ++k) {
-    b.loss[k] = s.loss[k];
-    b.count[k] = s.count[k];
+    b.loss[k] = has_parts ? s.loss[k] : 0.0;
+    b.count[k] = has_parts ? s.count[k] : 0;
   }
-  const Scale<double> scale = scale_of(s.low, s.high, s.nearest, settings.pooling);
   const Scale<double> none{0, 0, 0, false};
   if (s.kind == Kind::kPositive && settings.weighted) {
     // Eq. 7, 8
-    const double alpha = probability<false>(s.high, none).p - probability<false>(s.median, none).p;
+    const double alpha = probability<false>(high, none).p - probability<false>(s.median, none).p;
     b.weight = exp((alpha - 1) * 0.6931471805599453);
   }
+  const Scale<double> scale = pooling_scale(settings.pooling, s.extent);
   if (s.square > 0) {
     b.mask = exp(scale.p) * std::sqrt(s.square / static_cast<double>(s.n));
     b.mask_slope = b.mask / s.square;
   }
-  if (settings.pooling == kNone) return b;
+  if (settings.loss == kBagInstanceLoss && !s.positive) {
+    b.bag_loss = s.loss[0] / static_cast<double>(s.n);
+    b.instance_slope = 1 / static_cast<double>(s.n);
+    return b;
+  }
+  if (settings.pooling == NoPooling::kCode) return b;
   const BagLogit z = finish_pooling(
-      settings.pooling, s.pooled[0], s.pooled[1], s.pooled[2], s.n, s.high, scale, settings.pooling_parameter);
+      settings.pooling, {{s.pooled[0], s.pooled[1], s.pooled[2]}, s.n, s.extent, scale, settings.pooling_parameter});
+  b.bag_logit = z.z;
   b.slope1 = z.slope1;
   b.slope2 = z.slope2;
-  // BCE(P, y) (Eq. 3)
+  b.bag_slope = 1;
+  if (settings.loss == kBagLogits) return b;
   const Probability<double> bag = probability<false>(z.z, none);
+  if (settings.loss == kMinMeanMaxLoss) {
+    // BCE(max p, y), BCE(min p, 0) and BCE(mean p, y / 2), a third each
+    const double y = s.positive ? 1 : 0;
+    const Probability<double> at_low = probability<false>(s.extent.low, none), at_high = probability<false>(high, none);
+    const double of_mean = (1 - y / 2) * softplus(z.z, bag.u) + y / 2 * softplus(-z.z, bag.u);
+    const double of_high = s.positive ? softplus(-high, at_high.u) : softplus(high, at_high.u);
+    b.bag_loss = (of_high + softplus(s.extent.low, at_low.u) + of_mean) / 3;
+    b.bag_slope = (bag.p - y / 2) / 3;
+    b.instance_slope = at_low.p / 3 / static_cast<double>(s.lows);
+    b.high_slope = (s.positive ? -at_high.q : at_high.p) / 3 / static_cast<double>(s.highs);
+    return b;
+  }
+  // BCE(P, y) (Eq. 3)
   b.bag_loss = s.positive ? pos_weight * softplus(-z.z, bag.u) : softplus(z.z, bag.u);
   b.bag_slope = s.positive ? -(pos_weight * bag.q) : bag.p;
+  if (settings.loss == kBagInstanceLoss) {
+    const double difference = b.bag_loss - s.loss[0] / static_cast<double>(s.n);
+    b.bag_loss += difference * difference;
+    b.instance_slope = -2 * difference / static_cast<double>(s.n);
+  }
   return b;
 }
 
 SGL_HD double at_least_one(int64_t n) { return n > 1 ? static_cast<double>(n) : 1.0; }
 
-// Sums over the bag-classes that take part (Eq. 8, 9).
+// Sums over the pairs that take part (Eq. 7, 9).
 struct Batch {
   int64_t participants;
   int64_t count[3];  // instances in each part
   double part[3], per_bag, bag, mask;
 };
 
-SGL_HD void add(Batch& batch, const BagClass& b, double class_weight) {
-  if (b.kind == Kind::kAbsent) return;
+SGL_HD void add(Batch& batch, const Pair& b, double class_weight) {
+  if (b.kind == Kind::kExcluded) return;
   batch.participants += 1;
   for (int k = 0; k < 3; ++k) {
     if (b.count[k] == 0) continue;
@@ -152,14 +200,14 @@ SGL_HD Loss loss_of(const Batch& batch, const Settings& settings) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What forward saves for backward: a row of each bag-class, and a last one of what they share, the batch's denominators,
-// which are known only when all bag-classes are.
+// What forward saves for backward: a row for each pair, and a last row with the denominators of the batch, which are known
+// only after all pairs.
 
 enum Column {
   kColumnKind,
   kColumnLow,
   kColumnHigh,
-  kColumnNearest,
+  kColumnReference,  // as in Extent
   kColumnNegative,  // weight of the BCE of an instance in each part
   kColumnAmbiguous,
   kColumnPositive,
@@ -167,45 +215,55 @@ enum Column {
   kColumnPooling,  // weight of dz/dx
   kColumnSlope1,
   kColumnSlope2,
+  kColumnTieWeight,
   kColumns
 };
 
-enum Share {  // columns of the last row
-  kShareNegative,
-  kShareAmbiguous,
-  kSharePositive,
-  kShareBagClass
+enum Denominator {  // columns of the last row
+  kDenominatorNegative,
+  kDenominatorAmbiguous,
+  kDenominatorPositive,
+  kDenominatorPair
 };
 
 template <class T>
-SGL_HD void save_row(const BagClass& b, const Settings& settings, double class_weight, T* row) {
+SGL_HD void save_row(const Sums& s, const Pair& b, const Settings& settings, double class_weight, T* row) {
   row[kColumnKind] = static_cast<T>(static_cast<int>(b.kind));
-  row[kColumnLow] = static_cast<T>(b.low);
-  row[kColumnHigh] = static_cast<T>(b.high);
-  row[kColumnNearest] = static_cast<T>(b.nearest);
+  const bool finite = b.kind != Kind::kExcluded && b.kind != Kind::kNonFinite;
+  row[kColumnLow] = finite ? static_cast<T>(s.extent.low) : T(0);
+  row[kColumnHigh] = finite ? static_cast<T>(s.extent.high) : T(0);
+  row[kColumnReference] = finite ? static_cast<T>(s.extent.reference) : T(0);
   for (int k = 0; k < 3; ++k) {
     const double divisor = settings.per_bag ? at_least_one(b.count[k]) : 1.0;
     row[kColumnNegative + k] = static_cast<T>(settings.lam * class_weight * b.weight / divisor);
+  }
+  if (settings.loss != kSelfGuidingLoss) {
+    row[kColumnNegative] = static_cast<T>(class_weight * b.instance_slope);
+    row[kColumnPositive] = static_cast<T>(class_weight * b.high_slope);
   }
   row[kColumnMask] = static_cast<T>(settings.mask_weight * class_weight * b.mask_slope);
   row[kColumnPooling] = static_cast<T>(class_weight * b.bag_slope);
   row[kColumnSlope1] = static_cast<T>(b.slope1);
   row[kColumnSlope2] = static_cast<T>(b.slope2);
+  row[kColumnTieWeight] = finite ? static_cast<T>(s.extent.tie_weight) : T(0);
 }
 
+// The inverse denominators, multiplied by ``times``.
 template <class T>
-SGL_HD void save_shares(const Batch& batch, const Settings& settings, double times, T* row) {
+SGL_HD void save_denominators(const Batch& batch, const Settings& settings, double times, T* row) {
   for (int k = 0; k < kColumns; ++k) row[k] = T(0);
-  row[kShareBagClass] = static_cast<T>(times / at_least_one(batch.participants));
+  const double participants = settings.loss == kBagLogits ? 1.0 : at_least_one(batch.participants);
+  row[kDenominatorPair] = static_cast<T>(times / participants);
   for (int k = 0; k < 3; ++k)
-    row[kShareNegative + k] =
-        settings.per_bag ? row[kShareBagClass] : static_cast<T>(times / at_least_one(batch.count[k]));
+    row[kDenominatorNegative + k] =
+        settings.per_bag ? row[kDenominatorPair] : static_cast<T>(times / at_least_one(batch.count[k]));
 }
 
-// What is left to do when all bag-classes are known; the gradient will be ``times`` that of the loss.
+// The loss from the sums over all pairs. The gradient will be ``times`` that of the loss.
 template <class T>
-SGL_HD void conclude(const Batch& batch, const Settings& settings, double times, T* total, T* parts, T* shares) {
-  save_shares(batch, settings, times, shares);
+SGL_HD void finalize_batch(
+    const Batch& batch, const Settings& settings, double times, T* total, T* parts, T* denominators) {
+  save_denominators(batch, settings, times, denominators);
   const Loss loss = loss_of(batch, settings);
   *total = static_cast<T>(loss.total);
   parts[0] = static_cast<T>(loss.bag);
@@ -213,8 +271,8 @@ SGL_HD void conclude(const Batch& batch, const Settings& settings, double times,
   parts[2] = static_cast<T>(loss.mask);
 }
 
-// A Batch as the operators hand it out, to be added up over processes: its integers first, then its floating numbers.
-constexpr int64_t kBatchNumbers = 10;
+// A Batch as the operators return it, to be added up over processes: its integers first, then its floating numbers.
+constexpr int64_t kBatchNumbers = 10, kBatchIntegers = 4;
 static_assert(sizeof(Batch) == kBatchNumbers * sizeof(double), "");
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -223,37 +281,47 @@ static_assert(sizeof(Batch) == kBatchNumbers * sizeof(double), "");
 template <class T>
 struct Coefficients {
   Kind kind;
+  T low, high;  // smallest and largest logit
   T negative, ambiguous, positive, mask, slope1, slope2, pos_weight;
   Guide<T> guide;
   Scale<T> scale;
+  int64_t pooling_code;  // NoPooling where the bag logit has no influence
   PoolingSettings<T> pooling;
 };
 
 template <class T>
 SGL_HD Coefficients<T> coefficients(
-    const T* row, const T* shares, T grad_output, T pos_weight, const Settings& settings) {
+    const T* row, const T* denominators, T grad_output, T pos_weight, const Settings& settings) {
   Coefficients<T> k;
   k.kind = static_cast<Kind>(static_cast<int>(row[kColumnKind]));
-  const T low = row[kColumnLow], high = row[kColumnHigh];
-  k.negative = grad_output * shares[kShareNegative] * row[kColumnNegative];
-  k.ambiguous = grad_output * shares[kShareAmbiguous] * row[kColumnAmbiguous];
-  k.positive = grad_output * shares[kSharePositive] * row[kColumnPositive];
-  k.mask = grad_output * shares[kShareBagClass] * row[kColumnMask];
-  const T bag = grad_output * shares[kShareBagClass] * row[kColumnPooling];
+  const Extent<T> extent{row[kColumnLow], row[kColumnHigh], row[kColumnReference], row[kColumnTieWeight]};
+  k.low = extent.low;
+  k.high = extent.high;
+  k.negative = grad_output * denominators[kDenominatorNegative] * row[kColumnNegative];
+  k.ambiguous = grad_output * denominators[kDenominatorAmbiguous] * row[kColumnAmbiguous];
+  k.positive = grad_output * denominators[kDenominatorPositive] * row[kColumnPositive];
+  k.mask = grad_output * denominators[kDenominatorPair] * row[kColumnMask];
+  const T bag = grad_output * denominators[kDenominatorPair] * row[kColumnPooling];
   k.slope1 = bag * row[kColumnSlope1];
   k.slope2 = bag * row[kColumnSlope2];
   k.pos_weight = pos_weight;
-  k.scale = scale_of(low, high, row[kColumnNearest], settings.pooling);
+  k.scale = pooling_scale(settings.pooling, extent);
   k.guide = Guide<T>{};
-  if (k.kind == Kind::kPositive) k.guide = guide_of(low, high, k.scale, settings.delta_l, settings.rescale);
-  k.pooling = pooling_settings(settings.pooling, low, high, settings.pooling_parameter);
+  if (k.kind == Kind::kPositive)
+    k.guide = guide_of(extent.low, extent.high, k.scale, settings.delta_l, settings.rescale);
+  k.pooling_code = k.slope1 == T(0) && k.slope2 == T(0) ? NoPooling::kCode : settings.pooling;
+  k.pooling = pooling_settings(settings.pooling, extent, settings.pooling_parameter);
   return k;
 }
 
-// Of the instance loss and the mask penalty.
-template <bool is_positive, bool scaled, class F, class T>
+// The gradient of an instance without the bag loss, for each kind that has one.
+template <Kind kind, bool scaled, class F, class T>
 SGL_HD F instance_slope(F x, const Probability<F>& o, const Coefficients<T>& k) {
-  if (!is_positive) return k.negative * o.p;
+  if (kind == Kind::kNegative) return k.negative * o.p;
+  if (kind == Kind::kRounded) return k.negative * select(x > T(0), -o.q, o.p);
+  if (kind == Kind::kExtremes)
+    return select(x == k.low, F(k.negative), F(T(0))) + select(x == k.high, F(k.positive), F(T(0)));
+  if (kind != Kind::kPositive) return F(T(0));
   const Target<F> t = target_of(theta_of(x, o, k.guide), k.guide);
   const F weight = t.negative * k.negative + t.ambiguous * k.ambiguous + t.positive * k.positive;
   const F mask = select(t.m > T(0), k.mask * (o.scaled_p * o.scaled_p) * o.q, F(T(0)));

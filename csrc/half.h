@@ -1,7 +1,7 @@
 // float16 and bfloat16 as bit patterns, to and from float without a branch or a table, so that loops vectorize.
 #pragma once
 
-#include "sgl_math.h"
+#include "vector_math.h"
 
 namespace sgl {
 

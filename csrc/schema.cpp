@@ -3,11 +3,15 @@
 
 #include <string>
 
+#include "batch.h"
+
 STABLE_TORCH_LIBRARY(sgl_ops, m) {
   m.def(sgl::kForwardSchema);
   m.def(sgl::kForwardSumsSchema);
-  m.def(sgl::kConcludeSchema);
+  m.def(sgl::kFinalizeSchema);
   m.def(sgl::kBackwardSchema);
+  m.def(sgl::kPoolForwardSchema);
+  m.def(sgl::kPoolBackwardSchema);
 #if defined(SGL_WITH_EXCHANGE)
   m.def(sgl::kExchangeSchema);
   m.def(sgl::kScaleSchema);
@@ -20,6 +24,10 @@ STABLE_TORCH_LIBRARY(sgl_ops, m) {
   m.def("cuda_architectures() -> str");
   // the instruction set the CPU kernels use: baseline, avx2 or avx512
   m.def("cpu_level() -> str");
+  // "name code has_parameter" of each pooling that the operators have, one a line
+  m.def("poolings() -> str");
+  // "name number", one a line: what Python needs to know of the tensors that the operators return
+  m.def("constants() -> str");
   // exp, log1p_unit, log1p or expm1 as the kernels compute it, so that their accuracy can be tested
   m.def("_math(Tensor x, str function) -> Tensor");
 }
@@ -42,10 +50,40 @@ std::string cuda_architectures() {
 #endif
 }
 
+std::string poolings() {
+  std::string list;
+#define SGL_LINE(P) \
+  list += std::string(sgl::P::kName) + " " + std::to_string(sgl::P::kCode) + (sgl::P::kParameter ? " 1\n" : " 0\n");
+  SGL_POOLINGS(SGL_LINE)
+#undef SGL_LINE
+  return list;
+}
+
+std::string constants() {
+  const struct {
+    const char* name;
+    int64_t value;
+  } all[] = {
+      {"saved_columns", sgl::kColumns},
+      {"first_weight_column", sgl::kColumnNegative},  // then ambiguous, positive, mask, pooling
+      {"batch_numbers", sgl::kBatchNumbers},
+      {"batch_integers", sgl::kBatchIntegers},
+      {"self_guiding_loss", sgl::kSelfGuidingLoss},
+      {"bag_loss", sgl::kBagLoss},
+      {"bag_instance_loss", sgl::kBagInstanceLoss},
+      {"min_mean_max_loss", sgl::kMinMeanMaxLoss},
+  };
+  std::string list;
+  for (const auto& constant : all) list += std::string(constant.name) + " " + std::to_string(constant.value) + "\n";
+  return list;
+}
+
 }  // namespace
 
-// no tensor tells them the device
+// These have no tensor argument whose device could choose the implementation.
 STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&has_cuda));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("poolings", TORCH_BOX(&poolings));
+  m.impl("constants", TORCH_BOX(&constants));
 }

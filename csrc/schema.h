@@ -5,31 +5,38 @@
 
 namespace sgl {
 
-// (total, (bag, instance, mask), what sgl_backward needs to know of each bag-class)
+// (total, (bag, instance, mask), what sgl_backward needs of each pair). ``loss``: LossCode in batch.h.
 constexpr const char* kForwardSchema =
     "sgl_forward(Tensor logits, Tensor targets, Tensor? mask, Tensor? offsets, Tensor? class_weight, "
     "Tensor? pos_weight, float delta_l, float lam, float mask_weight, int pooling, float pooling_param, "
-    "bool per_bag, bool rescale, bool weighted) -> (Tensor total, Tensor parts, Tensor saved)";
-// The same, and the sums over the batch that the loss is made of: (10,), 4 int64 in the guise of float64, then 6 float64.
-// Added up over the processes of a group they are what sgl_conclude makes the loss of all of them from, and the
-// denominators in saved; the gradient will be ``times`` that of the loss.
+    "bool per_bag, bool rescale, bool weighted, int loss) -> (Tensor total, Tensor parts, Tensor saved)";
+// The same, and the sums over the batch: (10,), 4 int64 reinterpreted as float64, then 6 float64. Added up over the
+// processes of a group, sgl_finalize computes from them the loss of the whole batch and the denominators in saved; the
+// gradient will be ``times`` that of the loss.
 constexpr const char* kForwardSumsSchema =
     "sgl_forward_sums(Tensor logits, Tensor targets, Tensor? mask, Tensor? offsets, Tensor? class_weight, "
     "Tensor? pos_weight, float delta_l, float lam, float mask_weight, int pooling, float pooling_param, "
-    "bool per_bag, bool rescale, bool weighted) -> (Tensor total, Tensor parts, Tensor saved, Tensor sums)";
-constexpr const char* kConcludeSchema =
-    "sgl_conclude(Tensor sums, Tensor(a!) saved, float lam, float mask_weight, bool per_bag, float times) "
+    "bool per_bag, bool rescale, bool weighted, int loss) -> (Tensor total, Tensor parts, Tensor saved, Tensor sums)";
+constexpr const char* kFinalizeSchema =
+    "sgl_finalize(Tensor sums, Tensor(a!) saved, float lam, float mask_weight, bool per_bag, float times) "
     "-> (Tensor total, Tensor parts)";
 constexpr const char* kBackwardSchema =
     "sgl_backward(Tensor grad_output, Tensor logits, Tensor? mask, Tensor? offsets, Tensor? pos_weight, "
     "Tensor saved, float delta_l, int pooling, float pooling_param, bool rescale) -> Tensor grad";
+// A pooling by itself: the bag logits (N, C), and their gradient from that of each bag logit.
+constexpr const char* kPoolForwardSchema =
+    "pool_forward(Tensor logits, Tensor? mask, Tensor? offsets, int pooling, float pooling_param) "
+    "-> (Tensor bag_logits, Tensor saved)";
+constexpr const char* kPoolBackwardSchema =
+    "pool_backward(Tensor grad_output, Tensor logits, Tensor? mask, Tensor? offsets, Tensor saved, int pooling, "
+    "float pooling_param) -> Tensor grad";
 
 // Another way, which only benchmarks take (csrc/cuda/exchange.cuh): a forward that gives the gradient for grad_output = 1,
 // and what multiplies it.
 constexpr const char* kExchangeSchema =
     "sgl_exchange(Tensor logits, Tensor targets, Tensor? mask, Tensor? class_weight, Tensor? pos_weight, float "
-    "delta_l, "
-    "float lam, float mask_weight, int pooling, float pooling_param, bool per_bag, bool rescale, bool weighted) "
+    "delta_l, float lam, float mask_weight, int pooling, float pooling_param, bool per_bag, bool rescale, bool "
+    "weighted) "
     "-> (Tensor total, Tensor parts, Tensor grad)";
 constexpr const char* kScaleSchema = "sgl_scale(Tensor grad_output, Tensor(a!) grad) -> ()";
 

@@ -1,6 +1,6 @@
-// Tensors taken apart, the same for every device: what lies where, and whether memory is safe.
+// Reads the arguments of the operators, the same for every device: where instances lie, and whether memory is safe.
 //
-// Python has validated the arguments and words its errors for people; the checks here only keep memory safe.
+// Python validates arguments and reports errors; these checks only prevent invalid memory access.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -103,6 +103,60 @@ const T* class_vector(const std::optional<Tensor>& v, const char* name, int64_t 
       v->scalar_type() == scalar_type<T>() && v->dim() == 1 && v->size(0) == classes && v->is_contiguous(), name,
       ": expected contiguous (C,) of the loss's dtype");
   return static_cast<const T*>(v->const_data_ptr());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Settings of the operators
+
+// Every operator that has a pooling calls this: kernels cannot report an unknown code.
+inline void check_settings(const Settings& settings) {
+  STD_TORCH_CHECK(is_pooling(settings.pooling), "pooling: expected the code of a pooling, got ", settings.pooling);
+  STD_TORCH_CHECK(
+      settings.loss >= kSelfGuidingLoss && settings.loss <= kBagLogits, "loss: expected the code of a loss, got ",
+      settings.loss);
+  STD_TORCH_CHECK(
+      settings.loss == kSelfGuidingLoss || settings.loss == kBagLogits || settings.pooling != NoPooling::kCode,
+      "pooling: a loss of bags needs one");
+  STD_TORCH_CHECK(
+      settings.loss != kMinMeanMaxLoss || settings.pooling == MeanPooling::kCode, "pooling: this loss has the mean");
+  STD_TORCH_CHECK(
+      (settings.loss != kBagInstanceLoss && settings.loss != kMinMeanMaxLoss) || settings.per_bag,
+      "per_bag: this loss averages over each bag");
+}
+
+inline Settings settings_of_batch(double lam, double mask_weight, bool per_bag) {
+  Settings settings = {};
+  settings.lam = lam;
+  settings.mask_weight = mask_weight;
+  settings.per_bag = per_bag;
+  return settings;
+}
+
+// Backward finds the weights of the terms in what forward saved.
+inline Settings settings_of_backward(double delta_l, int64_t pooling, double pooling_parameter, bool rescale) {
+  Settings settings = {};
+  settings.delta_l = delta_l;
+  settings.pooling = pooling;
+  settings.pooling_parameter = pooling_parameter;
+  settings.rescale = rescale;
+  return settings;
+}
+
+inline Settings settings_of_bag_logits(int64_t pooling, double pooling_parameter) {
+  Settings settings = settings_of_backward(0, pooling, pooling_parameter, false);
+  settings.loss = kBagLogits;
+  return settings;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensors that operators hand to each other
+
+inline void check_saved(const Tensor& saved, const Tensor& logits, const Layout& layout) {
+  const ScalarType type = type_of(logits) == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(
+      saved.scalar_type() == type && saved.is_contiguous() && saved.dim() == 2 &&
+          saved.size(0) == layout.bags * layout.classes + 1 && saved.size(1) == kColumns,
+      "saved: not what the forward operator gave for these logits");
 }
 
 inline void check_sums(const Tensor& sums, const Tensor& saved) {

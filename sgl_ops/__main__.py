@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import SGLLoss, __version__, _fused
+from .pooling import POOLINGS
 
 #: How far loss and gradient may be from the reference in float64, relative to the largest.
 TOLERANCE = 1e-5
@@ -112,7 +113,7 @@ def self_test(device: torch.device) -> tuple[str, bool]:
     targets[0, 0] = torch.nan
     targets = targets.to(device)
     worst = 0.0
-    for pooling in ("max", "mean", "softmax", "linear_softmax", "lse", "noisy_or"):
+    for pooling in POOLINGS:
         options = {"pooling": pooling, "mask_weight": 0.5}
         exact = step_of("reference", logits.double(), targets, **options)
         worst = max(worst, error_of(step_of("fused", logits, targets, **options), exact))

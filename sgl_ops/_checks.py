@@ -177,6 +177,11 @@ def check_constant(name: str, value: Tensor) -> None:
         )
 
 
+def check_impl(impl: object) -> None:
+    if impl not in ("auto", "fused", "reference"):
+        raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {impl!r}")
+
+
 def check_number(name: str, value: object) -> None:
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {value!r}")

@@ -13,15 +13,6 @@ from torch import Tensor, nn
 from ._bags import working_dtype
 from ._ranks import Group, all_reduce_batch, size_of
 from ._tracing import is_compiled, is_scripted
-from .pooling import (
-    LinearSoftmaxPooling,
-    LSEPooling,
-    MaxPooling,
-    MeanLogitsPooling,
-    MeanPooling,
-    NoisyOrPooling,
-    SoftmaxPooling,
-)
 from .settings import SGLSettings
 
 if TYPE_CHECKING:
@@ -38,30 +29,57 @@ except ImportError as error:
     DEVICES = frozenset()
     REASON = str(error)
 
-#: Poolings that ride along in the operator, as csrc/sgl_math.h numbers them; 0 leaves the bag loss to others.
-EXTERNAL = 0
-CODES: dict[type[nn.Module], int] = {
-    MaxPooling: 1,
-    MeanPooling: 2,
-    MeanLogitsPooling: 3,
-    SoftmaxPooling: 4,
-    LinearSoftmaxPooling: 5,
-    LSEPooling: 6,
-    NoisyOrPooling: 7,
-}
 
-#: Numbers that the operator keeps of each bag-class for its backward: kColumns in csrc/batch.h.
-SAVED_COLUMNS = 11
+def _table(text: str) -> dict[str, list[int]]:
+    """What the operators say of themselves: a name and its numbers on each line."""
+    return {name: [int(number) for number in numbers] for name, *numbers in map(str.split, text.splitlines())}
+
+
+#: Codes of the poolings that the operators have, by name, as csrc/pooling.h lists them; and which have a parameter.
+CODE_OF_NAME: dict[str, int] = {}
+HAS_PARAMETER: dict[int, bool] = {}
+#: Widths of the tensors that the operators return, and codes of the losses (csrc/batch.h).
+CONSTANTS: dict[str, int] = {}
+if DEVICES:
+    for _name, (_code, _flag) in _table(torch.ops.sgl_ops.poolings()).items():
+        CODE_OF_NAME[_name] = _code
+        HAS_PARAMETER[_code] = bool(_flag)
+    CONSTANTS = {_name: _numbers[0] for _name, _numbers in _table(torch.ops.sgl_ops.constants()).items()}
+
+#: The code of a pooling that the operators do not have: its bag loss is computed by PyTorch.
+EXTERNAL = CODE_OF_NAME.get("none", 0)
+#: Codes of the pooling modules; sgl_ops/pooling.py enters those that it names as the operators do.
+CODES: dict[type[nn.Module], int] = {}
+
+
+class Operation(NamedTuple):
+    """What the operators compute besides the settings, by the names of their arguments."""
+
+    pooling: int
+    pooling_param: float
+    loss: int
+
+
+def has_code(pooling: nn.Module) -> bool:
+    """Whether the operators have the pooling. By exact type: a subclass may compute anything, as may a hook."""
+    return type(pooling) in CODES and not (
+        pooling._forward_hooks or pooling._forward_pre_hooks or pooling._backward_hooks or pooling._backward_pre_hooks
+    )
 
 
 def code_of(pooling: nn.Module) -> tuple[int, float]:
-    """(code, parameter) of a pooling. By exact type: a subclass may have changed what it computes, as may a hook."""
-    code = CODES.get(type(pooling), EXTERNAL)
-    if code != EXTERNAL and (
-        pooling._forward_hooks or pooling._forward_pre_hooks or pooling._backward_hooks or pooling._backward_pre_hooks
-    ):
-        code = EXTERNAL
-    return code, (pooling.r if code == 6 else 1.0)  # type: ignore[return-value]
+    """(code, parameter) of a pooling for the operators; (EXTERNAL, 1) if they do not have it."""
+    if not has_code(pooling):
+        return EXTERNAL, 1.0
+    code = CODES[type(pooling)]
+    if not HAS_PARAMETER[code]:
+        return code, 1.0
+    parameter: float | None = pooling.operator_parameter  # type: ignore[assignment]
+    if parameter is None:
+        return EXTERNAL, 1.0
+    if code == CODE_OF_NAME["generalized_mean"] and parameter == 1.0:
+        return CODE_OF_NAME["mean"], 1.0  # the same P in a third of the time
+    return code, parameter
 
 
 def unavailable(device: torch.device) -> str:
@@ -76,26 +94,37 @@ def unavailable(device: torch.device) -> str:
 if DEVICES:
     _forward = torch.ops.sgl_ops.sgl_forward.default
     _forward_sums = torch.ops.sgl_ops.sgl_forward_sums.default
-    _conclude = torch.ops.sgl_ops.sgl_conclude.default
+    _finalize = torch.ops.sgl_ops.sgl_finalize.default
+    _pool_forward = torch.ops.sgl_ops.pool_forward.default
+    _pool_backward = torch.ops.sgl_ops.pool_backward.default
     _backward = torch.ops.sgl_ops.sgl_backward.default
     count_violations = torch.ops.sgl_ops.check_values.default
 
     @torch.library.register_fake("sgl_ops::sgl_forward")
     def _forward_fake(logits, targets, mask, offsets, *settings):  # type: ignore[no-untyped-def]
+        bag_logits, saved = _pool_forward_fake(logits, mask, offsets)
+        return bag_logits.new_empty(()), bag_logits.new_empty((3,)), saved
+
+    @torch.library.register_fake("sgl_ops::pool_forward")
+    def _pool_forward_fake(logits, mask, offsets, *settings):  # type: ignore[no-untyped-def]
         dtype = working_dtype(logits.dtype)
         if offsets is None:
             bags, classes = logits.shape[0], 1 if logits.dim() == 2 else logits.shape[1]
         else:
             bags, classes = offsets.shape[0] - 1, 1 if logits.dim() == 1 else logits.shape[1]
-        new = logits.new_empty
-        return new((), dtype=dtype), new((3,), dtype=dtype), new((bags * classes + 1, SAVED_COLUMNS), dtype=dtype)
+        saved = logits.new_empty((bags * classes + 1, CONSTANTS["saved_columns"]), dtype=dtype)
+        return logits.new_empty((bags, classes), dtype=dtype), saved
+
+    @torch.library.register_fake("sgl_ops::pool_backward")
+    def _pool_backward_fake(grad_output, logits, *rest):  # type: ignore[no-untyped-def]
+        return torch.empty_like(logits)
 
     @torch.library.register_fake("sgl_ops::sgl_forward_sums")
     def _forward_sums_fake(logits, *rest):  # type: ignore[no-untyped-def]
-        return *_forward_fake(logits, *rest), logits.new_empty((10,), dtype=torch.float64)
+        return *_forward_fake(logits, *rest), logits.new_empty((CONSTANTS["batch_numbers"],), dtype=torch.float64)
 
-    @torch.library.register_fake("sgl_ops::sgl_conclude")
-    def _conclude_fake(sums, saved, *settings):  # type: ignore[no-untyped-def]
+    @torch.library.register_fake("sgl_ops::sgl_finalize")
+    def _finalize_fake(sums, saved, *settings):  # type: ignore[no-untyped-def]
         return saved.new_empty(()), saved.new_empty((3,))
 
     @torch.library.register_fake("sgl_ops::sgl_backward")
@@ -158,13 +187,9 @@ class Call(NamedTuple):
     pos_weight: Tensor | None
 
 
-def _operands(settings: SGLSettings, pooling: tuple[int, float], names: list[str]) -> list[Any]:
-    """The values of ``names``, arguments of an operator; ``pooling``: its code and parameter."""
-    code, parameter = pooling
-    return [
-        code if name == "pooling" else parameter if name == "pooling_param" else getattr(settings, name)
-        for name in names
-    ]
+def _operands(settings: SGLSettings, operation: Operation, names: list[str]) -> list[Any]:
+    """The values of ``names``, arguments of an operator."""
+    return [getattr(operation if name in Operation._fields else settings, name) for name in names]
 
 
 def _over_ranks(
@@ -174,19 +199,18 @@ def _over_ranks(
 
     ``bag_sum``: this rank's sum of the bag loss of a pooling that is not in the operator.
     """
-    counts, numbers = sums.view(torch.int64)[:4], sums[4:]  # counts are added as integers
+    integers = CONSTANTS["batch_integers"]  # counts are added as integers
+    counts, numbers = sums.view(torch.int64)[:integers], sums[integers:]
     if bag_sum is not None:
         numbers = numbers + F.pad(bag_sum.to(numbers.dtype).reshape(1), (4, 1))
     counts, numbers = all_reduce_batch(counts, numbers, group)
     sums = torch.cat((counts.view(torch.float64), numbers))
-    return _conclude(sums, saved, lam, mask_weight, per_bag, float(size_of(group)))
+    return _finalize(sums, saved, lam, mask_weight, per_bag, float(size_of(group)))
 
 
-def _run_forward(
-    call: Call, bag_sum: Tensor | None, settings: SGLSettings, pooling: tuple[int, float], group: Group
-) -> Any:
+def _run_forward(call: Call, bag_sum: Tensor | None, settings: SGLSettings, operation: Operation, group: Group) -> Any:
     """(total, (bag, instance, mask), what the backward needs)."""
-    operands = _operands(settings, pooling, _OF_FORWARD)
+    operands = _operands(settings, operation, _OF_FORWARD)
     if group is None:
         return _forward(*call, *operands)
     *_, saved, sums = _forward_sums(*call, *operands)
@@ -212,10 +236,10 @@ class _FusedSGL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, bag_sum, call, settings, pooling, group, with_parts):  # type: ignore[no-untyped-def]
-        total, parts, saved = _run_forward(call, bag_sum, settings, pooling, group)
+    def forward(ctx, logits, bag_sum, call, settings, operation, group, with_parts):  # type: ignore[no-untyped-def]
+        total, parts, saved = _run_forward(call, bag_sum, settings, operation, group)
         ctx.save_for_backward(logits, call.mask, call.offsets, call.pos_weight, saved)
-        ctx.settings, ctx.pooling = settings, pooling
+        ctx.settings, ctx.operation = settings, operation
         if not with_parts:
             return total
         ctx.mark_non_differentiable(parts)
@@ -227,7 +251,7 @@ class _FusedSGL(torch.autograd.Function):
         if grad_total is None:
             return (None,) * 7
         kept = ctx.saved_tensors
-        arguments = (grad_total, *kept, *_operands(ctx.settings, ctx.pooling, _OF_BACKWARD))
+        arguments = (grad_total, *kept, *_operands(ctx.settings, ctx.operation, _OF_BACKWARD))
         of_bag_sum = grad_total * kept[-1][-1, _SHARE_OF_PAIR] if ctx.needs_input_grad[1] else None
         return _linked(_backward, arguments, kept[0], grad_total), of_bag_sum, None, None, None, None, None
 
@@ -252,6 +276,7 @@ class _FusedTerms(torch.autograd.Function):
         numbers,
         others,
         of_backward,
+        loss,
         per_bag,
         group,
     ):
@@ -262,17 +287,17 @@ class _FusedTerms(torch.autograd.Function):
             *_, saved, sums = _forward_sums_numbers(*arguments)
             _, parts = _over_ranks(saved, sums, bag_sum, group, 1.0, 1.0, per_bag)
         ctx.save_for_backward(logits, mask, offsets, pos_weight, saved, numbers)
-        ctx.of_backward = of_backward
+        ctx.of_backward, ctx.loss = of_backward, loss
         return parts
 
     @staticmethod
     def backward(ctx, grad_parts):  # type: ignore[no-untyped-def]
         kept = ctx.saved_tensors
         of_bag_sum = grad_parts[0] * kept[4][-1, _SHARE_OF_PAIR] if ctx.needs_input_grad[1] else None
-        return _gradient_of_terms(grad_parts, kept, ctx.of_backward), of_bag_sum, *(None,) * 11
+        return _gradient_of_terms(grad_parts, kept, ctx.of_backward, ctx.loss), of_bag_sum, *(None,) * 12
 
 
-def _gradient_of_terms(grad_parts: Tensor, kept: tuple[Tensor, ...], of_backward: tuple[Any, ...]) -> Tensor:
+def _gradient_of_terms(grad_parts: Tensor, kept: tuple[Tensor, ...], of_backward: tuple[Any, ...], loss: int) -> Tensor:
     """The gradient by the logits, from that by (bag, instance, mask): each multiplies its columns of ``saved``.
 
     ``kept``: logits, mask, offsets, pos_weight, saved, numbers. ``of_backward``: the other settings of the backward.
@@ -281,7 +306,7 @@ def _gradient_of_terms(grad_parts: Tensor, kept: tuple[Tensor, ...], of_backward
     bag, instance, penalty = grad_parts.detach().unbind()
     one = torch.ones_like(bag)
     factors = {1: one, "instance": instance, "mask": penalty, "bag": bag}
-    saved = saved * torch.stack([factors[key] for key in _FACTORS])
+    saved = saved * torch.stack([factors[key] for key in _factors(loss)])
     arguments = (numbers, one, logits, mask, offsets, pos_weight, saved, *of_backward)
     return _linked(_backward_numbers, arguments, logits, grad_parts)
 
@@ -293,20 +318,27 @@ if DEVICES:
         ctx.save_for_backward(logits, mask, offsets, pos_weight, output[2], numbers)
         given = dict(zip([name for name in _OF_FORWARD if name not in _NUMBERS], others, strict=True))
         ctx.of_backward = tuple(given[name] for name in _OF_BACKWARD if name not in _NUMBERS)
+        ctx.loss = given["loss"]
         ctx.inputs = len(inputs)
 
     def _differentiate(ctx: Any, _total: Tensor, grad_parts: Tensor, _saved: Tensor) -> tuple[Tensor | None, ...]:
         """The terms alone have a derivative: this operator is called where nothing else of it is used."""
-        grad = _gradient_of_terms(grad_parts, ctx.saved_tensors, ctx.of_backward)
+        grad = _gradient_of_terms(grad_parts, ctx.saved_tensors, ctx.of_backward, ctx.loss)
         return None, grad, *(None,) * (ctx.inputs - 2)
 
     torch.library.register_autograd("sgl_ops::sgl_forward_numbers", _differentiate, setup_context=_keep)
 
 
-#: The term whose gradient multiplies each column of ``saved``: enum Column in csrc/batch.h.
-_FACTORS = (1, 1, 1, 1, "instance", "instance", "instance", "mask", "bag", 1, 1)
+def _factors(loss: int) -> tuple[str | int, ...]:
+    """The term whose gradient multiplies each column of ``saved`` (enum Column in csrc/batch.h)."""
+    first = CONSTANTS["first_weight_column"]
+    # the compared losses are one term, the bag's
+    parts = ["instance" if loss == CONSTANTS["self_guiding_loss"] else "bag"] * 3
+    columns: list[str | int] = [*[1] * first, *parts, "mask", "bag"]
+    return (*columns, *[1] * (CONSTANTS["saved_columns"] - len(columns)))
 
-#: The column of the last row of ``saved`` with the factor of the mean over pairs: kShareBagClass in csrc/batch.h.
+
+#: The column of the last row of ``saved`` with the factor of the mean over pairs: kDenominatorPair in csrc/batch.h.
 _SHARE_OF_PAIR = 3
 
 
@@ -323,14 +355,14 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _grad):  # type: ignore[no-untyped-def]
-        raise RuntimeError("the fused Self-Guiding Loss has no second derivative; impl='reference' has one")
+        raise RuntimeError("the fused operators have no second derivative; impl='reference' has one")
 
 
 def fused_terms(
     call: Call,
     bag_sum: Tensor | None,
     settings: SGLSettings,
-    pooling: tuple[int, float],
+    operation: Operation,
     group: Group,
     with_parts: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -340,33 +372,57 @@ def fused_terms(
         call: the tensors.
         bag_sum: with ``group``: the sum over the pairs of this rank of the bag loss, of a pooling that is not in the
             operator.
-        pooling: code and parameter, from :func:`code_of`.
+        operation: the pooling, from :func:`code_of`, and the loss.
     """
     if settings.has_tensor_weights or is_scripted() or is_compiled():
-        parts = _terms_by_numbers(call, bag_sum, settings, pooling, group)
+        parts = _terms_by_numbers(call, bag_sum, settings, operation, group)
         return settings.total(*parts.unbind()), parts.detach()
     logits = call.logits
     if (logits.requires_grad or (bag_sum is not None and bag_sum.requires_grad)) and torch.is_grad_enabled():
-        result = _FusedSGL.apply(logits, bag_sum, call, settings, pooling, group, with_parts)  # type: ignore[no-untyped-call]
+        result = _FusedSGL.apply(logits, bag_sum, call, settings, operation, group, with_parts)  # type: ignore[no-untyped-call]
         return result if with_parts else (result, None)
-    total, parts, _ = _run_forward(call, bag_sum, settings, pooling, group)
+    total, parts, _ = _run_forward(call, bag_sum, settings, operation, group)
     return total, parts
 
 
 def _terms_by_numbers(
-    call: Call, bag_sum: Tensor | None, settings: SGLSettings, pooling: tuple[int, float], group: Group
+    call: Call, bag_sum: Tensor | None, settings: SGLSettings, operation: Operation, group: Group
 ) -> Tensor:
     """(bag, instance, mask), each with its gradient; one graph of torch.compile serves all values of the settings."""
-    constant = {"lam": 1.0, "mask_weight": 1.0, "pooling_param": pooling[1]}
+    constant = {"lam": 1.0, "mask_weight": 1.0, "pooling_param": operation.pooling_param}
     values = [constant[name] if name in constant else getattr(settings, name) for name in _NUMBERS]
     # torch.compile turns a sum of a tensor and a number into a tensor operation
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     numbers = torch.stack([zero + value for value in values])
     others, of_backward = (
-        tuple(_operands(settings, pooling, [name for name in names if name not in _NUMBERS]))
+        tuple(_operands(settings, operation, [name for name in names if name not in _NUMBERS]))
         for names in (_OF_FORWARD, _OF_BACKWARD)
     )
     if is_scripted() and group is None:
         # torch.jit.trace records the operator with its gradient, but not an autograd.Function with its gradient
         return _forward_numbers(numbers, *call, *others)[1]  # type: ignore[no-any-return]
-    return _FusedTerms.apply(call.logits, bag_sum, *call[1:], numbers, others, of_backward, settings.per_bag, group)  # type: ignore[no-untyped-call, no-any-return]
+    arguments = (numbers, others, of_backward, operation.loss, settings.per_bag, group)
+    return _FusedTerms.apply(call.logits, bag_sum, *call[1:], *arguments)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _FusedPooling(torch.autograd.Function):
+    """Bag logits (N, C), their gradient from the logits and the statistics of each bag and class."""
+
+    @staticmethod
+    def forward(ctx, logits, mask, offsets, code, parameter):  # type: ignore[no-untyped-def]
+        bag_logits, saved = _pool_forward(logits, mask, offsets, code, parameter)
+        ctx.save_for_backward(logits, mask, offsets, saved)
+        ctx.pooling = code, parameter
+        return bag_logits
+
+    @staticmethod
+    def backward(ctx, grad_bag_logits):  # type: ignore[no-untyped-def]
+        arguments = (grad_bag_logits.contiguous(), *ctx.saved_tensors, *ctx.pooling)
+        return _linked(_pool_backward, arguments, ctx.saved_tensors[0], grad_bag_logits), None, None, None, None
+
+
+def pooled(logits: Tensor, mask: Tensor | None, offsets: Tensor | None, code: int, parameter: float) -> Tensor:
+    """Bag logits (N, C) by the operator; NaN for an empty bag."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _FusedPooling.apply(logits, mask, offsets, code, parameter)  # type: ignore[no-untyped-call, no-any-return]
+    return _pool_forward(logits, mask, offsets, code, parameter)[0]  # type: ignore[no-any-return]

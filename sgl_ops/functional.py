@@ -49,6 +49,7 @@ from ._checks import (
     check_call,
     check_class_vector,
     check_constant,
+    check_impl,
     check_values,
     check_weights,
     looks_at_values,
@@ -56,7 +57,7 @@ from ._checks import (
 )
 from ._ranks import Group, check_group
 from ._tracing import is_transformed
-from .pooling import make_pooling
+from .pooling import MeanPooling, make_pooling
 from .settings import SGLSettings, settings_of, takes_settings
 
 __all__ = [
@@ -183,6 +184,7 @@ def sgl_total_and_terms(
         )  # fmt: skip
         return settings.total(*terms), torch.stack([term.detach() for term in terms])
     code, parameter = _fused.code_of(module)
+    operation = _fused.Operation(code, parameter, _fused.CONSTANTS["self_guiding_loss"])
     if code == _fused.EXTERNAL:
         # two gradients meet in the logits, and their sum is to be rounded once, to the dtype that was given
         logits = logits.to(working_dtype(logits.dtype))
@@ -193,7 +195,7 @@ def sgl_total_and_terms(
         bag_sum = reference.bag_sum(instances, module, mask, offsets, features, class_weight, pos_weight)
         if group is None:
             bag, bag_sum = reference.mean_over_pairs(instances, bag_sum), None
-    total, parts = _fused.fused_terms(call, bag_sum, settings, (code, parameter), group, with_parts)
+    total, parts = _fused.fused_terms(call, bag_sum, settings, operation, group, with_parts)
     if bag is not None:
         total = total + bag
         if parts is not None:
@@ -250,6 +252,7 @@ def bag_loss(
     class_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     check: bool | None = None,
+    impl: str = "auto",
     process_group: Group = None,
 ) -> Tensor:
     """The bag loss alone (Eq. 3, 4), a scalar: see :class:`sgl_ops.BagLoss`.
@@ -261,11 +264,18 @@ def bag_loss(
     """
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
-    classes, look = 1 if targets.dim() == 1 else targets.shape[1], looks_at_values(logits, check)
+    if class_weight is not None or pos_weight is not None:
+        classes, look = 1 if targets.dim() == 1 else targets.shape[1], looks_at_values(logits, check)
+        class_weight = _class_vector("class_weight", class_weight, classes, logits, look)
+        pos_weight = _class_vector("pos_weight", pos_weight, classes, logits, look)
+    module = make_pooling(pooling)
+    call = _fused.Call(logits, targets, mask, offsets, class_weight, pos_weight)
+    fused = _fused_loss("bag_loss", call, module, impl, process_group)
+    if fused is not None:
+        return fused
     return reference.bag_loss(
-        logits, targets, mask, offsets, features, pooling=make_pooling(pooling),
-        class_weight=_class_vector("class_weight", class_weight, classes, logits, look),
-        pos_weight=_class_vector("pos_weight", pos_weight, classes, logits, look), group=process_group,
+        logits, targets, mask, offsets, features, pooling=module, class_weight=class_weight, pos_weight=pos_weight,
+        group=process_group,
     )  # fmt: skip
 
 
@@ -278,6 +288,7 @@ def bil_loss(
     features: Tensor | None = None,
     pooling: str | nn.Module = "mean",
     check: bool | None = None,
+    impl: str = "auto",
     process_group: Group = None,
 ) -> Tensor:
     """The bag-instance loss of Zhou et al. 2017, a scalar: see :class:`sgl_ops.BILLoss`.
@@ -289,9 +300,12 @@ def bil_loss(
     """
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
-    return reference.bil_loss(
-        logits, targets, mask, offsets, features, pooling=make_pooling(pooling), group=process_group
-    )
+    module = make_pooling(pooling)
+    call = _fused.Call(logits, targets, mask, offsets, None, None)
+    fused = _fused_loss("bag_instance_loss", call, module, impl, process_group)
+    if fused is not None:
+        return fused
+    return reference.bil_loss(logits, targets, mask, offsets, features, pooling=module, group=process_group)
 
 
 def mmm_loss(
@@ -302,6 +316,7 @@ def mmm_loss(
     offsets: Tensor | None = None,
     features: Tensor | None = None,
     check: bool | None = None,
+    impl: str = "auto",
     process_group: Group = None,
 ) -> Tensor:
     """The min-mean-max loss of Morfi & Stowell 2018, a scalar: see :class:`sgl_ops.MMMLoss`. ``features`` is not used.
@@ -313,7 +328,30 @@ def mmm_loss(
     """
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
+    call = _fused.Call(logits, targets, mask, offsets, None, None)
+    fused = _fused_loss("min_mean_max_loss", call, _MEAN, impl, process_group)
+    if fused is not None:
+        return fused
     return reference.mmm_loss(logits, targets, mask, offsets, group=process_group)
+
+
+_MEAN = MeanPooling()
+# the compared losses have one term, which is averaged over bags and classes
+_ONE_TERM = SGLSettings(lam=0.0, normalize="bag")
+
+
+def _fused_loss(loss: str, call: _fused.Call, pooling: nn.Module, impl: str, group: Group) -> Tensor | None:
+    """A compared loss by the fused operator; None where the reference is to compute it."""
+    check_impl(impl)
+    if not _use_fused(impl, call.logits):
+        return None
+    code, parameter = _fused.code_of(pooling)
+    if code == _fused.EXTERNAL:
+        if impl == "fused":
+            raise ValueError(f"impl: 'fused' is not available: the operators do not have {pooling}")
+        return None
+    operation = _fused.Operation(code, parameter, _fused.CONSTANTS[loss])
+    return _fused.fused_terms(call, None, _ONE_TERM, operation, group, with_parts=False)[0]
 
 
 def _validated(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import class_vector
+from ._checks import check_impl, class_vector
 from ._ranks import Group, check_group
 from .functional import SGLTerms
 from .pooling import make_pooling
@@ -183,6 +183,7 @@ class BagLoss(_Loss):
         class_weight: (C,), >= 0: multiplies every term of a class; the denominator stays.
         pos_weight: (C,), > 0: multiplies the positive half of the BCE.
         check: whether to look at the values of targets and offsets; None: on the CPU only.
+        impl: ``"auto"``, ``"fused"`` (the operator) or ``"reference"`` (PyTorch alone), as in :class:`SGLLoss`.
         process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`.
@@ -203,15 +204,18 @@ class BagLoss(_Loss):
         class_weight: Tensor | Sequence[float] | None = None,
         pos_weight: Tensor | Sequence[float] | None = None,
         check: bool | None = None,
+        impl: str = "auto",
         process_group: Group = None,
     ):
         super().__init__()
         check_group(process_group)
+        check_impl(impl)
         self.process_group = process_group
         self.pooling = make_pooling(pooling)
         self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
         self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
         self.check = check
+        self.impl = impl
 
     def forward(
         self,
@@ -226,7 +230,7 @@ class BagLoss(_Loss):
         return functional.bag_loss(
             logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling,
             class_weight=self.class_weight, pos_weight=self.pos_weight, check=self.check,
-            process_group=self.process_group,
+            impl=self.impl, process_group=self.process_group,
         )  # fmt: skip
 
 
@@ -239,6 +243,7 @@ class BILLoss(_Loss):
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module (the authors of SGL: ``"mean_logits"``).
         check: whether to look at the values of targets and offsets; None: on the CPU only.
+        impl: ``"auto"``, ``"fused"`` (the operator) or ``"reference"`` (PyTorch alone), as in :class:`SGLLoss`.
         process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`.
@@ -249,12 +254,21 @@ class BILLoss(_Loss):
     tensor(0.4683)
     """
 
-    def __init__(self, pooling: str | nn.Module = "mean", *, check: bool | None = None, process_group: Group = None):
+    def __init__(
+        self,
+        pooling: str | nn.Module = "mean",
+        *,
+        check: bool | None = None,
+        impl: str = "auto",
+        process_group: Group = None,
+    ):
         super().__init__()
         check_group(process_group)
+        check_impl(impl)
         self.process_group = process_group
         self.pooling = make_pooling(pooling)
         self.check = check
+        self.impl = impl
 
     def forward(
         self,
@@ -268,7 +282,7 @@ class BILLoss(_Loss):
         """The loss, a scalar."""
         return functional.bil_loss(
             logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling, check=self.check,
-            process_group=self.process_group,
+            impl=self.impl, process_group=self.process_group,
         )  # fmt: skip
 
 
@@ -279,6 +293,7 @@ class MMMLoss(_Loss):
 
     Args:
         check: whether to look at the values of targets and offsets; None: on the CPU only.
+        impl: ``"auto"``, ``"fused"`` (the operator) or ``"reference"`` (PyTorch alone), as in :class:`SGLLoss`.
         process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
     Shapes, layouts and errors of a call: :mod:`sgl_ops.functional`; ``features`` is accepted and not used.
@@ -289,11 +304,13 @@ class MMMLoss(_Loss):
     tensor(0.2314)
     """
 
-    def __init__(self, *, check: bool | None = None, process_group: Group = None):
+    def __init__(self, *, check: bool | None = None, impl: str = "auto", process_group: Group = None):
         super().__init__()
         check_group(process_group)
+        check_impl(impl)
         self.process_group = process_group
         self.check = check
+        self.impl = impl
 
     def forward(
         self,
@@ -306,5 +323,11 @@ class MMMLoss(_Loss):
     ) -> Tensor:
         """The loss, a scalar."""
         return functional.mmm_loss(
-            logits, targets, mask=mask, offsets=offsets, check=self.check, process_group=self.process_group
+            logits,
+            targets,
+            mask=mask,
+            offsets=offsets,
+            check=self.check,
+            impl=self.impl,
+            process_group=self.process_group,
         )

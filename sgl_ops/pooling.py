@@ -48,13 +48,16 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import _fused
 from ._bags import Bags, bags_of
 from ._checks import check_call, check_number, unnest
+from ._tracing import is_compiled, is_scripted, is_transformed
 
 __all__ = [
     "POOLINGS",
@@ -86,7 +89,30 @@ class Pooling(nn.Module):
         offsets: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Tensor:
-        """Bag logits of instance logits: see the module's documentation for shapes."""
+        """Bag logits of instance logits: see the module's documentation for shapes.
+
+        The C++ operators compute them where they can. Their second derivative is an error; :meth:`reference` has one.
+        """
+        logits, offsets, features = unnest(logits, mask, offsets, features)
+        check_call(logits, None, mask, offsets)
+        code, parameter = _fused.code_of(self)
+        if code == _fused.EXTERNAL or logits.device.type not in _fused.DEVICES or is_transformed():
+            return self.reference(logits, mask=mask, offsets=offsets, features=features)
+        if is_scripted() or (_fused.HAS_PARAMETER[code] and is_compiled()):
+            # torch.jit.trace does not record the gradient; each value of a float argument would compile a new graph
+            return self.reference(logits, mask=mask, offsets=offsets, features=features)
+        z = _fused.pooled(logits, mask, offsets, code, parameter)
+        return z.squeeze(1) if logits.dim() == (2 if offsets is None else 1) else z
+
+    def reference(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The same as a call, by PyTorch alone: every device, every derivative."""
         logits, offsets, features = unnest(logits, mask, offsets, features)
         check_call(logits, None, mask, offsets)
         bags = bags_of(logits, mask, offsets)
@@ -96,6 +122,11 @@ class Pooling(nn.Module):
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         """Bag logits (N, C) of instances ``x``; anything finite for an empty bag."""
         raise NotImplementedError
+
+    @property
+    def operator_parameter(self) -> float | None:
+        """The parameter for the C++ operators, 1 where there is none; None: they do not have this pooling."""
+        return 1.0
 
 
 class MaxPooling(Pooling):
@@ -179,6 +210,10 @@ class TopKPooling(Pooling):
         part, whole = int(self.k * 2**30), 2**30  # integers: the same count on every device
         return torch.minimum(size, ((part * size + whole - 1) // whole).clamp(min=1))
 
+    @property
+    def operator_parameter(self) -> float:
+        return float(self.k)
+
     def extra_repr(self) -> str:
         return f"k={self.k}"
 
@@ -211,6 +246,10 @@ class LSEPooling(Pooling):
         log_q = torch.where(steep, log_q_steep, log_q_flat)
         log_p = torch.where(near_one, -1.0, log_p)
         return torch.where(near_one, torch.log1p(-torch.exp(log_q)) - log_q, log_p - torch.log1p(-torch.exp(log_p)))
+
+    @property
+    def operator_parameter(self) -> float:
+        return self.r
 
     def extra_repr(self) -> str:
         return f"r={self.r}"
@@ -267,6 +306,10 @@ class GeneralizedMeanPooling(Pooling):
         log_t = torch.where(near_one, log_t_one, torch.log(t_far))
         t = torch.where(near_one, torch.exp(log_t_one), t_far)
         return -t - _log1mexp(t, log_t)
+
+    @property
+    def operator_parameter(self) -> float | None:
+        return self.start if self.log_r is None else None  # a learned exponent
 
     def extra_repr(self) -> str:
         return f"r={self.start}" if self.log_r is None else f"num_classes={self.log_r.shape[0]}"
@@ -340,6 +383,14 @@ POOLINGS: dict[str, type[Pooling]] = {
     "noisy_or": NoisyOrPooling,
     "generalized_mean": GeneralizedMeanPooling,
 }
+
+_fused.CODES.update({POOLINGS[name]: code for name, code in _fused.CODE_OF_NAME.items() if name in POOLINGS})
+
+
+def by_pytorch(pooling: nn.Module) -> Callable[..., Tensor]:
+    """``pooling`` as a function that does not use the C++ operators."""
+    # with a hook, the call takes the reference by itself, and the hook runs
+    return pooling.reference if isinstance(pooling, Pooling) and _fused.has_code(pooling) else pooling
 
 
 def make_pooling(pooling: str | nn.Module) -> nn.Module:

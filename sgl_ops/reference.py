@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._bags import Bags, bags_of, working_dtype
 from ._ranks import Group, all_reduce_batch
-from .pooling import MaxPooling, MeanPooling, MinPooling
+from .pooling import MaxPooling, MeanPooling, MinPooling, by_pytorch
 from .settings import SGLSettings
 
 NEGATIVE, AMBIGUOUS, POSITIVE, NO_PART = 0, 1, 2, -1
@@ -133,7 +133,7 @@ def pooled(
         wanted = bags.expand_to_instances(wanted)
         wanted = wanted.transpose(1, 2) if wanted.dim() == 3 else wanted
         features = torch.where(wanted, features, 0.0)
-    z = pooling(bags.layout(instances.x), mask=mask, offsets=offsets, features=features)
+    z = by_pytorch(pooling)(bags.layout(instances.x), mask=mask, offsets=offsets, features=features)
     if z.numel() != labels.y.numel():
         raise ValueError(f"pooling: expected bag logits of shape {tuple(labels.y.shape)}, got {tuple(z.shape)}")
     return torch.where(labels.takes_part, z.reshape(labels.y.shape), 0.0)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._checks import check_constant, looks_at_values
+from ._checks import check_constant, check_impl, looks_at_values
 
 __all__ = ["SGLSettings"]
 
@@ -78,8 +78,7 @@ class SGLSettings:
             raise ValueError(f"mask_weight: expected finite and >= 0, got {self.mask_weight}")
         if self.normalize not in ("batch", "bag"):
             raise ValueError(f"normalize: expected 'batch' or 'bag', got {self.normalize!r}")
-        if self.impl not in ("auto", "fused", "reference"):
-            raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {self.impl!r}")
+        check_impl(self.impl)
 
     @property
     def per_bag(self) -> bool:

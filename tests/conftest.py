@@ -105,9 +105,16 @@ def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pyte
         if device.type != "cpu" or request.module.__name__ == "test_compile":
             pytest.skip("the emulated kernels are for eager tests on the CPU")
         request.getfixturevalue("emulated")
-        monkeypatch.setattr(_fused, "_forward", torch.ops.sgl_ops_emulated.sgl_forward.default)
-        monkeypatch.setattr(_fused, "_backward", torch.ops.sgl_ops_emulated.sgl_backward.default)
+        use_emulated_operators(monkeypatch)
     return "fused"
+
+
+def use_emulated_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the operators by those whose kernels for CUDA run on the CPU."""
+    names = ("sgl_forward", "sgl_forward_sums", "sgl_finalize", "sgl_backward", "pool_forward", "pool_backward")
+    for name in names:
+        operator = getattr(torch.ops.sgl_ops_emulated, name).default
+        monkeypatch.setattr(_fused, f"_{name.removeprefix('sgl_')}", operator)
 
 
 def by_kernels_for_cuda(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, needs_kernel
 
 import sgl_ops
@@ -37,6 +38,21 @@ def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch):
     (row,) = json.loads((tmp_path / "where.json").read_text())["results"]
     parts = row["median_us"]
     assert parts["step"] == pytest.approx(sum(parts[name] for name in ("forward", "backward", "autograd", "rest")))
+
+
+@needs_kernel
+def test_bench_poolings_measures_every_pooling(monkeypatch, capsys):
+    import bench_poolings
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["bench_poolings.py", "--rounds", "2", "--shapes", "3,2,20"])
+    bench_poolings.main()
+    torch.set_num_threads(threads)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row.split("|")[1].strip() for row in rows] == list(bench_poolings.POOLINGS)
+    logits, targets = torch.randn(3, 2, 20), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    for name, naive in bench_poolings.NAIVE.items():
+        torch.testing.assert_close(naive(logits, targets), sgl_ops.BagLoss(name)(logits, targets))
 
 
 def test_a_training_step_is_profiled(tmp_path, capsys):

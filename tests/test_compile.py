@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import external_pooling
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
 
 # torch.compile is Python: traced by coverage, too, it takes half as long again, and the lines are those of other tests
 pytestmark = pytest.mark.no_cover
 
-CODES = [0, *sorted(_fused.CODES.values())]
+CODES = sorted(_fused.CODE_OF_NAME.values())
 
 
 def operands(layout: str, device: torch.device, dtype=torch.float32):
@@ -29,26 +30,37 @@ def test_opcheck(fused_device, layout, dtype):
     logits, targets, mask, offsets = operands(layout, fused_device, dtype)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     weight = torch.tensor([1.0, 2.0], dtype=working, device=fused_device)
-    forward = (logits, targets, mask, offsets, weight, weight, 0.3, 1.0, 0.5, 4, 1.0, False, True, True)
+    forward = (logits, targets, mask, offsets, weight, weight, 0.3, 1.0, 0.5, 4, 1.0, False, True, True, 0)
     torch.library.opcheck(torch.ops.sgl_ops.sgl_forward.default, forward)
     _, _, saved = torch.ops.sgl_ops.sgl_forward(*forward)
-    assert saved.shape[1] == _fused.SAVED_COLUMNS
+    assert saved.shape[1] == _fused.CONSTANTS["saved_columns"]
     backward = (weight[0], logits, mask, offsets, weight, saved, 0.3, 4, 1.0, True)
     torch.library.opcheck(torch.ops.sgl_ops.sgl_backward.default, backward)
+
+
+@pytest.mark.parametrize("layout", ["map", "channels_last", "masked", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_opcheck_of_poolings(fused_device, layout, dtype):
+    logits, _, mask, offsets = operands(layout, fused_device, dtype)
+    if offsets is not None:  # no empty bag: opcheck takes NaN for unequal to itself
+        offsets = torch.tensor([0, 5, 7, 12], device=fused_device)
+    pooling = (_fused.CODE_OF_NAME["topk"], 3.0)
+    torch.library.opcheck(torch.ops.sgl_ops.pool_forward.default, (logits, mask, offsets, *pooling))
+    z, saved = torch.ops.sgl_ops.pool_forward(logits, mask, offsets, *pooling)
+    backward = (torch.randn_like(z), logits, mask, offsets, saved, *pooling)
+    torch.library.opcheck(torch.ops.sgl_ops.pool_backward.default, backward)
 
 
 @pytest.mark.parametrize("layout", ["map", "packed"])
 @pytest.mark.parametrize("name", ["sgl", "sgl with another pooling", "bag", "bil", "mmm"])
 def test_compiles_in_one_graph(impl, device, layout, name):
-    if impl == "fused" and name in ("bag", "bil", "mmm"):
-        pytest.skip("no kernel of its own")
     torch._dynamo.reset()
     loss = {
         "sgl": SGLLoss(impl=impl, mask_weight=0.5),
-        "sgl with another pooling": SGLLoss(impl=impl, pooling="generalized_mean"),
-        "bag": BagLoss(),
-        "bil": BILLoss(),
-        "mmm": MMMLoss(),
+        "sgl with another pooling": SGLLoss(impl=impl, pooling=external_pooling()),
+        "bag": BagLoss(pooling="topk", impl=impl),
+        "bil": BILLoss(impl=impl),
+        "mmm": MMMLoss(impl=impl),
     }[name]
     logits, targets, mask, offsets = operands(layout, device)
 

@@ -12,6 +12,8 @@ from functools import cache
 import pytest
 import torch
 
+from sgl_ops.pooling import POOLINGS
+
 pytest.importorskip("sgl_ops._C", reason="the extension sgl_ops._C is not built", exc_type=ImportError)
 
 LEVELS = ["baseline", "avx2", "avx512"]
@@ -28,7 +30,7 @@ for function, x in inputs["math"].items():
     result[function] = ops._math(x, function)
     result[function, "special"] = ops._math(torch.tensor([torch.nan, torch.inf, -torch.inf]), function)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    for pooling in ("max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or"):
+    for pooling in sgl_ops.pooling.POOLINGS:
         for impl in ("fused", "reference"):
             logits = inputs["logits"].to(dtype)
             # the reference computes in float64 from what the fused operator reads
@@ -115,7 +117,7 @@ def test_functions_at_nan_and_infinity(report, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("pooling", ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_every_level_gives_the_reference(report, level, pooling, dtype):
     result = report(level)

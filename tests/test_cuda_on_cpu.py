@@ -16,11 +16,11 @@ import pytest
 import torch
 from cases import Case, cases
 from comparison import Comparison
-from conftest import ROOT, needs_kernel
+from conftest import ROOT, needs_kernel, use_emulated_operators
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from sgl_ops import SGLLoss, _fused
+from sgl_ops import SGLLoss
 
 sys.path.append(str(ROOT / "tools"))
 from cuda_toolkit import architecture_flags, compile_command, find_toolkit
@@ -31,8 +31,7 @@ from cuda_toolkit import architecture_flags, compile_command, find_toolkit
 
 @pytest.fixture
 def kernels(emulated, monkeypatch):
-    monkeypatch.setattr(_fused, "_forward", torch.ops.sgl_ops_emulated.sgl_forward.default)
-    monkeypatch.setattr(_fused, "_backward", torch.ops.sgl_ops_emulated.sgl_backward.default)
+    use_emulated_operators(monkeypatch)
     yield emulated
     emulated.set_schedule(0)
     emulated.set_resident(1)
@@ -151,7 +150,7 @@ BUGS = {
     "no barrier before the warps' sums are read": (
         "group.cuh", "    __syncthreads();\n    std::memcpy(&value", "    std::memcpy(&value", "threads"),
     "the warps' sums are overwritten at once": ("group.cuh", "    turn_ ^= 1;\n", "", "threads"),
-    "no barrier before bag-classes are finished": (
+    "no barrier before pairs are finalized": (
         "forward.cuh", "    group.sync();\n    const", "    const", "threads"),
     "no fence before a block says that it is done": (
         "forward.cuh", "] = batch;\n    __threadfence();\n", "] = batch;\n", "threads"),

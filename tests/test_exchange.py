@@ -33,7 +33,7 @@ def ops_for(logits):
 
 def shipped(logits, targets, mask, weights, options, grad_output):
     ops = ops_for(logits)
-    total, parts, saved = ops.sgl_forward(logits, targets, mask, None, *weights, *options)
+    total, parts, saved = ops.sgl_forward(logits, targets, mask, None, *weights, *options, 0)
     delta_l, _, _, pooling, parameter, _, rescale, _ = options
     grad = ops.sgl_backward(
         grad_output, logits, mask, None, weights[1], saved, delta_l, pooling, parameter, rescale

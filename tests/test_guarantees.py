@@ -10,18 +10,22 @@ from batches import packed, random_batch, run
 from conftest import needs_kernel, skip_without_kernel
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
+from sgl_ops.pooling import POOLINGS as NAMED
 
 NAN = math.nan
-POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean"]
+POOLINGS = list(NAMED)
 LIMIT = {torch.float32: 1e4, torch.float64: 1e4, torch.bfloat16: 1e4, torch.float16: 6e4}
 
 
 LOSSES = {
     "sgl reference": lambda p: SGLLoss(pooling=p, mask_weight=0.5, impl="reference"),
     "sgl by bag": lambda p: SGLLoss(pooling=p, mask_weight=0.5, normalize="bag", impl="reference"),
-    "bag": lambda p: BagLoss(pooling=p),
-    "bil": lambda p: BILLoss(pooling=p),
-    "mmm": lambda p: MMMLoss(),
+    "bag": lambda p: BagLoss(pooling=p, impl="reference"),
+    "bil": lambda p: BILLoss(pooling=p, impl="reference"),
+    "mmm": lambda p: MMMLoss(impl="reference"),
+    "bag fused": lambda p: BagLoss(pooling=p, impl="fused"),
+    "bil fused": lambda p: BILLoss(pooling=p, impl="fused"),
+    "mmm fused": lambda p: MMMLoss(impl="fused"),
     "sgl fused": lambda p: SGLLoss(pooling=p, mask_weight=0.5, impl="fused"),
     "fused by bag": lambda p: SGLLoss(pooling=p, mask_weight=0.5, normalize="bag", impl="fused"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import packed, padded, random_batch, run
+from batches import external_pooling, packed, padded, random_batch, run
 from conftest import by_kernels_for_cuda
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
@@ -30,10 +30,12 @@ def compare(impl, got, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pooling", ["max", "softmax", "lse", "generalized_mean"])
+@pytest.mark.parametrize("pooling", ["max", "softmax", "lse", "topk", "generalized_mean", "external"])
 def test_padded_and_packed(impl, device, dtype, pooling):
-    if impl == "fused" and pooling == "generalized_mean":
-        pytest.skip("a pooling outside of the operator sums in the order of the layout")
+    if pooling == "external":
+        if impl == "fused":
+            pytest.skip("a pooling outside of the operator sums in the order of the layout")
+        pooling = external_pooling()
     batch = random_batch([3, 17, 0, 1, 40], classes=3, unknown=0.2).to(dtype)
     loss = SGLLoss(impl=impl, pooling=pooling, mask_weight=0.3)
     value, gradient = run(loss, batch, device, packed, dtype)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 import oracle
 import pytest
 import torch
-from batches import packed, padded, random_batch
+from batches import external_pooling, packed, padded, random_batch
+from conftest import ROOT, needs_kernel
 
-from sgl_ops import SGLLoss
+from sgl_ops import BagLoss, SGLLoss, _fused
 from sgl_ops.pooling import (
     POOLINGS,
     AttentionPooling,
@@ -22,14 +24,22 @@ from sgl_ops.pooling import (
     make_pooling,
 )
 
-NAMES = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "topk", "lse", "noisy_or", "generalized_mean"]
+NAMES = list(POOLINGS)
+
+
+def by(impl, pooling):
+    """The pooling as a function, computed by ``impl``."""
+    if impl == "reference":
+        return pooling.reference
+    assert _fused.code_of(pooling)[0] != _fused.EXTERNAL
+    return pooling
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values(name, device):
+def test_values(name, impl, device):
     batch = random_batch([1, 4, 9], classes=2, scale=4.0)
     logits, call = packed(batch, device)
-    z = make_pooling(name)(logits, **call)
+    z = by(impl, make_pooling(name))(logits, **call)
     for i, bag in enumerate(batch.logits):
         for c, xs in enumerate(bag.tolist()):
             p = oracle.pooled(name, [oracle.mpf(x) for x in xs])
@@ -37,13 +47,13 @@ def test_values(name, device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layouts_and_empty_bags(name, device):
+def test_layouts_and_empty_bags(name, impl, device):
     batch = random_batch([3, 0, 7], classes=2)
     flat, offsets = packed(batch, device)
     dense, mask = padded(batch, device)
     flat.requires_grad_()
     dense.requires_grad_()
-    pooling = make_pooling(name)
+    pooling = by(impl, make_pooling(name))
     one, two = pooling(flat, **offsets), pooling(dense, **mask)
     assert one.shape == (3, 2)
     assert one[1].isnan().all()
@@ -59,11 +69,11 @@ def test_layouts_and_empty_bags(name, device):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_extremes_are_finite(name, device, dtype):
+def test_extremes_are_finite(name, impl, device, dtype):
     limit = 6e4 if dtype == torch.float16 else 1e4
     rows = [[limit] * 3, [-limit] * 3, [limit, -limit, 0.0], [-90.0, -100.0, -95.0], [40.0, 50.0, 45.0], [0.0] * 3]
     x = torch.tensor(rows).to(device, dtype).requires_grad_()
-    z = make_pooling(name)(x)
+    z = by(impl, make_pooling(name))(x)
     assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert z.isfinite().all()
     z.sum().backward()
@@ -138,9 +148,9 @@ def topk_by_sorting(xs, k):
         [4.0],
     ],
 )
-def test_topk_values_ties_and_small_bags(device, k, xs):
+def test_topk_values_ties_and_small_bags(impl, device, k, xs):
     x = torch.tensor([xs], dtype=torch.float64, device=device, requires_grad=True)
-    z = TopKPooling(k)(x)
+    z = by(impl, TopKPooling(k))(x)
     z.backward()
     expected, slopes = topk_by_sorting(xs, k)
     assert z.item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
@@ -151,12 +161,12 @@ def test_topk_values_ties_and_small_bags(device, k, xs):
     ("fraction", "size", "k"),
     [(0.5, 4, 2), (0.5, 5, 3), (0.07, 100, 7), (0.1, 30, 3), (0.1, 31, 4), (1e-12, 6, 1), (0.999, 3, 3), (0.3, 1, 1)],
 )
-def test_topk_by_fraction(device, fraction, size, k):
+def test_topk_by_fraction(impl, device, fraction, size, k):
     batch = random_batch([size, 2, 0], classes=2)
     for make in (packed, padded):
         logits, call = make(batch, device)
-        z = TopKPooling(fraction)(logits, **call)
-        torch.testing.assert_close(z[0], TopKPooling(k)(logits, **call)[0])
+        z = by(impl, TopKPooling(fraction))(logits, **call)
+        torch.testing.assert_close(z[0], TopKPooling(k).reference(logits, **call)[0])
         assert z[2].isnan().all()
 
 
@@ -170,16 +180,16 @@ def test_topk_between_max_and_mean(device):
 def test_topk_gradients(device):
     x = torch.randn(2, 3, 12, dtype=torch.float64).to(device).requires_grad_()
     for k in (1, 5, 0.3):
-        assert torch.autograd.gradcheck(TopKPooling(k), (x,))
-        assert torch.autograd.gradgradcheck(TopKPooling(k), (x,))
+        assert torch.autograd.gradcheck(TopKPooling(k).reference, (x,))
+        assert torch.autograd.gradgradcheck(TopKPooling(k).reference, (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("limit", [1e8, 1e15])
-def test_topk_of_large_logits(device, limit, dtype):
+def test_topk_of_large_logits(impl, device, limit, dtype):
     rows = [[limit, limit / 2, 0.0], [-limit, -limit / 2, -limit], [limit, -limit, 0.0], [-limit, -limit, 1.0]]
     x = torch.tensor(rows, dtype=dtype, device=device, requires_grad=True)
-    z = TopKPooling(2)(x)
+    z = by(impl, TopKPooling(2))(x)
     assert z.isfinite().all()
     z.sum().backward()
     assert x.grad.isfinite().all()
@@ -273,3 +283,122 @@ def test_attention_of_nested_features(impl, device):
             loss(nested(logits, 0, 2, 5), labels.to(device), features=nested(features, 0, 3, 5))
     with pytest.raises(ValueError, match=r"features.*nested logits"):
         loss(logits, labels.to(device), features=nested(features, 0, 2, 5), offsets=torch.tensor([0, 2, 5]).to(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators of the poolings
+
+
+POOLINGS_WITH_PARAMETERS = [
+    *(make_pooling(name) for name in NAMES),
+    *(TopKPooling(k) for k in (1, 3, 1000, 0.1)),
+    *(GeneralizedMeanPooling(r) for r in (0.3, 4.0, 20.0)),
+    LSEPooling(1.0),
+]
+
+
+@needs_kernel
+def test_the_operators_have_every_named_pooling():
+    """The list of the documentation, the names in Python and the structs of csrc/pooling.h are the same."""
+    operators = [name for name in _fused.CODE_OF_NAME if name != "none"]
+    assert sorted(operators) == sorted(POOLINGS)
+    for kind in POOLINGS.values():
+        assert kind in _fused.CODES
+    page = (ROOT / "docs" / "choosing-settings.md").read_text()
+    table = page[page.index("## Which pooling") :].split("\n\n")[1]
+    documented = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(name for name in documented if name.islower()) == sorted(POOLINGS)
+
+
+@needs_kernel
+@pytest.mark.parametrize("code", [-1, 99])
+def test_unknown_codes_are_refused(emulated, code):
+    x, y, z = torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 1)
+    saved = torch.zeros(3, _fused.CONSTANTS["saved_columns"])
+    settings = (0.3, 1.0, 0.0, code, 1.0, False, True, True, 0)
+    for ops in (torch.ops.sgl_ops, torch.ops.sgl_ops_emulated):
+        for call in (
+            lambda ops=ops: ops.sgl_forward(x, y, None, None, None, None, *settings),
+            lambda ops=ops: ops.sgl_forward_sums(x, y, None, None, None, None, *settings),
+            lambda ops=ops: ops.sgl_backward(y[0], x, None, None, None, saved, 0.3, code, 1.0, True),
+            lambda ops=ops: ops.pool_forward(x, None, None, code, 1.0),
+            lambda ops=ops: ops.pool_backward(z, x, None, None, saved, code, 1.0),
+        ):
+            with pytest.raises(RuntimeError, match=rf"pooling: expected the code of a pooling, got {code}"):
+                call()
+        with pytest.raises(RuntimeError, match="loss: expected the code of a loss, got 7"):
+            ops.sgl_forward(x, y, None, None, None, None, *settings[:3], 1, *settings[4:-1], 7)
+
+
+@needs_kernel
+@pytest.mark.parametrize("pooling", POOLINGS_WITH_PARAMETERS, ids=str)
+@pytest.mark.parametrize("layout", [packed, padded])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_operators_are_the_reference(impl, device, pooling, layout, dtype):
+    """Bag logits and their gradient against the reference in float64, with ties, at several scales."""
+    if impl == "reference":
+        pytest.skip("compared with itself")
+    working = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    for scale, shift in ((2.0, 0.0), (1.0, -60.0), (1.0, 60.0), (20.0, 0.0)):
+        batch = random_batch([1, 40, 0, 7], classes=3, scale=scale, shift=shift).to(dtype)
+        batch = batch._replace(logits=[torch.cat((bag, bag[:, :1].repeat(1, 3)), 1) for bag in batch.logits])
+        x, call = layout(batch, device, dtype)
+        weight = torch.randn(4, 3, dtype=torch.float64).to(device)
+        results = []
+        for compute, logits in ((pooling, x.clone()), (pooling.reference, x.double())):
+            logits.requires_grad_()
+            z = compute(logits, **call).double()
+            (z.nan_to_num(0.0) * weight).sum().backward()
+            results.append((z.detach(), logits.grad.double()))
+        (z, grad), (expected, expected_grad) = results
+        sharpness = max(1.0, pooling.operator_parameter if isinstance(pooling, GeneralizedMeanPooling) else 1.0)
+        torch.testing.assert_close(
+            z, expected, rtol=32 * working * sharpness, atol=32 * working * sharpness, equal_nan=True
+        )
+        limits = torch.finfo(dtype)
+        rounding = (limits.eps * expected_grad.abs() + limits.smallest_normal * limits.eps) / 2
+        size = 64 * working * sharpness * expected_grad.abs().max()
+        assert ((grad - expected_grad).abs() <= rounding + size).all()
+
+
+@needs_kernel
+def test_an_excluded_instance_may_hold_anything_and_a_nan_is_never_hidden(impl, device):
+    mask = torch.tensor([[True, True, False], [True, False, True]], device=device)
+    for name in NAMES:
+        x = torch.tensor([[[1.0, -1.0, math.nan]], [[math.inf, 7.0, 0.0]]], device=device, requires_grad=True)
+        z = by(impl, make_pooling(name))(x, mask=mask)
+        (z[0] + 0 * z[1]).sum().backward()
+        assert z[0].isfinite().all()
+        assert z[1].isnan().all()
+        assert x.grad[0, 0, 2] == 0
+        assert x.grad[1, 0, 1] == 0
+        assert x.grad[1, 0, [0, 2]].isnan().all()
+
+
+@needs_kernel
+def test_second_derivatives_are_an_error_or_those_of_the_reference(fused_device):
+    x = torch.randn(2, 3, 5, dtype=torch.float64, device=fused_device, requires_grad=True)
+    pooling = make_pooling("softmax")
+    (grad,) = torch.autograd.grad(pooling(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+    assert torch.autograd.gradgradcheck(pooling.reference, (x,))
+    hessian = torch.func.hessian(lambda x: pooling(x).sum())(x.detach())
+    assert hessian.abs().sum() > 0
+
+
+@needs_kernel
+def test_hooks_and_subclasses_leave_the_operators(fused_device):
+    x = torch.randn(2, 3, 5, device=fused_device)
+    assert torch.equal(external_pooling()(x), external_pooling().reference(x))
+    pooling, calls = make_pooling("max"), []
+    assert _fused.code_of(pooling)[0] != _fused.EXTERNAL
+    handle = pooling.register_forward_hook(lambda *_: calls.append(1))
+    assert _fused.code_of(pooling)[0] == _fused.EXTERNAL
+    SGLLoss(pooling=pooling)(x, torch.ones(2, 3, device=fused_device))
+    assert calls
+    handle.remove()
+    learned = GeneralizedMeanPooling(2.0, num_classes=3)
+    assert _fused.code_of(learned)[0] == _fused.EXTERNAL
+    with pytest.raises(ValueError, match="impl: 'fused' is not available: the operators do not have General"):
+        BagLoss(pooling=learned, impl="fused")(x, torch.ones(2, 3, device=fused_device))

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from batches import external_pooling
 from conftest import needs_kernel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,12 +31,17 @@ LOSSES = {
         "softmax, lam": {"pooling": "softmax", "lam": 20.0, "mask_weight": 0.5},
         "per bag": {"normalize": "bag", "mask_weight": 0.5},
         "weights": {"class_weight": [1.0, 0.5, 2.0], "pos_weight": [2.0, 1.0, 3.0]},
-        "a pooling without kernel": {"pooling": "generalized_mean"},
+        "a pooling without kernel": {"pooling": external_pooling()},
+        "topk": {"pooling": "topk"},
     }.items()
 } | {
-    "bag": (BagLoss, {"pos_weight": [2.0, 1.0, 3.0]}),
-    "bil": (BILLoss, {}),
-    "mmm": (MMMLoss, {}),
+    f"{impl}, {name}": (kind, {"impl": impl, **options})
+    for impl in ("reference", *(["fused"] if "cpu" in _fused.DEVICES else []))
+    for name, kind, options in (
+        ("bag", BagLoss, {"pos_weight": [2.0, 1.0, 3.0]}),
+        ("bil", BILLoss, {}),
+        ("mmm", MMMLoss, {}),
+    )
 }
 CASES = list(itertools.product(LOSSES, ("padded", "packed")))
 MAX = [case for case in CASES if case[0].endswith(", max") and case[1] == "padded"]  # of each implementation
@@ -195,7 +201,7 @@ def test_distributed_data_parallel_gets_the_gradient_of_one_process(ranks):
 @pytest.mark.parametrize("kernels", ["cpu", "emulated", pytest.param("cuda", id="cuda")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per_bag", [False, True])
-def test_sums_of_two_halves_conclude_to_the_whole(request, kernels, dtype, per_bag):
+def test_sums_of_two_halves_finalize_to_the_whole(request, kernels, dtype, per_bag):
     if kernels == "emulated":
         request.getfixturevalue("emulated")
     elif kernels == "cuda" and not (torch.cuda.is_available() and "cuda" in _fused.DEVICES):
@@ -204,7 +210,7 @@ def test_sums_of_two_halves_conclude_to_the_whole(request, kernels, dtype, per_b
     device = "cuda" if kernels == "cuda" else "cpu"
     logits = torch.randn(40, CLASSES, 90, dtype=dtype).to(device)
     targets = (torch.rand(40, CLASSES) < 0.4).float().to(device)
-    settings = (0.3, 2.0, 0.5, 4, 1.0, per_bag, True, True)
+    settings = (0.3, 2.0, 0.5, 4, 1.0, per_bag, True, True, 0)
 
     def sums_of(part):
         return ops.sgl_forward_sums(logits[part], targets[part], None, None, None, None, *settings)
@@ -221,19 +227,19 @@ def test_sums_of_two_halves_conclude_to_the_whole(request, kernels, dtype, per_b
     for some, first in ((saved_a, 0), (saved_b, 15)):
         bag_classes = some.shape[0] - 1
         assert torch.equal(some[:-1], saved[first * CLASSES :][:bag_classes])
-        found = ops.sgl_conclude(sums, some, 2.0, 0.5, per_bag, 3.0)
+        found = ops.sgl_finalize(sums, some, 2.0, 0.5, per_bag, 3.0)
         torch.testing.assert_close(found, (total, parts), **tolerance)
         torch.testing.assert_close(some[-1], 3 * saved[-1], **tolerance)
         assert torch.equal(some[:-1], saved[first * CLASSES :][:bag_classes])  # the bag-classes are left alone
 
 
 @needs_kernel
-def test_what_conclude_refuses():
-    sums, saved = torch.zeros(10, dtype=torch.float64), torch.zeros(3, _fused.SAVED_COLUMNS)
-    torch.library.opcheck(torch.ops.sgl_ops.sgl_conclude.default, (sums, saved, 1.0, 0.0, False, 2.0))
+def test_what_finalize_refuses():
+    sums, saved = torch.zeros(10, dtype=torch.float64), torch.zeros(3, _fused.CONSTANTS["saved_columns"])
+    torch.library.opcheck(torch.ops.sgl_ops.sgl_finalize.default, (sums, saved, 1.0, 0.0, False, 2.0))
     for wrong in ((sums.float(), saved), (sums[:9], saved), (sums, saved[:, :5]), (sums, saved.half())):
         with pytest.raises(RuntimeError, match="not what sgl_forward_sums gave"):
-            torch.ops.sgl_ops.sgl_conclude(*wrong, 1.0, 0.0, False, 2.0)
+            torch.ops.sgl_ops.sgl_finalize(*wrong, 1.0, 0.0, False, 2.0)
 
 
 @pytest.mark.parametrize("kind", [SGLLoss, BagLoss, BILLoss, MMMLoss])

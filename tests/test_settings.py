@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.distributed as dist
-from batches import settled
+from batches import external_pooling, settled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -148,7 +148,7 @@ def by_hand(x, y, lam, mask_weight, **options):
     return terms.total.detach(), x.grad, terms.instance, terms.mask
 
 
-@pytest.mark.parametrize("options", [{}, {"pooling": "generalized_mean"}, {"normalize": "bag", "pooling": "softmax"}])
+@pytest.mark.parametrize("options", [{}, {"pooling": external_pooling()}, {"normalize": "bag", "pooling": "softmax"}])
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_learned_weights(impl, device, how, options):
     if how == "compiled" and (options or "emulated" in _fused._forward.name()):

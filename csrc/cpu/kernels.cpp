@@ -1,4 +1,4 @@
-// Chooses among the levels that bag_class.h is compiled for.
+// The choice among the levels that all_kernels.h is compiled for.
 #include "kernels.h"
 
 #include <cstdlib>

@@ -13,7 +13,7 @@
 #endif
 #define SGL_LEVEL avx512
 #define SGL_WIDTH 16
-#include "bag_class.h"
+#include "all_kernels.h"
 #include "levels.h"
 
 namespace sgl {

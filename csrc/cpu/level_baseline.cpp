@@ -2,7 +2,7 @@
 
 #define SGL_LEVEL baseline
 #define SGL_WIDTH 4
-#include "bag_class.h"
+#include "all_kernels.h"
 #include "levels.h"
 
 namespace sgl {

@@ -1,6 +1,6 @@
-// The operators on the CPU: tensors are taken apart here, and what the bag-classes have in common is put together.
+// The operators on the CPU: reads tensors, shares the pairs (bag, class) among threads, and adds up the batch.
 //
-// Python has validated the arguments and words its errors for people; the checks here only keep memory safe.
+// Python validates arguments and reports errors; these checks only prevent invalid memory access.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -108,16 +108,16 @@ Layout layout_of(
 }
 
 std::vector<Label> labels_of(const Tensor& targets, const Layout& layout) {
-  const int64_t units = layout.bags * layout.classes;
+  const int64_t pairs = layout.bags * layout.classes;
   check_targets(targets, layout);
-  std::vector<Label> labels(units);
+  std::vector<Label> labels(pairs);
   for_numbers(targets, "targets", [&](int64_t i, double y) {
     labels[i] = y != y ? Label::kUnknown : y == 0 ? Label::kNegative : Label::kPositive;
   });
   return labels;
 }
 
-// Not torch::stable::new_empty, which goes by the dispatcher: of small bags that is felt.
+// Not torch::stable::new_empty, which goes through the dispatcher: on small bags that is a measurable part of a step.
 Tensor empty(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t type) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(
@@ -147,25 +147,25 @@ Tensor empty_as(const Tensor& t) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sharing out the work
 
-void spread(int64_t tasks, void (*task)(const void* what, int64_t i), const void* what) {
+void parallel_for(int64_t tasks, void (*task)(const void* what, int64_t i), const void* what) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) task(what, i);
   });
 }
 
-// The bag-classes in chunks of about a piece's instances, which threads take one after the other: what each costs depends
-// on its label and its bag. The chunks are the same for any number of threads.
+// The pairs in chunks of about a piece's instances. Each thread takes one chunk after the other, as the cost of a pair
+// depends on its label and its bag. The chunks are the same for any number of threads.
 template <class T>
 class Chunks {
  public:
   Chunks(const Layout& layout, int64_t numel)
-      : units_(layout.bags * layout.classes),
-        size_(std::max<int64_t>(1, units_ * kPiece / std::max<int64_t>(1, numel))),
+      : pairs_(layout.bags * layout.classes),
+        size_(std::max<int64_t>(1, pairs_ * kPiece / std::max<int64_t>(1, numel))),
         scratch_size_(scratch_size(layout)) {
     const int64_t threads = torch::stable::get_num_threads();
-    count = (units_ + size_ - 1) / size_;
-    // One bag-class after the other, each by all threads: where bags are so long that a thread would be left with one while
-    // the others have nothing to do. In instances, how long either way takes at most.
+    count = (pairs_ + size_ - 1) / size_;
+    // Long bags: one pair after the other, each by all threads, if otherwise a thread would work on the last one alone. In
+    // instances, how long either way takes at most.
     const int64_t at_once = std::min(threads, layout.longest / kPiece);
     together_ = at_once > 1 && numel / at_once < numel / threads + layout.longest - layout.longest / threads;
     // a thread's start costs as much as some ten thousand instances
@@ -175,20 +175,20 @@ class Chunks {
 
   int64_t count;
 
-  // f(chunk, begin, end, scratch, spread)
+  // f(chunk, begin, end, scratch, parallel_for)
   template <class F>
   void each(const F& f) const {
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task)
         for (int64_t chunk = next++; chunk < count; chunk = next++)
-          f(chunk, chunk * size_, std::min(units_, (chunk + 1) * size_), scratch_.get() + task * scratch_size_,
-            together_ ? &spread : nullptr);
+          f(chunk, chunk * size_, std::min(pairs_, (chunk + 1) * size_), scratch_.get() + task * scratch_size_,
+            together_ ? &parallel_for : nullptr);
     });
   }
 
  private:
-  int64_t units_, size_, scratch_size_, tasks_;
+  int64_t pairs_, size_, scratch_size_, tasks_;
   bool together_;
   std::unique_ptr<T[]> scratch_;
 };
@@ -198,34 +198,52 @@ class Chunks {
 
 // (total, parts), and the last row of saved
 template <class T>
-std::tuple<Tensor, Tensor> concluded(const Batch& batch, const Settings& settings, double times, T* shares) {
+std::tuple<Tensor, Tensor> finalized(const Batch& batch, const Settings& settings, double times, T* denominators) {
   const ScalarType type = scalar_type<T>();
   Tensor total = empty<0>(type, {}), parts = empty<1>(type, {3});
-  conclude(
+  finalize_batch(
       batch, settings, times, static_cast<T*>(total.mutable_data_ptr()), static_cast<T*>(parts.mutable_data_ptr()),
-      shares);
+      denominators);
   return {total, parts};
 }
 
-// ``batch_out``, where it is not null, gets what the loss is made of.
+// The sums over the batch; `labels` may be null (kernels.h).
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward_as(
-    const Tensor& logits, const Tensor& targets, const Layout& layout, const Problem<T>& problem, Batch* batch_out) {
-  const int64_t units = layout.bags * layout.classes;
-  const std::vector<Label> labels = labels_of(targets, layout);
-  Tensor saved = empty<2>(scalar_type<T>(), {units + 1, kColumns});
-  T* rows = static_cast<T*>(saved.mutable_data_ptr());
+Batch batch_of(const Tensor& logits, const Problem<T>& problem, const Label* labels, const Forward<T>& out) {
   const Kernels<T>& kernel = kernels<T>();
-  const Chunks<T> chunks(layout, logits.numel());
+  const Chunks<T> chunks(*problem.layout, logits.numel());
   std::vector<Batch> sums(chunks.count);
-  chunks.each([&](int64_t chunk, int64_t begin, int64_t end, T* scratch, Spread how) {
-    sums[chunk] = kernel.forward(problem, labels.data(), rows, begin, end, scratch, how);
+  chunks.each([&](int64_t chunk, int64_t begin, int64_t end, T* scratch, ParallelFor how) {
+    sums[chunk] = kernel.forward(problem, labels, out, begin, end, scratch, how);
   });
   Batch batch = {};
   for (const Batch& some : sums) merge(batch, some);
+  return batch;
+}
+
+// ``batch_out``, if it is not null, gets the sums over the batch.
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward_as(
+    const Tensor& logits, const Tensor& targets, const Problem<T>& problem, Batch* batch_out) {
+  const int64_t pairs = problem.layout->bags * problem.layout->classes;
+  const std::vector<Label> labels = labels_of(targets, *problem.layout);
+  Tensor saved = empty<2>(scalar_type<T>(), {pairs + 1, kColumns});
+  T* rows = static_cast<T*>(saved.mutable_data_ptr());
+  const Batch batch = batch_of(logits, problem, labels.data(), {rows, nullptr});
   if (batch_out != nullptr) *batch_out = batch;
-  const auto [total, parts] = concluded(batch, problem.settings, 1, rows + units * kColumns);
+  const auto [total, parts] = finalized(batch, problem.settings, 1, rows + pairs * kColumns);
   return {total, parts, saved};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> bag_logits_as(const Tensor& logits, const Problem<T>& problem) {
+  const int64_t pairs = problem.layout->bags * problem.layout->classes;
+  Tensor z = empty<2>(scalar_type<T>(), {problem.layout->bags, problem.layout->classes});
+  Tensor saved = empty<2>(scalar_type<T>(), {pairs + 1, kColumns});
+  T* rows = static_cast<T*>(saved.mutable_data_ptr());
+  const Batch batch = batch_of(logits, problem, nullptr, {rows, static_cast<T*>(z.mutable_data_ptr())});
+  save_denominators(batch, problem.settings, 1, rows + pairs * kColumns);
+  return {z, saved};
 }
 
 template <class T>
@@ -246,88 +264,120 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& offsets, const std::optional<Tensor>& class_weight,
     const std::optional<Tensor>& pos_weight, const Settings& settings, Batch* batch) {
+  check_settings(settings);
   const Layout layout = layout_of(logits, mask, offsets, nullptr);
   if (type_of(logits) == Type::kDouble)
     return forward_as(
-        logits, targets, layout, problem_of<double>(logits, mask, class_weight, pos_weight, layout, settings), batch);
+        logits, targets, problem_of<double>(logits, mask, class_weight, pos_weight, layout, settings), batch);
   return forward_as(
-      logits, targets, layout, problem_of<float>(logits, mask, class_weight, pos_weight, layout, settings), batch);
+      logits, targets, problem_of<float>(logits, mask, class_weight, pos_weight, layout, settings), batch);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sgl_forward(
     const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
     std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
-    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted,
+    int64_t loss) {
   return forward(
       logits, targets, mask, offsets, class_weight, pos_weight,
-      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted}, nullptr);
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted, loss}, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sgl_forward_sums(
     const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
     std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
-    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted,
+    int64_t loss) {
   Tensor sums = empty<1>(ScalarType::Double, {kBatchNumbers});
   const auto [total, parts, saved] = forward(
       logits, targets, mask, offsets, class_weight, pos_weight,
-      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted},
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted, loss},
       static_cast<Batch*>(sums.mutable_data_ptr()));
   return {total, parts, saved, sums};
 }
 
-std::tuple<Tensor, Tensor> sgl_conclude(
+std::tuple<Tensor, Tensor> sgl_finalize(
     const Tensor& sums, Tensor saved, double lam, double mask_weight, bool per_bag, double times) {
   check_sums(sums, saved);
   const Batch batch = *static_cast<const Batch*>(sums.const_data_ptr());
-  const Settings settings{0, lam, mask_weight, 0, 0, per_bag, false, false};
+  const Settings settings = settings_of_batch(lam, mask_weight, per_bag);
   const int64_t last = (saved.size(0) - 1) * kColumns;
   if (saved.scalar_type() == ScalarType::Double)
-    return concluded(batch, settings, times, static_cast<double*>(saved.mutable_data_ptr()) + last);
-  return concluded(batch, settings, times, static_cast<float*>(saved.mutable_data_ptr()) + last);
+    return finalized(batch, settings, times, static_cast<double*>(saved.mutable_data_ptr()) + last);
+  return finalized(batch, settings, times, static_cast<float*>(saved.mutable_data_ptr()) + last);
+}
+
+// (bag logits (N, C), what pool_backward needs)
+std::tuple<Tensor, Tensor> pool_forward(
+    const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets, int64_t pooling,
+    double pooling_parameter) {
+  const Settings settings = settings_of_bag_logits(pooling, pooling_parameter);
+  check_settings(settings);
+  const Layout layout = layout_of(logits, mask, offsets, nullptr);
+  if (type_of(logits) == Type::kDouble)
+    return bag_logits_as(logits, problem_of<double>(logits, mask, std::nullopt, std::nullopt, layout, settings));
+  return bag_logits_as(logits, problem_of<float>(logits, mask, std::nullopt, std::nullopt, layout, settings));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
 template <class T>
-void backward_as(
-    const Tensor& logits, const Layout& layout, const Tensor& saved, double grad_output, const Tensor& grad,
-    const Problem<T>& problem) {
-  STD_TORCH_CHECK(
-      saved.scalar_type() == scalar_type<T>() && saved.is_contiguous() && saved.dim() == 2 &&
-          saved.size(0) == layout.bags * layout.classes + 1 && saved.size(1) == kColumns,
-      "saved: not what sgl_forward gave for these logits");
-  const T* rows = static_cast<const T*>(saved.const_data_ptr());
+void backward_as(const Tensor& logits, const Problem<T>& problem, const Backward<T>& saved, const Tensor& grad) {
   void* out = grad.mutable_data_ptr();
   const Kernels<T>& kernel = kernels<T>();
-  Chunks<T>(layout, logits.numel()).each([&](int64_t, int64_t begin, int64_t end, T* scratch, Spread how) {
-    kernel.backward(problem, rows, static_cast<T>(grad_output), out, begin, end, scratch, how);
-  });
+  Chunks<T>(*problem.layout, logits.numel())
+      .each([&](int64_t, int64_t begin, int64_t end, T* scratch, ParallelFor how) {
+        kernel.backward(problem, saved, out, begin, end, scratch, how);
+      });
+}
+
+// ``grad_output``: one number, or (``per_pair``) one for each pair.
+Tensor backward(
+    const Tensor& grad_output, bool per_pair, const Tensor& logits, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& offsets, const std::optional<Tensor>& pos_weight, const Tensor& saved,
+    const Settings& settings) {
+  check_settings(settings);
+  Tensor grad = empty_as(logits);
+  const Layout layout = layout_of(logits, mask, offsets, &grad);
+  check_saved(saved, logits, layout);
+  if (layout.packed() && (layout.starts.front() != 0 || layout.starts.back() != logits.size(0)))
+    torch::stable::zero_(grad);  // rows of no bag
+  std::vector<double> numbers(per_pair ? layout.bags * layout.classes : 1);
+  STD_TORCH_CHECK(
+      grad_output.numel() == static_cast<int64_t>(numbers.size()) && grad_output.dim() <= 2, "grad_output: expected ",
+      numbers.size(), " numbers, got ", grad_output.numel());
+  if (per_pair) {
+    for_numbers(grad_output, "grad_output", [&](int64_t i, double g) { numbers[i] = g; });
+  } else {
+    with_numbers(grad_output, "grad_output", [&](const auto* data) { numbers[0] = number(data[0]); });
+  }
+  if (type_of(logits) == Type::kDouble) {
+    const Backward<double> given{static_cast<const double*>(saved.const_data_ptr()), numbers.data(), per_pair};
+    backward_as(logits, problem_of<double>(logits, mask, std::nullopt, pos_weight, layout, settings), given, grad);
+  } else {
+    const std::vector<float> narrow(numbers.begin(), numbers.end());
+    const Backward<float> given{static_cast<const float*>(saved.const_data_ptr()), narrow.data(), per_pair};
+    backward_as(logits, problem_of<float>(logits, mask, std::nullopt, pos_weight, layout, settings), given, grad);
+  }
+  return grad;
 }
 
 Tensor sgl_backward(
     const Tensor& grad_output, const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets,
     std::optional<Tensor> pos_weight, const Tensor& saved, double delta_l, int64_t pooling, double pooling_parameter,
     bool rescale) {
-  STD_TORCH_CHECK(grad_output.numel() == 1, "grad_output: expected a scalar");
-  double scale = 0;
-  with_numbers(grad_output, "grad_output", [&](const auto* data) { scale = number(data[0]); });
-  Tensor grad = empty_as(logits);
-  const Layout layout = layout_of(logits, mask, offsets, &grad);
-  if (layout.packed() && (layout.starts.front() != 0 || layout.starts.back() != logits.size(0)))
-    torch::stable::zero_(grad);  // rows of no bag
-  // what forward alone looks at is 0
-  const Settings settings{delta_l, 0, 0, pooling, pooling_parameter, false, rescale, false};
-  if (type_of(logits) == Type::kDouble) {
-    backward_as(
-        logits, layout, saved, scale, grad,
-        problem_of<double>(logits, mask, std::nullopt, pos_weight, layout, settings));
-  } else {
-    backward_as(
-        logits, layout, saved, scale, grad,
-        problem_of<float>(logits, mask, std::nullopt, pos_weight, layout, settings));
-  }
-  return grad;
+  return backward(
+      grad_output, false, logits, mask, offsets, pos_weight, saved,
+      settings_of_backward(delta_l, pooling, pooling_parameter, rescale));
+}
+
+Tensor pool_backward(
+    const Tensor& grad_output, const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets,
+    const Tensor& saved, int64_t pooling, double pooling_parameter) {
+  return backward(
+      grad_output, true, logits, mask, offsets, std::nullopt, saved,
+      settings_of_bag_logits(pooling, pooling_parameter));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -367,8 +417,10 @@ Tensor math(const Tensor& x, const std::string& function) {
 STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CPU, m) {
   m.impl("sgl_forward", TORCH_BOX(&sgl_forward));
   m.impl("sgl_forward_sums", TORCH_BOX(&sgl_forward_sums));
-  m.impl("sgl_conclude", TORCH_BOX(&sgl_conclude));
+  m.impl("sgl_finalize", TORCH_BOX(&sgl_finalize));
   m.impl("sgl_backward", TORCH_BOX(&sgl_backward));
+  m.impl("pool_forward", TORCH_BOX(&pool_forward));
+  m.impl("pool_backward", TORCH_BOX(&pool_backward));
   m.impl("check_values", TORCH_BOX(&check_values));
   m.impl("_math", TORCH_BOX(&math));
 }

@@ -1,4 +1,4 @@
-// The instances of one bag-class brought into one contiguous row of floats or doubles, and a row of gradients back to
+// The instances of one pair (bag, class) are gathered into one contiguous row of floats or doubles, and a row of gradients back to
 // where the instances lie. So everything between is the same, bitwise, in every layout.
 #pragma once
 
@@ -89,24 +89,24 @@ constexpr Type native_type() {
 // The last piece is one of more than kPadded instances: it cannot be read past its end.
 inline int64_t pieces_of(int64_t n) { return n <= kPiece + kPadded ? 1 : (n - kPadded + kPiece - 1) / kPiece; }
 
-// piece(begin, size), for all pieces of n instances, by whom `spread` finds.
+// piece(begin, size), for all pieces of n instances, on the threads of `parallel_for`.
 template <class Piece>
-void for_pieces(Spread spread, int64_t n, const Piece& piece) {
+void for_pieces(ParallelFor parallel_for, int64_t n, const Piece& piece) {
   const int64_t pieces = pieces_of(n);
   const auto nth = [&](int64_t i) { piece(i * kPiece, i + 1 < pieces ? kPiece : n - i * kPiece); };
-  if (spread == nullptr || pieces == 1) {
+  if (parallel_for == nullptr || pieces == 1) {
     for (int64_t i = 0; i < pieces; ++i) nth(i);
   } else {
     using Nth = decltype(nth);
-    spread(pieces, [](const void* what, int64_t i) { (*static_cast<const Nth*>(what))(i); }, &nth);
+    parallel_for(pieces, [](const void* what, int64_t i) { (*static_cast<const Nth*>(what))(i); }, &nth);
   }
 }
 
 // part(begin, instances of a piece), where there is no padding in between, else part(0, all of them).
 template <class Part>
-void for_parts(Spread spread, const bool* mask, const Instances& r, const Part& part) {
+void for_parts(ParallelFor parallel_for, const bool* mask, const Instances& r, const Part& part) {
   if (mask != nullptr || r.count != 1) return part(0, r);
-  for_pieces(spread, r.positions, [&](int64_t begin, int64_t size) {
+  for_pieces(parallel_for, r.positions, [&](int64_t begin, int64_t size) {
     Instances some = r;
     some.logits += begin * r.dimensions[0].logits;
     some.grad += begin * r.dimensions[0].grad;
@@ -116,9 +116,9 @@ void for_parts(Spread spread, const bool* mask, const Instances& r, const Part& 
 }
 
 template <class T, class In>
-int64_t gather_row(Spread spread, const In* logits, const bool* mask, const Instances& r, T* out) {
+int64_t gather_row(ParallelFor parallel_for, const In* logits, const bool* mask, const Instances& r, T* out) {
   int64_t n = r.positions;
-  for_parts(spread, mask, r, [&](int64_t begin, const Instances& some) {
+  for_parts(parallel_for, mask, r, [&](int64_t begin, const Instances& some) {
     const int64_t found = gather(logits, mask, some, out + begin);
     if (mask != nullptr) n = found;  // there is one part
   });
@@ -126,8 +126,9 @@ int64_t gather_row(Spread spread, const In* logits, const bool* mask, const Inst
 }
 
 template <class T, class Out>
-void store_row(const T* values, const bool* mask, const Instances& r, Out* grad, Spread spread) {
-  for_parts(spread, mask, r, [&](int64_t begin, const Instances& some) { scatter(values + begin, mask, some, grad); });
+void store_row(const T* values, const bool* mask, const Instances& r, Out* grad, ParallelFor parallel_for) {
+  for_parts(
+      parallel_for, mask, r, [&](int64_t begin, const Instances& some) { scatter(values + begin, mask, some, grad); });
 }
 
 // with what is there anyway, so that lanes that do not count compute nothing strange
@@ -137,7 +138,7 @@ void pad(T* row, int64_t n) {
 }
 
 template <class T>
-Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, Spread spread) {
+Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, ParallelFor parallel_for) {
   Row<T> row = {scratch, 0};
   if (problem.type == native_type<T>()) {
     const T* logits = static_cast<const T*>(problem.logits);
@@ -148,13 +149,13 @@ Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, Sprea
       std::memcpy(scratch, row.x, row.n * sizeof(T));
       row.x = scratch;
     } else {
-      row.n = gather_row(spread, logits, problem.mask, r, scratch);
+      row.n = gather_row(parallel_for, logits, problem.mask, r, scratch);
     }
   } else if constexpr (sizeof(T) == sizeof(float)) {
     if (problem.type == Type::kHalf) {
-      row.n = gather_row(spread, static_cast<const Half*>(problem.logits), problem.mask, r, scratch);
+      row.n = gather_row(parallel_for, static_cast<const Half*>(problem.logits), problem.mask, r, scratch);
     } else {
-      row.n = gather_row(spread, static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch);
+      row.n = gather_row(parallel_for, static_cast<const BFloat16*>(problem.logits), problem.mask, r, scratch);
     }
   }
   pad(scratch, row.n);
@@ -209,40 +210,40 @@ void scatter_together(const T* rows, int64_t step, const bool* mask, const Insta
   }
 }
 
-// The rows of bag-classes that are asked for one after the other.
+// Loads the rows of the pairs, one after the other.
 template <class T>
-class Rows {
+class RowLoader {
  public:
-  // of the bag-classes up to `end`
-  Rows(const Problem<T>& problem, int64_t end, T* scratch, Spread spread)
+  // for the pairs up to `end`
+  RowLoader(const Problem<T>& problem, int64_t end, T* scratch, ParallelFor parallel_for)
       : problem_(problem),
         end_(end),
         scratch_(scratch),
-        spread_(spread),
-        together_(spread == nullptr ? rows_together(*problem.layout) : 1),
+        parallel_for_(parallel_for),
+        together_(parallel_for == nullptr ? rows_together(*problem.layout) : 1),
         step_(row_step(*problem.layout)) {}
 
   // Whether rows are filled together; then their memory may be written to.
   bool together() const { return together_ > 1; }
-  T* memory(int64_t unit) const { return scratch_ + (unit - first_) * step_; }
+  T* memory(int64_t pair) const { return scratch_ + (pair - first_) * step_; }
 
-  Row<T> row(int64_t unit, const Instances& r) {
-    if (!together()) return load_row(problem_, r, scratch_, spread_);
-    if (unit >= last_) load(unit, r);
-    return {memory(unit), n_};
+  Row<T> row(int64_t pair, const Instances& r) {
+    if (!together()) return load_row(problem_, r, scratch_, parallel_for_);
+    if (pair >= last_) load(pair, r);
+    return {memory(pair), n_};
   }
 
   // Gradients that the rows were replaced by go where they belong, with the last of those filled together.
   template <class Out>
-  void replaced(int64_t unit, Out* grad) const {
-    if (unit + 1 == last_) scatter_together(scratch_, step_, problem_.mask, where_, last_ - first_, grad);
+  void replaced(int64_t pair, Out* grad) const {
+    if (pair + 1 == last_) scatter_together(scratch_, step_, problem_.mask, where_, last_ - first_, grad);
   }
 
  private:
-  void load(int64_t unit, const Instances& r) {
-    const int64_t classes = problem_.layout->classes, next_bag = unit - unit % classes + classes;
-    first_ = unit;
-    last_ = unit + together_;
+  void load(int64_t pair, const Instances& r) {
+    const int64_t classes = problem_.layout->classes, next_bag = pair - pair % classes + classes;
+    first_ = pair;
+    last_ = pair + together_;
     if (last_ > next_bag) last_ = next_bag;
     if (last_ > end_) last_ = end_;
     where_ = r;
@@ -263,7 +264,7 @@ class Rows {
   const Problem<T>& problem_;
   const int64_t end_;
   T* const scratch_;
-  const Spread spread_;
+  const ParallelFor parallel_for_;
   const int64_t together_, step_;
   int64_t first_ = 0, last_ = 0, n_ = 0;
   Instances where_{};  // of the first row

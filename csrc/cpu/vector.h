@@ -1,4 +1,4 @@
-// Several floats at once, as the arithmetic of sgl_math.h takes them: compilers' vectors, which become the instructions of
+// Several floats at once, as the arithmetic of vector_math.h takes them: compilers' vectors, which become the instructions of
 // whatever level the file is compiled for. N is the number of floats in a vector of the machine: 4, 8 or 16.
 //
 // Two vectors go side by side: the arithmetic of an instance is one long chain, each step waits for the one before, and
@@ -9,13 +9,11 @@
 // ones for the baseline, and those cannot be inlined elsewhere.
 #pragma once
 
-#include "../sgl_math.h"
+#include "../vector_math.h"
 
 #if SGL_WIDTH == 16
 #include <immintrin.h>
 #endif
-
-#define SGL_INLINED __attribute__((always_inline))
 
 namespace sgl {
 

@@ -1,5 +1,5 @@
-// Backward: the gradient is computed anew from the logits and the saved row of each bag-class. A warp or a block takes a
-// piece of a bag-class, every thread a few instances that lie side by side, and nothing has to be agreed on.
+// Backward: the gradient is computed again from the logits and the saved row of each pair (bag, class). A warp or a block
+// processes a piece of a pair, and every thread a few neighbouring instances. Threads exchange nothing.
 #pragma once
 
 #include "group.cuh"
@@ -9,46 +9,32 @@ namespace sgl {
 namespace cuda {
 
 template <bool scaled, class T>
-SGL_DEVICE T slope_of(T x, int64_t pooling, const Coefficients<T>& k) {
+SGL_DEVICE T slope_of(T x, const Coefficients<T>& k) {
   const Probability<T> o = probability<scaled>(x, k.scale);
   T g = T(0);
-  // the same for the whole group: branches that no warp diverges on
-  if (k.kind == Kind::kNegative) g = instance_slope<false, scaled>(x, o, k);
-  if (k.kind == Kind::kPositive) g = instance_slope<true, scaled>(x, o, k);
-  switch (pooling) {
-    case kMax:
-      return g + pooling_slope<kMax, false>(x, o, k.pooling, k.slope1, k.slope2);
-    case kMean:
-      return g + pooling_slope<kMean, scaled>(x, o, k.pooling, k.slope1, k.slope2);
-    case kMeanLogits:
-      return g + pooling_slope<kMeanLogits, false>(x, o, k.pooling, k.slope1, k.slope2);
-    case kSoftmax:
-      return g + pooling_slope<kSoftmax, scaled>(x, o, k.pooling, k.slope1, k.slope2);
-    case kLinearSoftmax:
-      return g + pooling_slope<kLinearSoftmax, scaled>(x, o, k.pooling, k.slope1, k.slope2);
-    case kLSE:
-      return g + pooling_slope<kLSE, scaled>(x, o, k.pooling, k.slope1, k.slope2);
-    case kNoisyOr:
-      return g + pooling_slope<kNoisyOr, scaled>(x, o, k.pooling, k.slope1, k.slope2);
-    default:
-      return g;
-  }
+  // The kind and the pooling are the same for the whole group: no warp diverges.
+  if (k.kind == Kind::kNegative) g = instance_slope<Kind::kNegative, scaled>(x, o, k);
+  if (k.kind == Kind::kPositive) g = instance_slope<Kind::kPositive, scaled>(x, o, k);
+  if (k.kind == Kind::kRounded) g = instance_slope<Kind::kRounded, scaled>(x, o, k);
+  if (k.kind == Kind::kExtremes) g = instance_slope<Kind::kExtremes, scaled>(x, o, k);
+  return g + with_pooling(k.pooling_code, [&](auto pooling) {
+           return decltype(pooling)::template slope<scaled>(x, o, k.pooling, k.slope1, k.slope2);
+         });
 }
 
 // The gradient of pack p of the row, of the one `step` packs further on, and so on.
 template <bool scaled, class T, class In>
-SGL_DEVICE void write_gradient(
-    const Row<In>& row, In* grad, bool in_packs, int64_t pooling, const Coefficients<T>& k, int p, int step) {
+SGL_DEVICE void write_gradient(const Row<In>& row, In* grad, bool in_packs, const Coefficients<T>& k, int p, int step) {
   constexpr int kSize = Pack<In>::kSize;
   if (in_packs && p < row.whole_packs) {
     Pack<In> next = row.pack(p);
 #pragma unroll 1
     for (; p < row.whole_packs; p += step) {
       Pack<In> pack = next;
-      // the one after it is under way meanwhile
+      // the next one is loaded meanwhile
       if (p + step < row.whole_packs) next = row.pack(p + step);
 #pragma unroll
-      for (int v = 0; v < kSize; ++v) write_as(&pack.x[v], slope_of<scaled>(read_as(T(), pack.x[v]), pooling, k));
+      for (int v = 0; v < kSize; ++v) write_as(&pack.x[v], slope_of<scaled>(read_as(T(), pack.x[v]), k));
       reinterpret_cast<Pack<In>*>(grad)[p] = pack;
     }
   }
@@ -59,7 +45,7 @@ SGL_DEVICE void write_gradient(
       const Steps steps = steps_to(*row.rows, j);
       const bool live = row.mask == nullptr || row.mask[steps.mask];
       const T x = read_as(T(), live ? row.x[steps.logits] : filler(In()));
-      write_as(grad + steps.grad, live ? slope_of<scaled>(x, pooling, k) : T(0));
+      write_as(grad + steps.grad, live ? slope_of<scaled>(x, k) : T(0));
     }
   }
 }
@@ -83,23 +69,23 @@ SGL_DEVICE void fill(const Row<In>& row, In* grad, bool in_packs, T value, int p
   }
 }
 
-// The gradient of a bag-class from its saved row and what all share, pack `first` of it, the one `step` further on, ...
+// The gradient of a pair from its saved row and the denominators: of pack `first`, of the one `step` further on, and so on.
 template <class T, class In>
 SGL_DEVICE void write_row(
-    const Call& call, const Row<In>& row, In* row_grad, const T* columns, const T* shares, T grad_output, int64_t cls,
-    int first, int step) {
+    const Call& call, const Row<In>& row, In* row_grad, const T* columns, const T* denominators, T grad_output,
+    int64_t cls, int first, int step) {
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-  const Coefficients<T> k = coefficients(columns, shares, grad_output, pos_weight, call.settings);
+  const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, call.settings);
   const Rows& rows = call.rows;
   const bool in_packs = rows.dimensions == 1 && rows.dimension[0].grad == 1 && lies_on_16_bytes(row_grad);
-  if (k.kind == Kind::kAbsent || k.kind == Kind::kBroken) {
-    // not a product with 0 or NaN: what takes no part may hold anything, what is broken is so for any weight
-    fill(row, row_grad, in_packs, k.kind == Kind::kAbsent ? T(0) : nan_of(T()), first, step);
+  if (k.kind == Kind::kExcluded || k.kind == Kind::kNonFinite) {
+    // No product with 0 or NaN: an excluded pair may hold anything, and a weight of 0 must not hide a NaN.
+    fill(row, row_grad, in_packs, k.kind == Kind::kExcluded ? T(0) : nan_of(T()), first, step);
   } else if (k.scale.any) {
-    write_gradient<true>(row, row_grad, in_packs, call.settings.pooling, k, first, step);
+    write_gradient<true>(row, row_grad, in_packs, k, first, step);
   } else {
-    write_gradient<false>(row, row_grad, in_packs, call.settings.pooling, k, first, step);
+    write_gradient<false>(row, row_grad, in_packs, k, first, step);
   }
 }
 
@@ -109,22 +95,24 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     const int pieces) {
   const Rows& rows = call.rows;
   const T* saved = static_cast<const T*>(backward.saved);
-  const int64_t classes = rows.classes, units = rows.units;
-  const T* shares = saved + units * kColumns;
-  const T grad_output = *static_cast<const T*>(backward.grad_output);
+  const int64_t classes = rows.classes, pairs = rows.units;
+  const T* denominators = saved + pairs * kColumns;
+  const T* grad_output = static_cast<const T*>(backward.grad_output);
   In* grad = static_cast<In*>(backward.grad);
 
   const int size = warp_per_bag_class ? kWarp : static_cast<int>(blockDim.x);
   const int groups = static_cast<int>(blockDim.x) / size;
   const int64_t step = static_cast<int64_t>(gridDim.x) * groups;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * groups + threadIdx.x / size; item < units * pieces;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * groups + threadIdx.x / size; item < pairs * pieces;
        item += step) {
-    const int64_t unit = item / pieces;
-    const int64_t bag = unit / classes, cls = unit - bag * classes;
+    const int64_t pair = item / pieces;
+    const int64_t bag = pair / classes, cls = pair - bag * classes;
     const Place place = place_of(rows, bag, cls);
     const Row<In> row(call, place);
-    const int first = static_cast<int>(item - unit * pieces) * size + static_cast<int>(threadIdx.x) % size;
-    write_row(call, row, grad + place.grad, saved + unit * kColumns, shares, grad_output, cls, first, pieces * size);
+    const int first = static_cast<int>(item - pair * pieces) * size + static_cast<int>(threadIdx.x) % size;
+    write_row(
+        call, row, grad + place.grad, saved + pair * kColumns, denominators, grad_output[backward.per_pair ? pair : 0],
+        cls, first, pieces * size);
   }
 
   if (rows.offsets == nullptr) return;

@@ -91,10 +91,10 @@ __global__ void __maxnreg__(kRegisters<float>) exchange_kernel(
   const float* const shares = saved + int64_t{call.rows.units} * kColumns;
   const Group group(warp_per_bag_class, shared.forward.group);
   unsigned rounds = 0;
-  while (unit_of(group, rounds) < call.rows.units) ++rounds;
+  while (pair_of(group, rounds) < call.rows.units) ++rounds;
   // backwards: what was read last is in the L2 cache
   for (unsigned round = rounds; round-- > 0;) {
-    const unsigned unit = unit_of(group, round);
+    const unsigned unit = pair_of(group, round);
     const unsigned bag = unit / call.rows.classes, cls = unit - bag * call.rows.classes;
     const Place place = place_of(call.rows, bag, cls);
     write_row(

@@ -1,8 +1,9 @@
-// Forward: a warp or a block takes one bag-class after another, its first pass brings the logits from memory, and the
-// others find them in the cache. A negative bag-class needs the first pass alone, unless its pooling wants sums. What is
-// found is finished for several bag-classes at once, a thread each, and the last block to be done adds up the blocks.
+// Forward: a warp or a block processes one pair (bag, class) after another. The first pass loads the logits from memory, and
+// the others find them in the cache. A negative pair needs the first pass alone, unless its pooling has sums. Several
+// pairs are finalized together, one thread per pair, and the last block that ends adds up the blocks.
 #pragma once
 
+#include "../median.h"
 #include "group.cuh"
 #include "rows.cuh"
 
@@ -10,7 +11,7 @@ namespace sgl {
 namespace cuda {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What the passes find
+// The results of the passes
 
 template <class T>
 struct FirstPass {
@@ -48,6 +49,12 @@ struct PooledPass {
   SGL_DEVICE void merge(const PooledPass& o) {
     for (int k = 0; k < 3; ++k) sum[k] += o.sum[k];
   }
+};
+
+struct SumPass {
+  double sum;
+
+  SGL_DEVICE void merge(const SumPass& o) { sum += o.sum; }
 };
 
 struct CountPass {
@@ -127,60 +134,67 @@ guided_pass(const Row<In>& row, const Guide<T>& guide, const Scale<T>& scale, T 
   return found;
 }
 
-template <int64_t pooling, bool scaled, class T, class In>
+// BCE of every instance against its rounded probability: log(1 + e^-|x|)
+template <class T, class In>
+SGL_DEVICE double rounded_pass(const Row<In>& row, Group& group) {
+  SumPass found = {0};
+  LogOfProduct<T> product;
+  for_instances<0, T>(
+      row, group,
+      [&](T x, bool live) {
+        const T magnitude = x < T(0) ? -x : x;
+        product.multiply_by_1_plus(live ? exp(-magnitude) : T(0));
+      },
+      [&] {
+        found.sum += static_cast<double>(product.log());
+        product = LogOfProduct<T>();
+      });
+  return group.reduce(found).sum;
+}
+
+template <class Pooling, bool scaled, class T, class In>
 SGL_DEVICE PooledPass
 pooled_pass(const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>& settings, Group& group) {
+  constexpr int kSums = Pooling::kSums;
   PooledPass found = {};
   T a = T(0), b = T(0), c = T(0);
   for_instances<0, T>(
       row, group,
       [&](T x, bool live) {
         x = live ? x : settings.high;
-        const PoolingTerms<T> t = pooling_terms<pooling, scaled>(x, probability<scaled>(x, scale), scale, settings);
+        const PoolingTerms<T> t = Pooling::template terms<scaled>(x, probability<scaled>(x, scale), scale, settings);
         a += live ? t.a : T(0);
-        b += live ? t.b : T(0);
-        c += live ? t.c : T(0);
+        if (kSums > 1) b += live ? t.b : T(0);
+        if (kSums > 2) c += live ? t.c : T(0);
       },
       [&] {
         found.sum[0] += static_cast<double>(a);
-        found.sum[1] += static_cast<double>(b);
-        found.sum[2] += static_cast<double>(c);
+        if (kSums > 1) found.sum[1] += static_cast<double>(b);
+        if (kSums > 2) found.sum[2] += static_cast<double>(c);
         a = b = c = T(0);
       });
   return found;
 }
 
-template <bool scaled, class T, class In>
-SGL_DEVICE PooledPass pooled_pass(
-    int64_t pooling, const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>& settings, Group& group) {
-  switch (pooling) {
-    case kMean:
-      return pooled_pass<kMean, scaled>(row, scale, settings, group);
-    case kMeanLogits:
-      return pooled_pass<kMeanLogits, false>(row, scale, settings, group);
-    case kSoftmax:
-      return pooled_pass<kSoftmax, scaled>(row, scale, settings, group);
-    case kLinearSoftmax:
-      return pooled_pass<kLinearSoftmax, scaled>(row, scale, settings, group);
-    case kLSE:
-      return pooled_pass<kLSE, scaled>(row, scale, settings, group);
-    case kNoisyOr:
-      return pooled_pass<kNoisyOr, scaled>(row, scale, settings, group);
-    default:
-      return PooledPass{};
-  }
+template <class T, class In>
+SGL_DEVICE int64_t count_up_to(const Row<In>& row, T pivot, Group& group) {
+  CountPass found = {0};
+  for_instances<1, T>(row, group, [&](T x, bool) { found.n += x <= pivot ? 1 : 0; }, [] {});
+  return group.reduce(found).n;
 }
 
 template <class T, class In>
-SGL_DEVICE T median_of(const Row<In>& row, int n, T low, T high, Group& group) {
-  return lower_median(
-      // a mean would be one more number to agree on in the first pass
-      n, low, high, low + (high - low) * T(0.5),
-      [&](T pivot) {
-        CountPass found = {0};
-        for_instances<1, T>(row, group, [&](T x, bool) { found.n += x <= pivot ? 1 : 0; }, [] {});
-        return static_cast<int64_t>(group.reduce(found).n);
-      },
+SGL_DEVICE int64_t count_equal(const Row<In>& row, T value, Group& group) {
+  CountPass found = {0};
+  for_instances<0, T>(row, group, [&](T x, bool) { found.n += x == value ? 1 : 0; }, [] {});
+  return group.reduce(found).n;
+}
+
+// The smallest logit that at least `wanted` logits do not exceed.
+template <class T, class In>
+SGL_DEVICE T order_statistic_of(const Row<In>& row, int n, int64_t wanted, T low, T high, T guess, Group& group) {
+  return order_statistic(
+      n, wanted, low, high, guess, [&](T pivot) { return count_up_to(row, pivot, group); },
       [&](T pivot) {
         LargestPass<T> found = {low};
         for_instances<1, T>(
@@ -189,59 +203,104 @@ SGL_DEVICE T median_of(const Row<In>& row, int n, T low, T high, Group& group) {
       });
 }
 
-// What one thread of the group has to say of the bag-class is written to `out`.
+// The median (k = 0) or the k-th largest logit: one copy of the code for both.
+template <class T, class In>
+SGL_DEVICE T ranked(const Row<In>& row, int n, int64_t k, T low, T high, Group& group) {
+  // The middle instead of the mean, which would be one more number to reduce in the first pass.
+  const T middle = low + (high - low) * T(0.5);
+  const T guess = k == 0 ? middle : middle + (high - middle) * T(0.5);
+  return order_statistic_of(row, n, k == 0 ? median_rank(n) : n - k + 1, low, high, guess, group);
+}
+
+// Thread 0 of the group writes the result to `out`.
 template <class T, class In>
 SGL_DEVICE void find_sums(
     const Settings& settings, const Row<In>& row, Label label, T pos_weight, Group& group, Sums& out) {
   const bool writes = group.rank() == 0, positive = label == Label::kPositive;
+  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
+  const bool against_zero = has_instances && !positive;
   if (writes) {
-    out.kind = Kind::kAbsent;
+    out.kind = Kind::kExcluded;
     out.positive = positive;
     for (int k = 0; k < 3; ++k) out.loss[k] = out.count[k] = 0;
     out.square = 0;
   }
   if (label == Label::kUnknown) return;
-  const FirstPass<T> first = first_pass<T>(row, !positive, group);
+  const FirstPass<T> first = first_pass<T>(row, against_zero, group);
   if (first.n == 0) return;
-  const bool broken = first.loss != first.loss;
-  const bool unranked = positive && settings.rescale && first.low == first.high;
+  const bool finite = first.loss == first.loss;
+  const bool constant = positive && settings.loss == kSelfGuidingLoss && settings.rescale && first.low == first.high;
+  const bool guided = positive && settings.loss == kSelfGuidingLoss && !constant;
   if (writes) {
-    out.kind = broken ? Kind::kBroken : unranked ? Kind::kUnranked : positive ? Kind::kPositive : Kind::kNegative;
+    out.kind = !finite                             ? Kind::kNonFinite
+               : constant                          ? Kind::kConstant
+               : guided                            ? Kind::kPositive
+               : against_zero                      ? Kind::kNegative
+               : settings.loss == kBagInstanceLoss ? Kind::kRounded
+               : settings.loss == kMinMeanMaxLoss  ? Kind::kExtremes
+                                                   : Kind::kBagOnly;
     out.n = first.n;
-    out.low = first.low;
-    out.high = first.high;
-    out.nearest = first.nearest;
-    if (!positive) {
+    const bool nearest = pooling_reference(settings.pooling) == Reference::kNearestToZero;
+    out.extent = {first.low, first.high, nearest ? first.nearest : T(0), 0};
+    if (against_zero) {
       out.loss[0] = first.loss;
       out.count[0] = first.n;
     }
-    if (settings.pooling == kMax) out.pooled[0] = first.ties;
+    out.highs = first.ties;
+    if (counts_maxima(settings.pooling)) out.pooled[0] = first.ties;
   }
-  if (broken) return;
-  const Scale<T> scale = scale_of(first.low, first.high, first.nearest, settings.pooling);
-  if (positive && !unranked) {
+  if (!finite) return;
+  if (guided) {
+    // p is scaled by the same power of e as for any pooling
+    const Scale<T> scale = scale_of(first.low, first.high);
     const Guide<T> guide = guide_of(first.low, first.high, scale, settings.delta_l, settings.rescale);
-    const GuidedPass guided = group.reduce(
+    const GuidedPass sums = group.reduce(
         scale.any ? guided_pass<true>(row, guide, scale, pos_weight, first.low, group)
                   : guided_pass<false>(row, guide, scale, pos_weight, first.low, group));
     if (writes) {
-      for (int k = 0; k < 3; ++k) out.loss[k] = guided.loss[k];
-      out.count[0] = guided.negatives;
-      out.count[2] = guided.positives;
-      out.count[1] = first.n - guided.negatives - guided.positives;
-      out.square = guided.square;
+      for (int k = 0; k < 3; ++k) out.loss[k] = sums.loss[k];
+      out.count[0] = sums.negatives;
+      out.count[2] = sums.positives;
+      out.count[1] = first.n - sums.negatives - sums.positives;
+      out.square = sums.square;
     }
-    if (settings.weighted) {
-      const T median = median_of(row, first.n, first.low, first.high, group);
-      if (writes) out.median = median;
+  } else if (settings.loss == kBagInstanceLoss) {
+    if (!positive) return;  // its loss is that of the instances
+    const double loss = rounded_pass<T>(row, group);
+    if (writes) out.loss[0] = loss;
+  } else if (settings.loss == kMinMeanMaxLoss) {
+    const int64_t lows = count_equal(row, first.low, group);
+    if (writes) out.lows = lows;
+  }
+  // The median, then the k-th largest logit: one copy of the search.
+  const bool has_kth = pooling_reference(settings.pooling) == Reference::kKthLargest;
+#pragma unroll 1
+  for (int round = guided && settings.weighted ? 0 : 1; round < (has_kth ? 2 : 1); ++round) {
+    const int64_t k = round == 0 ? 0 : TopKPooling::places(first.n, settings.pooling_parameter);
+    const T found = ranked(row, first.n, k, first.low, first.high, group);
+    if (round == 0) {
+      if (writes) out.median = found;
+    } else {
+      const int64_t above = first.n - count_up_to(row, found, group), tied = count_equal(row, found, group);
+      if (writes) {
+        out.extent.reference = found;
+        out.extent.tie_weight = static_cast<double>(k - above) / static_cast<double>(tied);
+      }
     }
   }
-  if (settings.pooling == kNone || settings.pooling == kMax) return;
-  const PoolingSettings<T> pooling =
-      pooling_settings(settings.pooling, first.low, first.high, settings.pooling_parameter);
-  const PooledPass pooled = group.reduce(
-      scale.any ? pooled_pass<true>(settings.pooling, row, scale, pooling, group)
-                : pooled_pass<false>(settings.pooling, row, scale, pooling, group));
+  if (!has_sums(settings.pooling) || counts_maxima(settings.pooling)) return;
+  // Read from shared memory, to save registers in the passes above.
+  group.sync();
+  const Extent<T> known = {
+      static_cast<T>(out.extent.low), static_cast<T>(out.extent.high), static_cast<T>(out.extent.reference),
+      static_cast<T>(out.extent.tie_weight)};
+  const Scale<T> pooling_scaled = pooling_scale(settings.pooling, known);
+  const PoolingSettings<T> pooling = pooling_settings(settings.pooling, known, settings.pooling_parameter);
+  const PooledPass pooled = group.reduce(with_pooling(settings.pooling, [&](auto chosen) {
+    using P = decltype(chosen);
+    return pooling_scaled.any ? pooled_pass<P, true>(row, pooling_scaled, pooling, group)
+                              : pooled_pass<P, false>(row, pooling_scaled, pooling, group);
+  }));
   if (writes)
     for (int k = 0; k < 3; ++k) out.pooled[k] = pooled.sum[k];
 }
@@ -253,8 +312,8 @@ struct BatchSums : Batch {
   SGL_DEVICE void merge(const BatchSums& o) { sgl::merge(*this, o); }
 };
 
-// Bag-classes that are finished together, a thread each, as their few numbers in double cost as long as a pass: so many
-// of a block, or of each of its warps.
+// Pairs that are finalized together, one thread per pair: so many of a block, or of each of its warps. The arithmetic in
+// double of one pair takes as long as a pass.
 constexpr int kMaxGroups = 8, kOfBlock = 32, kOfWarp = 8;
 constexpr int kWaiting = kMaxGroups * kOfWarp;
 
@@ -265,25 +324,25 @@ struct ForwardShared {
   bool is_last;
 };
 
-SGL_DEVICE unsigned unit_of(const Group& group, unsigned round) {
+SGL_DEVICE unsigned pair_of(const Group& group, unsigned round) {
   return (round * gridDim.x + blockIdx.x) * group.count() + group.index();
 }
 
 template <class T>
-SGL_DEVICE void finish_one(
-    const Call& call, const Forward& forward, const Sums& sums, unsigned unit, BatchSums& batch) {
-  const unsigned cls = unit % call.rows.classes;
+SGL_DEVICE void finalize_one(
+    const Call& call, const Forward& forward, const Sums& sums, unsigned pair, BatchSums& batch) {
+  const unsigned cls = pair % call.rows.classes;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const T* class_weights = static_cast<const T*>(forward.class_weight);
   const double pos_weight = pos_weights == nullptr ? 1.0 : pos_weights[cls];
   const double class_weight = class_weights == nullptr ? 1.0 : class_weights[cls];
-  const BagClass b = finish(sums, call.settings, pos_weight);
-  save_row(b, call.settings, class_weight, static_cast<T*>(forward.saved) + int64_t{unit} * kColumns);
-  add(batch, b, class_weight);
+  const Pair found = finalize_pair(sums, call.settings, pos_weight);
+  save_row(sums, found, call.settings, class_weight, static_cast<T*>(forward.saved) + int64_t{pair} * kColumns);
+  if (forward.bag_logits != nullptr) static_cast<T*>(forward.bag_logits)[pair] = static_cast<T>(found.bag_logit);
+  add(batch, found, class_weight);
 }
 
-// Goes through this block's bag-classes, the unit of round r being the r-th of its group, and adds up what the loss is
-// made of.
+// The sums over the pairs of this block. In round r, a group processes its r-th pair.
 template <class T, class In, class RowOf>
 SGL_DEVICE BatchSums sums_of_block(
     const Call& call, const Forward& forward, bool warp_per_bag_class, ForwardShared& shared, const RowOf& row_of) {
@@ -292,23 +351,24 @@ SGL_DEVICE BatchSums sums_of_block(
 
   Group group(warp_per_bag_class, shared.group);
   const unsigned together = warp_per_bag_class ? kOfWarp : kOfBlock;
-  // this group's part of what is shared
+  // this group's part of the shared memory
   const unsigned mine = group.index() * together;
   if (static_cast<unsigned>(group.rank()) < together) shared.batch[mine + group.rank()] = BatchSums{};
 
-  // numbers that the loop need not keep are computed anew
-  for (unsigned round = 0; unit_of(group, round) < call.rows.units; ++round) {
-    const unsigned unit = unit_of(group, round), waiting = round % together;
-    const unsigned bag = unit / call.rows.classes, cls = unit - bag * call.rows.classes;
-    const Label label = label_of(forward.targets, bag, cls);
+  // Recomputed each round to save registers.
+  for (unsigned round = 0; pair_of(group, round) < call.rows.units; ++round) {
+    const unsigned pair = pair_of(group, round), waiting = round % together;
+    const unsigned bag = pair / call.rows.classes, cls = pair - bag * call.rows.classes;
+    const Label label = forward.targets.data == nullptr ? Label::kPositive : label_of(forward.targets, bag, cls);
     const Row<In> row = row_of(group, round, bag, cls);
     const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
     find_sums(settings, row, label, pos_weight, group, shared.sums[mine + waiting]);
-    if (waiting + 1 < together && unit_of(group, round + 1) < call.rows.units) continue;
+    if (waiting + 1 < together && pair_of(group, round + 1) < call.rows.units) continue;
     group.sync();
     const unsigned k = group.rank();
     if (k <= waiting)
-      finish_one<T>(call, forward, shared.sums[mine + k], unit_of(group, round - waiting + k), shared.batch[mine + k]);
+      finalize_one<T>(
+          call, forward, shared.sums[mine + k], pair_of(group, round - waiting + k), shared.batch[mine + k]);
     group.sync();
   }
   __syncthreads();
@@ -319,7 +379,7 @@ SGL_DEVICE BatchSums sums_of_block(
   return block.reduce(batch);
 }
 
-// By the last block to be done: adds up the blocks.
+// Called by the last block that ends: adds up the blocks.
 template <class T>
 SGL_DEVICE void save_batch(const Call& call, const Forward& forward, ForwardShared& shared) {
   Group block(false, shared.group);
@@ -329,17 +389,17 @@ SGL_DEVICE void save_batch(const Call& call, const Forward& forward, ForwardShar
   batch = block.reduce(batch);
   if (block.rank() == 0) {
     if (forward.sums != nullptr) *forward.sums = batch;
-    conclude(
+    finalize_batch(
         batch, call.settings, 1, static_cast<T*>(forward.total), static_cast<T*>(forward.parts),
         static_cast<T*>(forward.saved) + int64_t{call.rows.units} * kColumns);
   }
 }
 
-// By one thread: what save_batch does, from sums over several batches.
+// By one thread: the loss and the denominators from sums over several batches.
 template <class T>
-__global__ void conclude_kernel(
-    const Batch* sums, const __grid_constant__ Settings settings, double times, T* total, T* parts, T* shares) {
-  conclude(*sums, settings, times, total, parts, shares);
+__global__ void finalize_kernel(
+    const Batch* sums, const __grid_constant__ Settings settings, double times, T* total, T* parts, T* denominators) {
+  finalize_batch(*sums, settings, times, total, parts, denominators);
 }
 
 template <class T, class In>

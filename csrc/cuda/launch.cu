@@ -132,18 +132,18 @@ int launch_backward(const Call& call, const Backward& backward, const Plan& plan
   }
 }
 
-int launch_conclude(
-    const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts, void* shares,
-    void* stream_) {
+int launch_finalize(
+    const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts,
+    void* denominators, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   if (is_double) {
     SGL_LAUNCH(
-        conclude_kernel<double>, 1, 1, stream, sums, settings, times, static_cast<double*>(total),
-        static_cast<double*>(parts), static_cast<double*>(shares));
+        finalize_kernel<double>, 1, 1, stream, sums, settings, times, static_cast<double*>(total),
+        static_cast<double*>(parts), static_cast<double*>(denominators));
   } else {
     SGL_LAUNCH(
-        conclude_kernel<float>, 1, 1, stream, sums, settings, times, static_cast<float*>(total),
-        static_cast<float*>(parts), static_cast<float*>(shares));
+        finalize_kernel<float>, 1, 1, stream, sums, settings, times, static_cast<float*>(total),
+        static_cast<float*>(parts), static_cast<float*>(denominators));
   }
   return cudaGetLastError();
 }

@@ -1,4 +1,5 @@
-// What the operators (ops.cpp, compiled with torch) tell the kernels (launch.cu, compiled by nvcc, without torch).
+// The interface between the operators (ops.cpp, compiled with torch) and the kernels (launch.cu, compiled by nvcc, without
+// torch).
 #pragma once
 
 #include "../batch.h"
@@ -26,7 +27,7 @@ struct Rows {
 
 // Labels of any dtype: integers are 0 or not, floating ones may be NaN.
 struct Targets {
-  const void* data;
+  const void* data;  // null: the bag logits are computed, for which no label is needed
   int64_t bag_step, class_step;
   int bytes;
   bool is_floating, is_bfloat16;
@@ -46,6 +47,7 @@ struct Forward {
   Targets targets;
   const void* class_weight;  // like pos_weight
   void *total, *parts, *saved;  // of the loss's type
+  void* bag_logits;  // one for each pair, of the loss's type; null: not wanted
   Batch* of_block;  // one for each block of the plan, and one more
   Batch* sums;  // null, or what gets the sums over the batch
   uint32_t* blocks_done;  // set by launch_forward: 0 before the launch and after it
@@ -54,6 +56,7 @@ struct Forward {
 struct Backward {
   const void *grad_output, *saved;  // of the loss's type
   void* grad;
+  bool per_pair;  // grad_output has a number for each pair, else one
 };
 
 // How a call is spread over a GPU of so many multiprocessors. It depends on the shape alone, and with it the order in
@@ -70,9 +73,9 @@ Plan plan_of(const Call& call, int multiprocessors);
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream);
 int launch_backward(const Call& call, const Backward& backward, const Plan& plan, void* stream);
 // The loss and the denominators, of the loss's type, from sums over several batches.
-int launch_conclude(
-    const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts, void* shares,
-    void* stream);
+int launch_finalize(
+    const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts,
+    void* denominators, void* stream);
 #if defined(SGL_WITH_EXCHANGE)
 // exchange.cuh: forward that also writes the gradient for grad_output = 1, and what makes it that of another, in place.
 // exchange_plan_of() cuts the blocks of a plan to those that a GPU of so many multiprocessors holds at a time.

@@ -1,4 +1,4 @@
-// The operators on CUDA: tensors are taken apart here, and launch.cu does the rest. Nothing waits for the device.
+// The operators on CUDA: reads tensors and starts the kernels (launch.cu). Nothing waits for the device.
 //
 // One library serves every torch, also those built without CUDA: what it needs of libtorch_cuda is looked up at run time.
 #include <torch/csrc/stable/library.h>
@@ -142,9 +142,7 @@ struct Outputs {
   Tensor total, parts, saved, of_block;
   Forward forward = {};
 
-  Outputs(
-      const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& class_weight, const Layout& layout,
-      const Plan& plan)
+  Outputs(const Tensor& logits, const std::optional<Tensor>& class_weight, const Layout& layout, const Plan& plan)
       : total(torch::stable::new_empty(logits, {}, loss_type(logits))),
         parts(torch::stable::new_empty(logits, {3}, loss_type(logits))),
         saved(torch::stable::new_empty(logits, {layout.bags * layout.classes + 1, kColumns}, loss_type(logits))),
@@ -152,7 +150,6 @@ struct Outputs {
             torch::stable::new_empty(
                 logits, {(plan.forward_blocks + 1) * static_cast<int64_t>(sizeof(Batch) / sizeof(double))},
                 ScalarType::Double)) {
-    forward.targets = targets_of(targets, layout);
     forward.class_weight = class_vector(class_weight, "class_weight", logits, layout);
     forward.total = total.mutable_data_ptr();
     forward.parts = parts.mutable_data_ptr();
@@ -165,13 +162,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& offsets, const std::optional<Tensor>& class_weight,
     const std::optional<Tensor>& pos_weight, const Settings& settings, Batch* sums) {
+  check_settings(settings);
   const Layout layout = layout_of(logits, mask, offsets, nullptr);
   const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
   const int device = device_of(logits);
   const SelectedDevice selected(device);
   const Plan plan = plan_of(call, multiprocessors_of(device));
 
-  Outputs out(logits, targets, class_weight, layout, plan);
+  Outputs out(logits, class_weight, layout, plan);
+  out.forward.targets = targets_of(targets, layout);
   out.forward.sums = sums;
   check(launch_forward(call, out.forward, plan, device, current_stream(device)));
   return {out.total, out.parts, out.saved};
@@ -180,25 +179,27 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor, Tensor> sgl_forward(
     const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
     std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
-    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted,
+    int64_t loss) {
   return forward(
       logits, targets, mask, offsets, class_weight, pos_weight,
-      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted}, nullptr);
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted, loss}, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sgl_forward_sums(
     const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> offsets,
     std::optional<Tensor> class_weight, std::optional<Tensor> pos_weight, double delta_l, double lam,
-    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
+    double mask_weight, int64_t pooling, double pooling_parameter, bool per_bag, bool rescale, bool weighted,
+    int64_t loss) {
   Tensor sums = torch::stable::new_empty(logits, {kBatchNumbers}, ScalarType::Double);
   const auto [total, parts, saved] = forward(
       logits, targets, mask, offsets, class_weight, pos_weight,
-      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted},
+      {delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted, loss},
       static_cast<Batch*>(sums.mutable_data_ptr()));
   return {total, parts, saved, sums};
 }
 
-std::tuple<Tensor, Tensor> sgl_conclude(
+std::tuple<Tensor, Tensor> sgl_finalize(
     const Tensor& sums, Tensor saved, double lam, double mask_weight, bool per_bag, double times) {
   check_sums(sums, saved);
   const int device = device_of(saved);
@@ -207,35 +208,67 @@ std::tuple<Tensor, Tensor> sgl_conclude(
   Tensor total = torch::stable::new_empty(saved, {}), parts = torch::stable::new_empty(saved, {3});
   const bool is_double = saved.scalar_type() == ScalarType::Double;
   const int64_t last = (saved.size(0) - 1) * kColumns * saved.element_size();
-  check(launch_conclude(
-      static_cast<const Batch*>(sums.const_data_ptr()), Settings{0, lam, mask_weight, 0, 0, per_bag, false, false},
-      times, is_double, total.mutable_data_ptr(), parts.mutable_data_ptr(),
-      static_cast<char*>(saved.mutable_data_ptr()) + last, current_stream(device)));
+  check(launch_finalize(
+      static_cast<const Batch*>(sums.const_data_ptr()), settings_of_batch(lam, mask_weight, per_bag), times, is_double,
+      total.mutable_data_ptr(), parts.mutable_data_ptr(), static_cast<char*>(saved.mutable_data_ptr()) + last,
+      current_stream(device)));
   return {total, parts};
+}
+
+// (bag logits (N, C), what pool_backward needs)
+std::tuple<Tensor, Tensor> pool_forward(
+    const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets, int64_t pooling,
+    double pooling_parameter) {
+  const Settings settings = settings_of_bag_logits(pooling, pooling_parameter);
+  check_settings(settings);
+  const Layout layout = layout_of(logits, mask, offsets, nullptr);
+  const Call call = call_of(logits, mask, offsets, std::nullopt, layout, settings);
+  const int device = device_of(logits);
+  const SelectedDevice selected(device);
+  const Plan plan = plan_of(call, multiprocessors_of(device));
+  Outputs out(logits, std::nullopt, layout, plan);
+  Tensor bag_logits = torch::stable::new_empty(logits, {layout.bags, layout.classes}, loss_type(logits));
+  out.forward.bag_logits = bag_logits.mutable_data_ptr();
+  check(launch_forward(call, out.forward, plan, device, current_stream(device)));
+  return {bag_logits, out.saved};
+}
+
+// ``grad_output``: one number, or (``per_pair``) one for each pair.
+Tensor backward(
+    const Tensor& grad_output, bool per_pair, const Tensor& logits, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& offsets, const std::optional<Tensor>& pos_weight, const Tensor& saved,
+    const Settings& settings) {
+  check_settings(settings);
+  Tensor grad = torch::stable::empty_like(logits);
+  const Layout layout = layout_of(logits, mask, offsets, &grad);
+  check_saved(saved, logits, layout);
+  STD_TORCH_CHECK(
+      grad_output.numel() == (per_pair ? layout.bags * layout.classes : 1) && grad_output.is_contiguous() &&
+          grad_output.scalar_type() == loss_type(logits) && device_of(grad_output) == device_of(logits),
+      "grad_output: expected contiguous, of the loss's dtype, on the logits' device");
+  const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
+  const int device = device_of(logits);
+  const SelectedDevice selected(device);
+  const Backward backward{grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr(), per_pair};
+  check(launch_backward(call, backward, plan_of(call, multiprocessors_of(device)), current_stream(device)));
+  return grad;
 }
 
 Tensor sgl_backward(
     const Tensor& grad_output, const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets,
     std::optional<Tensor> pos_weight, const Tensor& saved, double delta_l, int64_t pooling, double pooling_parameter,
     bool rescale) {
-  const ScalarType type = loss_type(logits);
-  STD_TORCH_CHECK(
-      grad_output.numel() == 1 && grad_output.scalar_type() == type && device_of(grad_output) == device_of(logits),
-      "grad_output: expected a scalar of the loss's dtype on the logits' device");
-  Tensor grad = torch::stable::empty_like(logits);
-  const Layout layout = layout_of(logits, mask, offsets, &grad);
-  STD_TORCH_CHECK(
-      saved.scalar_type() == type && saved.is_contiguous() && saved.dim() == 2 &&
-          saved.size(0) == layout.bags * layout.classes + 1 && saved.size(1) == kColumns,
-      "saved: not what sgl_forward gave for these logits");
-  // what forward alone looks at is 0
-  const Settings settings{delta_l, 0, 0, pooling, pooling_parameter, false, rescale, false};
-  const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
-  const int device = device_of(logits);
-  const SelectedDevice selected(device);
-  const Backward backward{grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr()};
-  check(launch_backward(call, backward, plan_of(call, multiprocessors_of(device)), current_stream(device)));
-  return grad;
+  return backward(
+      grad_output, false, logits, mask, offsets, pos_weight, saved,
+      settings_of_backward(delta_l, pooling, pooling_parameter, rescale));
+}
+
+Tensor pool_backward(
+    const Tensor& grad_output, const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets,
+    const Tensor& saved, int64_t pooling, double pooling_parameter) {
+  return backward(
+      grad_output, true, logits, mask, offsets, std::nullopt, saved,
+      settings_of_bag_logits(pooling, pooling_parameter));
 }
 
 #if defined(SGL_WITH_EXCHANGE)
@@ -246,13 +279,15 @@ std::tuple<Tensor, Tensor, Tensor> sgl_exchange(
   STD_TORCH_CHECK(type_of(logits) == Type::kFloat, "logits: expected float32");
   Tensor grad = torch::stable::empty_like(logits);
   const Layout layout = layout_of(logits, mask, std::nullopt, &grad);
-  const Settings settings{delta_l, lam, mask_weight, pooling, pooling_parameter, per_bag, rescale, weighted};
+  const Settings settings{delta_l, lam,     mask_weight, pooling,         pooling_parameter,
+                          per_bag, rescale, weighted,    kSelfGuidingLoss};
   const Call call = call_of(logits, mask, std::nullopt, pos_weight, layout, settings);
   const int device = device_of(logits);
   const SelectedDevice selected(device);
   Plan plan;
   check(exchange_plan_of(call, multiprocessors_of(device), &plan));
-  Outputs out(logits, targets, class_weight, layout, plan);
+  Outputs out(logits, class_weight, layout, plan);
+  out.forward.targets = targets_of(targets, layout);
   float* to = static_cast<float*>(grad.mutable_data_ptr());
   check(launch_exchange(call, out.forward, to, plan, device, current_stream(device)));
   return {out.total, out.parts, grad};
@@ -275,8 +310,10 @@ void sgl_scale(const Tensor& grad_output, Tensor grad) {
 SGL_REGISTER(SGL_LIBRARY, SGL_DISPATCH_KEY, m) {
   m.impl("sgl_forward", TORCH_BOX(&sgl_forward));
   m.impl("sgl_forward_sums", TORCH_BOX(&sgl_forward_sums));
-  m.impl("sgl_conclude", TORCH_BOX(&sgl_conclude));
+  m.impl("sgl_finalize", TORCH_BOX(&sgl_finalize));
   m.impl("sgl_backward", TORCH_BOX(&sgl_backward));
+  m.impl("pool_forward", TORCH_BOX(&pool_forward));
+  m.impl("pool_backward", TORCH_BOX(&pool_backward));
 #if defined(SGL_WITH_EXCHANGE)
   m.impl("sgl_exchange", TORCH_BOX(&sgl_exchange));
   m.impl("sgl_scale", TORCH_BOX(&sgl_scale));

@@ -18,6 +18,7 @@ struct Case {
   double delta_l, lam, mask_weight, pooling_parameter;
   int64_t pooling;
   bool per_bag, rescale, weighted;
+  int64_t loss;
   double grad_output;
 };
 

@@ -21,8 +21,8 @@ void run(const Case& c, Result& result) {
     layout.dimensions.push_back({c.size[d], c.logits_step[d], c.mask_step[d], c.logits_step[d]});
   layout.starts = c.offsets;
   layout.longest = c.positions;
-  const Settings settings{c.delta_l,           c.lam,     c.mask_weight, c.pooling,
-                          c.pooling_parameter, c.per_bag, c.rescale,     c.weighted};
+  const Settings settings{c.delta_l, c.lam,     c.mask_weight, c.pooling, c.pooling_parameter,
+                          c.per_bag, c.rescale, c.weighted,    c.loss};
   const Problem<T> problem{
       c.logits,
       static_cast<Type>(c.type),
@@ -31,19 +31,21 @@ void run(const Case& c, Result& result) {
       static_cast<const T*>(c.pos_weight),
       &layout,
       settings};
-  const int64_t units = c.bags * c.classes;
-  std::vector<Label> labels(units);
-  for (int64_t unit = 0; unit < units; ++unit) labels[unit] = static_cast<Label>(c.labels[unit]);
-  std::vector<T> scratch(scratch_size(layout)), saved((units + 1) * kColumns);
+  const int64_t pairs = c.bags * c.classes;
+  std::vector<Label> labels(pairs);
+  for (int64_t pair = 0; pair < pairs; ++pair) labels[pair] = static_cast<Label>(c.labels[pair]);
+  std::vector<T> scratch(scratch_size(layout)), saved((pairs + 1) * kColumns);
   const Kernels<T> kernel = baseline_kernels(T());
-  const Batch batch = kernel.forward(problem, labels.data(), saved.data(), 0, units, scratch.data(), nullptr);
-  save_shares(batch, settings, 1, saved.data() + units * kColumns);
+  const Batch batch =
+      kernel.forward(problem, labels.data(), {saved.data(), nullptr}, 0, pairs, scratch.data(), nullptr);
+  save_denominators(batch, settings, 1, saved.data() + pairs * kColumns);
   const Loss loss = loss_of(batch, settings);
   result.loss[0] = loss.total;
   result.loss[1] = loss.bag;
   result.loss[2] = loss.instance;
   result.loss[3] = loss.mask;
-  kernel.backward(problem, saved.data(), static_cast<T>(c.grad_output), result.grad, 0, units, scratch.data(), nullptr);
+  const T grad_output = static_cast<T>(c.grad_output);
+  kernel.backward(problem, {saved.data(), &grad_output, false}, result.grad, 0, pairs, scratch.data(), nullptr);
 }
 
 }  // namespace

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from hypothesis import strategies as st
 
+ROOT = Path(__file__).resolve().parents[2]
 MAP, CHANNELS_LAST, WINDOW, PACKED = range(4)
-MEAN_LOGITS, LSE = 3, 6  # as csrc/sgl_math.h numbers the poolings
+# Codes of csrc/pooling.h and csrc/batch.h, read from the source: the sanitizers' program needs no extension.
+_POOLING = re.compile(r'kCode = (\d+);\s+static constexpr const char\* kName = "(\w+)"')
+POOLINGS = {name: int(code) for code, name in _POOLING.findall((ROOT / "csrc" / "pooling.h").read_text())}
+PARAMETERS = {"lse": [10.0], "topk": [8.0, 1.0, 3.0, 0.3], "generalized_mean": [1.0, 4.0, 0.3]}
+SELF_GUIDING, BAG, BAG_INSTANCE, MIN_MEAN_MAX = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Case:
     per_bag: bool
     rescale: bool
     weighted: bool
+    loss: int
     grad_output: float
 
     def line(self) -> str:
@@ -89,10 +97,16 @@ def cases(draw: st.DrawFn, small: bool = False, exchanges: bool = False) -> Case
         size = draw(positions) // unit * unit
         sizes = [size] * draw(st.integers(1, most_bags if size <= 80 else 4))
     mask = [] if layout == PACKED else draw(st.just([]) | st.lists(st.booleans(), min_size=1, max_size=9))
-    pooling = draw(st.integers(0, 7))
+    loss = (
+        SELF_GUIDING
+        if exchanges
+        else draw(st.sampled_from([SELF_GUIDING, SELF_GUIDING, BAG, BAG_INSTANCE, MIN_MEAN_MAX]))
+    )
+    allowed = ["mean"] if loss == MIN_MEAN_MAX else [n for n in POOLINGS if n != "none" or loss == SELF_GUIDING]
+    pooling = draw(st.sampled_from(allowed))
     delta_l = draw(st.sampled_from([0.3, 0.5, 0.123]))
     # a sum of logits that cancel has no digits left that could be compared
-    large = [] if pooling == MEAN_LOGITS else [6e4, -6e4, 88.0, -88.0]
+    large = [] if pooling == "mean_logits" else [6e4, -6e4, 88.0, -88.0]
     special = st.sampled_from([0.0, -0.0, *large, math.nan, math.inf, -math.inf])
     weights = st.floats(0.125, 8)
     return Case(
@@ -120,10 +134,11 @@ def cases(draw: st.DrawFn, small: bool = False, exchanges: bool = False) -> Case
         delta_l=delta_l,
         lam=draw(st.sampled_from([1.5, 0.0])),
         mask_weight=draw(st.sampled_from([0.0, 0.7])),
-        pooling=pooling,
-        pooling_parameter=10.0 if pooling == LSE else 1.0,
-        per_bag=draw(st.booleans()),
+        pooling=POOLINGS[pooling],
+        pooling_parameter=draw(st.sampled_from(PARAMETERS.get(pooling, [1.0]))),
+        per_bag=draw(st.booleans()) or loss in (BAG_INSTANCE, MIN_MEAN_MAX),
         rescale=draw(st.booleans()),
         weighted=draw(st.booleans()),
+        loss=loss,
         grad_output=draw(st.sampled_from([1.0, -3.0])),
     )

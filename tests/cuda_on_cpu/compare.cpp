@@ -118,6 +118,7 @@ struct Problem {
     c.per_bag = line.flag();
     c.rescale = line.flag();
     c.weighted = line.flag();
+    c.loss = line.integer();
     c.grad_output = line.number();
     if (!line.ends()) throw std::runtime_error("the case goes on");
   }
@@ -225,7 +226,8 @@ bool run_emulated(const Problem& problem, Result& result) {
     rows.offsets_step = 1;
     rows.offsets_are_64_bit = problem.wide_offsets;
   }
-  call.settings = {c.delta_l, c.lam, c.mask_weight, c.pooling, c.pooling_parameter, c.per_bag, c.rescale, c.weighted};
+  call.settings = {c.delta_l, c.lam,     c.mask_weight, c.pooling, c.pooling_parameter,
+                   c.per_bag, c.rescale, c.weighted,    c.loss};
   std::vector<float> targets;
   for (int8_t label : c.labels) targets.push_back(label == 0 ? NAN : label == 2 ? 1.0f : 0.0f);
 
@@ -266,7 +268,7 @@ bool run_emulated(const Problem& problem, Result& result) {
     const float* const by = reinterpret_cast<const float*>(grad_output.bytes.get());
     launch_scale(static_cast<float*>(result.grad), problem.numel, by, 1, nullptr);
   } else {
-    launch_backward(call, {grad_output.bytes.get(), forward.saved, result.grad}, plan, nullptr);
+    launch_backward(call, {grad_output.bytes.get(), forward.saved, result.grad, false}, plan, nullptr);
   }
   bool same = true;
   for (int k = 0; k < 3; ++k) same &= std::memcmp(out[k].bytes.get(), again[k].bytes.get(), sizes[k]) == 0;
@@ -283,7 +285,7 @@ bool agree(double got, double wanted, double bound) {
 // a sum over the instances: of a positive bag that is found for certain a is large, and its error relative to 1 counts.
 double condition(const Case& c, double bag_loss) {
   const bool positive = std::find(c.labels.begin(), c.labels.end(), 2) != c.labels.end();
-  if (c.pooling != sgl::kNoisyOr || !positive || !(bag_loss > 0)) return 1;
+  if (c.pooling != sgl::NoisyOrPooling::kCode || !positive || !(bag_loss > 0)) return 1;
   return std::max(1.0, -std::log(bag_loss));
 }
 

@@ -14,8 +14,10 @@ void set_captured(uint32_t launches);  // launch.cu
 STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) {
   m.def(sgl::kForwardSchema);
   m.def(sgl::kForwardSumsSchema);
-  m.def(sgl::kConcludeSchema);
+  m.def(sgl::kFinalizeSchema);
   m.def(sgl::kBackwardSchema);
+  m.def(sgl::kPoolForwardSchema);
+  m.def(sgl::kPoolBackwardSchema);
   m.def(sgl::kExchangeSchema);
   m.def(sgl::kScaleSchema);
 }

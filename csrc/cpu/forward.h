@@ -1,0 +1,406 @@
+// Forward on the CPU: the sums over the instances of each pair, the loss of the pair, and its row of what is saved.
+//
+// Compiled once for each instruction set, in a namespace of its own (SGL_LEVEL).
+#pragma once
+
+#include "../median.h"
+#include "loops.h"
+
+namespace sgl {
+namespace SGL_LEVEL {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Passes over a piece of a row. The results of the pieces of a row are merged.
+
+template <class T>
+struct Extremes {
+  T low, high;
+  double sum;  // negative_pass: of the loss, extremes_pass: of the logits / 64; NaN if a logit is NaN
+
+  void merge(const Extremes& o) {
+    low = o.low < low ? o.low : low;
+    high = o.high > high ? o.high : high;
+    sum += o.sum;
+  }
+  bool finite() const { return sum == sum && low > -infinity_of(T()) && high < infinity_of(T()); }
+};
+
+template <class F>
+struct Ends {
+  F low, high;
+
+  SGL_HD void add(F x) {
+    low = select(x < low, x, low);
+    high = select(x > high, x, high);
+  }
+  SGL_HD auto extremes(double sum) const {
+    using T = typename Lanes<F>::Number;
+    return Extremes<T>{
+        Lanes<F>::best(low, [](auto a, auto b) SGL_INLINED { return a < b; }),
+        Lanes<F>::best(high, [](auto a, auto b) SGL_INLINED { return a > b; }), sum};
+  }
+};
+
+// Every instance of a negative pair is negative: M = 0, weight 1.
+template <class T>
+Extremes<T> negative_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  Ends<F> ends = {F(x[0]), F(x[0])};
+  typename Lanes<typename Lanes<F>::Narrow>::Sum loss;
+  F above = F(0);
+  LogOfProduct<F> product;
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        ends.add(v);
+        above += keep(live, select(v < F(0), F(0), v));  // a NaN stays one
+        product.multiply_by_1_plus(keep(live, exp(minus_magnitude(v))));
+      },
+      [&]() SGL_INLINED {
+        loss.add(Lanes<F>::narrow_sum(above) + Lanes<F>::log_of(product));
+        above = F(0);
+        product = LogOfProduct<F>();
+      });
+  return ends.extremes(loss.total());
+}
+
+template <class T>
+Extremes<T> extremes_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  Ends<F> ends = {F(x[0]), F(x[0])};
+  typename Lanes<F>::Sum sum;
+  F some = F(0);
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        ends.add(v);
+        some += keep(live, v * T(1.0 / 64));  // no sum of finite numbers is infinite
+      },
+      [&]() SGL_INLINED {
+        sum.add(some);
+        some = F(0);
+      });
+  return ends.extremes(sum.total());
+}
+
+template <class T>
+struct Smallest {
+  T x;
+
+  void merge(const Smallest& o) { x = o.x < x ? o.x : x; }
+};
+
+// the smallest |x|
+template <class T>
+Smallest<T> nearest_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  F nearest = F(infinity_of(T()));
+  for_vectors<F>(x, n, [&](F v, auto) SGL_INLINED {
+    const F magnitude = -minus_magnitude(v);
+    nearest = select(magnitude < nearest, magnitude, nearest);
+  });
+  return {Lanes<F>::best(nearest, [](auto a, auto b) SGL_INLINED { return a < b; })};
+}
+
+struct Number {
+  int64_t n;
+
+  void merge(const Number& o) { n += o.n; }
+};
+
+template <class T>
+Number count_up_to_pass(const T* x, int64_t n, T pivot) {
+  using F = typename VectorOf<T>::F;
+  typename Lanes<F>::Count count;
+  for_vectors<F>(x, n, [&](F v, auto live) SGL_INLINED { count.add(both(live, v <= F(pivot))); });
+  return {count.total()};
+}
+
+template <class T>
+Number count_equal_pass(const T* x, int64_t n, T value) {
+  using F = typename VectorOf<T>::F;
+  typename Lanes<F>::Count count;
+  for_vectors<F>(x, n, [&](F v, auto live) SGL_INLINED { count.add(both(live, v == F(value))); });
+  return {count.total()};
+}
+
+template <class T>
+struct Largest {
+  T x;
+
+  void merge(const Largest& o) { x = o.x > x ? o.x : x; }
+};
+
+template <class T>
+Largest<T> largest_up_to_pass(const T* x, int64_t n, T pivot, T smallest) {
+  using F = typename VectorOf<T>::F;
+  F largest = F(smallest);
+  for_vectors<F>(
+      x, n, [&](F v, auto) SGL_INLINED { largest = select(v <= F(pivot), select(v > largest, v, largest), largest); });
+  return {Lanes<F>::best(largest, [](auto a, auto b) SGL_INLINED { return a > b; })};
+}
+
+struct Guided {
+  double loss[3], negatives, positives, square;
+
+  void merge(const Guided& o) {
+    for (int k = 0; k < 3; ++k) loss[k] += o.loss[k];
+    negatives += o.negatives;
+    positives += o.positives;
+    square += o.square;
+  }
+};
+
+template <bool scaled, class T>
+Guided guided_pass(const T* x, int64_t n, const Guide<T>& of_bag, const Scale<T>& of_logits, T pos_weight) {
+  using F = typename VectorOf<T>::F;
+  using Sum = typename Lanes<F>::Sum;
+  const Guide<T> guide = of_bag;
+  const Scale<T> scale = of_logits;
+  Sum loss0, loss1, loss2, squares;
+  F l0 = F(0), l1 = F(0), l2 = F(0), square = F(0);
+  F negatives = F(0), positives = F(0);  // as floats exact: a piece has fewer than 2^24 instances
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        const Probability<F> o = probability<scaled>(v, scale);
+        const Target<F> t = target_of(theta_of(v, o, guide), guide);
+        const F l = keep(live, bce(v, o, t.m, pos_weight));
+        l0 += l * t.negative;
+        l1 += l * t.ambiguous;
+        l2 += l * t.positive;
+        negatives += keep(live, t.negative);
+        positives += keep(live, t.positive);
+        const F p = keep(live, select(t.m > F(0), o.scaled_p, F(0)));
+        square += p * p;
+      },
+      [&]() SGL_INLINED {
+        loss0.add(l0);
+        loss1.add(l1);
+        loss2.add(l2);
+        squares.add(square);
+        l0 = l1 = l2 = square = F(0);
+      });
+  Sum all_negatives, all_positives;
+  all_negatives.add(negatives);
+  all_positives.add(positives);
+  return {{loss0.total(), loss1.total(), loss2.total()}, all_negatives.total(), all_positives.total(), squares.total()};
+}
+
+struct Pooled {
+  double sum[3];
+
+  void merge(const Pooled& o) {
+    for (int k = 0; k < 3; ++k) sum[k] += o.sum[k];
+  }
+};
+
+struct Rounded {
+  double loss;
+
+  void merge(const Rounded& o) { loss += o.loss; }
+};
+
+// BCE of every instance against its rounded probability: log(1 + e^-|x|)
+template <class T>
+Rounded rounded_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  typename Lanes<typename Lanes<F>::Narrow>::Sum loss;
+  LogOfProduct<F> product;
+  for_vectors<F>(
+      x, n, [&](F v, auto live) SGL_INLINED { product.multiply_by_1_plus(keep(live, exp(minus_magnitude(v)))); },
+      [&]() SGL_INLINED {
+        loss.add(Lanes<F>::log_of(product));
+        product = LogOfProduct<F>();
+      });
+  return {loss.total()};
+}
+
+template <class Pooling, bool scaled, class T>
+Pooled pooled_pass(const T* x, int64_t n, const Scale<T>& of_logits, const PoolingSettings<T>& of_bag) {
+  using F = typename VectorOf<T>::F;
+  using Sum = typename Lanes<F>::Sum;
+  constexpr int kSums = Pooling::kSums;
+  const Scale<T> scale = of_logits;
+  const PoolingSettings<T> settings = of_bag;
+  Sum sum_a, sum_b, sum_c;
+  F a = F(0), b = F(0), c = F(0);
+  for_vectors<F>(
+      x, n,
+      [&](F v, auto live) SGL_INLINED {
+        const Probability<F> o = probability<scaled>(v, scale);
+        const PoolingTerms<F> t = Pooling::template terms<scaled>(v, o, scale, settings);
+        a += keep(live, t.a);
+        if (kSums > 1) b += keep(live, t.b);
+        if (kSums > 2) c += keep(live, t.c);
+      },
+      [&]() SGL_INLINED {
+        sum_a.add(a);
+        if (kSums > 1) sum_b.add(b);
+        if (kSums > 2) sum_c.add(c);
+        a = b = c = F(0);
+      });
+  return {{sum_a.total(), sum_b.total(), sum_c.total()}};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Whole rows
+
+template <class T>
+int64_t count_up_to(const Row<T>& row, T pivot, ParallelFor parallel_for) {
+  return over_pieces(
+             parallel_for, row.n,
+             [&](int64_t begin, int64_t size) { return count_up_to_pass(row.x + begin, size, pivot); })
+      .n;
+}
+
+template <class T>
+int64_t count_equal(const Row<T>& row, T value, ParallelFor parallel_for) {
+  return over_pieces(
+             parallel_for, row.n,
+             [&](int64_t begin, int64_t size) { return count_equal_pass(row.x + begin, size, value); })
+      .n;
+}
+
+// The smallest logit that at least `wanted` logits do not exceed.
+template <class T>
+T order_statistic_of(const Row<T>& row, int64_t wanted, T low, T high, T guess, ParallelFor parallel_for) {
+  return order_statistic(
+      row.n, wanted, low, high, guess, [&](T pivot) { return count_up_to(row, pivot, parallel_for); },
+      [&](T pivot) {
+        return over_pieces(
+                   parallel_for, row.n,
+                   [&](int64_t begin, int64_t size) { return largest_up_to_pass(row.x + begin, size, pivot, low); })
+            .x;
+      });
+}
+
+// The number that the pooling needs before its sums, and the weight of instances equal to it.
+template <class T>
+void find_reference(const Settings& settings, const Row<T>& row, T mean, ParallelFor parallel_for, Extent<T>& extent) {
+  const Reference wanted = pooling_reference(settings.pooling);
+  if (wanted == Reference::kNearestToZero) {
+    extent.reference = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
+                         return nearest_pass(row.x + begin, size);
+                       }).x;
+  } else if (wanted == Reference::kKthLargest) {
+    const int64_t k = TopKPooling::places(row.n, settings.pooling_parameter);
+    const T guess = guess_kth_largest(row.n, k, mean, extent.high);
+    extent.reference = order_statistic_of(row, row.n - k + 1, extent.low, extent.high, guess, parallel_for);
+    const int64_t above = row.n - count_up_to(row, extent.reference, parallel_for);
+    const int64_t tied = count_equal(row, extent.reference, parallel_for);
+    extent.tie_weight = static_cast<T>(static_cast<double>(k - above) / static_cast<double>(tied));
+  }
+}
+
+template <class T>
+void find_pooled(
+    const Settings& settings, const Row<T>& row, const Extent<T>& extent, const Scale<T>& scale,
+    ParallelFor parallel_for, Sums& out) {
+  if (counts_maxima(settings.pooling)) {
+    out.pooled[0] = static_cast<double>(count_equal(row, extent.high, parallel_for));
+    return;
+  }
+  const PoolingSettings<T> pooling = pooling_settings(settings.pooling, extent, settings.pooling_parameter);
+  const Pooled pooled = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
+    return with_pooling(settings.pooling, [&](auto chosen) {
+      using P = decltype(chosen);
+      return scale.any ? pooled_pass<P, true>(row.x + begin, size, scale, pooling)
+                       : pooled_pass<P, false>(row.x + begin, size, scale, pooling);
+    });
+  });
+  for (int k = 0; k < 3; ++k) out.pooled[k] = pooled.sum[k];
+}
+
+// The instances of a positive pair against their ternary targets.
+template <class T>
+void find_guided(
+    const Settings& settings, const Row<T>& row, const Extent<T>& extent, const Scale<T>& scale, T mean, T pos_weight,
+    ParallelFor parallel_for, Sums& out) {
+  if (settings.weighted)
+    out.median = order_statistic_of(row, median_rank(row.n), extent.low, extent.high, mean, parallel_for);
+  const Guide<T> guide = guide_of(extent.low, extent.high, scale, settings.delta_l, settings.rescale);
+  const Guided guided = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
+    const T* x = row.x + begin;
+    return scale.any ? guided_pass<true>(x, size, guide, scale, pos_weight)
+                     : guided_pass<false>(x, size, guide, scale, pos_weight);
+  });
+  for (int k = 0; k < 3; ++k) out.loss[k] = guided.loss[k];
+  out.count[0] = static_cast<int64_t>(guided.negatives);
+  out.count[2] = static_cast<int64_t>(guided.positives);
+  out.count[1] = row.n - out.count[0] - out.count[2];
+  out.square = guided.square;
+}
+
+template <class T>
+Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& row, ParallelFor parallel_for) {
+  Sums out = {};
+  if (label == Label::kUnknown || row.n == 0) return out;
+  out.n = row.n;
+  out.positive = label == Label::kPositive;
+  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
+  const bool against_zero = has_instances && !out.positive;
+  const Extremes<T> e = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
+    return against_zero ? negative_pass(row.x + begin, size) : extremes_pass(row.x + begin, size);
+  });
+  if (!e.finite()) {
+    out.kind = Kind::kNonFinite;
+    return out;
+  }
+  const T mean =
+      against_zero ? e.low + (e.high - e.low) * T(0.5) : static_cast<T>(e.sum * 64 / static_cast<double>(row.n));
+  Extent<T> extent{e.low, e.high, T(0), T(0)};
+  find_reference(settings, row, mean, parallel_for, extent);
+  out.extent = {extent.low, extent.high, extent.reference, extent.tie_weight};
+  const Scale<T> scale = pooling_scale(settings.pooling, extent);
+  if (against_zero) {
+    out.kind = Kind::kNegative;
+    out.loss[0] = e.sum;
+    out.count[0] = row.n;
+    if (settings.loss == kBagInstanceLoss) return out;  // its loss is that of the instances
+  } else if (settings.loss == kMinMeanMaxLoss) {
+    out.kind = Kind::kExtremes;
+    out.lows = count_equal(row, e.low, parallel_for);
+    out.highs = count_equal(row, e.high, parallel_for);
+  } else if (!has_instances) {
+    out.kind = Kind::kBagOnly;
+  } else if (settings.loss == kBagInstanceLoss) {
+    out.kind = Kind::kRounded;
+    out.loss[0] = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
+                    return rounded_pass(row.x + begin, size);
+                  }).loss;
+  } else if (settings.rescale && e.low == e.high) {
+    out.kind = Kind::kConstant;
+  } else {
+    out.kind = Kind::kPositive;
+    find_guided(settings, row, extent, scale, mean, pos_weight, parallel_for, out);
+  }
+  if (has_sums(settings.pooling)) find_pooled(settings, row, extent, scale, parallel_for, out);
+  return out;
+}
+
+template <class T>
+Batch forward_range(
+    const Problem<T>& problem, const Label* labels, const Forward<T>& out, int64_t begin, int64_t end, T* scratch,
+    ParallelFor parallel_for) {
+  const Layout& layout = *problem.layout;
+  Batch batch = {};
+  RowLoader<T> rows(problem, end, scratch, parallel_for);
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const int64_t cls = pair % layout.classes;
+    const Label label = labels == nullptr ? Label::kPositive : labels[pair];
+    Row<T> row{nullptr, 0};
+    if (label != Label::kUnknown) row = rows.row(pair, instances_of(layout, pair / layout.classes, cls));
+    const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
+    const double class_weight = problem.class_weight == nullptr ? 1.0 : problem.class_weight[cls];
+    const Sums sums = sums_of(problem.settings, label, pos_weight, row, parallel_for);
+    const Pair found = finalize_pair(sums, problem.settings, pos_weight);
+    add(batch, found, class_weight);
+    save_row(sums, found, problem.settings, class_weight, out.saved + pair * kColumns);
+    if (out.bag_logits != nullptr) out.bag_logits[pair] = static_cast<T>(found.bag_logit);
+  }
+  return batch;
+}
+
+}  // namespace SGL_LEVEL
+}  // namespace sgl

@@ -1,0 +1,105 @@
+// Loops over a row of instances, several at once, and over the pieces of a long row.
+//
+// Compiled once for each instruction set, in a namespace of its own (SGL_LEVEL), with SGL_WIDTH floats at once.
+#pragma once
+
+#include <memory>
+
+#include "rows.h"
+#include "vector.h"
+
+namespace sgl {
+namespace SGL_LEVEL {
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using F = Floats<SGL_WIDTH>;
+};
+template <>
+struct VectorOf<double> {
+  using F = double;
+};
+
+struct All {};  // every lane counts
+
+template <class F>
+SGL_HD F keep(All, F x) {
+  return x;
+}
+template <class F>
+SGL_HD F keep(typename Lanes<F>::Condition live, F x) {
+  return select(live, x, F(0));
+}
+template <class C>
+SGL_HD C both(All, C condition) {
+  return condition;
+}
+template <class C>
+SGL_HD C both(C live, C condition) {
+  return live & condition;
+}
+
+// Sums of floats run over this many vectors, then go on in double: enough digits for a bag of a million.
+constexpr int64_t kBlock = 16;
+static_assert(kBlock <= LogOfProduct<float>::kFactors, "a block's factors go into one product");
+
+// The last n % kCount of n numbers, with one of them once more in the lanes that do not count; `room` may be needed.
+template <class F, class T>
+SGL_HD const T* last_vector(const T* x, int64_t n, T* room) {
+  constexpr int64_t kWidth = Lanes<F>::kCount;
+  const int64_t whole = n / kWidth * kWidth;
+  if (n <= kPadded) return x + whole;
+  for (int64_t i = 0; i < kWidth; ++i) room[i] = x[whole + i < n ? whole + i : whole];
+  return room;
+}
+
+// Calls each(x, live) for the n > 0 numbers from x on, and end() after every kBlock vectors and at the last. In the
+// lanes that do not count there is one of the numbers once more.
+template <class F, class T, class Each, class End>
+SGL_HD void for_vectors(const T* x, int64_t n, const Each& each, const End& end) {
+  constexpr int64_t kWidth = Lanes<F>::kCount;
+  const int64_t whole = n / kWidth, rest = n % kWidth;
+  for (int64_t start = 0; start * kWidth < n; start += kBlock) {
+    const int64_t stop = start + kBlock < whole ? start + kBlock : whole;
+    for (int64_t v = start; v < stop; ++v) each(Lanes<F>::load(x + v * kWidth), All{});
+    if (rest > 0 && start + kBlock > whole) {
+      T room[kWidth];
+      each(Lanes<F>::load(last_vector<F>(x, n, room)), Lanes<F>::first(rest));
+    }
+    end();
+  }
+}
+
+template <class F, class T, class Each>
+SGL_HD void for_vectors(const T* x, int64_t n, const Each& each) {
+  for_vectors<F>(x, n, each, []() SGL_INLINED {});
+}
+
+// y[j] = f(x[j])
+template <class F, class T, class Function>
+SGL_HD void map_vectors(const T* x, int64_t n, T* y, const Function& f) {
+  constexpr int64_t kWidth = Lanes<F>::kCount;
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t j = 0; j < whole; j += kWidth) Lanes<F>::store(y + j, f(Lanes<F>::load(x + j)));
+  if (whole == n) return;
+  T room[kWidth];
+  Lanes<F>::store(room, f(Lanes<F>::load(last_vector<F>(x, n, room))));
+  for (int64_t i = 0; whole + i < n; ++i) y[whole + i] = room[i];
+}
+
+// pass(begin, size) for each piece of n instances. The results are merged in the order of the pieces.
+template <class Pass>
+auto over_pieces(ParallelFor parallel_for, int64_t n, const Pass& pass) {
+  using Found = decltype(pass(n, n));
+  const int64_t pieces = pieces_of(n);
+  if (pieces == 1) return pass(0, n);
+  std::unique_ptr<Found[]> found(new Found[pieces]);
+  for_pieces(parallel_for, n, [&](int64_t begin, int64_t size) { found[begin / kPiece] = pass(begin, size); });
+  for (int64_t i = 1; i < pieces; ++i) found[0].merge(found[i]);
+  return found[0];
+}
+
+}  // namespace SGL_LEVEL
+}  // namespace sgl
