@@ -1,4 +1,4 @@
-"""What there is of NIH ChestX-ray14 in a folder, and what is not, in seconds.
+"""What there is of a data set in a folder, and what is not, in seconds.
 
     python check_cxr.py --data-dir DIR                    tables, splits, counts, and that the files look whole
     python check_cxr.py --data-dir DIR --decode           the same, and every image is decoded
@@ -6,7 +6,8 @@
 
 The last line is "ok", or says what is wrong.
 
-Exit status: 0, training may start; 1, images are missing or broken; 2, the tables or the folder cannot be used.
+Exit status: 0, training may start; 1, images are missing or broken, or of one value only and not in the test part; 2,
+the tables or the folder cannot be used.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from images.check import inspect
 
     try:
-        found = inspect(args.data_dir, args.tables, args.decode)
+        found = inspect(args, args.decode)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if args.tables is None and args.data_dir.is_dir() and not list(args.data_dir.glob("*.csv")):
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         count = len(found.index.missing)
         wrong.append(f"{count} images are missing (--allow-missing, here and in train_cxr.py, leaves them out)")
+    if found.constant:
+        wrong.append(f"{len(found.constant)} images outside the test part have one value only")
     if wrong:
         print(f"\nwrong: {'; '.join(wrong)}")
         return 1

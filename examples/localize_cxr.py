@@ -1,4 +1,4 @@
-"""Classification and localization of a trained network on the official test list of ChestX-ray14.
+"""Classification and localization of a trained network on the test images of a data set.
 
     python localize_cxr.py --run RUN --data-dir DIR                     RUN/localization/report.html and the rest
     python localize_cxr.py --run RUN BASELINE --data-dir DIR --out OUT  the second run beside the first
@@ -98,25 +98,33 @@ def localize(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the data or a run does not fit, or nothing can be written.
     """
-    from images.evaluation import evaluate, refuse_trained, truth_of
+    from images.dataset import with_classes
+    from images.evaluation import evaluate, open_networks
     from images.figure import draw
-    from images.nih import load_index
-    from images.provenance import trained_names
+    from images.open_dataset import open_dataset
+    from images.provenance import trained_names, trained_patients
     from images.report import write_report
     from images.tables import clear_baseline, names_beside, print_table, write_tables
+    from images.truth import refuse_trained, truth_of
 
-    index = load_index(args.data_dir, args.allow_missing, args.tables)
-    truth = truth_of(index)
+    networks = open_networks(args.run, args)
+    config = networks[0].config
+    if args.fit not in (None, config["fit"]):
+        raise ValueError(f"fit: {args.run[0]} was trained with {config['fit']}, got {args.fit}")
+    index = with_classes(open_dataset(args, args.allow_missing), config["classes"], f"run: {args.run[0]}")
+    truth = truth_of(index._replace(about=index.about._replace(fit=config["fit"], channels=config["channels"])))
+    part = index.about.test_name
     if not len(truth.rows):
-        raise ValueError(f"data-dir: no image of the test list is in {args.data_dir}")
+        raise ValueError(f"data-dir: no image of the {part} is in {args.data_dir}")
     for run in args.run:
-        refuse_trained(truth, trained_names(run), run)
+        names = trained_names(run)
+        refuse_trained(truth, names, trained_patients(run, names, index), run)
     # a folder that cannot be written is an error before the networks run
     args.out.mkdir(parents=True, exist_ok=True)
     beside = args.out / "baseline"
     clear_baseline(beside, len(args.run) > 1)
-    print(f"{len(truth.rows)} images of the test list, {len(truth.boxes)} boxes on {len(set(truth.image))} of them")
-    runs = [evaluate(run, truth, args) for run in args.run]
+    print(f"{len(truth.rows)} images of the {part}, {truth.box_count} boxes on {len(set(truth.image))} of them")
+    runs = [evaluate(network, truth, args) for network in networks]
     if len({run.name for run in runs}) < len(runs):
         names = names_beside(args.run)
         runs = [run._replace(name=f"{run.name} ({name})") for run, name in zip(runs, names, strict=True)]

@@ -35,17 +35,17 @@ if TYPE_CHECKING:  # torch is imported after the options are read: --help is fas
     import numpy as np
     from common.choices import Config
     from common.processes import Processes
-    from images.items import Radiographs
+    from images.items import LabelledImages
     from images.training import Training
     from torch import Tensor
 
 
-def take_step(training: Training, passes: list[tuple[Tensor, Tensor]], progress: float) -> None:
-    """One step of the optimizer on the (images, labels) of its forward passes, ``progress`` epochs after the start."""
+def take_step(training: Training, passes: list[tuple[Tensor, ...]], progress: float) -> None:
+    """One step of the optimizer on the (images, labels, frames) of its passes, ``progress`` epochs after the start."""
     training.set_lam(progress)
-    for number, (images, labels) in enumerate(passes):
+    for number, (images, labels, frames) in enumerate(passes):
         with training.gradients_of_pass(last=number == len(passes) - 1):
-            loss, terms = training.loss_of(images, labels)
+            loss, terms = training.loss_of(images, labels, frames)
             training.scaler.scale(loss / len(passes)).backward()
         training.sums += terms / len(passes)
     training.scaler.step(training.optimizer)
@@ -54,7 +54,7 @@ def take_step(training: Training, passes: list[tuple[Tensor, Tensor]], progress:
 
 
 def train_epoch(
-    training: Training, data: Radiographs, numbers: np.ndarray, args: argparse.Namespace, keep: Path
+    training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace, keep: Path
 ) -> float:
     """The rest of the epoch over the images ``numbers``, with a checkpoint into ``keep`` every ``--save-every`` steps.
 
@@ -76,7 +76,7 @@ def train_epoch(
     )  # fmt: skip
     for step in progress:
         Interrupt.raise_again()
-        passes = [next(loader)[:2] for _ in range(accumulate)]
+        passes = [next(loader)[:3] for _ in range(accumulate)]
         take_step(training, passes, training.epoch + step / steps)
         training.step = step + 1
         if training.step % 50 == 0 and not progress.disable:
@@ -87,7 +87,7 @@ def train_epoch(
 
 
 def finish_epoch(
-    training: Training, data: Radiographs, numbers: np.ndarray, args: argparse.Namespace, speed: float
+    training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace, speed: float
 ) -> tuple[dict[str, Any], bool]:
     """Validates on the images ``numbers``, and moves ``training`` to the next epoch.
 

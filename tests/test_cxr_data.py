@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import pickle
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from common import options
-from images import batches, cache, items, nih, pixels, synthetic, synthetic_set
+from images import batches, cache, dataset, items, nih, pixels, synthetic, synthetic_set
 from images.check import checked_index
 from images.nih import CLASSES
+from images.options import add_data_options
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -71,7 +73,7 @@ def test_genuine_tables(data_dir):
     assert atelectasis == (0, 225.084745762712, 547.019216763771, 86.7796610169491, 79.1864406779661)
     row = index.names.index("00000001_000.png")
     assert index.labels[row].tolist() == [float(name == "Cardiomegaly") for name in CLASSES]
-    assert (index.patients[row], index.sizes[row].tolist(), index.test[row]) == (1, [2682, 2749], False)
+    assert (index.patients[row], index.sizes[row].tolist(), index.test[row]) == (1, [1024, 1024], False)
     modes = {Image.open(path).mode for path in index.paths}
     assert modes == {"L", "RGBA"}
     for path in index.paths[:3] + [p for p in index.paths if Image.open(p).mode == "RGBA"][:1]:
@@ -80,7 +82,7 @@ def test_genuine_tables(data_dir):
         assert np.array_equal(pixels.load_image(path, 1024), grey)
         assert np.abs(pixels.load_image(path, 64) - grey.reshape(64, 16, 64, 16).mean((1, 3))).mean() < 3
     with pytest.raises(ValueError, match="112076 of 112120 images of the tables are missing"):
-        nih.refuse_missing(folder, index.missing, 112_120)
+        dataset.refuse_missing(folder, index.missing, 112_120)
 
 
 def test_the_index_says_what_was_drawn(drawn):
@@ -263,6 +265,12 @@ def test_missing_images(copy, capsys):
         nih.load_index(shutil.copytree(copy, copy / "none", ignore=lambda *_: [f"images_{k:03}" for k in range(13)]))
 
 
+def data_options(folder, *more):
+    parser = argparse.ArgumentParser()
+    add_data_options(parser)
+    return parser.parse_args(["--data-dir", str(folder), *more])
+
+
 def grey(side=40):
     return np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
 
@@ -295,7 +303,7 @@ def test_what_a_check_says_of_the_files(copy, capsys):
     (copy / "images_001" / "images" / "99999999_000.png").write_bytes(paths[0].read_bytes())
     assert check_cxr.main(["--data-dir", str(copy)]) == 0
     shown = capsys.readouterr().out
-    assert "dark      16 bits are read as their upper 8" in shown
+    assert "I;16 PNG, 12 bits used" in shown
     assert "does not name: 99999999_000\n" in shown
     Image.open(paths[3]).convert("L").save(copy / "x.jpg")
     paths[3].write_bytes((copy / "x.jpg").read_bytes())
@@ -343,7 +351,7 @@ def test_a_broken_image_is_named(copy, tmp_path, how, capsys):
         cache.open_cache(tmp_path / "cache", nih.load_index(copy).paths, 16, workers=1)
     if how in ("truncated", "empty", "a page"):  # which a look at the files shows
         with pytest.raises(ValueError, match=path.name):
-            checked_index(copy)
+            checked_index(data_options(copy))
 
 
 def test_what_a_network_is_given():
@@ -372,11 +380,11 @@ def test_the_cache_goes_on_where_it_was_killed(drawn, tmp_path, monkeypatch):
     expected = np.stack([pixels.load_image(path, 16) for path in paths])
     seen = []
 
-    def killed(path, size, load_image=pixels.load_image):
+    def killed(path, size, *how, load_image=pixels.load_image):
         seen.append(path)
         if len(seen) == 100:
             raise KeyboardInterrupt
-        return load_image(path, size)
+        return load_image(path, size, *how)
 
     monkeypatch.setattr(cache, "load_image", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -415,10 +423,10 @@ def test_of_two_that_want_a_cache_one_builds_it(drawn, tmp_path, monkeypatch):
     paths = nih.load_index(drawn).paths
     seen = []
 
-    def slowly(path, size, load_image=pixels.load_image):
+    def slowly(path, size, *how, load_image=pixels.load_image):
         seen.append(path)
         time.sleep(0.005)
-        return load_image(path, size)
+        return load_image(path, size, *how)
 
     monkeypatch.setattr(cache, "load_image", slowly)
     with ThreadPoolExecutor(2) as pool:
@@ -436,29 +444,30 @@ def test_a_cache_that_does_not_fit_says_so(drawn, tmp_path, monkeypatch):
 def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
     index = nih.load_index(drawn)
     cached = cache.open_cache(tmp_path, index.paths, 32, workers=1)
-    from_files = items.Radiographs(index.paths, index.labels, 32, 28, 5, index.names)
-    from_cache = items.Radiographs(cached, index.labels, 32, 28, 5, index.names)
+    from_files = items.LabelledImages(index.paths, index.labels, 32, 28, 5, index.names)
+    from_cache = items.LabelledImages(cached, index.labels, 32, 28, 5, index.names)
     sent = pickle.dumps(from_cache)
     assert len(sent) < cached.nbytes // 2 + index.labels.nbytes
     corners = set()
     for epoch in range(3):
         for number in (0, 5):
-            image, labels, back = from_files[epoch, number]
-            other, same_labels, _ = pickle.loads(sent)[epoch, number]
+            image, labels, frame, back = from_files[epoch, number]
+            other, same_labels, _, _ = pickle.loads(sent)[epoch, number]
             assert torch.equal(image, other)
             assert torch.equal(labels, same_labels)
             assert labels.tolist() == index.labels[number].tolist()
             assert back == number
+            assert frame.tolist() == [0, 0, 28, 28]
             places = [(y, x) for y in range(5) for x in range(5)
                       if np.array_equal(image.numpy(), cached[number, y : y + 28, x : x + 28])]  # fmt: skip
             assert len(places) == 1
             corners |= set(places)
     assert len(corners) > 2
-    later = items.Radiographs(cached[3:], index.labels[3:], 32, 28, 5, index.names[3:])  # the first are gone
+    later = items.LabelledImages(cached[3:], index.labels[3:], 32, 28, 5, index.names[3:])  # the first are gone
     assert torch.equal(later[1, 2][0], from_cache[1, 5][0])
     with pytest.raises(ValueError, match="names: expected one for each"):
-        items.Radiographs(cached, index.labels, 32, 28, 5)
-    whole = items.Radiographs(cached, index.labels, 32)[0, 3][0]
+        items.LabelledImages(cached, index.labels, 32, 28, 5)
+    whole = items.LabelledImages(cached, index.labels, 32)[0, 3][0]
     assert np.array_equal(whole.numpy(), cached[3])
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import train_cxr
-from images import evaluation, figure, gallery, nih, page, paper, pixels, provenance, report
+from images import evaluation, figure, gallery, nih, page, paper, pixels, prediction, provenance, report, truth
 from images.dataset import Index
 from images.models import Grid
 from images.nih import CLASSES
@@ -96,18 +96,20 @@ def data(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(paths[-1])
         if true:
             boxes[name] = [(c, *(UNIT * float(v) for v in box)) for c, *box in true]
+    (tmp_path / nih.ENTRIES[0]).write_text("its kind is seen by its name")
     index = Index(
+        about=nih.DESCRIPTION,
         names=list(rows),
         labels=labels,
         patients=np.array([row[0] for row in rows.values()]),
         test=np.array([row[1] for row in rows.values()]),
         paths=paths,
         boxes=boxes,
-        sizes=np.full((len(rows), 2), 2500),
+        sizes=np.full((len(rows), 2), 1024),
         missing=["00000007_000.png"],
     )
     trained = {name for name, row in rows.items() if not row[1]}
-    monkeypatch.setattr(nih, "load_index", lambda *_: index)
+    monkeypatch.setattr(nih, "load_index", lambda *_, **__: index)
     monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
     monkeypatch.setattr(provenance, "trained_names", lambda run: trained)
     monkeypatch.setattr(figure, "draw", lambda *_: None)  # slow
@@ -206,15 +208,11 @@ def test_mistakes_and_interruptions_end_in_a_line(data, monkeypatch, capsys):
 
 
 def test_the_papers_rows_stand_beside_the_official_split_alone(data, monkeypatch):
-    _, index, _ = data
-    monkeypatch.setattr(nih, "OFFICIAL_IMAGES", len(index.names) + len(index.missing))
-    assert evaluation.truth_of(index).official
-    # another split of as many images: one with a box has gone to training
-    test = index.test.copy()
-    test[[0, 5]] = [False, True]
-    assert not evaluation.truth_of(index._replace(test=test)).official
-    monkeypatch.setattr(nih, "OFFICIAL_IMAGES", 112_120)
-    assert not evaluation.truth_of(index).official
+    folder, index, _ = data
+    for official in (True, False):
+        monkeypatch.setattr(nih, "load_index", lambda *_, o=official, **__: index._replace(official=o))
+        _, out = evaluate(folder)
+        assert ("Tables 1 and 2 of Seibold" in (out / "report.html").read_text()) == official
 
 
 def test_known_maps_give_known_hits(data):
@@ -247,7 +245,7 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
     Image.fromarray(pixels).save(index.paths[0])
     one = index.test & (np.array(index.names) == index.names[0])
     boxes = {index.names[0]: [(MASS, *(1024 / SIZE * v for v in (20, 12, 16, 8)))]}
-    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
+    monkeypatch.setattr(nih, "load_index", lambda *_, **__: index._replace(test=one, boxes=boxes))
     drawn = []
     monkeypatch.setattr(figure, "draw", DRAW)
     monkeypatch.setattr(Axes, "imshow", lambda self, picture, **more: drawn.append(picture))
@@ -312,7 +310,7 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
     assert details["gate_of_class"]["Nodule"] == pytest.approx(0.1 + 0.3 * 4 / 64 / 2)
     # the boxes have no part in it
     other = {name: [(c, 0.0, 0.0, 8.0, 8.0) for c, *_ in boxes] for name, boxes in index.boxes.items()}
-    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(boxes=other))
+    monkeypatch.setattr(nih, "load_index", lambda *_, **__: index._replace(boxes=other))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")
     again = json.loads((out / "details.json").read_text())
     assert again["threshold_of_class"] == details["threshold_of_class"]
@@ -320,7 +318,8 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("extra", "named"), [("00000002_000.png", "1 images of the test list, 1 of them"), ("00000004_001.png", "patients")]
+    ("extra", "named"),
+    [("00000002_000.png", "1 images of the official test list, 1 of them"), ("00000004_001.png", "patients")],
 )
 def test_what_was_trained_on_is_refused(data, monkeypatch, capsys, extra, named):
     folder, index, trained = data
@@ -329,7 +328,7 @@ def test_what_was_trained_on_is_refused(data, monkeypatch, capsys, extra, named)
             names=[*index.names, extra], patients=np.append(index.patients, 4), test=np.append(index.test, False),
             paths=[*index.paths, index.paths[0]], labels=np.append(index.labels, index.labels[:1], axis=0),
         )  # fmt: skip
-        monkeypatch.setattr(nih, "load_index", lambda *_: index)
+        monkeypatch.setattr(nih, "load_index", lambda *_, **__: index)
     monkeypatch.setattr(provenance, "trained_names", lambda run: trained | {extra})
     out = folder / "out"
     assert localize_cxr.main(["--run", "r", "--data-dir", str(folder), "--out", str(out), "--device", "cpu"]) == 2
@@ -392,7 +391,7 @@ def test_a_run_of_train_cxr(tmp_path, capsys):
     lists[0].write_bytes(test)
     lists[1].write_bytes(train)
     assert localize_cxr.main([*common, *evaluation]) == 2
-    assert f"trained or validated on {(~index.test).sum()} images of the test list" in capsys.readouterr().err
+    assert f"trained or validated on {(~index.test).sum()} images of the official test list" in capsys.readouterr().err
 
 
 def test_genuine_images_with_boxes(data_dir, tmp_path, monkeypatch):
@@ -506,7 +505,7 @@ def test_two_runs_beside_each_other(data, monkeypatch):
 
 def test_no_boxes_is_no_error(data, monkeypatch):
     folder, index, _ = data
-    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(boxes={}))
+    monkeypatch.setattr(nih, "load_index", lambda *_, **__: index._replace(boxes={}))
     metrics, out = evaluate(folder, "--threshold", "validation")
     assert metrics["boxes"] == 0
     assert metrics["localization"]["0.1"] == {"mean": None}
@@ -534,7 +533,7 @@ def test_options_that_make_no_sense(option, capsys):
 def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
     """What a browser makes of the picture's place and size: at every pixel what upsampling has there."""
     heatmap = np.arange(9).reshape(3, 3) / 8
-    card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(NO_BOX),
+    card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array([NO_BOX]),
                         [gallery.View("", heatmap, np.array(NO_BOX), "", first)], 0.0)  # fmt: skip
     images = [a for tag, a in Elements(gallery.gallery([card], False, "all")).found if tag == "image"]
     seen = heatmap[np.ix_(*seen_cells((3, 3), (24, 24), first))]
@@ -554,7 +553,7 @@ def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
 
 
 def test_a_map_of_one_value_is_shown():
-    card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array(NO_BOX),
+    card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array([NO_BOX]),
                         [gallery.View("", np.full((3, 3), 0.05), np.array(NO_BOX), "")], 0.0)  # fmt: skip
     images = [a for tag, a in Elements(gallery.gallery([card], False, "all")).found if "map" in a.get("class", "")]
     opacities = {}
@@ -606,7 +605,7 @@ def test_an_even_raster(data, monkeypatch):
     Image.fromarray(pixels).save(index.paths[0])
     one = index.test & (np.array(index.names) == index.names[0])
     boxes = {index.names[0]: [(MASS, *(1024 / SIZE * v for v in (20, 12, 16, 8)))]}
-    monkeypatch.setattr(nih, "load_index", lambda *_: index._replace(test=one, boxes=boxes))
+    monkeypatch.setattr(nih, "load_index", lambda *_, **__: index._replace(test=one, boxes=boxes))
     monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownFromTheEdge(), dict(CONFIG), WHICH))
     for raster, found, first in (("network", (20, 12, 16, 8), 0.0625), ("even", (24, 16, 16, 8), 0.5)):
         _, out = evaluate(folder, "--raster", raster)
@@ -620,19 +619,19 @@ def test_an_even_raster(data, monkeypatch):
 
 def test_best_and_worst(data):
     _, index, _ = data
-    truth = evaluation.truth_of(index)
+    found = truth.truth_of(index)
     probability = np.full((5, len(CLASSES)), 0.1)
     probability[2, MASS] = 0.9
     run = evaluation.Evaluated(
-        "run", {}, evaluation.Predictions(probability, probability, [], 0.5), np.zeros((4, 4)),
-        np.array([0.2, 0.7, 0.0, 0.0]), np.ones(4, bool), {}, {},
+        "run", {}, prediction.Predictions(probability, probability, [], 0.5, np.zeros((0, 4), int), SIZE),
+        np.zeros((4, 4)), np.array([0.2, 0.7, 0.0, 0.0]), np.ones(4, bool), {}, {},
     )  # fmt: skip
-    assert report.best_and_worst(run, truth, 4) == ([1, 0], [2, 3])  # the miss at p = 0.9 is worse than that at 0.1
-    assert report.best_and_worst(run, truth, 1) == ([1], [2])
+    assert report.best_and_worst(run, found, 4) == ([1, 0], [2, 3])  # the miss at p = 0.9 is worse than that at 0.1
+    assert report.best_and_worst(run, found, 1) == ([1], [2])
 
 
 def test_the_order_of_boxes_is_that_of_images(data):
     _, index, _ = data
-    truth = evaluation.truth_of(index)
-    assert truth.image.tolist() == [0, 1, 2, 3]
-    assert truth.boxes[1].tolist() == [256, 128, 512, 256]
+    found = truth.truth_of(index)
+    assert found.image.tolist() == [0, 1, 2, 3]
+    assert [boxes.tolist() for boxes in found.boxes][1] == [[256, 128, 512, 256]]

@@ -26,7 +26,7 @@ from common.processes import Processes, joined
 from conftest import ROOT
 from images import batches, demo, items, models, nih, pixels, provenance, run_folder, synthetic_set, training
 from images import options as settings
-from images.checkpoint import load_run
+from images.checkpoint import OLDER, load_run
 from images.models import PatchClassifier
 from images.nih import CLASSES
 from images.synthetic_set import write_dataset
@@ -279,7 +279,7 @@ def test_the_prior_is_what_an_untrained_patch_says():
     images = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
     logits = []
     for prior in (0.5, 0.02):
-        network = training.Training(base | {"prior": prior}, alone, False).network.eval()
+        network = training.Training(OLDER | base | {"prior": prior}, alone, False).network.eval()
         with torch.inference_mode():
             logits.append(network(pixels.to_input(images)))
     torch.testing.assert_close(logits[1], logits[0] + torch.logit(torch.tensor(0.02)))
@@ -404,6 +404,7 @@ def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
 def test_nothing_in_an_epoch_can_read_how_many_epochs_follow():
     """Resuming with more epochs relies on it."""
     config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
+    config = OLDER | config
     state = training.Training(config, Processes(0, 1, torch.device("cpu"), None), False)
     assert settings.EXTENDABLE == ("epochs",)
     assert not set(settings.EXTENDABLE) & set(state.config)
@@ -476,6 +477,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path
 
 class Tiny(torch.nn.Module):
     """A network of two layers with everything that goes on from one step to the next: statistics, and what it drops."""
+
+    def description(self, image_size):
+        return "two layers"
 
     def __init__(self):
         super().__init__()
@@ -739,7 +743,7 @@ def test_dry_run_of_the_options(drawn, tmp_path, monkeypatch, capsys, options):
 
 def step_of(config, passes, **changed):
     alone = Processes(0, 1, torch.device("cpu"), None)
-    some = training.Training(config | changed, alone, False)
+    some = training.Training(OLDER | config | changed, alone, False)
     some.train_mode()
     example.take_step(some, passes, 0.0)
     return torch.cat([p.detach().flatten() for p in some.network.parameters()]), some
@@ -749,11 +753,11 @@ def test_two_passes_are_one_step(drawn):
     """With the bag loss, which is a mean over images, and with statistics that do not depend on the others."""
     base = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL, "--loss", "bag"]))
     index = nih.load_index(drawn)
-    data = items.Radiographs(index.paths, index.labels, 64)
-    images, labels, _ = torch.utils.data.default_collate([data[0, n] for n in range(8)])
+    data = items.LabelledImages(index.paths, index.labels, 64)
+    batch = torch.utils.data.default_collate([data[0, n] for n in range(8)])[:3]
     # plain steps, that a gradient near 0 does not turn round as Adam's do
-    one, a = step_of(base | {"batch_norm": "frozen"}, [(images, labels)])
-    two, b = step_of(base | {"batch_norm": "frozen"}, [(images[:4], labels[:4]), (images[4:], labels[4:])])
+    one, a = step_of(base | {"batch_norm": "frozen"}, [batch])
+    two, b = step_of(base | {"batch_norm": "frozen"}, [[x[:4] for x in batch], [x[4:] for x in batch]])
     momenta = [torch.cat([s["exp_avg"].flatten() for s in x.optimizer.state_dict()["state"].values()]) for x in (a, b)]
     torch.testing.assert_close(momenta[0], momenta[1], rtol=1e-4, atol=1e-7)
     assert momenta[0].abs().max() > 1e-4

@@ -9,7 +9,9 @@ import math
 import numpy as np
 import pytest
 from common.choices import UPSAMPLING
-from images import evaluation, paper, thresholds, verdict
+from images import evaluation, nih, paper, prediction, thresholds, verdict
+from images import truth as truth_module
+from images.dataset import Index
 from images.metrics import auc_difference_interval, auc_intervals, auc_per_class, difference_intervals, mean_intervals
 from images.nih import CLASSES
 
@@ -91,23 +93,27 @@ def test_the_interval_of_a_difference_of_aucs():
     assert ahead.high - ahead.low < width
 
 
-def truth_with(boxes: np.ndarray) -> evaluation.Truth:
+def truth_with(boxes: np.ndarray) -> truth_module.Truth:
     """One image and one patient for each box, of Mass and Nodule by turns."""
     count = len(boxes)
     classes = np.tile([MASS, NODULE], count)[:count]
     labels = np.zeros((count, len(CLASSES)))
     labels[np.arange(count), classes] = 1
-    return evaluation.Truth(
-        None, np.arange(count), [str(k) for k in range(count)], [], labels, np.arange(count), np.arange(count), classes,
-        boxes,
+    square = np.tile([0, 0, 1024, 1024], (count, 1))
+    return truth_module.Truth(
+        Index(nih.DESCRIPTION, [], labels, np.arange(count), np.ones(count, bool), [], {}, square[:, 2:], []),
+        np.arange(count), [str(k) for k in range(count)], [], labels, np.arange(count), square[:, 2:], square,
+        np.arange(count), classes, list(boxes[:, None]),
     )  # fmt: skip
 
 
-def run_with(name: str, truth: evaluation.Truth, found: np.ndarray, score: np.ndarray) -> evaluation.Evaluated:
+def run_with(name: str, truth: truth_module.Truth, found: np.ndarray, score: np.ndarray) -> evaluation.Evaluated:
     """A run that finds the boxes ``found`` (k, 4), with ``score`` (n, C) as probabilities."""
-    overlaps = localization.box_iou(found, truth.boxes)
+    overlaps = truth.overlaps(found)
     count = len(truth.boxes)
-    predictions = evaluation.Predictions(score, score, [np.zeros((8, 8))] * count, 0.5)
+    predictions = prediction.Predictions(
+        score, score, [np.zeros((8, 8))] * count, 0.5, np.tile([0, 0, 64, 64], (count, 1)), 64
+    )
     accuracy = localization.localization_accuracy(overlaps, truth.classes, CLASSES)
     metrics = {
         "auc": auc_per_class(score, truth.labels, CLASSES),

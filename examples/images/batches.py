@@ -12,7 +12,7 @@ from common.interrupt import leave_interrupts
 from torch.utils.data import DataLoader
 
 from images.dataset import Index
-from images.items import Radiographs
+from images.items import LabelledImages
 from images.options import crop_side
 
 
@@ -25,9 +25,9 @@ class Split(NamedTuple):
 
 
 def validation_patients(index: Index, fraction: float, seed: int) -> np.ndarray:
-    """The patients of the official training list that validate: ``fraction`` of them, drawn by ``seed``; sorted.
+    """The patients outside the test part that validate: ``fraction`` of them, drawn by ``seed``; sorted.
 
-    1/8 makes of the official lists the paper's 70, 10 and 20 percent.
+    1/8 makes of the official lists of ChestX-ray14 the paper's 70, 10 and 20 percent.
     """
     patients = np.unique(index.patients[~index.test])
     count = round(fraction * len(patients))
@@ -35,6 +35,11 @@ def validation_patients(index: Index, fraction: float, seed: int) -> np.ndarray:
 
 
 def split_of(index: Index, config: Config) -> Split:
+    """The split of the data set; where it does not say who validates, a part of the patients is drawn."""
+    if index.val is not None:
+        return Split(
+            np.flatnonzero(~index.test & ~index.val), np.flatnonzero(index.val), np.unique(index.patients[index.val])
+        )
     patients = validation_patients(index, config["val_fraction"], config["seed"])
     val = np.isin(index.patients, patients) & ~index.test
     return Split(np.flatnonzero(~index.test & ~val), np.flatnonzero(val), patients)
@@ -58,7 +63,7 @@ def crop_of(config: Config) -> int:
     return crop_side(config["image_size"], config["output_stride"])
 
 
-def loader_of(data: Radiographs, batches: list[list[tuple[int, int]]], args: argparse.Namespace) -> DataLoader:
+def loader_of(data: LabelledImages, batches: list[list[tuple[int, int]]], args: argparse.Namespace) -> DataLoader:
     return DataLoader(
         data,
         batch_sampler=batches,

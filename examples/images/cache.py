@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,17 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | None = None) -> np.ndarray:
-    """The images of ``paths`` as grey values (n, size, size) uint8, memory-mapped, decoded at the first time.
+def open_cache(
+    folder: Path,
+    paths: Sequence[Path],
+    size: int,
+    workers: int | None = None,
+    channels: int = 1,
+    fit: str = "square",
+) -> np.ndarray:
+    """The images of ``paths`` as load_image gives them, (n, size, size[, 3]) uint8, memory-mapped.
+
+    They are decoded at the first time.
 
     A file in ``folder`` that grows image by image, so that it goes on where it was killed, and gets its name when it is
     whole. Its name depends on size, and on names, lengths and times of change of the files: another selection, or an
@@ -34,7 +44,9 @@ def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | No
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(f"{size}".encode())
+    shape = (size, size) if channels == 1 else (size, size, channels)
+    kind = "" if (channels, fit) == (1, "square") else f":{channels}:{fit}"
+    digest = hashlib.sha256(f"{size}{kind}".encode())
     for path in paths:
         known = path.stat()
         digest.update(f"/{path.name}:{known.st_size}:{known.st_mtime_ns}".encode())
@@ -42,16 +54,17 @@ def open_cache(folder: Path, paths: Sequence[Path], size: int, workers: int | No
     if not whole.exists():
         with _locked(whole.with_suffix(".lock")):
             if not whole.exists():  # another one may have built it meanwhile
-                _build(whole, paths, size, workers or os.cpu_count() or 1)
-    if whole.stat().st_size != len(paths) * size**2:
+                _build(whole, paths, math.prod(shape), workers or os.cpu_count() or 1, (size, channels, fit))
+    if whole.stat().st_size != len(paths) * math.prod(shape):
         raise ValueError(f"{whole}: cut off, or not a cache; remove it, and it is built anew")
-    return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), size, size))
+    return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), *shape))
 
 
-def _build(whole: Path, paths: Sequence[Path], size: int, workers: int) -> None:
+def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: tuple[int, int, str]) -> None:
+    """``length``: bytes of an image; ``how``: the arguments of load_image after the path."""
     part = whole.with_suffix(".part")
-    done = part.stat().st_size // size**2 if part.exists() else 0
-    needed, free = (len(paths) - done) * size**2, disk_usage(part.parent).free
+    done = part.stat().st_size // length if part.exists() else 0
+    needed, free = (len(paths) - done) * length, disk_usage(part.parent).free
     if needed > free:
         raise ValueError(f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
     # decoding and resizing leave the interpreter to other threads
@@ -60,9 +73,9 @@ def _build(whole: Path, paths: Sequence[Path], size: int, workers: int) -> None:
         part.open("ab") as file,
         tqdm(total=len(paths), initial=done, desc="cache", unit="image", disable=None) as progress,
     ):
-        file.truncate(done * size**2)  # half an image may have been written
+        file.truncate(done * length)  # half an image may have been written
         for start in range(done, len(paths), 64 * workers):
-            block = list(pool.map(lambda path: _image_or_error(path, size), paths[start : start + 64 * workers]))
+            block = list(pool.map(lambda path: _image_or_error(path, *how), paths[start : start + 64 * workers]))
             errors = [image for image in block if isinstance(image, ValueError)]
             if errors:
                 more = "check_cxr.py --decode looks at all; where one is replaced, the cache is begun anew"
@@ -74,9 +87,9 @@ def _build(whole: Path, paths: Sequence[Path], size: int, workers: int) -> None:
     os.replace(part, whole)
 
 
-def _image_or_error(path: Path, size: int) -> np.ndarray | ValueError:
+def _image_or_error(path: Path, size: int, channels: int, fit: str) -> np.ndarray | ValueError:
     try:
-        return load_image(path, size)
+        return load_image(path, size, channels, fit)
     except ValueError as error:
         return error
 

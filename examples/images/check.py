@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,80 +10,90 @@ from typing import NamedTuple
 
 import numpy as np
 
-from images.dataset import Index
-from images.nih import (
-    CLASSES,
-    ENTRIES,
-    NO_FINDING,
-    OFFICIAL_IMAGES,
-    find_images,
-    image_folders,
-    load_index,
-    refuse_missing,
-)
-from images.pixels import load_image
+from images.dataset import Index, refuse_missing, some
+from images.open_dataset import open_dataset
+from images.pixels import DICOM, bits_used, load_image, read_image
 
 #: Beginning and end of a whole file; some programs append something.
 WHOLE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
 WHOLE[".jpeg"] = WHOLE[".jpg"]
 
 
+#: As many images are decoded where not all are.
+SAMPLE = 256
+
+
 class Findings(NamedTuple):
-    """``index`` of the images that are there, ``report`` to print, and what is wrong with the images: ``broken``."""
+    """``index`` of the images that are there, ``report`` to print, and what is wrong with files: ``broken`` ones, and
+    ``constant`` ones, of one value only, that would be trained or validated on."""
 
     index: Index
     report: str
     broken: list[str]
+    constant: list[str]
 
 
-def inspect(data_dir: Path, tables: Path | None = None, decode: bool = False, sample: int = 32) -> Findings:
-    """Looks at everything. Of the images at first and last bytes, and decodes ``sample`` of them, or all.
+def inspect(args: argparse.Namespace, decode: bool = False, sample: int = SAMPLE) -> Findings:
+    """Looks at everything: at the first and last bytes of all images, and at the pixels of ``sample`` of them, or all.
 
     Raises:
-        ValueError: as load_index, which missing images do not make it do.
+        ValueError: as open_dataset, which missing images do not make it do.
     """
-    index = load_index(data_dir, allow_missing=True, tables=tables)
-    broken = look_at_files(index, decode, sample)
+    index = open_dataset(args, allow_missing=True)
+    broken, uniform = look_at_files(index, decode, sample)
+    used = [row for row in uniform if not index.test[row]]
     lines = [
-        *_about_files(Path(data_dir), Path(tables or data_dir), index, sample),
+        *index.notes,
+        *_about_files(index),
         *_about_splits(index),
         *_about_boxes(index),
         *_about_classes(index),
     ]
+    if uniform:
+        names = some([index.paths[row] for row in uniform], 5)
+        lines.append(f"\n{len(uniform)} images have one value only, {len(used)} of them outside the test part: {names}")
     if broken:
         lines.append(f"\n{len(broken)} images cannot be read:")
         lines += [f"  {problem}" for problem in broken[:20]] + (["  ..."] if len(broken) > 20 else [])
-    return Findings(index, "\n".join(lines), broken)
+    return Findings(index, "\n".join(lines), broken, [str(index.paths[row]) for row in used])
 
 
-def checked_index(data_dir: Path, allow_missing: bool = False, tables: Path | None = None) -> tuple[Index, str]:
+def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
     """The index and the report, where training may start.
 
     Raises:
-        ValueError: as load_index, and where files are broken.
+        ValueError: as open_dataset, and where files are broken, or images of one value would be trained on.
     """
-    found = inspect(data_dir, tables)
-    if not allow_missing:
-        refuse_missing(data_dir, found.index.missing, len(found.index.names) + len(found.index.missing))
+    found = inspect(args)
+    if not args.allow_missing:
+        refuse_missing(args.data_dir, found.index.missing, len(found.index.names) + len(found.index.missing))
     if found.broken:
         raise ValueError("\n".join([f"{len(found.broken)} images cannot be read:", *found.broken[:20]]))
+    if found.constant:
+        raise ValueError(
+            f"{len(found.constant)} images to train or validate on have one value only ({some(found.constant)}); "
+            "replace them, or take them out of the table"
+        )
     return found.index, found.report
 
 
-def look_at_files(index: Index, decode: bool, sample: int) -> list[str]:
-    """What is wrong with the files, a line each."""
-    if not decode and sample < len(index.paths):
-        chosen = np.random.default_rng(0).choice(len(index.paths), sample, replace=False)
-    else:
-        chosen = np.arange(len(index.paths))
+def look_at_files(index: Index, decode: bool, sample: int) -> tuple[list[str], list[int]]:
+    """What is wrong with the files, a line each, and the rows of images that have one value only."""
+    chosen = np.arange(len(index.paths))
+    if not decode and sample < len(chosen):
+        chosen = np.sort(np.random.default_rng(0).choice(len(chosen), sample, replace=False))
     with ThreadPoolExecutor() as pool:
-        problems = dict(zip(index.paths, pool.map(_unlike_an_image, index.paths), strict=True))
-        whole = [index.paths[k] for k in chosen if not problems[index.paths[k]]]
-        problems |= {path: error for path, error in pool.map(_undecodable, whole) if error}
-    return [problem for problem in problems.values() if problem]
+        problems = dict(enumerate(pool.map(_unlike_an_image, index.paths)))
+        whole = [int(row) for row in chosen if not problems[row]]
+        looks = list(pool.map(lambda row: _look(index.paths[row], index.about.fit), whole))
+    problems |= {row: error for row, (error, _) in zip(whole, looks, strict=True) if error}
+    uniform = [row for row, (_, constant) in zip(whole, looks, strict=True) if constant]
+    return [problem for problem in problems.values() if problem], uniform
 
 
 def _unlike_an_image(path: Path) -> str:
+    if path.suffix.lower() not in WHOLE:
+        return ""
     start, end = WHOLE[path.suffix.lower()]
     try:
         with path.open("rb") as file:
@@ -100,89 +111,94 @@ def _unlike_an_image(path: Path) -> str:
     return "" if end in tail else f"{path}: the file is cut off"
 
 
-def _undecodable(path: Path) -> tuple[Path, str]:
+def _look(path: Path, fit: str) -> tuple[str, bool]:
+    """What is wrong with the pixels, and whether they have one value only."""
     try:
-        load_image(path, 64)
+        image = read_image(path)
+        if fit == "square" and image.width != image.height:
+            load_image(path, 64)  # says what is wrong
     except ValueError as error:
-        return path, str(error)
-    return path, ""
+        return str(error), False
+    extrema = image.getextrema()
+    return "", all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else [extrema]))
 
 
-def _about_files(data_dir: Path, tables: Path, index: Index, sample: int) -> list[str]:
+def _about_files(index: Index, sample: int = 32) -> list[str]:
     from PIL import Image
 
-    layouts = [name for name, folders in image_folders(data_dir).items() if any(_images_in(f) for f in folders)]
-    table = next(name for name in ENTRIES if (tables / name).is_file())
-    rows = len(index.names) + len(index.missing)
-    official = "the official number" if rows == OFFICIAL_IMAGES else f"{OFFICIAL_IMAGES} in the official one"
     kinds: Counter[str] = Counter()
-    brightest = 0  # of those with 16 bits
     for path in index.paths[:: max(1, len(index.paths) // sample)][:sample]:
+        if path.suffix.lower() in DICOM:
+            kinds["DICOM"] += 1
+            continue
         try:
             with Image.open(path) as image:
-                kinds[f"{image.width}x{image.height} {image.mode} {image.format}"] += 1
+                bits = ""
                 if image.mode.startswith("I"):
-                    brightest = max(brightest, int(image.getextrema()[1]))
+                    bits = f", {bits_used(int(image.getextrema()[1]))} bits used"
+                kinds[f"{image.width}x{image.height} {image.mode} {image.format}{bits}"] += 1
         except (OSError, ValueError, Image.DecompressionBombError):
             kinds["unreadable"] += 1
-    known = {Path(name).stem for name in (*index.names, *index.missing)}
-    others = sorted(set(find_images(data_dir)) - known)
+    rows = len(index.names) + len(index.missing)
     lines = [
-        f"layout    {', '.join(layouts)}",
-        f"table     {table}, {rows} rows ({official})",
-        f"images    {len(index.names)} of {rows}; of some: "
-        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
+        f"images    {len(index.names)} of {rows}; of some: " + ", ".join(f"{n} {k}" for k, n in kinds.most_common(8))
     ]
-    if 0 < brightest < 2**14:
-        lines.append(
-            f"dark      16 bits are read as their upper 8, and the brightest pixel looked at is {brightest} of 65535: "
-            "bring them to the whole range first"
-        )
     if index.missing:
-        shown = ", ".join(index.missing[:10]) + (" ..." if len(index.missing) > 10 else "")
-        lines.append(f"missing   {len(index.missing)}: {shown}")
-    if others:
-        more = " ..." if len(others) > 5 else ""
-        lines.append(f"besides   {len(others)} images that the table does not name: {', '.join(others[:5])}{more}")
+        lines.append(f"missing   {len(index.missing)}: {some(index.missing, 10)}")
     return lines
 
 
-def _images_in(folder: Path) -> bool:
-    return any(entry.suffix.lower() in WHOLE for entry in folder.iterdir())
+def _parts(index: Index) -> list[tuple[str, np.ndarray]]:
+    """Names of the parts, and which images are in them. Where the data set does not say who validates: two parts."""
+    if index.val is None:
+        name = "train_val" if index.about.kind == "nih" else "train"
+        return [(name, ~index.test), ("test", index.test)]
+    return [("train", ~index.test & ~index.val), ("val", index.val), ("test", index.test)]
+
+
+def _negative(index: Index) -> np.ndarray:
+    """Images that are known to have none of the classes (n,)."""
+    return (index.labels == 0).all(1)
 
 
 def _about_splits(index: Index) -> list[str]:
     lines = []
-    for name, part in (("train_val", ~index.test), ("test", index.test)):
-        healthy = (index.labels[part].sum(1) == 0).mean() if part.any() else 0
+    for name, part in _parts(index):
+        share = _negative(index)[part].mean() if part.any() else 0
         lines.append(
-            f"{name:10}{part.sum()} images of {len(np.unique(index.patients[part]))} patients, "
-            f"{healthy:.1%} with no finding"
+            f"{name:10}{part.sum()} images of {len(np.unique(index.patients[part]))} patients, {share:.1%} with "
+            f"{index.about.negative[0].lower() + index.about.negative[1:]}"
         )
-    return [*lines, "leaks     no patient is in both lists"]  # else there would be no index
+    return [*lines, "leaks     no patient is in two parts"]  # else there would be no index
 
 
 def _about_boxes(index: Index) -> list[str]:
     here = {name: row for row, name in enumerate(index.names) if name in index.boxes}
     outside = [name for name, row in here.items() if not index.test[row]]
-    strange = [n for n, row in here.items() if any(not index.labels[row, box[0]] for box in index.boxes[n])]
+    strange = [n for n, row in here.items() if any(index.labels[row, box[0]] != 1 for box in index.boxes[n])]
     lines = [
         f"boxes     {sum(map(len, index.boxes.values()))} of {len(index.boxes)} images, of which {len(here)} are here"
     ]
     if outside:
-        lines.append(f"          {len(outside)} images with boxes are not in the test list: {', '.join(outside[:5])}")
+        lines.append(f"          {len(outside)} images with boxes are not in the test part: {some(outside, 5)}")
     if strange:
-        lines.append(f"          {len(strange)} images have a box of a class that their entry lacks: {strange[:5]}")
+        lines.append(
+            f"          {len(strange)} images have a box of a class that their labels lack: {some(strange, 5)}"
+        )
     return lines
 
 
 def _about_classes(index: Index) -> list[str]:
     boxes = Counter(box[0] for name in index.names for box in index.boxes.get(name, ()))
-    healthy = index.labels.sum(1) == 0
-    lines = [f"\n{'':20}{'train_val':>10}{'test':>10}{'boxes':>10}"]
-    for number, name in enumerate(CLASSES):
-        positive = index.labels[:, number] == 1
-        lines.append(
-            f"{name:20}{(positive & ~index.test).sum():10}{(positive & index.test).sum():10}{boxes[number]:10}"
-        )
-    return [*lines, f"{NO_FINDING:20}{(healthy & ~index.test).sum():10}{(healthy & index.test).sum():10}"]
+    parts = _parts(index)
+    unknown = np.isnan(index.labels).any()
+    heads = [*(name for name, _ in parts), "boxes", *(["unknown"] if unknown else [])]
+    width = max(20, *(len(name) + 2 for name in index.classes))
+    lines = [f"\n{'':{width}}" + "".join(f"{head:>10}" for head in heads)]
+    for number, name in enumerate(index.classes):
+        column = index.labels[:, number]
+        counts = [(part & (column == 1)).sum() for _, part in parts] + [boxes[number]]
+        counts += [np.isnan(column).sum()] if unknown else []
+        lines.append(f"{name:{width}}" + "".join(f"{count:10}" for count in counts))
+    none = "".join(f"{(part & _negative(index)).sum():10}" for _, part in parts)
+    return [*lines, f"{index.about.negative:{width}}{none}"]

@@ -10,16 +10,25 @@ from common.choices import Config
 from common.files import load_state
 from torch import nn
 
+from images import nih
 from images.models import PatchClassifier
-from images.nih import CLASSES
+
+#: What configurations lack that are older than data sets of other kinds.
+OLDER = {
+    "dataset": nih.DESCRIPTION.kind,
+    "title": nih.DESCRIPTION.title,
+    "classes": list(nih.CLASSES),
+    "channels": nih.DESCRIPTION.channels,
+    "fit": nih.DESCRIPTION.fit,
+}
 
 
 def make_model(config: Config) -> PatchClassifier:
-    return PatchClassifier(config["backbone"], config["output_stride"], len(CLASSES), config.get("cut"))
+    return PatchClassifier(config["backbone"], config["output_stride"], len(config["classes"]), config.get("cut"))
 
 
 def load_run(run: Path, device: str | torch.device, which: str | None = None) -> tuple[nn.Module, Config]:
-    """A trained network, (n, 3, H, W) to logits (n, 14, h, w), in evaluation mode, and its configuration.
+    """A trained network, (n, 3, H, W) to logits (n, C, h, w), in evaluation mode, and its configuration.
 
     Args:
         which: ``"best"`` on the validation images, or ``"last"``; None: the best, where there were such images.
@@ -44,6 +53,7 @@ def load_network(
     last = load_state(run / "last.pt", mmap=True)["config"]
     if any(state["config"].get(key) != last.get(key) for key in ("train_names_digest", "backbone", "loss", "seed")):
         raise ValueError(f"run: {path} and last.pt are of different trainings")
+    state["config"] = OLDER | state["config"]
     model = make_model(state["config"])
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state["config"], {"network": which, "epoch": state["epoch"]}

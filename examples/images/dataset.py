@@ -1,28 +1,167 @@
-"""A data set of images: names, labels, patients, split and boxes."""
+"""A data set of images: what it is, and names, labels, patients, split and boxes of its images."""
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+#: A box: class number, then x, y, width, height.
+Box = tuple[int, float, float, float, float]
 
-class Index(NamedTuple):
-    """What is known of n images.
 
-    ``names`` as in the tables; ``labels`` (n, 14) float32, columns as in CLASSES, all 0 where there is no finding;
-    ``patients`` (n,); ``test`` (n,) bool, those of the official test list; ``paths`` of the files; ``boxes`` by name:
-    (class number, x, y, width, height), x and y of the upper left corner, in pixels of the BOX_SIDE x BOX_SIDE image;
-    ``sizes`` (n, 2), width and height of the radiograph before it was made 1024x1024 (boxes do not refer to it);
-    ``missing``: names that the tables have and the disk has not.
+class Description(NamedTuple):
+    """What is true of a data set as a whole.
+
+    ``kind``: its name among the options; ``title`` of pages; ``classes``: names, in the order of the columns of the
+    labels; ``negative``: what an image without any class is called; ``test_name`` of the test part; ``fit``: how an
+    image becomes a square, a name of images.frames.FITS; ``channels``: 1 (grey) or 3; ``drawn``: the images are drawn.
     """
 
+    kind: str
+    title: str
+    classes: tuple[str, ...]
+    negative: str
+    test_name: str
+    fit: str
+    channels: int
+    drawn: bool = False
+
+
+class Index(NamedTuple):
+    """A data set of n images.
+
+    ``names`` as in its table; ``labels`` (n, C) float32 of 0, 1 and NaN (unknown); ``patients`` (n,); ``test`` (n,)
+    bool; ``paths`` of the files; ``boxes`` by name, x and y of the upper left corner, in pixels of an image of the
+    width and height that ``sizes`` (n, 2) has; ``missing``: names in the table without a file; ``val`` (n,) bool, where
+    the data set says which images validate; ``official``: tables and lists are those that the paper reports on;
+    ``notes``: what check_cxr.py prints of the files.
+    """
+
+    about: Description
     names: list[str]
     labels: np.ndarray
     patients: np.ndarray
     test: np.ndarray
     paths: list[Path]
-    boxes: dict[str, list[tuple[int, float, float, float, float]]]
+    boxes: dict[str, list[Box]]
     sizes: np.ndarray
     missing: list[str]
+    val: np.ndarray | None = None
+    official: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.about.classes
+
+
+def with_classes(index: Index, classes: Sequence[str], source: str) -> Index:
+    """The same images with the ``classes`` of a network, in their order; other classes are left out.
+
+    Raises:
+        ValueError: the data set lacks one; ``source`` names the network.
+    """
+    lacking = [name for name in classes if name not in index.classes]
+    if lacking:
+        raise ValueError(
+            f"{source}: its classes {some(lacking)} are not in the data set, which has {some(index.classes, 20)}"
+        )
+    if tuple(classes) == index.classes:
+        return index
+    number = {index.classes.index(name): k for k, name in enumerate(classes)}
+    boxes = {
+        name: kept
+        for name, found in index.boxes.items()
+        if (kept := [(number[c], *place) for c, *place in found if c in number])
+    }
+    return index._replace(
+        about=index.about._replace(classes=tuple(classes)), labels=index.labels[:, list(number)], boxes=boxes
+    )
+
+
+def take(index: Index, rows: np.ndarray) -> Index:
+    """The images ``rows``, numbers or (n,) bool; boxes and missing names stay."""
+    numbers = np.arange(len(index.names))[rows]
+    return index._replace(
+        names=[index.names[n] for n in numbers],
+        labels=index.labels[numbers],
+        patients=index.patients[numbers],
+        test=index.test[numbers],
+        paths=[index.paths[n] for n in numbers],
+        sizes=index.sizes[numbers],
+        val=None if index.val is None else index.val[numbers],
+    )
+
+
+def refuse_missing(data_dir: Path, missing: list[str], count: int) -> None:
+    """Raises ValueError where some of ``count`` images are missing."""
+    if missing:
+        raise ValueError(
+            f"{data_dir}: {len(missing)} of {count} images of the tables are missing ({some(missing)}); "
+            "--allow-missing leaves them out"
+        )
+
+
+def refuse_shared_patients(patients: np.ndarray, parts: np.ndarray, where: object) -> None:
+    """Raises ValueError where a patient of ``patients`` (n,) is in two of the ``parts`` (n,)."""
+    pairs = np.unique(np.stack([patients.astype(str), parts.astype(str)]), axis=1)
+    both, counts = np.unique(pairs[0], return_counts=True)
+    if (counts > 1).any():
+        shared = both[counts > 1]
+        raise ValueError(f"{where}: {len(shared)} patients are in more than one part of the split ({some(shared)})")
+
+
+# tables
+
+
+def text_of(path: Path) -> str:
+    """Raises ValueError where there is no such text file."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: no {path.name}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from None
+
+
+def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of a table without its blank lines."""
+    reader = csv.reader(text_of(path).splitlines(), strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def records_of(path: Path, needed: Sequence[str]) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """The header of a table, and (place for messages, cells by column) of every row.
+
+    Raises:
+        ValueError: a column of ``needed`` is not there, two have one name, or a row has another number of cells.
+    """
+    rows = rows_of(path)
+    line, header = next(rows, (1, []))
+    lacking = [name for name in needed if name not in header]
+    if lacking or len(set(header)) != len(header) or "" in header:
+        raise ValueError(
+            f"{path}, line {line}: expected different column names, {', '.join(needed)} among them, got {header}"
+        )
+    records = []
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(f"{path}, line {line}: expected {len(header)} cells, got {len(cells)}: {cells}")
+        records.append((f"{path}, line {line}", dict(zip(header, cells, strict=True))))
+    if not records:
+        raise ValueError(f"{path}: there are no rows below the header")
+    return header, records
+
+
+def some(names: Iterable[object], count: int = 3) -> str:
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:count]) + (" ..." if len(listed) > count else "")

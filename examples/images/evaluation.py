@@ -1,4 +1,4 @@
-"""Predictions of a trained network on the test list, and their measures.
+"""The measures of a trained network on the test images.
 
 Thresholds are numbers that the caller gives, or are chosen by the labels of validation images; boxes choose nothing.
 """
@@ -7,84 +7,60 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from common.choices import Config
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from images import nih
-from images.cache import open_cache
-from images.checkpoint import load_network
+from images.checkpoint import OLDER, load_network
 from images.dataset import Index
-from images.items import Radiographs
+from images.frames import to_image, to_square
 from images.metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals
-from images.nih import BOX_SIDE, CLASSES
-from images.pixels import to_input
+from images.prediction import Predictions, name_of, predict
 from images.thresholds import HALF, VALIDATION, Relative
+from images.truth import Truth, trivial_boxes
 from sgl_ops.localization import (
     T_IOU,
-    box_iou,
-    centre_box,
-    grid_ceiling,
+    boxes_by_threshold,
+    contains,
     heatmap_to_box,
+    heatmap_to_point,
     localization_accuracy,
     max_box_accuracy,
-    mean_boxes,
-    pointing_game,
-    seen_cells,
-    whole_image_box,
+    per_class,
 )
-from sgl_ops.pooling import make_pooling
-
-TABLE_SIZE = (BOX_SIDE, BOX_SIDE)
 
 
-class Truth(NamedTuple):
-    """The n images of the test list that are there, and the k boxes on them.
+class Network(NamedTuple):
+    """A trained network, its configuration, and which it is: "network" and "epoch"."""
 
-    ``rows`` (n,) of the index, and what it says of them; per box its ``image`` (k,), a number below n, its class
-    ``classes`` (k,), and ``boxes`` (k, 4) in pixels of the table's BOX_SIDE x BOX_SIDE image.
+    model: torch.nn.Module
+    config: Config
+    which: dict[str, Any]
+
+
+def open_networks(runs: Sequence[Path], args: argparse.Namespace) -> list[Network]:
     """
-
-    index: Index
-    rows: np.ndarray
-    names: list[str]
-    paths: list[Path]
-    labels: np.ndarray
-    patients: np.ndarray
-    image: np.ndarray
-    classes: np.ndarray
-    boxes: np.ndarray
-
-    @property
-    def official(self) -> bool:
-        """Whether tables and lists are those of the NIH, of which the paper reports, whatever images are there.
-
-        All images with boxes are on the official test list; other splits of as many images have some in training.
-        """
-        count = len(self.index.names) + len(self.index.missing)
-        learned = (name for name, test in zip(self.index.names, self.index.test, strict=True) if not test)
-        return count == nih.OFFICIAL_IMAGES and self.index.boxes.keys().isdisjoint(learned)
-
-
-class Predictions(NamedTuple):
-    """Probabilities (n, C) of the image and of its greatest patch, and the maps (k,) of (h, w) of boxes.
-
-    ``first``: where the centre of a map's first cell is, in cells from the edge of the image.
+    Raises:
+        ValueError: there is no such run, or two have other classes, or make squares of images in another way.
     """
-
-    probability: np.ndarray
-    peak: np.ndarray
-    maps: list[np.ndarray]
-    first: float
+    networks = []
+    for run in runs:
+        model, config, which = load_network(run, torch.device(args.device), args.which)
+        networks.append(Network(model.eval(), OLDER | config, which))
+    for run, network in zip(runs, networks, strict=True):
+        for key, known in (("classes", sorted), ("fit", str)):
+            if known(network.config[key]) != known(networks[0].config[key]):
+                raise ValueError(f"run: {run} has another {key} than {runs[0]}: they cannot stand beside each other")
+    return networks
 
 
 class Evaluated(NamedTuple):
-    """A run: its name, its settings, what it says, per box what was found, and what is written of it."""
+    """A run: its name, its settings, its predictions, per pair the box found, its best IoU, and whether the class is
+    predicted, and what is written of it."""
 
     name: str
     config: Config
@@ -94,83 +70,6 @@ class Evaluated(NamedTuple):
     predicted: np.ndarray
     metrics: dict[str, Any]
     details: dict[str, Any]
-
-
-def truth_of(index: Index) -> Truth:
-    rows = np.flatnonzero(index.test)
-    names = [index.names[row] for row in rows]
-    boxes = [(i, *box) for i, name in enumerate(names) for box in index.boxes.get(name, ())]
-    columns = np.array(boxes, np.float64).reshape(-1, 6)
-    return Truth(
-        index,
-        rows,
-        names,
-        [index.paths[row] for row in rows],
-        index.labels[rows],
-        index.patients[rows],
-        columns[:, 0].astype(int),
-        columns[:, 1].astype(int),
-        columns[:, 2:],
-    )
-
-
-def refuse_trained(truth: Truth, trained: set[str], run: Path) -> None:
-    """
-    Raises:
-        ValueError: images of the test list were trained or validated on, or others of the same patients.
-    """
-    both = [name for name in truth.names if name in trained]
-    if both:
-        boxed = {truth.names[i] for i in truth.image} & trained
-        raise ValueError(
-            f"run: {run} was trained or validated on {len(both)} images of the test list, {len(boxed)} of them with "
-            f"boxes ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): what it says of them means nothing"
-        )
-    # by name, which begins with the patient's number: what was trained on may lie on another disk
-    patients = {int(name[:8]) for name in trained}
-    shared = patients & set(truth.patients.tolist())
-    if shared:
-        raise ValueError(
-            f"run: {run} was trained or validated on other images of {len(shared)} patients of the test list "
-            f"({min(shared)}, for one): what it says of them means nothing"
-        )
-
-
-def predict(
-    model: torch.nn.Module,
-    config: Config,
-    index: Index,
-    rows: np.ndarray,
-    args: argparse.Namespace,
-    image: np.ndarray | None = None,
-    classes: np.ndarray | None = None,
-) -> Predictions:
-    """Predictions for the images ``rows`` (n,) of the index, with maps of the ``classes`` (k,) in the images ``image``
-    (k,), numbers below n."""
-    size = config["image_size"]
-    images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size)
-    data = Radiographs(images, index.labels, size)
-    loader = DataLoader(data, args.batch_size, sampler=[(0, int(row)) for row in rows], num_workers=args.workers)
-    pooling = make_pooling(config["pooling"])
-    image = np.zeros(0, int) if image is None else image
-    probability, peak = (np.zeros((len(rows), len(CLASSES))) for _ in range(2))
-    maps = [np.zeros((0, 0))] * len(image)
-    start = 0
-    centre, step = model.grid
-    first = 0.5 if args.raster == "even" else centre / step
-    for batch, _, _ in tqdm(loader, desc=name_of(config), unit="batch", disable=None):
-        with torch.inference_mode():
-            # in float32 every logit above 17 would be the same probability, and where the greatest is a matter of order
-            logits = model(to_input(batch.to(args.device))).double()
-            inside = slice(start, start + len(batch))
-            probability[inside] = torch.sigmoid(pooling(logits)).cpu()
-            patches = torch.sigmoid(logits).cpu().numpy()
-        rows_seen, columns_seen = seen_cells(patches.shape[2:], (size, size), first)
-        peak[inside] = patches[:, :, rows_seen[:, None], columns_seen].max((2, 3))
-        for k in np.flatnonzero((image >= inside.start) & (image < inside.stop)):
-            maps[k] = patches[image[k] - start, classes[k]].copy()
-        start = inside.stop
-    return Predictions(probability, peak, maps, first)
 
 
 def thresholds_of(
@@ -188,8 +87,10 @@ def thresholds_of(
     """
     given = (args.threshold, args.gate)
     if VALIDATION not in given:
-        return np.full(len(CLASSES), args.threshold), np.full(len(CLASSES), args.gate), {}
-    rows = np.flatnonzero(np.isin(index.patients, config.get("val_patients", [])) & ~index.test)
+        return np.full(len(index.classes), args.threshold), np.full(len(index.classes), args.gate), {}
+    rows = np.flatnonzero(
+        np.isin(index.patients, np.array(config.get("val_patients", []), index.patients.dtype)) & ~index.test
+    )
     if not len(rows):
         raise ValueError(f"threshold, gate: {VALIDATION}: there are no validation images of the run in the data")
     there, expected = len(np.unique(index.patients[rows])), len(config["val_patients"])
@@ -197,63 +98,54 @@ def thresholds_of(
         print(f"warning: of the run's {expected} validation patients {there} are in the data", file=sys.stderr)
     predictions, labels = predict(model, config, index, rows, args), index.labels[rows]
     positive = (labels > 0).sum(0)
+    known = (~np.isnan(labels)).sum(0)
     chosen = {
         "validation_images": len(rows),
-        "classes_at_0.5": [name for name, n in zip(CLASSES, positive, strict=True) if n in (0, len(rows))],
+        "classes_at_0.5": [name for name, n, of in zip(index.classes, positive, known, strict=True) if n in (0, of)],
     }
     t_p, gate = (
-        np.array([best_threshold(scores[:, c], labels[:, c]) for c in range(len(CLASSES))])
+        np.array([best_threshold(scores[:, c], labels[:, c]) for c in range(len(index.classes))])
         if value == VALIDATION
-        else np.full(len(CLASSES), value)
+        else np.full(len(index.classes), value)
         for value, scores in zip(given, (predictions.peak, predictions.probability), strict=True)
     )
     return t_p, gate, chosen
 
 
-def name_of(config: Config) -> str:
-    loss = {"sgl": "SGL", "bag": "bag loss", "bil": "BIL", "mmm": "MMM"}.get(config["loss"], str(config["loss"]))
-    return f"{loss}, {config['pooling']} pooling"
-
-
-def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
-    """Predictions of the network of ``run``, and their measures."""
-    model, config, which = load_network(run, torch.device(args.device), args.which)
-    model.eval()
+def evaluate(network: Network, truth: Truth, args: argparse.Namespace) -> Evaluated:
+    """Predictions of the network, and their measures."""
+    model, config, which = network
+    names = truth.class_names
     t_p, gate, chosen = thresholds_of(model, config, truth.index, args)
     predictions = predict(model, config, truth.index, truth.rows, args, truth.image, truth.classes)
     side = config["image_size"]
-    found = boxes_of(predictions, truth, t_p, side, args, isinstance(args.threshold, Relative))
-    overlaps = box_iou(found, truth.boxes)
+    found = boxes_of(predictions, truth, t_p, args, isinstance(args.threshold, Relative))
+    overlaps = truth.overlaps(found)
     predicted = predictions.probability[truth.image, truth.classes] > gate[truth.classes]
-    maps, classes = predictions.maps, truth.classes
-    drawn = {"names": CLASSES, "draws": args.draws, "seed": args.seed}
+    classes = truth.classes
+    maps, first = predictions.square_maps(args.upsampling)
+    drawn = {"names": names, "draws": args.draws, "seed": args.seed}
     metrics = {
-        "auc": auc_per_class(predictions.probability, truth.labels, CLASSES),
+        "auc": auc_per_class(predictions.probability, truth.labels, names),
         "auc_ci": auc_intervals(predictions.probability, truth.labels, truth.patients, **drawn),
-        "localization": localization_accuracy(overlaps, classes, CLASSES, predicted),
-        "localization_ungated": localization_accuracy(overlaps, classes, CLASSES),
+        "localization": localization_accuracy(overlaps, classes, names, predicted),
+        "localization_ungated": localization_accuracy(overlaps, classes, names),
         # in pixels of the network's image, to which the maps are upsampled
         "max_box_acc": max_box_accuracy(
-            maps,
-            truth.boxes * (side / BOX_SIDE),
-            classes,
-            CLASSES,
-            (side, side),
-            args.upsampling,
-            first=predictions.first,
+            maps, boxes_in_network(truth, side), classes, names, (side, side), args.upsampling, first=first
         ),
-        "pointing_game": pointing_game(maps, truth.boxes, classes, CLASSES, TABLE_SIZE, predictions.first),
+        "pointing_game": per_class(points_hit(predictions, truth), classes, names),
         "baselines": {
-            name: localization_accuracy(box_iou(boxes, truth.boxes), classes, CLASSES)
-            for name, boxes in trivial_boxes(truth, predictions, side).items()
+            name: localization_accuracy(truth.overlaps(boxes), classes, names)
+            for name, boxes in trivial_of(truth, predictions).items()
         },
         "images": len(truth.rows),
-        "boxes": len(truth.boxes),
+        "boxes": truth.box_count,
     }
     if not isinstance(args.threshold, Relative):
-        half = box_iou(boxes_of(predictions, truth, np.full(len(CLASSES), HALF), side, args, True), truth.boxes)
-        metrics["localization_relative"] = localization_accuracy(half, classes, CLASSES, predicted)
-        metrics["localization_relative_ungated"] = localization_accuracy(half, classes, CLASSES)
+        half = truth.overlaps(boxes_of(predictions, truth, np.full(len(names), HALF), args, True))
+        metrics["localization_relative"] = localization_accuracy(half, classes, names, predicted)
+        metrics["localization_relative_ungated"] = localization_accuracy(half, classes, names)
     details = {
         "name": name_of(config),
         **which,
@@ -261,8 +153,8 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
         "config": {key: value for key, value in config.items() if not isinstance(value, list)},
         "threshold": str(args.threshold) if isinstance(args.threshold, Relative) else args.threshold,
         "gate": args.gate,
-        "threshold_of_class": dict(zip(CLASSES, t_p.tolist(), strict=True)),
-        "gate_of_class": dict(zip(CLASSES, gate.tolist(), strict=True)),
+        "threshold_of_class": dict(zip(names, t_p.tolist(), strict=True)),
+        "gate_of_class": dict(zip(names, gate.tolist(), strict=True)),
         "upsampling": args.upsampling,
         "raster": args.raster,
         "morphology": args.morphology,
@@ -270,8 +162,11 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
         "seed": args.seed,
         "grid": list(predictions.maps[0].shape) if predictions.maps else [],
         "first_cell": predictions.first,
-        "patients": {name: len(set(truth.patients[truth.labels[:, c] > 0])) for c, name in enumerate(CLASSES)},
-        "boxes": {name: int((truth.classes == c).sum()) for c, name in enumerate(CLASSES)},
+        "patients": {name: len(set(truth.patients[truth.labels[:, c] > 0])) for c, name in enumerate(names)},
+        "boxes": {
+            name: sum(len(true) for true, of in zip(truth.boxes, classes, strict=True) if of == c)
+            for c, name in enumerate(names)
+        },
     }
     for key, counts in (("localization", predicted), ("localization_ungated", np.ones_like(predicted))):
         details[f"{key}_ci"] = {
@@ -281,39 +176,50 @@ def evaluate(run: Path, truth: Truth, args: argparse.Namespace) -> Evaluated:
     return Evaluated(name_of(config), config, predictions, found, overlaps, predicted, metrics, details)
 
 
-def boxes_of(
-    predictions: Predictions,
-    truth: Truth,
-    thresholds: np.ndarray,
-    side: int,
-    args: argparse.Namespace,
-    relative: bool,
-) -> np.ndarray:
-    """The boxes (k, 4) of the maps at the ``thresholds`` (C,) of their classes, in pixels of the tables.
+def trivial_of(truth: Truth, predictions: Predictions) -> dict[str, np.ndarray]:
+    """trivial_boxes of the grid of these maps."""
+    grid = predictions.maps[0].shape if predictions.maps else (1, 1)
+    return trivial_boxes(truth, grid, predictions.first, predictions.side)
 
-    The maps are upsampled to ``side`` x ``side`` pixels. ``relative``: the thresholds are shares of each map's maximum.
-    """
-    found = [
-        heatmap_to_box(
-            heatmap, (side, side), thresholds[c], args.upsampling, args.morphology, predictions.first, relative=relative
-        )
-        for heatmap, c in zip(predictions.maps, truth.classes, strict=True)
+
+def boxes_in_network(truth: Truth, side: int) -> list[np.ndarray]:
+    """The true boxes of each pair, in the network's square of ``side`` pixels."""
+    inside = truth.frames_at(side)
+    return [
+        to_square(to_image(true, truth.sizes[i], truth.frames[i]), truth.sizes[i], inside[i])
+        for i, true in zip(truth.image, truth.boxes, strict=True)
     ]
-    return np.array(found).reshape(-1, 4) * (BOX_SIDE / side)
 
 
-def trivial_boxes(truth: Truth, predictions: Predictions, side: int) -> dict[str, np.ndarray]:
-    """Boxes (k, 4) that need no network, and the best that the cells of this one's maps could give.
+def boxes_of(
+    predictions: Predictions, truth: Truth, thresholds: np.ndarray, args: argparse.Namespace, relative: bool
+) -> np.ndarray:
+    """The boxes (k, 4) of the maps at the ``thresholds`` (C,) of their classes, in the square of the truth.
 
-    The latter as those of the maps, in whole pixels of images of ``side`` by ``side``.
+    The maps are upsampled to pixels of the network's image; padding has no part in it. ``relative``: the thresholds are
+    shares of each map's maximum.
     """
-    count, unit = len(truth.boxes), BOX_SIDE / side
-    return {
-        "whole image": np.tile(whole_image_box(TABLE_SIZE), (count, 1)),
-        "centre box": np.tile(centre_box(TABLE_SIZE), (count, 1)),
-        "mean box of the class": mean_boxes(truth.boxes, truth.classes, truth.patients[truth.image]),
-        "ceiling of the grid": unit
-        * grid_ceiling(
-            truth.boxes / unit, predictions.maps[0].shape if count else (1, 1), (side, side), predictions.first
-        ),
-    }
+    found = np.full((len(predictions.maps), 4), np.nan)
+    for k, c in enumerate(truth.classes):
+        heatmap, size, first = predictions.content(k, args.upsampling)
+        box = heatmap_to_box(heatmap, size, thresholds[c], args.upsampling, args.morphology, first, relative=relative)
+        found[k] = box + np.array([*predictions.frames[k, :2], 0, 0])
+    return truth.from_network(found, predictions.side)
+
+
+def boxes_at(predictions: Predictions, truth: Truth, thresholds: np.ndarray, upsampling: str) -> np.ndarray:
+    """The boxes (k, s, 4) at each of the rising ``thresholds`` (s,), without opening and closing."""
+    found = np.full((len(predictions.maps), len(thresholds), 4), np.nan)
+    for k in range(len(found)):
+        heatmap, size, first = predictions.content(k, upsampling)
+        found[k] = boxes_by_threshold(heatmap, size, thresholds, upsampling, first)
+        found[k] += [*predictions.frames[k, :2], 0, 0]
+    return truth.from_network(found, predictions.side)
+
+
+def points_hit(predictions: Predictions, truth: Truth) -> np.ndarray:
+    """Whether the centre of the greatest cell of each map lies in a true box (k,): the pointing game."""
+    side, hits = predictions.side, []
+    for heatmap, boxes in zip(predictions.maps, boxes_in_network(truth, side), strict=True):
+        hits.append(contains(boxes, heatmap_to_point(heatmap, (side, side), predictions.first)).any())
+    return np.array(hits, bool)

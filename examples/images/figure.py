@@ -15,15 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from images import page
-from images.evaluation import Evaluated, Truth
-from images.nih import BOX_SIDE, CLASSES
+from images.evaluation import Evaluated
 from images.pixels import load_image
+from images.truth import SQUARE, Truth
 from sgl_ops.localization import COLOURS, overlay
 
 
 def first_of_each_class(truth: Truth) -> list[int]:
     """Numbers of boxes: not those that look best."""
-    return [int(np.flatnonzero(truth.classes == c)[0]) for c in range(len(CLASSES)) if (truth.classes == c).any()]
+    return [
+        int(np.flatnonzero(truth.classes == c)[0]) for c in range(len(truth.class_names)) if (truth.classes == c).any()
+    ]
 
 
 def caption_of(run: Evaluated, truth: Truth, k: int) -> str:
@@ -34,7 +36,7 @@ def caption_of(run: Evaluated, truth: Truth, k: int) -> str:
 
 def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -> None:
     """The first box of each class: the radiograph, then each run's map over it, as in the paper's Fig. 7."""
-    shown = first_of_each_class(truth)
+    shown, about = first_of_each_class(truth), truth.index.about
     columns = 1 + len(runs)
     pairs = 2 if len(shown) > 4 else 1  # classes beside each other
     rows = -(-len(shown) // pairs)
@@ -46,19 +48,19 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -
     for place, k in enumerate(shown):
         row, pair = divmod(place, pairs)
         i, c = truth.image[k], truth.classes[k]
-        picture = load_image(truth.paths[i], 512)
+        picture = load_image(truth.paths[i], 512, about.channels, about.fit)
         for column in range(columns):
             axes = grid[row, pair * columns + column]
-            extent = (0, BOX_SIDE, BOX_SIDE, 0)
+            extent = (0, SQUARE, SQUARE, 0)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
-            axes.set(xlim=(0, BOX_SIDE), ylim=(BOX_SIDE, 0))
-            framed = [(truth.boxes[k], page.TRUE)]
-            title = CLASSES[c]
+            axes.set(xlim=(0, SQUARE), ylim=(SQUARE, 0))
+            framed = [(box, page.TRUE) for box in truth.boxes[k]]
+            title = truth.class_names[c]
             if column:
                 run = runs[column - 1]
                 predictions = run.predictions
                 layer = overlay(
-                    predictions.maps[k], picture.shape, upsampling, predictions.first, opacity=page.OPACITY / 100
+                    predictions.maps[k], picture.shape[:2], upsampling, predictions.first, opacity=page.OPACITY / 100
                 )
                 axes.imshow(layer, extent=extent, interpolation="nearest")
                 framed.append((run.found[k], page.FOUND))

@@ -29,7 +29,7 @@ class View(NamedTuple):
 
 
 class Card(NamedTuple):
-    """An image of the gallery: (size, size) uint8, the true box (4,) and those found, all in pixels of ``side``.
+    """An image of the gallery: (size, size) uint8, the true ``boxes`` (m, 4) and those found, in pixels of ``side``.
 
     ``group`` and ``best``, the IoU of the first view, are what the gallery is filtered by.
     """
@@ -38,7 +38,7 @@ class Card(NamedTuple):
     group: str
     image: np.ndarray
     side: int
-    box: np.ndarray
+    boxes: np.ndarray
     views: Sequence[View]
     best: float
 
@@ -114,6 +114,7 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "fil
         )
     parts = [f'<form class="controls" hidden>{form}</form>'] if controls else []
     for k, card in enumerate(cards):
+        true = "".join(_rect(box, "true", card.side) for box in card.boxes)
         views = []
         for j, view in enumerate(card.views):
             base = (
@@ -125,7 +126,7 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "fil
             views.append(
                 f'<div class="view"><svg viewBox="0 0 {card.side} {card.side}" role="img" '
                 f'aria-label="{text(card.title)}, {text(view.name)}: {text(view.caption)}">{base}'
-                f"{_map(view, card.side)}{_rect(card.box, 'true', card.side)}{_rect(view.box, 'found', card.side)}"
+                f"{_map(view, card.side)}{true}{_rect(view.box, 'found', card.side)}"
                 f"</svg><b>{text(view.name)}</b> {text(view.caption)}</div>"
             )
         parts.append(

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from images.frames import clip_boxes, frames_of
 from images.pixels import load_image
 
 
-class Radiographs(Dataset):
-    """Images with labels, for a torch DataLoader.
+class LabelledImages(Dataset):
+    """Square images with labels, for a torch DataLoader.
 
-    ``images``: an array (n, size, size) uint8, or n paths, decoded when asked for. ``labels``: (n, 14). An item is
-    asked for by (epoch, number), and is (grey values (crop, crop) uint8, labels (14,), number). Without ``crop`` it is
-    the whole image. Where it is cropped depends on ``seed``, epoch and its name of ``names`` (n,) alone, and so not on
-    workers, processes, an interruption, or what other images there are.
+    ``images``: an array (n, size, size[, 3]) uint8, or n paths, decoded when they are asked for, with ``channels`` and
+    ``fit``. ``labels``: (n, C). ``sizes`` (n, 2), width and height of the files: needed where ``fit`` is "pad".
+
+    An item is asked for by (epoch, number), and is (pixels (crop, crop[, 3]) uint8, labels (C,), frame (4,) int64: x,
+    y, width, height of what is not padding, number). Without ``crop`` it is the whole image. Where it is cropped
+    depends on ``seed``, epoch and its name of ``names`` (n,) alone, and so not on workers, processes, an interruption,
+    or what other images there are.
     """
 
     def __init__(
@@ -32,10 +36,17 @@ class Radiographs(Dataset):
         crop: int | None = None,
         seed: int = 0,
         names: Sequence[str] = (),
+        *,
+        sizes: np.ndarray | None = None,
+        channels: int = 1,
+        fit: str = "square",
     ):
         if crop is not None and len(names) != len(labels):
             raise ValueError(f"names: expected one for each of the {len(labels)} images, got {len(names)}")
+        if fit == "pad" and sizes is None:
+            raise ValueError("sizes: needed where images are padded")
         self.images, self.labels, self.size, self.crop, self.seed, self.names = images, labels, size, crop, seed, names
+        self.sizes, self.channels, self.fit = sizes, channels, fit
 
     def __getstate__(self) -> dict[str, Any]:
         # a process that loads images opens the file itself, instead of being sent what is in it
@@ -53,13 +64,17 @@ class Radiographs(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
         epoch, number = key
         image = self.images[number]
         if isinstance(image, Path):
-            image = load_image(image, self.size)
+            image = load_image(image, self.size, self.channels, self.fit)
+        frame = np.array([0, 0, self.size, self.size])
+        if self.fit == "pad":
+            (frame,) = frames_of(self.sizes[number], self.size, self.fit)
         if self.crop is not None:
             rng = np.random.default_rng((self.seed, epoch, zlib.crc32(self.names[number].encode())))
             y, x = rng.integers(0, self.size - self.crop + 1, 2)
             image = image[y : y + self.crop, x : x + self.crop]
-        return torch.from_numpy(np.array(image)), torch.from_numpy(self.labels[number]), number
+            frame = clip_boxes(frame - [x, y, 0, 0], np.array([0, 0, self.crop, self.crop]))
+        return torch.from_numpy(np.array(image)), torch.from_numpy(self.labels[number]), torch.from_numpy(frame), number

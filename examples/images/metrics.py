@@ -1,4 +1,4 @@
-"""What is measured over the test list of ChestX-ray14, with intervals over patients."""
+"""What is measured over the test images, with intervals over patients. Unknown labels (NaN) are left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def auc_per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
 
     NaN for a class of which there are images of one kind only; the mean is over the others.
     """
-    values = {name: auc(scores[:, c], labels[:, c]) for c, name in enumerate(names)}
+    known = ~np.isnan(labels)
+    values = {name: auc(scores[known[:, c], c], labels[known[:, c], c]) for c, name in enumerate(names)}
     return values | {"mean": _mean(values.values())}
 
 
@@ -101,7 +102,7 @@ def auc_intervals(
     seed: int = 0,
 ) -> dict[str, Interval]:
     """95 % intervals over patients of what ``auc_per_class`` gives."""
-    measures = {name: _weighted_auc(scores[:, c], labels[:, c] > 0) for c, name in enumerate(names)}
+    measures = {name: _weighted_auc(scores[:, c], labels[:, c]) for c, name in enumerate(names)}
     return over_patients(measures, labels > 0, patients, draws, seed)
 
 
@@ -111,24 +112,24 @@ def auc_difference_interval(
     """95 % interval over patients of the mean AUC of ``scores`` (n, C) minus that of ``others`` (n, C), same images."""
 
     def difference(c: int) -> Callable[[np.ndarray], float]:
-        one, other = (_weighted_auc(some[:, c], labels[:, c] > 0) for some in (scores, others))
+        one, other = (_weighted_auc(some[:, c], labels[:, c]) for some in (scores, others))
         return lambda weight: one(weight) - other(weight)
 
     classes = labels.shape[1]
     return _mean_over_patients([difference(c) for c in range(classes)], patients, draws, (seed, classes))
 
 
-def _weighted_auc(scores: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray], float]:
+def _weighted_auc(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], float]:
     """What maps weights (n,) to the AUC of the weighted images: sorted once for all draws, where scikit-learn sorts
     again for each."""
     order = np.argsort(scores, kind="stable")
-    positive = positive[order]
+    positive, negative = (labels == 1)[order], (labels == 0)[order]
     _, starts = np.unique(scores[order], return_index=True)  # images of equal scores
 
     def value(weight: np.ndarray) -> float:
         weight = weight[order]
         pro = np.add.reduceat(weight * positive, starts)
-        contra = np.add.reduceat(weight * ~positive, starts)
+        contra = np.add.reduceat(weight * negative, starts)
         pairs = float(pro.sum()) * float(contra.sum())
         below = np.cumsum(contra) - contra / 2  # of a pair with equal scores half
         return float(pro @ below) / pairs if pairs else math.nan
@@ -185,7 +186,8 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     Halfway between the lowest score above it and the next lower one, so that p > threshold is what was measured; 0.5
     where there are images of one kind only. For labels of validation images.
     """
-    labels = np.asarray(labels) > 0
+    known = ~np.isnan(labels)
+    scores, labels = scores[known], np.asarray(labels)[known] > 0
     if labels.all() or not labels.any():
         return 0.5
     false, true, thresholds = roc_curve(labels, scores, drop_intermediate=False)

@@ -7,18 +7,16 @@ Copies of another size are welcome, also as JPEG. Boxes stay what the table says
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from images.dataset import Index
+from images.dataset import Box, Description, Index, refuse_missing, rows_of, some, text_of
 
 #: The paper's order, and that of the columns of labels.
 CLASSES = (
@@ -26,6 +24,10 @@ CLASSES = (
     "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
 )  # fmt: skip
 NO_FINDING = "No Finding"
+DESCRIPTION = Description("nih", "ChestX-ray14", CLASSES, NO_FINDING, "official test list", "square", 1)
+#: make_synthetic_cxr.py leaves it beside the tables; pages then say that the images are drawn.
+DRAWN = "drawn_images.txt"
+VIEWS = ("PA", "AP")
 #: Boxes are in pixels of an image of this width and height, whatever the size of the image at hand.
 BOX_SIDE = 1024
 #: What the official tables hold.
@@ -40,6 +42,8 @@ ENTRY_HEADER = [
     "Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position",
     "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]",
 ]  # fmt: skip
+#: Column 6 of the table that is served today.
+NEW_HEADER = ["Patient Sex" if name == "Patient Gender" else name for name in ENTRY_HEADER]
 BOX_HEADER = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""]
 BOX_CLASSES = {name: number for number, name in enumerate(CLASSES)} | {"Infiltrate": CLASSES.index("Infiltration")}
 NAME = re.compile(r"(\d{8})_\d{3}\.png")
@@ -48,16 +52,26 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Entries(NamedTuple):
-    """The entry table: like Index, but of every row."""
+    """The entry table: like Index, but of every row.
+
+    ``sizes`` (n, 2): width and height of the radiograph before it was made 1024x1024, to which boxes do not refer;
+    ``views`` (n,): PA or AP.
+    """
 
     names: list[str]
     labels: np.ndarray
     patients: np.ndarray
     sizes: np.ndarray
+    views: np.ndarray
 
 
-def load_index(data_dir: Path, allow_missing: bool = False, tables: Path | None = None) -> Index:
+def load_index(
+    data_dir: Path, allow_missing: bool = False, tables: Path | None = None, view: str | None = None
+) -> Index:
     """The images of ``data_dir`` with all that the tables (of ``tables``, else of ``data_dir``) say of them.
+
+    Args:
+        view: only images of this View Position, one of VIEWS; None: all.
 
     Raises:
         ValueError: a table is absent, broken, or contradicts another one; an image is there twice; there is none;
@@ -67,6 +81,16 @@ def load_index(data_dir: Path, allow_missing: bool = False, tables: Path | None 
     if not data_dir.is_dir():
         raise ValueError(f"{data_dir}: no such folder")
     entries, test, boxes = read_tables(Path(tables or data_dir))
+    rows, listed = len(entries.names), set(entries.names)
+    in_test = dict(zip(entries.names, test.tolist(), strict=True))
+    official = rows == OFFICIAL_IMAGES and all(in_test[name] for name in boxes)
+    if view is not None:
+        kept = entries.views == view
+        if not kept.any():
+            raise ValueError(f"view: no image of the tables is {view}")
+        names = [name for name, keep in zip(entries.names, kept, strict=True) if keep]
+        entries = Entries(names, *(column[kept] for column in entries[1:]))
+        test = test[kept]
     found = find_images(data_dir)
     there = np.array([Path(name).stem in found for name in entries.names])
     missing = [name for name, is_there in zip(entries.names, there, strict=True) if not is_there]
@@ -78,31 +102,43 @@ def load_index(data_dir: Path, allow_missing: bool = False, tables: Path | None 
     if not allow_missing:
         refuse_missing(data_dir, missing, len(there))
     names = [name for name, is_there in zip(entries.names, there, strict=True) if is_there]
+    drawn = (Path(tables or data_dir) / DRAWN).is_file()
+    title = "drawn images in the layout of ChestX-ray14" if drawn else DESCRIPTION.title
     return Index(
-        names,
-        entries.labels[there],
-        entries.patients[there],
-        test[there],
-        [found[Path(name).stem] for name in names],
-        boxes,
-        entries.sizes[there],
-        missing,
+        about=DESCRIPTION._replace(title=title, drawn=drawn),
+        names=names,
+        labels=entries.labels[there],
+        patients=entries.patients[there],
+        test=test[there],
+        paths=[found[Path(name).stem] for name in names],
+        boxes=boxes,
+        sizes=np.full((len(names), 2), BOX_SIDE),
+        missing=missing,
+        official=official,
+        notes=notes_of(data_dir, Path(tables or data_dir), listed, rows, found),
     )
 
 
-def refuse_missing(data_dir: Path, missing: list[str], count: int) -> None:
-    """Raises ValueError where some of ``count`` images are missing."""
-    if missing:
-        raise ValueError(
-            f"{data_dir}: {len(missing)} of {count} images of the tables are missing ({_some(missing)}); "
-            "--allow-missing leaves them out"
-        )
+def notes_of(data_dir: Path, tables: Path, listed: set[str], rows: int, found: dict[str, Path]) -> tuple[str, ...]:
+    """Lines of check_cxr.py: how the images lie, which table there is, and images that it does not name."""
+    layouts = [
+        name
+        for name, folders in image_folders(data_dir).items()
+        if any(entry.suffix.lower() in SUFFIXES for folder in folders for entry in folder.iterdir())
+    ]
+    table = next(name for name in ENTRIES if (tables / name).is_file())
+    official = "the official number" if rows == OFFICIAL_IMAGES else f"{OFFICIAL_IMAGES} in the official one"
+    lines = [f"layout    {', '.join(layouts)}", f"table     {table}, {rows} rows ({official})"]
+    others = sorted(set(found) - {Path(name).stem for name in listed})
+    if others:
+        lines.append(f"besides   {len(others)} images that the table does not name: {some(others, 5)}")
+    return tuple(lines)
 
 
 # the tables
 
 
-def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[tuple[int, float, float, float, float]]]]:
+def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[Box]]]:
     """All four tables of ``folder``, and that they agree: entries, (rows,) bool of the test list, boxes by name."""
     path = next((folder / name for name in ENTRIES if (folder / name).is_file()), None)
     if path is None:
@@ -122,12 +158,12 @@ def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[tuple
     unlisted = [name for name in rows if name not in listed]
     if unlisted:
         raise ValueError(
-            f"{folder}: {len(unlisted)} images of {path.name} ({_some(unlisted)}) are neither in {TRAIN_VAL_LIST} nor "
+            f"{folder}: {len(unlisted)} images of {path.name} ({some(unlisted)}) are neither in {TRAIN_VAL_LIST} nor "
             f"in {TEST_LIST}, which may be truncated"
         )
     both = np.intersect1d(entries.patients[test], entries.patients[~test])
     if len(both):
-        raise ValueError(f"{folder}: {len(both)} patients are in {TRAIN_VAL_LIST} and in {TEST_LIST} ({_some(both)})")
+        raise ValueError(f"{folder}: {len(both)} patients are in {TRAIN_VAL_LIST} and in {TEST_LIST} ({some(both)})")
     if len(rows) == OFFICIAL_IMAGES and test.sum() != OFFICIAL_TEST_IMAGES:
         raise ValueError(
             f"{folder / TEST_LIST}: expected the official {OFFICIAL_TEST_IMAGES} images, got {test.sum()}; in another "
@@ -136,7 +172,7 @@ def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[tuple
     boxes = read_boxes(folder / BOXES)
     unknown = [name for name in boxes if name not in rows]
     if unknown:
-        raise ValueError(f"{folder / BOXES}: {len(unknown)} images are not in {path.name} ({_some(unknown)})")
+        raise ValueError(f"{folder / BOXES}: {len(unknown)} images are not in {path.name} ({some(unknown)})")
     count = sum(map(len, boxes.values()))
     if len(rows) == OFFICIAL_IMAGES and count != OFFICIAL_BOXES:
         raise ValueError(f"{folder / BOXES}: expected {OFFICIAL_BOXES} boxes, got {count}; it may be truncated")
@@ -145,14 +181,14 @@ def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[tuple
 
 def read_entries(path: Path) -> Entries:
     """The entry table, of 2020 or the older one, whose rows end with a comma and whose ages may be ``058Y``."""
-    rows = _rows(path)
+    rows = rows_of(path)
     line, header = next(rows, (1, []))
     width = len(ENTRY_HEADER)
-    old = header == [*ENTRY_HEADER, ""]
-    if not old and header != ENTRY_HEADER:
+    old = header in ([*ENTRY_HEADER, ""], [*NEW_HEADER, ""])
+    if not old and header not in (ENTRY_HEADER, NEW_HEADER):
         raise ValueError(f"{path}, line {line}: expected the columns {ENTRY_HEADER}, got {header}")
     first: dict[str, int] = {}
-    labels, patients, sizes = [], [], []
+    labels, patients, sizes, views = [], [], [], []
     for line, cells in rows:
         at = f"{path}, line {line}"
         if len(cells) != width + old or (old and cells[-1]):
@@ -169,6 +205,9 @@ def read_entries(path: Path) -> Entries:
         if not AGE.fullmatch(cells[4]):
             raise ValueError(f"{at}: expected an age such as 58 or 058Y, got {cells[4]!r}")
         labels.append(_findings(cells[1], at))
+        if cells[6] not in VIEWS:
+            raise ValueError(f"{at}: expected a view position {' or '.join(VIEWS)}, got {cells[6]!r}")
+        views.append(cells[6])
         patients.append(int(cells[3]))
         sizes.append([int(_positive(cell, "width and height", at)) for cell in cells[7:9]])
         for cell in cells[9:width]:
@@ -178,16 +217,16 @@ def read_entries(path: Path) -> Entries:
     table = np.zeros((len(labels), len(CLASSES)), dtype=np.float32)
     for row, columns in enumerate(labels):
         table[row, columns] = 1
-    return Entries(list(first), table, np.array(patients), np.array(sizes))
+    return Entries(list(first), table, np.array(patients), np.array(sizes), np.array(views))
 
 
-def read_boxes(path: Path) -> dict[str, list[tuple[int, float, float, float, float]]]:
+def read_boxes(path: Path) -> dict[str, list[Box]]:
     """The boxes by name of the image, as in Index. The header has more cells than the rows."""
-    rows = _rows(path)
+    rows = rows_of(path)
     line, header = next(rows, (1, []))
     if header != BOX_HEADER:
         raise ValueError(f"{path}, line {line}: expected the columns {BOX_HEADER}, got {header}")
-    boxes: dict[str, list[tuple[int, float, float, float, float]]] = {}
+    boxes: dict[str, list[Box]] = {}
     for line, cells in rows:
         at = f"{path}, line {line}"
         while len(cells) > 6 and not cells[-1]:
@@ -211,7 +250,7 @@ def read_boxes(path: Path) -> dict[str, list[tuple[int, float, float, float, flo
 def read_list(path: Path) -> list[tuple[int, str]]:
     """(line, name of an image) of one of the two lists; the last line need not end."""
     names = []
-    for line, text in enumerate(_text(path).splitlines(), 1):
+    for line, text in enumerate(text_of(path).splitlines(), 1):
         name = text.strip()
         if not name:
             continue
@@ -219,26 +258,6 @@ def read_list(path: Path) -> list[tuple[int, str]]:
             raise ValueError(f"{path}, line {line}: expected a name like 00000001_000.png, got {name!r}")
         names.append((line, name))
     return names
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: no {path.name}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from None
-
-
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of a table, but for blank lines."""
-    reader = csv.reader(_text(path).splitlines(), strict=True)
-    try:
-        for cells in reader:
-            if cells:
-                yield reader.line_num, [cell.strip() for cell in cells]
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
 
 
 def _findings(text: str, at: str) -> list[int]:
@@ -267,11 +286,6 @@ def _positive(text: str, what: str, at: str, zero: bool = False) -> float:
     if not (value > 0 or (zero and value == 0)) or value == math.inf:
         raise ValueError(f"{at}: {what}: expected numbers > 0{' or 0' if zero else ''}, got {text!r}")
     return value
-
-
-def _some(names: Iterable[object], count: int = 3) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:count]) + (" ..." if len(listed) > count else "")
 
 
 # the images
@@ -305,12 +319,3 @@ def find_images(data_dir: Path) -> dict[str, Path]:
                     raise ValueError(f"{stem} is there twice: {found[stem]} and {entry.path}")
                 found[stem] = Path(entry.path)
     return found
-
-
-# splits
-
-
-# the cache
-
-
-# what a network is fed with

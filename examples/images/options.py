@@ -54,6 +54,11 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = False) ->
     add = group.add_argument
     add("--data-dir", type=path_of, required=required, help="folder with the images, and the tables")
     add("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
+    add("--dataset", choices=("nih", "folder", "chexpert"), help="kind of the data set (what its tables show)")
+    add("--view", choices=("PA", "AP", "frontal", "lateral"), help="only images of this view (nih, chexpert; all)")
+    add("--uncertain", choices=("unknown", "0", "1"), help="what uncertain labels count as (chexpert; unknown)")
+    add("--fit", choices=("pad", "squeeze"), help="how an image becomes a square (folder, chexpert; pad)")
+    add("--split-seed", type=int, default=0, help="of the split of a folder that has none (0)")
     add("--allow-missing", action="store_true", help="leave out images that are not there")
     return group
 

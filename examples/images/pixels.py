@@ -1,50 +1,187 @@
-"""From an image file to grey values, and from grey values to the input of a network."""
+"""From an image file to grey or colour values, and from these to the input of a network."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-#: Mean and deviation per channel of what torchvision's networks were trained on.
+from images.frames import frames_of
+
+#: Mean and deviation per channel of the images that torchvision's networks were trained on.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Values of the padding: the nearest to MEAN, which a network sees as 0.
+PADDING = tuple(round(255 * value) for value in MEAN)
+DICOM = (".dcm", ".dicom")
+ORIENTATION = 0x0112  # tag of EXIF; from 5 on width and height are exchanged
 
 
-def load_image(path: Path, size: int) -> np.ndarray:
-    """The radiograph as grey values (size, size) uint8.
+def image_suffixes() -> set[str]:
+    """The suffixes of files that can be read, in lower case."""
+    from PIL import Image
 
-    Colours become grey, an alpha channel is dropped, 16 bits become the upper 8.
+    return set(Image.registered_extensions()) | set(DICOM)
+
+
+def read_header(path: Path) -> tuple[int, int, bool]:
+    """Width and height as it is to be shown, and whether the image has colours; nothing is decoded.
 
     Raises:
-        ValueError: it cannot be read to its end, it is not square (so that boxes would not fit), or its pixels are
-            neither 8 nor 16 bits.
+        ValueError: not a readable image.
     """
     from PIL import Image
 
+    if path.suffix.lower() in DICOM:
+        data = _dicom(path, stop_before_pixels=True)
+        return int(data.Columns), int(data.Rows), data.get("SamplesPerPixel", 1) == 3
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image: {error}") from None
+    return (height, width, not grey) if turned else (width, height, not grey)
+
+
+def read_image(path: Path) -> Any:
+    """The image as it is to be shown, a Pillow image of mode L or RGB.
+
+    The orientation of EXIF is applied, an alpha channel is dropped. 16 bits of grey are scaled by the number of bits
+    that are used (8, 10, 12, 14 or 16, the least that holds the brightest pixel). Of 16 bits per colour the upper 8
+    are read, and the image is refused where they use less than a quarter of the range.
+
+    Raises:
+        ValueError: it cannot be read to its end, or its pixels are of another kind.
+    """
+    from PIL import Image, ImageOps
+
+    if path.suffix.lower() in DICOM:
+        return Image.fromarray(_read_dicom(path))
     try:
         with Image.open(path) as image:
             image.load()
+            deep = image.format == "PNG" and _png_depth(path) == 16
+            image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image: {error}") from None
-    if image.width != image.height:
-        raise ValueError(f"{path}: expected a square image, got {image.width}x{image.height}")
     if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError(f"{path}: expected 8 or 16 bits, got values {wide.min()} to {wide.max()}")
-        image = Image.fromarray((wide >> 8).astype(np.uint8))
-    elif image.mode == "F":
+        return Image.fromarray(_eight_bits(np.asarray(image), path))
+    if image.mode == "F":
         raise ValueError(f"{path}: expected 8 or 16 bits, got floating point")
-    image = image.convert("L")
-    if image.width != size:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)  # of all pixels that fall into one
+    if deep and max(high for _, high in _extrema(image)) < 64:
+        raise ValueError(
+            f"{path}: 16 bits per colour, of which the upper 8 reach {max(high for _, high in _extrema(image))} of 255 "
+            "only: scale it to 8 bits first"
+        )
+    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+
+
+def _extrema(image: Any) -> list[tuple[int, int]]:
+    """The lowest and highest value of each colour, without an alpha channel."""
+    bands = image.split()
+    return [band.getextrema() for band, name in zip(bands, image.getbands(), strict=True) if name != "A"]
+
+
+def _png_depth(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
+def bits_used(brightest: int) -> int:
+    """8, 10, 12, 14 or 16: the least number of bits that holds ``brightest``."""
+    return max(8, brightest.bit_length() + brightest.bit_length() % 2)
+
+
+def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
+    wide = values.astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError(f"{path}: expected 8 or 16 bits, got values {wide.min()} to {wide.max()}")
+    return (wide >> (bits_used(int(wide.max())) - 8)).astype(np.uint8)
+
+
+def _dicom(path: Path, **options: Any) -> Any:
+    try:
+        import pydicom
+    except ModuleNotFoundError:
+        raise ValueError(f"{path}: DICOM needs pydicom, which is not installed: pip install pydicom") from None
+    try:
+        return pydicom.dcmread(path, **options)
+    except Exception as error:  # a file that is cut off ends in many ways
+        raise ValueError(f"{path}: not a readable DICOM file: {error}") from None
+
+
+def _read_dicom(path: Path) -> np.ndarray:
+    """(h, w) or (h, w, 3) uint8: rescale slope and intercept, the first window, MONOCHROME1 inverted.
+
+    Without a window the lowest value becomes 0 and the highest 255.
+    """
+    data = _dicom(path)
+    try:
+        values = data.pixel_array
+    except Exception as error:  # compressed in a way that needs another package, or cut off
+        raise ValueError(f"{path}: its pixels cannot be read: {error}") from None
+    if data.get("SamplesPerPixel", 1) == 3 and values.ndim == 3 and values.dtype == np.uint8:
+        return values
+    if values.ndim != 2:
+        raise ValueError(f"{path}: expected one grey image, got pixels of shape {values.shape}")
+    x = values * float(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0))
+    centre, width = (_first(data.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    kind = data.get("VOILUTFunction", "LINEAR")
+    if centre is None or width is None:
+        share = (x - x.min()) / ((x.max() - x.min()) or 1.0)
+    elif kind == "SIGMOID":
+        share = 1 / (1 + np.exp(-4 * (x - centre) / width))
+    elif kind == "LINEAR_EXACT":
+        share = (x - centre) / width + 0.5
+    else:  # DICOM PS3.3, C.11.2.1.2
+        share = (x - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
+    share = np.clip(share, 0, 1)
+    if data.get("PhotometricInterpretation") == "MONOCHROME1":
+        share = 1 - share
+    return np.rint(255 * share).astype(np.uint8)
+
+
+def _first(value: Any) -> float | None:
+    """Of a DICOM value that may hold several, or none."""
+    if value is None or value == "":
+        return None
+    return float(value) if isinstance(value, (int, float, str)) else float(value[0])
+
+
+def load_image(path: Path, size: int, channels: int = 1, fit: str = "square") -> np.ndarray:
+    """The image as a square, grey (size, size) or in colour (size, size, 3), uint8.
+
+    Args:
+        channels: 1 or 3; colours become grey, and grey becomes three equal colours.
+        fit: one of images.frames.FITS.
+
+    Raises:
+        ValueError: as read_image, and where ``fit`` is "square" and the image is not.
+    """
+    from PIL import Image
+
+    image = read_image(path)
+    if fit == "square" and image.width != image.height:
+        raise ValueError(f"{path}: expected a square image, got {image.width}x{image.height}")
+    image = image.convert("L" if channels == 1 else "RGB")
+    ((x, y, width, height),) = frames_of(np.array([image.size]), size, fit).tolist()
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)  # of all pixels that fall into one
+    if (width, height) != (size, size):
+        padding = round(sum(PADDING) / 3) if channels == 1 else PADDING
+        square = Image.new(image.mode, (size, size), padding)
+        square.paste(image, (x, y))
+        image = square
     return np.array(image)
 
 
 def to_input(images: np.ndarray | Tensor) -> Tensor:
-    """What a network takes, (n, 3, height, width) float32, of grey values (n, height, width) uint8."""
+    """The input of a network, (n, 3, height, width) float32, of images (n, height, width[, 3]) uint8."""
     x = torch.as_tensor(images)
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (x.unsqueeze(1).float() / 255 - mean) / std
+    x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
+    return (x.float() / 255 - mean) / std

@@ -6,9 +6,11 @@ import csv
 import hashlib
 from pathlib import Path
 
+import numpy as np
 from common.choices import Config
 from common.files import load_state
 
+from images import nih
 from images.batches import Split
 from images.dataset import Index
 
@@ -24,6 +26,15 @@ DATA = {
 }
 
 
+def about_of(index: Index) -> Config:
+    """What a network has to know of its data set to be used on another one."""
+    about = index.about
+    return {
+        "dataset": about.kind, "title": about.title, "classes": list(about.classes), "channels": about.channels,
+        "fit": about.fit,
+    }  # fmt: skip
+
+
 def digest_of(lines: list[str]) -> str:
     """Of the names of images, or of names and labels, in any order."""
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -33,12 +44,29 @@ def digests_of(index: Index, split: Split, seen: list[str]) -> Config:
     """What the configuration of a run says of its images. ``seen``: names of those the weights were trained on."""
     learned = (*split.train, *split.val)
     digests = {
+        **about_of(index),
         "val_patients": split.val_patients.tolist(),
         "train_names_digest": digest_of([index.names[n] for n in learned]),
-        "train_labels_digest": digest_of([f"{index.names[n]} {index.labels[n].astype(int)}" for n in learned]),
+        "train_labels_digest": digest_of(
+            [f"{index.names[n]} {np.nan_to_num(index.labels[n], nan=-1).astype(int)}" for n in learned]
+        ),
         "train_files_digest": digest_of([f"{index.names[n]} {index.paths[n].stat().st_size}" for n in learned]),
     }
     return digests | ({"weights_names_digest": digest_of(seen)} if seen else {})
+
+
+def trained_patients(run: Path, names: set[str], index: Index) -> set[str]:
+    """Patients of the images ``names`` that the run has seen, as far as the patients of ``index`` are of the same data.
+
+    Files of ChestX-ray14 begin with the patient's number; of other data sets split.csv has the patients.
+    """
+    if index.about.kind == nih.DESCRIPTION.kind:
+        return {str(int(name[:8])) for name in names if nih.NAME.fullmatch(name)}
+    config = load_state(Path(run) / "last.pt", mmap=True)["config"]
+    if config.get("dataset") != index.about.kind:
+        return set()
+    with (Path(run) / "split.csv").open(newline="") as file:
+        return {row["patient"] for row in csv.DictReader(file) if row.get("patient")}
 
 
 def trained_names(run: Path) -> set[str]:

@@ -12,14 +12,14 @@ from common.files import naming
 from sklearn.metrics import roc_curve
 
 from images import gallery, page, paper
-from images.evaluation import Evaluated, Truth, trivial_boxes
+from images.evaluation import Evaluated, boxes_at, trivial_of
 from images.figure import caption_of, first_of_each_class
 from images.metrics import FEW_PATIENTS
-from images.nih import BOX_SIDE, CLASSES
 from images.pixels import load_image
 from images.thresholds import HALF, VALIDATION
+from images.truth import SQUARE, Truth
 from images.verdict import compare_boxes, verdict
-from sgl_ops.localization import T_IOU, box_iou, boxes_by_threshold, per_class
+from sgl_ops.localization import T_IOU, per_class
 
 #: Runs beside each other; the colours after theirs are those of boxes without a network.
 COMPARED = 2
@@ -30,11 +30,12 @@ def with_interval(value: float, ci: Sequence[float]) -> str:
     return page.number(value) if math.isnan(low) else f"{value:.3f} ({low:.3f}-{high:.3f})"
 
 
-def auc_section(runs: Sequence[Evaluated], official: bool) -> page.Markup:
+def auc_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
+    official = truth.official
     patients = runs[0].details["patients"]
     papers = paper.AUC if official else {}
     rows, bars = [], []
-    for name in (*(name for name in CLASSES if patients[name]), "mean"):
+    for name in (*(name for name in truth.class_names if patients[name]), "mean"):
         marked = f"{name}*" if 0 < patients.get(name, 0) < FEW_PATIENTS else name
         values = [(run.metrics["auc"][name], run.metrics["auc_ci"][name]) for run in runs]
         printed = [page.number(row.get(name), 2) for row in papers.values()]
@@ -116,7 +117,7 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
     return page.section(
         "Localization",
         page.paragraph(
-            f"{len(truth.boxes)} boxes: {counts}. T_p {chosen('threshold')}, gate {chosen('gate')}, "
+            f"{truth.box_count} boxes: {counts}. T_p {chosen('threshold')}, gate {chosen('gate')}, "
             f"{details['upsampling']} upsampling, {details['raster']} raster, opening and closing by "
             f"{details['morphology']} pixels."
         ),
@@ -130,6 +131,7 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
             "its maximum.",
             "note",
         ),
+        *several_boxes(truth),
         *([page.paragraph(paper.NOTE, "note")] if truth.official else []),
         page.table(["", *heads], intervals, "the same with 95 % intervals over patients"),
         page.details("By class", *by_class),
@@ -137,10 +139,22 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
     )
 
 
+def several_boxes(truth: Truth) -> list[page.Markup]:
+    """The note on images with several boxes of one class, where there are some."""
+    count = sum(len(true) > 1 for true in truth.boxes)
+    if not count:
+        return []
+    about = (
+        f"Several boxes of one class in an image count once: the best of them is compared with the box found. That is "
+        f"so {count} times; all tables of boxes have {len(truth.boxes)} comparisons."
+    )
+    return [page.paragraph(about, "note")]
+
+
 def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> page.Markup:
     def share(hits: np.ndarray) -> list[float]:
         """Mean over the classes of every column of hits (k, steps)."""
-        return [per_class(column, truth.classes, CLASSES)["mean"] for column in hits.T]
+        return [per_class(column, truth.classes, truth.class_names)["mean"] for column in hits.T]
 
     at = np.linspace(0, 1, 41)
     lines = []
@@ -148,31 +162,23 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
         hits = run.overlaps[:, None] > at
         lines.append(page.Line(run.name, at, share(hits & run.predicted[:, None]), k))
         lines.append(page.Line(f"{run.name}, without gate", at, share(hits), k, True))
-    for k, (name, found) in enumerate(
-        trivial_boxes(truth, runs[0].predictions, runs[0].config["image_size"]).items(), COMPARED
-    ):
-        lines.append(page.Line(name, at, share(box_iou(found, truth.boxes)[:, None] > at), k, True))
+    for k, (name, found) in enumerate(trivial_of(truth, runs[0].predictions).items(), COMPARED):
+        lines.append(page.Line(name, at, share(truth.overlaps(found)[:, None] > at), k, True))
     charts = [page.chart(lines, "Boxes found, mean over the classes", "T_IoU", "share")]
 
     thresholds = np.arange(100) / 100
-    overlaps = []
-    for run in runs:
-        side = run.config["image_size"]
-        boxes = [
-            boxes_by_threshold(heatmap, (side, side), thresholds, upsampling, run.predictions.first)
-            for heatmap in run.predictions.maps
-        ]
-        overlaps.append(box_iou(np.array(boxes), truth.boxes[:, None] * (side / BOX_SIDE)))
+    overlaps = [truth.overlaps(boxes_at(run.predictions, truth, thresholds, upsampling)) for run in runs]
     for t in (0.3, 0.5):
         lines = [page.Line(run.name, thresholds, share(overlaps[k] > t), k) for k, run in enumerate(runs)]
         charts.append(page.chart(lines, f"What T_p does: IoU > {t:g}, no gate, no morphology", "T_p", "share"))
 
     at = np.linspace(0, 1, 101)
     rocs = []
-    for c, name in enumerate(CLASSES):
-        labels = truth.labels[:, c]
+    for c, name in enumerate(truth.class_names):
+        known = ~np.isnan(truth.labels[:, c])
+        labels = truth.labels[known, c]
         if 0 < labels.sum() < len(labels):
-            curves = [roc_curve(labels, run.predictions.probability[:, c])[:2] for run in runs]
+            curves = [roc_curve(labels, run.predictions.probability[known, c])[:2] for run in runs]
             lines = [
                 page.Line(run.name, at, np.interp(at, *curve), k)
                 for k, (run, curve) in enumerate(zip(runs, curves, strict=True))
@@ -188,7 +194,7 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
 
 def cards_of(runs: Sequence[Evaluated], truth: Truth, order: Sequence[int], side: int) -> list[gallery.Card]:
     """A card for each box of ``order``, with images of ``side`` pixels."""
-    cards = []
+    cards, about = [], truth.index.about
     for k in order:
         i, c = truth.image[k], truth.classes[k]
         views = [
@@ -199,11 +205,11 @@ def cards_of(runs: Sequence[Evaluated], truth: Truth, order: Sequence[int], side
         ]
         cards.append(
             gallery.Card(
-                title=f"{CLASSES[c]} · {truth.names[i]}",
-                group=CLASSES[c],
-                image=load_image(truth.paths[i], side),
-                side=BOX_SIDE,
-                box=truth.boxes[k],
+                title=f"{truth.class_names[c]} · {truth.names[i]}",
+                group=truth.class_names[c],
+                image=load_image(truth.paths[i], side, about.channels, about.fit),
+                side=SQUARE,
+                boxes=truth.boxes[k],
                 views=views,
                 best=float(runs[0].overlaps[k]),
             )
@@ -274,7 +280,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
         sections.append(page.paragraph(about, "warning"))
     if len(truth.boxes) and args.gallery:
         sections.append(pictures_section(runs, truth, args.upsampling, args.gallery_size))
-    sections.append(auc_section(runs, truth.official))
+    sections.append(auc_section(runs, truth))
     if len(truth.boxes):
         sections.append(localization_section(runs, truth))
         sections.append(curves_section(runs, truth, args.upsampling))
@@ -294,12 +300,15 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
                         *run.details["config"].items(),
                     ],
                 ),
-                page.table(["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in CLASSES]),
+                page.table(
+                    ["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in truth.class_names]
+                ),
             )
         )
-    lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the test list."
+    about = truth.index.about
+    lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the {about.test_name}."
     content = page.page(
-        "ChestX-ray14: classification and localization", lead, *sections, page.section("Settings", *settings)
+        f"{about.title}: classification and localization", lead, *sections, page.section("Settings", *settings)
     )
     with naming(path):
         path.write_text(content, encoding="utf-8")

@@ -70,11 +70,13 @@ class RunFolder:
                 (out / "missing.txt").write_text("\n".join(sources.index.missing) + "\n")
         with naming(out / "split.csv"), (out / "split.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["image", "part"])
+            writer.writerow(["image", "part", "patient"])
             writer.writerows(
-                [sources.index.names[n], part] for part in ("train", "val") for n in getattr(sources.split, part)
+                [sources.index.names[n], part, sources.index.patients[n]]
+                for part in ("train", "val")
+                for n in getattr(sources.split, part)
             )
-            writer.writerows([name, PRETRAINED_PART] for name in sources.seen)
+            writer.writerows([name, PRETRAINED_PART, ""] for name in sources.seen)
         if training.history:  # the previous process may have ended before it wrote this
             write_history(training.history, out / "history.csv")
         self.logs = tensorboard(out, training.epoch)

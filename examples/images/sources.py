@@ -12,7 +12,7 @@ from images.batches import Split, crop_of, split_of
 from images.cache import open_cache
 from images.check import checked_index
 from images.dataset import Index
-from images.items import Radiographs
+from images.items import LabelledImages
 from images.provenance import digests_of, names_of_weights
 
 
@@ -24,12 +24,14 @@ class Sources(NamedTuple):
     report: str
     seen: list[str]
 
-    def data(self, args: argparse.Namespace, config: Config) -> tuple[Radiographs, Radiographs]:
+    def data(self, args: argparse.Namespace, config: Config) -> tuple[LabelledImages, LabelledImages]:
         """Cropped images for training, and whole ones for validation, from the cache if there is one."""
         index, size = self.index, config["image_size"]
-        images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size)
-        train_data = Radiographs(images, index.labels, size, crop_of(config), config["seed"], index.names)
-        return train_data, Radiographs(images, index.labels, size)
+        how = {"channels": index.about.channels, "fit": index.about.fit}
+        images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size, **how)
+        how["sizes"] = index.sizes
+        train_data = LabelledImages(images, index.labels, size, crop_of(config), config["seed"], index.names, **how)
+        return train_data, LabelledImages(images, index.labels, size, **how)
 
 
 def open_sources(args: argparse.Namespace, config: Config) -> Sources:
@@ -38,10 +40,10 @@ def open_sources(args: argparse.Namespace, config: Config) -> Sources:
     Raises:
         ValueError: the data set cannot be used, or leaves too few images.
     """
-    index, report = checked_index(args.data_dir, args.allow_missing, args.tables)
+    index, report = checked_index(args)
     split = split_of(index, config)
     if index.test.all():
-        raise ValueError(f"data-dir: no image of the training list is in {args.data_dir}")
+        raise ValueError(f"data-dir: no image to train on is in {args.data_dir}")
     if not len(split.train):
         raise ValueError(f"val-fraction: {config['val_fraction']:g} leaves no image to train on")
     if config["val_fraction"] and not len(split.val):

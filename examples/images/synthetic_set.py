@@ -13,7 +13,7 @@ from common.files import naming
 from PIL import Image
 from tqdm import tqdm
 
-from images.nih import BOX_HEADER, BOXES, CLASSES, ENTRIES, ENTRY_HEADER, NO_FINDING, TEST_LIST, TRAIN_VAL_LIST
+from images.nih import BOX_HEADER, BOXES, CLASSES, DRAWN, ENTRIES, ENTRY_HEADER, NO_FINDING, TEST_LIST, TRAIN_VAL_LIST
 from images.synthetic import FILE, PLAN, TABLES, draw_image
 
 #: How often in an image of the training list, before some findings bring others with them.
@@ -109,6 +109,8 @@ def write_dataset(
     with ThreadPoolExecutor(workers) as pool:
         todo = tqdm(enumerate(plans), total=len(plans), desc="drawing", unit="image", disable=None)
         boxes = list(pool.map(draw, todo))
+    with naming(out / DRAWN):
+        (out / DRAWN).write_text("These images are drawn by make_synthetic_cxr.py. They show no patient.\n")
     write_tables(out, plans, boxes, np.random.default_rng((seed, TABLES)))
     return plans
 

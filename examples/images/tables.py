@@ -11,9 +11,9 @@ from typing import Any
 from common.files import naming, write_json
 
 from images import page
-from images.evaluation import Evaluated, Truth
-from images.nih import CLASSES
+from images.evaluation import Evaluated
 from images.report import localization_rows
+from images.truth import Truth
 from sgl_ops.localization import T_IOU
 
 TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
@@ -30,11 +30,12 @@ def without_nan(content: Any) -> Any:
 
 def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    names = truth.class_names
     write_json(without_nan(run.metrics), folder / "metrics.json")
     write_json(without_nan(run.details), folder / "details.json")
     with naming(folder / "predictions.csv"), (folder / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "patient", *(f"p_{c}" for c in CLASSES), *(f"label_{c}" for c in CLASSES)])
+        writer.writerow(["image", "patient", *(f"p_{c}" for c in names), *(f"label_{c}" for c in names)])
         for name, patient, p, y in zip(
             truth.names, truth.patients, run.predictions.probability, truth.labels, strict=True
         ):
@@ -44,11 +45,12 @@ def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
         sides = ("x", "y", "w", "h")
         writer.writerow(["image", "patient", "class", "probability", "predicted",
                          *(f"true_{s}" for s in sides), *(f"found_{s}" for s in sides), "iou"])  # fmt: skip
+        places, true = truth.in_pixels(run.found), truth.in_pixels(truth.best_boxes(run.found))
         for k, (i, c) in enumerate(zip(truth.image, truth.classes, strict=True)):
-            found = ["" if math.isnan(v) else f"{v:g}" for v in run.found[k]]
+            found = ["" if math.isnan(v) else f"{v:g}" for v in places[k]]
             writer.writerow(
-                [truth.names[i], truth.patients[i], CLASSES[c], f"{run.predictions.probability[i, c]:.6g}",
-                 int(run.predicted[k]), *(f"{v:.6g}" for v in truth.boxes[k]), *found, f"{run.overlaps[k]:.4f}"]
+                [truth.names[i], truth.patients[i], names[c], f"{run.predictions.probability[i, c]:.6g}",
+                 int(run.predicted[k]), *(f"{v:.6g}" for v in true[k]), *found, f"{run.overlaps[k]:.4f}"]
             )  # fmt: skip
 
 

@@ -21,10 +21,10 @@ from common.processes import Processes
 from torch import Tensor, nn
 
 from images.batches import batches_of, loader_of
-from images.checkpoint import make_model
-from images.items import Radiographs
+from images.checkpoint import OLDER, make_model
+from images.frames import cell_mask
+from images.items import LabelledImages
 from images.models import load_weights
-from images.nih import CLASSES
 from images.options import EXTENDABLE
 from images.pixels import to_input
 from images.provenance import DATA
@@ -36,16 +36,16 @@ TERMS = ("loss", "bag", "instance", "mask")
 
 
 def normalize(images: Tensor, device: torch.device) -> Tensor:
-    """The input of a network, of grey values (n, height, width) uint8, on ``device`` and channels_last."""
+    """The input of a network, of grey values (n, height, width[, 3]) uint8, on ``device`` and channels_last."""
     return to_input(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
 
-def terms_of(criterion: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def terms_of(criterion: nn.Module, logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss, and TERMS (4,) detached."""
     if isinstance(criterion, SGLLoss):
-        terms = criterion.terms(logits, labels)
+        terms = criterion.terms(logits, labels, mask=mask)
         return terms.total, torch.stack([terms.total.detach(), terms.bag, terms.instance, terms.mask])
-    loss = criterion(logits, labels)
+    loss = criterion(logits, labels, mask=mask)
     return loss, torch.stack([loss.detach(), loss.detach(), *torch.zeros_like(loss.detach()).expand(2)])
 
 
@@ -112,11 +112,25 @@ class Training:
         """For the forward and backward pass of a part of a step: processes exchange gradients in the ``last`` part."""
         return contextlib.nullcontext() if self.processes.group is None or last else self.model.no_sync()
 
-    def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of images (n, height, width) uint8 and labels (n, C), and TERMS (4,) detached."""
+    def loss_of(self, images: Tensor, labels: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and TERMS (4,) detached.
+
+        Args:
+            images: (n, height, width[, 3]) uint8.
+            labels: (n, C), NaN for unknown.
+            frames: (n, 4), what is not padding: x, y, width, height in pixels.
+        """
         with self.autocast():
             logits = self.model(normalize(images, self.processes.device))
-        return terms_of(self.criterion, logits.float(), labels.to(self.processes.device))
+        mask = self.mask_of(frames, logits)
+        return terms_of(self.criterion, logits.float(), labels.to(self.processes.device), mask)
+
+    def mask_of(self, frames: Tensor, logits: Tensor) -> Tensor | None:
+        """Which cells (n, h, w) of maps (n, C, h, w) are no padding; None where images are not padded."""
+        if self.config["fit"] != "pad":
+            return None
+        mask = cell_mask(frames.numpy(), tuple(logits.shape[2:]), *self.network.grid)
+        return torch.from_numpy(mask).to(logits.device)
 
     # an epoch
 
@@ -189,6 +203,7 @@ class Training:
     def restore(self, path: Path) -> None:
         """Raises ValueError where ``path`` was trained otherwise."""
         state = load_state(path)
+        state["config"] = OLDER | state["config"]
         different = [key for key in self.config if state["config"].get(key) != self.config[key]]
         different += [key for key in EXTENDABLE if self.extendable[key] < state["epoch"]]
         if "train_names_digest" in different:  # of other images
@@ -209,13 +224,17 @@ class Training:
 
 
 def dry_run(
-    training: Training, data: Radiographs, numbers: np.ndarray, args: argparse.Namespace, take_step: Callable[..., None]
+    training: Training,
+    data: LabelledImages,
+    numbers: np.ndarray,
+    args: argparse.Namespace,
+    take_step: Callable[..., None],
 ) -> None:
     """One step, on the first batch; nothing is written."""
     config, processes = training.config, training.processes
     loader = loader_of(data, batches_of(numbers, config, 0, processes.rank, processes.count), args)
     training.train_mode()
-    take_step(training, [next(iter(loader))[:2]] * config["accumulate"], 0.0)
+    take_step(training, [next(iter(loader))[:3]] * config["accumulate"], 0.0)
     if processes.first:
         print(f"loss of one step {float(training.sums[0]):.4f}; nothing written")
 
@@ -223,7 +242,7 @@ def dry_run(
 # validation
 
 
-def predict(training: Training, data: Radiographs, numbers: np.ndarray, args: argparse.Namespace) -> Tensor:
+def predict(training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace) -> Tensor:
     """Bag logits (n, C) float32 of whole images, each process its share, in every process the whole."""
     config, processes = training.config, training.processes
     pooling = make_pooling(config["pooling"])
@@ -234,13 +253,14 @@ def predict(training: Training, data: Radiographs, numbers: np.ndarray, args: ar
         for buffer in training.network.buffers():
             dist.broadcast(buffer, 0, group=processes.group)
     training.network.eval()
-    logits = torch.zeros(len(numbers), len(CLASSES))
-    some = [torch.zeros(0, len(CLASSES))]
+    classes = len(config["classes"])
+    logits = torch.zeros(len(numbers), classes)
+    some = [torch.zeros(0, classes)]
     with torch.inference_mode():
-        for images, _, _ in loader_of(data, batches, args):
+        for images, _, frames, _ in loader_of(data, batches, args):
             with training.autocast():
                 maps = training.network(normalize(images, processes.device))
-            some.append(pooling(maps.float()).cpu())
+            some.append(pooling(maps.float(), mask=training.mask_of(frames, maps)).cpu())
     logits[mine] = torch.cat(some)
     if processes.group is not None:
         logits = logits.to(processes.device)
@@ -248,11 +268,20 @@ def predict(training: Training, data: Radiographs, numbers: np.ndarray, args: ar
     return logits.cpu()
 
 
-def validate(training: Training, data: Radiographs, numbers: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """The bag loss, and AUC per class and mean over the classes that have images of both kinds."""
+def validate(
+    training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace
+) -> dict[str, float]:
+    """The bag loss, and AUC per class and mean over the classes that have images of both kinds; known labels count."""
     logits = predict(training, data, numbers, args)
     labels = torch.from_numpy(data.labels[numbers])
-    values = {f"val_auc_{name}": auc(logits[:, c].numpy(), labels[:, c].numpy()) for c, name in enumerate(CLASSES)}
+    known = ~labels.isnan()
+    values = {
+        f"val_auc_{name}": auc(logits[known[:, c], c].numpy(), labels[known[:, c], c].numpy())
+        for c, name in enumerate(training.config["classes"])
+    }
     defined = [value for value in values.values() if not math.isnan(value)]
     mean = float(np.mean(defined)) if defined else math.nan
-    return {"val_loss": float(F.binary_cross_entropy_with_logits(logits, labels)), "val_auc": mean} | values
+    return {
+        "val_loss": float(F.binary_cross_entropy_with_logits(logits[known], labels[known])),
+        "val_auc": mean,
+    } | values

@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from images.evaluation import Evaluated, Truth, trivial_boxes
+from images.evaluation import Evaluated, trivial_of
 from images.metrics import Interval, auc_difference_interval, difference_intervals
-from images.nih import CLASSES
-from sgl_ops.localization import T_IOU, box_iou, per_class
+from images.truth import CEILING, Truth
+from sgl_ops.localization import T_IOU, per_class
 
-#: Not a predictor: the best that the cells of a map allow.
-CEILING = "ceiling of the grid"
 #: Fewer boxes give intervals that decide little.
 FEW_BOXES = 100
 
@@ -47,12 +45,12 @@ def compare_boxes(runs: Sequence[Evaluated], truth: Truth, draws: int, seed: int
     hits = {run.name: run.overlaps[:, None] > T_IOU for run in runs}
     pairs = []
     for run in runs:
-        for name, boxes in trivial_boxes(truth, run.predictions, run.config["image_size"]).items():
+        for name, boxes in trivial_of(truth, run.predictions).items():
             if name != CEILING:
-                hits[name] = box_iou(boxes, truth.boxes)[:, None] > T_IOU
+                hits[name] = truth.overlaps(boxes)[:, None] > T_IOU
                 pairs.append((run.name, name))
     pairs += [(runs[0].name, run.name) for run in runs[1:]]
-    names = CLASSES
+    names = truth.class_names
     means = {
         name: [per_class(column, truth.classes, names)["mean"] for column in found.T] for name, found in hits.items()
     }

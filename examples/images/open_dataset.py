@@ -1,0 +1,58 @@
+"""Opening a data set by the options of a command: of a kind that is given, or that the folder shows."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from images import chexpert, folder, nih
+from images.dataset import Index
+
+
+def kind_of(tables: Path) -> str:
+    """``"nih"``, ``"chexpert"`` or ``"folder"``, by the tables that are in the folder.
+
+    Raises:
+        ValueError: there are those of none, or of several.
+    """
+    tables = Path(tables)
+    shown = {
+        "nih": any((tables / name).is_file() for name in nih.ENTRIES),
+        "chexpert": all((tables / name).is_file() for name in chexpert.TABLES),
+        "folder": (tables / folder.LABELS).is_file(),
+    }
+    kinds = [kind for kind, is_there in shown.items() if is_there]
+    if len(kinds) > 1:
+        raise ValueError(f"{tables}: the tables of {' and of '.join(kinds)} are there; say which by --dataset")
+    if not kinds:
+        if not tables.is_dir():
+            raise ValueError(f"{tables}: no such folder")
+        raise ValueError(
+            f"{tables}: expected {nih.ENTRIES[0]} or {nih.ENTRIES[1]} (nih), {' and '.join(chexpert.TABLES)} "
+            f"(chexpert), or {folder.LABELS} (folder), found none; --tables names their folder"
+        )
+    return kinds[0]
+
+
+def open_dataset(args: argparse.Namespace, allow_missing: bool = False) -> Index:
+    """The data set of ``--data-dir``, ``--tables``, ``--dataset``, ``--view``, ``--uncertain`` and ``--fit``.
+
+    Raises:
+        ValueError: it cannot be used, or an option is not for data sets of its kind.
+    """
+    place = (args.data_dir, allow_missing, args.tables)
+    kind = args.dataset or kind_of(args.tables or args.data_dir)
+    views = {"nih": nih.VIEWS, "chexpert": chexpert.VIEWS}.get(kind, ())
+    if args.view is not None and args.view not in views:
+        raise ValueError(f"view: expected {', '.join(views) or 'none'} with a data set {kind}, got {args.view}")
+    if args.uncertain is not None and kind != "chexpert":
+        raise ValueError(f"uncertain: is for a data set chexpert, and this one is {kind}")
+    if kind == "nih":
+        if args.fit is not None:
+            raise ValueError("fit: images of a data set nih have to be square")
+        return nih.load_index(*place, view=args.view)
+    if kind == "chexpert":
+        return chexpert.load_chexpert(
+            *place, view=args.view, uncertain=args.uncertain or "unknown", fit=args.fit or "pad"
+        )
+    return folder.load_folder(*place, fit=args.fit or "pad", seed=args.split_seed)

@@ -1,0 +1,117 @@
+"""What a network predicts: probabilities of images, and the maps of pairs of an image and a class."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from common.choices import Config
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from images.cache import open_cache
+from images.dataset import Index
+from images.frames import cell_mask
+from images.items import LabelledImages
+from images.pixels import to_input
+from sgl_ops.localization import seen_cells, upsample
+from sgl_ops.pooling import make_pooling
+
+
+class Predictions(NamedTuple):
+    """Probabilities (n, C) of the image and of its greatest patch, and the maps (k,) of (h, w) of pairs.
+
+    ``frames`` (k, 4): the content of the pairs' images in the network's square of ``side`` pixels; cells of padding
+    are 0 in the maps. ``first``: the centre of a map's first cell, in cells from the edge of the square.
+    """
+
+    probability: np.ndarray
+    peak: np.ndarray
+    maps: list[np.ndarray]
+    first: float
+    frames: np.ndarray
+    side: int
+
+    def padded(self, k: int) -> bool:
+        return tuple(self.frames[k]) != (0, 0, self.side, self.side)
+
+    def content(self, k: int, upsampling: str) -> tuple[np.ndarray, tuple[int, int], float]:
+        """The map of pair ``k`` over its content alone, the size of that in pixels, and the centre of the first cell.
+
+        Where there is padding, the map is upsampled to pixels first: its cells need not begin where the content does.
+        """
+        size = (self.side, self.side)
+        if not self.padded(k):
+            return self.maps[k], size, self.first
+        x, y, w, h = self.frames[k]
+        return upsample(self.maps[k], size, upsampling, self.first)[y : y + h, x : x + w], (int(h), int(w)), 0.5
+
+    def square_maps(self, upsampling: str) -> tuple[list[np.ndarray], float]:
+        """Maps over the square, with the least value of the content in the padding, and the centre of the first cell.
+
+        A threshold of MaxBoxAcc, which scales each map to 0 ... 1, then never counts padding.
+        """
+        if not any(self.padded(k) for k in range(len(self.maps))):
+            return self.maps, self.first
+        maps = []
+        for k in range(len(self.maps)):
+            part, (h, w), first = self.content(k, upsampling)
+            part = part if self.padded(k) else upsample(part, (h, w), upsampling, first)
+            whole = np.full((self.side, self.side), part.min())
+            x, y = self.frames[k, :2]
+            whole[y : y + h, x : x + w] = part
+            maps.append(whole)
+        return maps, 0.5
+
+
+def name_of(config: Config) -> str:
+    loss = {"sgl": "SGL", "bag": "bag loss", "bil": "BIL", "mmm": "MMM"}.get(config["loss"], str(config["loss"]))
+    return f"{loss}, {config['pooling']} pooling"
+
+
+def predict(
+    model: torch.nn.Module,
+    config: Config,
+    index: Index,
+    rows: np.ndarray,
+    args: argparse.Namespace,
+    image: np.ndarray | None = None,
+    classes: np.ndarray | None = None,
+) -> Predictions:
+    """Predictions for the images ``rows`` (n,) of the index, in the order of its classes, with maps of the ``classes``
+    (k,) in the images ``image`` (k,), numbers below n."""
+    size, how = config["image_size"], {"channels": config["channels"], "fit": config["fit"]}
+    images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size, **how)
+    data = LabelledImages(images, index.labels, size, sizes=index.sizes, **how)
+    loader = DataLoader(data, args.batch_size, sampler=[(0, int(row)) for row in rows], num_workers=args.workers)
+    pooling = make_pooling(config["pooling"])
+    image = np.zeros(0, int) if image is None else image
+    probability, peak = (np.zeros((len(rows), len(index.classes))) for _ in range(2))
+    maps = [np.zeros((0, 0))] * len(image)
+    content = np.zeros((len(rows), 4), int)
+    order = [config["classes"].index(name) for name in index.classes]
+    start = 0
+    centre, step = model.grid
+    first = 0.5 if args.raster == "even" else centre / step
+    for batch, _, frames, _ in tqdm(loader, desc=name_of(config), unit="batch", disable=None):
+        with torch.inference_mode():
+            # in float32 every logit above 17 would be the same probability, and where the greatest is a matter of order
+            logits = model(to_input(batch.to(args.device))).double()[:, order]
+            mask = None
+            inside = slice(start, start + len(batch))
+            content[inside] = frames
+            if config["fit"] == "pad":
+                mask = cell_mask(content[inside], tuple(logits.shape[2:]), centre, step)
+            cells = None if mask is None else torch.from_numpy(mask).to(logits.device)
+            probability[inside] = torch.sigmoid(pooling(logits, mask=cells)).cpu()
+            patches = torch.sigmoid(logits).cpu().numpy()
+        if mask is not None:
+            patches = np.where(mask[:, None], patches, 0.0)
+        rows_seen, columns_seen = seen_cells(patches.shape[2:], (size, size), first)
+        peak[inside] = patches[:, :, rows_seen[:, None], columns_seen].max((2, 3))
+        for k in np.flatnonzero((image >= inside.start) & (image < inside.stop)):
+            maps[k] = patches[image[k] - start, classes[k]].copy()
+        start = inside.stop
+    return Predictions(probability, peak, maps, first, content[image], size)

@@ -1,0 +1,453 @@
+"""Data sets of own images: labels.csv in both forms, the split, boxes, CheXpert, and the whole pipeline on a folder."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+
+import check_cxr
+import localize_cxr
+import numpy as np
+import pytest
+import torch
+import train_cxr
+from common.processes import Processes
+from images import chexpert, folder, items, nih, provenance, training, truth
+from images import options as settings
+from images.checkpoint import OLDER, load_run
+from images.dataset import with_classes
+from images.open_dataset import open_dataset
+from images.synthetic_set import write_dataset
+
+Image = pytest.importorskip("PIL.Image")
+
+SMALL = [
+    "--backbone", "local17", "--image-size", "64", "--batch-size", "8", "--epochs", "2", "--workers", "0", "--device",
+    "cpu", "--lr", "3e-3", "--pooling", "max", "--lam", "1", "--prior", "0.3",
+]  # fmt: skip
+
+
+def write_csv(path, *rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def open_with(data, *more):
+    parser = argparse.ArgumentParser()
+    settings.add_data_options(parser)
+    return open_dataset(parser.parse_args(["--data-dir", str(data), *more]))
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Eight small colour photos of several sizes, in folders."""
+    data = tmp_path / "photos"
+    (data / "a" / "b").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        size = [(30, 20), (20, 30), (24, 24), (40, 10)][i % 4]
+        place = data / ("a" if i % 2 else "a/b") / f"{i}.{'jpg' if i % 3 else 'png'}"
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(place)
+    return data
+
+
+def names_of(data):
+    return sorted(path.name for path in data.rglob("*") if path.suffix in (".jpg", ".png"))
+
+
+# labels.csv
+
+
+def test_labels_in_a_list(images):
+    names = names_of(images)
+    labels = ["cat", "dog|cat", "", "dog", "", "", "cat", "bird"]
+    write_csv(images / "labels.csv", ["image", "labels"], *zip(names, labels, strict=True))
+    index = open_with(images)
+    assert index.classes == ("bird", "cat", "dog")
+    assert index.names == names
+    assert index.labels[:3].tolist() == [[0, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert [path.name for path in index.paths] == names
+    assert index.sizes[:4].tolist() == [[30, 20], [20, 30], [24, 24], [40, 10]]
+    assert (index.about.kind, index.about.title, index.about.channels, index.about.fit) == (
+        "folder",
+        "photos",
+        3,
+        "pad",
+    )
+    assert index.patients.tolist() == names
+
+
+def test_labels_in_columns_and_unknown_ones(images):
+    values = ["1", "0", "", "-1", "NaN", "nan", "1.0", "-1.0"]
+    rows = [[name, value, "1"] for name, value in zip(names_of(images), values, strict=True)]
+    write_csv(images / "labels.csv", ["image", "cat", "dog"], *rows)
+    index = open_with(images)
+    assert index.classes == ("cat", "dog")
+    expected = [1, 0, math.nan, math.nan, math.nan, math.nan, 1, math.nan]
+    np.testing.assert_array_equal(index.labels[:, 0], np.array(expected, np.float32))
+
+
+def test_files_are_named_with_their_folder_or_alone(images):
+    (images / "c").mkdir()
+    (images / "c" / "0.png").write_bytes((images / "a" / "b" / "0.png").read_bytes())
+    write_csv(images / "labels.csv", ["image", "cat"], ["0.png", "1"])
+    with pytest.raises(ValueError, match=r"0\.png is there several times \(a/b/0\.png, c/0\.png\)"):
+        open_with(images)
+    write_csv(images / "labels.csv", ["image", "cat", "split"], ["a/b/0.png", "1", "train"], ["c/0.png", "0", "test"])
+    index = open_with(images)
+    assert [path.relative_to(images).as_posix() for path in index.paths] == ["a/b/0.png", "c/0.png"]
+    assert any("7 images that the table does not name" in note for note in index.notes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["picture", "cat"], ["0.png", "1"]], "line 1: expected different column names, image among them"),
+        ([["image"], ["0.png"]], "expected a column labels, or one column a class"),
+        ([["image", "cat"], ["0.png", "2"]], "line 2: cat: expected 1, 0, or nothing, NaN or -1 for unknown, got '2'"),
+        ([["image", "cat"], ["0.png", "1"], ["0.png", "0"]], r"line 3: 0\.png is already in .*line 2"),
+        ([["image", "cat"], ["0.png", "1", "1"]], "line 2: expected 2 cells, got 3"),
+        ([["image", "cat"]], "there are no rows below the header"),
+        ([["image", "labels"], ["0.png", ""]], "the column labels is empty in all rows"),
+        ([["image", "cat", "split"], ["0.png", "1", "exam"]], "line 2: expected a split train, val, test, got 'exam'"),
+        ([["image", "cat"], ["9.png", "1"]], "none of the 1 images"),
+        ([["image", "cat"], ["0.png", "1"], ["9.png", "1"]], r"1 of 2 images of the tables are missing \(9\.png\)"),
+        (
+            [["image", "patient", "split", "cat"], ["0.png", "p", "train", "1"], ["2.jpg", "p", "test", "1"]],
+            r"1 patients are in more than one part of the split \(p\)",
+        ),
+    ],
+)
+def test_mistakes_in_the_table_are_named(images, rows, message):
+    write_csv(images / "labels.csv", *rows)
+    with pytest.raises(ValueError, match=message):
+        open_with(images)
+
+
+def test_missing_images_can_be_left_out(images):
+    write_csv(images / "labels.csv", ["image", "cat", "split"], ["9.png", "1", "train"], ["0.png", "1", "test"])
+    index = folder.load_folder(images, allow_missing=True)
+    assert (index.names, index.missing, index.test.tolist()) == (["0.png"], ["9.png"], [True])
+
+
+# the split
+
+
+def test_the_split_is_by_patient_seeded_and_written_down(images):
+    patients = np.array([f"p{k // 2}" for k in range(200)])
+    parts = folder.draw_split(patients, 0)
+    assert [int((parts == part).sum()) for part in folder.PARTS] == [140, 20, 40]
+    assert all(len(set(parts[patients == p])) == 1 for p in set(patients))
+    assert (folder.draw_split(patients, 0) == parts).all()
+    assert (folder.draw_split(patients, 1) != parts).any()
+    assert sorted(folder.draw_split(np.array(["a", "b", "c"]), 0)) == ["test", "train", "val"]
+
+    names = names_of(images)
+    rows = [[name, f"p{k // 2}", k % 2] for k, name in enumerate(names)]
+    write_csv(images / "labels.csv", ["image", "patient", "cat"], *rows)
+    index = open_with(images, "--split-seed", "3")
+    written = {row["image"]: row["split"] for row in csv.DictReader((images / "split.csv").open())}
+    assert {name for name, part in written.items() if part == "test"} == {
+        name for name, test in zip(names, index.test, strict=True) if test
+    }
+    assert {name for name, part in written.items() if part == "val"} == {
+        name for name, val in zip(names, index.val, strict=True) if val
+    }
+    again = open_with(images, "--split-seed", "4")  # what is written down stays
+    assert (again.test == index.test).all()
+    write_csv(images / "split.csv", ["image", "split"], *([name, "train"] for name in names[1:]))
+    with pytest.raises(ValueError, match=r"1 images of labels\.csv have no split there"):
+        open_with(images)
+
+
+# boxes.csv
+
+
+def test_boxes_in_pixels_of_the_file(images):
+    names = names_of(images)
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, "test", "1"] for name in names))
+    boxes = [["0.png", "cat", 3, 2, 6, 4], ["0.png", "cat", 20, 10, 10, 10], ["3.png", "cat", 0, 0, 40, 10]]
+    write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], *boxes)
+    found = truth.truth_of(open_with(images))
+    assert (found.image.tolist(), found.classes.tolist(), found.box_count) == ([0, 3], [0, 0], 3)
+    # 30x20 fills 1024x683 of the square, from row 170 on
+    expected = [3 * 1024 / 30, 170 + 2 * 683 / 20, 6 * 1024 / 30, 4 * 683 / 20]
+    np.testing.assert_allclose(found.boxes[0][0], expected)
+    np.testing.assert_allclose(found.in_pixels(np.array([found.boxes[0][1], found.boxes[1][0]])),
+                               [[20, 10, 10, 10], [0, 0, 40, 10]])  # fmt: skip
+    # a hit is the best of the boxes
+    assert found.overlaps(np.array([found.boxes[0][1], found.boxes[1][0]])).tolist() == pytest.approx([1, 1])
+    squeezed = truth.truth_of(open_with(images, "--fit", "squeeze"))
+    np.testing.assert_allclose(squeezed.boxes[0][0], np.array([3 / 30, 2 / 20, 6 / 30, 4 / 20]) * 1024)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["0.png", "dog", 0, 0, 1, 1], "line 2: expected one of the classes cat, got 'dog'"),
+        (["9.png", "cat", 0, 0, 1, 1], r"line 2: '9\.png' is not in labels\.csv"),
+        (["0.png", "cat", 0, 0, "", 1], "line 2: expected numbers x, y, w, h"),
+        (["0.png", "cat", -1, 0, 2, 1], "line 2: expected x, y of at least 0 and w, h above 0"),
+        (["0.png", "cat", 25, 0, 6, 1], r"the box 25, 0, 6, 1 leaves 0\.png, which is 30x20 as it is shown"),
+    ],
+)
+def test_mistakes_in_the_boxes_are_named(images, row, message):
+    write_csv(images / "labels.csv", ["image", "cat"], *([name, "1"] for name in names_of(images)))
+    write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], row)
+    with pytest.raises(ValueError, match=message):
+        open_with(images)
+
+
+# kinds of data sets
+
+
+def test_the_kind_is_seen_by_the_tables(images, tmp_path):
+    with pytest.raises(ValueError, match=r"expected Data_Entry_2017_v2020\.csv .*--tables names their folder"):
+        open_with(images)
+    write_csv(images / "labels.csv", ["image", "cat"], *([name, "1"] for name in names_of(images)))
+    assert open_with(images).about.kind == "folder"
+    (images / nih.ENTRIES[0]).write_text("")
+    with pytest.raises(ValueError, match="the tables of nih and of folder are there; say which by --dataset"):
+        open_with(images)
+    assert open_with(images, "--dataset", "folder").about.kind == "folder"
+    with pytest.raises(ValueError, match="uncertain: is for a data set chexpert, and this one is folder"):
+        open_with(images, "--dataset", "folder", "--uncertain", "1")
+    with pytest.raises(ValueError, match="view: expected none with a data set folder, got PA"):
+        open_with(images, "--dataset", "folder", "--view", "PA")
+
+
+HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Cardiomegaly", "Edema", "Pleural Effusion"]
+
+
+@pytest.fixture
+def chexpert_data(tmp_path):
+    """Five images of four patients, in the published layout."""
+    data = tmp_path / "CheXpert-v1.0-small"
+    rows = [
+        ("train", 1, 1, "view1_frontal", "Frontal", "AP", "1.0", "", "", ""),
+        ("train", 1, 1, "view2_lateral", "Lateral", "", "1.0", "", "", ""),
+        ("train", 2, 1, "view1_frontal", "Frontal", "PA", "", "1.0", "-1.0", "0.0"),
+        ("train", 3, 1, "view1_frontal", "Frontal", "AP", "", "", "-1.0", "1.0"),
+        ("valid", 4, 1, "view1_frontal", "Frontal", "AP", "0.0", "1.0", "0.0", "1.0"),
+    ]
+    tables = {"train": [HEADER], "valid": [HEADER]}
+    for part, patient, study, view, *cells in rows:
+        place = f"CheXpert-v1.0-small/{part}/patient{patient:05}/study{study}/{view}.jpg"
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(patient).integers(0, 256, (32, 39), np.uint8)).save(tmp_path / place)
+        tables[part].append([place, "Female", "68", *cells])
+    for part, table in tables.items():
+        write_csv(data / f"{part}.csv", *table)
+    return data
+
+
+@pytest.mark.parametrize(("uncertain", "value"), [("unknown", math.nan), ("0", 0), ("1", 1)])
+def test_chexpert_as_it_is_published(chexpert_data, uncertain, value):
+    index = open_with(chexpert_data, "--uncertain", uncertain)
+    assert index.about.kind == "chexpert"
+    assert index.classes == ("Cardiomegaly", "Edema", "Pleural Effusion")
+    expected = np.array([[0, 0, 0], [0, 0, 0], [1, value, 0], [0, value, 1], [1, 0, 1]], np.float32)
+    np.testing.assert_array_equal(index.labels, expected)
+    assert index.test.tolist() == [False] * 4 + [True]
+    assert index.about.test_name == "official validation list"
+    assert index.patients.tolist() == ["patient00001", "patient00001", "patient00002", "patient00003", "patient00004"]
+    assert index.sizes.tolist() == [[39, 32]] * 5
+
+
+@pytest.mark.parametrize(("view", "count"), [("frontal", 4), ("lateral", 1), ("AP", 3), ("PA", 1)])
+def test_views_of_chexpert(chexpert_data, view, count):
+    assert len(open_with(chexpert_data, "--view", view).names) == count
+
+
+def test_mistakes_in_chexpert_are_named(chexpert_data):
+    path = chexpert_data / "valid.csv"
+    content = path.read_text()
+    path.write_text(content.replace("1.0,0.0,1.0", "7,0.0,1.0"))
+    with pytest.raises(ValueError, match="line 2: Cardiomegaly: expected 1, 0, -1 or nothing, got '7'"):
+        open_with(chexpert_data)
+    path.write_text(content.replace("patient00004", "patient00003"))
+    with pytest.raises(ValueError, match="1 patients are in more than one part of the split"):
+        open_with(chexpert_data)
+    path.write_text(content)
+    next(chexpert_data.rglob("patient00004/**/*.jpg")).unlink()
+    with pytest.raises(ValueError, match="1 of 5 images of the tables are missing"):
+        open_with(chexpert_data)
+    assert len(chexpert.load_chexpert(chexpert_data, allow_missing=True).names) == 4
+
+
+def test_views_and_patient_sex_of_the_nih(tmp_path):
+    data = tmp_path / "data"
+    write_dataset(data, images=20, size=32, seed=1)
+    path = data / nih.ENTRIES[0]
+    views = [row.split(",")[6] for row in path.read_text().splitlines()[1:]]
+    path.write_text(path.read_text().replace("Patient Gender", "Patient Sex"))
+    assert len(open_with(data).names) == len(views)
+    for view in nih.VIEWS:
+        assert len(open_with(data, "--view", view).names) == views.count(view) > 0
+    assert open_with(data).about.drawn
+    assert open_with(data).about.title.startswith("drawn images")
+    (data / nih.DRAWN).unlink()
+    assert open_with(data).about == nih.DESCRIPTION
+
+
+def test_which_tables_are_official(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    write_dataset(data, images=40, size=32, seed=1)
+    index = nih.load_index(data)
+    assert not index.official
+    counts = [int(index.test.sum()), int((~index.test).sum())]
+    monkeypatch.setattr(nih, "OFFICIAL_IMAGES", len(index.names))
+    monkeypatch.setattr(nih, "OFFICIAL_TEST_IMAGES", counts[0])
+    monkeypatch.setattr(nih, "OFFICIAL_BOXES", sum(map(len, index.boxes.values())))
+    assert nih.load_index(data).official
+    lists = data / nih.TRAIN_VAL_LIST, data / nih.TEST_LIST  # images with boxes go to training
+    train, test = (path.read_bytes() for path in lists)
+    lists[0].write_bytes(test)
+    lists[1].write_bytes(train)
+    monkeypatch.setattr(nih, "OFFICIAL_TEST_IMAGES", counts[1])
+    assert not nih.load_index(data).official
+
+
+def test_a_network_brings_its_classes(images):
+    names = names_of(images)
+    write_csv(images / "labels.csv", ["image", "split", "cat", "dog", "bird"], *([n, "test", 1, 0, ""] for n in names))
+    write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], ["0.png", "cat", 1, 1, 2, 2],
+              ["0.png", "dog", 2, 2, 3, 3])  # fmt: skip
+    index = with_classes(open_with(images), ["bird", "cat"], "run: R")
+    assert index.classes == ("bird", "cat")
+    np.testing.assert_array_equal(index.labels, np.array([[math.nan, 1]] * len(names), np.float32))
+    assert index.boxes == {"0.png": [(1, 1, 1, 2, 2)]}
+    with pytest.raises(ValueError, match="run: R: its classes fish are not in the data set, which has cat, dog, bird"):
+        with_classes(open_with(images), ["fish", "cat"], "run: R")
+
+
+# images of one value
+
+
+def test_images_of_one_value_are_told(images, capsys):
+    names = names_of(images)
+    parts = ["train"] * 6 + ["test"] * 2
+    write_csv(images / "labels.csv", ["image", "split", "cat"],
+              *([name, part, k % 2] for k, (name, part) in enumerate(zip(names, parts, strict=True))))  # fmt: skip
+    for number, status in ((6, 0), (2, 1)):
+        path = next(images.rglob(f"{number}.*"))
+        Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(path)
+        assert check_cxr.main(["--data-dir", str(images)]) == status
+    assert "2 images have one value only, 1 of them outside the test part" in capsys.readouterr().out
+    assert train_cxr.main(["--data-dir", str(images), "--out", str(images / "run"), *SMALL, "--batch-size", "2"]) == 2
+    assert "1 images to train or validate on have one value only" in capsys.readouterr().err
+
+
+# padding
+
+
+def test_padding_has_no_part_in_the_loss_and_the_pooling(tmp_path):
+    """Whatever stands in the padding's cells, the loss is the same, and it gets no gradient."""
+    config = OLDER | settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
+    state = training.Training(
+        config | {"fit": "pad", "classes": ["a", "b"]}, Processes(0, 1, torch.device("cpu"), None), False
+    )
+    frame = torch.tensor([[0, 16, 64, 32]])
+    logits = torch.randn(1, 2, 8, 8, requires_grad=True)
+    mask = state.mask_of(frame, logits)
+    assert mask[0].sum() == 4 * 8
+    labels = torch.tensor([[1.0, float("nan")]])
+    loss, _ = training.terms_of(state.criterion, logits, labels, mask)
+    loss.backward()
+    assert (logits.grad[0, 0][~mask[0]] == 0).all()
+    assert logits.grad[0, 0].abs().sum() > 0
+    assert (logits.grad[0, 1] == 0).all()  # an unknown label
+    other = torch.where(mask, logits.detach(), 9.0)
+    assert torch.equal(training.terms_of(state.criterion, other, labels, mask)[0], loss.detach())
+    state.config["fit"] = "squeeze"
+    assert state.mask_of(frame, logits) is None
+
+
+def test_the_frame_moves_with_the_crop(tmp_path):
+    Image.fromarray(np.full((16, 64), 200, np.uint8)).save(tmp_path / "x.png")
+    data = items.LabelledImages([tmp_path / "x.png"], np.zeros((1, 1), np.float32), 64, 56, 0, ["x"],
+                                sizes=np.array([[64, 16]]), fit="pad")  # fmt: skip
+    for epoch in range(5):
+        image, _, frame, _ = data[epoch, 0]
+        x, y, w, h = frame.tolist()
+        assert (x, w, h) == (0, 56, 16)
+        assert (image[y : y + h, x : x + w] == 200).all()
+        assert (image == 200).sum() == w * h
+    with pytest.raises(ValueError, match="sizes: needed where images are padded"):
+        items.LabelledImages([tmp_path / "x.png"], np.zeros((1, 1), np.float32), 64, fit="pad")
+
+
+# all of it
+
+
+def draw_photos(data, count, seed=0):
+    """Photos with red and green squares: sizes and folders vary, some have two of a kind, some labels are unknown."""
+    rng = np.random.default_rng(seed)
+    data.mkdir()
+    rows, boxes = [["image", "patient", "red", "green"]], [["image", "label", "x", "y", "w", "h"]]
+    for i in range(count):
+        width, height = [(60, 40), (40, 60), (64, 64), (90, 30)][i % 4]
+        photo = rng.integers(60, 100, (height, width, 3)).astype(np.uint8)
+        labels = rng.random(2) < 0.5
+        for c in np.flatnonzero(labels):
+            for _ in range(1 + (i % 5 == 0)):
+                w, h = rng.integers(10, 18, 2)
+                x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+                photo[y : y + h, x : x + w] = 60
+                photo[y : y + h, x : x + w, c] = 230
+                boxes.append([f"{i}.png", ("red", "green")[c], x, y, w, h])
+        place = data / f"day {i % 3}" / f"{i}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(photo).save(place)
+        shown = [int(labels[0]), "" if i % 10 == 9 and not labels[1] else int(labels[1])]
+        rows.append([f"{i}.png", f"p{i // 2}", *shown])
+    write_csv(data / "labels.csv", *rows)
+    write_csv(data / "boxes.csv", *boxes)
+
+
+@pytest.mark.parametrize("fit", ["pad", "squeeze"])
+def test_the_whole_pipeline_on_a_folder(tmp_path, capsys, fit):
+    data, run = tmp_path / "photos", tmp_path / "run"
+    draw_photos(data, 48)
+    assert check_cxr.main(["--data-dir", str(data)]) == 0
+    assert train_cxr.main(["--data-dir", str(data), "--out", str(run), *SMALL, "--fit", fit]) == 0
+    model, config = load_run(run, "cpu")
+    assert (config["classes"], config["fit"], config["channels"]) == (["red", "green"], fit, 3)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2, 8, 8)
+    history = next(csv.DictReader((run / "history.csv").open()))
+    assert {"val_auc_red", "val_auc_green"} <= set(history)
+    base = ["--run", str(run), "--data-dir", str(data), "--draws", "5", "--device", "cpu"]
+    results = []
+    for more in ([], ["--cache", str(tmp_path / "cache")]):
+        assert localize_cxr.main([*base, *more]) == 0
+        results.append(json.loads((run / "localization" / "metrics.json").read_text()))
+    assert results[0] == results[1]
+    report = (run / "localization" / "report.html").read_text()
+    assert "<title>photos: classification and localization" in report
+    assert "images of the test part" in report
+    assert "Several boxes of one class in an image count once" in report
+    assert results[0]["baselines"]["whole image"]["0.1"]["mean"] <= 1
+    index = open_with(data)
+    sizes = dict(zip(index.names, index.sizes.tolist(), strict=True))
+    for row in csv.DictReader((run / "localization" / "boxes.csv").open()):
+        true, found = ([float(row[f"{kind}_{s}"] or "nan") for s in "xywh"] for kind in ("true", "found"))
+        place = [b[1:] for b in index.boxes[row["image"]] if index.classes[b[0]] == row["class"]]
+        assert any(np.allclose(true, b, atol=1e-3) for b in place)
+        width, height = sizes[row["image"]]
+        if not math.isnan(found[0]):
+            assert min(found[:2]) >= -1e-3
+            assert found[0] + found[2] <= width + 1e-3
+            assert found[1] + found[3] <= height + 1e-3
+    assert provenance.trained_patients(run, provenance.trained_names(run), index) == {
+        str(p) for p in index.patients[~index.test]
+    }
+    # another fit than that of the network, and a split that it was not trained with
+    other = "squeeze" if fit == "pad" else "pad"
+    assert localize_cxr.main([*base, "--fit", other]) == 2
+    assert f"was trained with {fit}, got {other}" in capsys.readouterr().err
+    swapped = (data / "split.csv").read_text().replace("train", "x").replace("test", "train").replace("x", "test")
+    (data / "split.csv").write_text(swapped)
+    assert localize_cxr.main(base) == 2
+    assert "images of the test part" in capsys.readouterr().err

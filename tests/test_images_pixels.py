@@ -1,0 +1,152 @@
+"""images/pixels.py: orientation, 16 bits, colours, padding and DICOM; check_cxr.py on images of one value."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from images import pixels
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def write_png16(path, values):
+    """A PNG of 16 bits per colour, which Pillow cannot write: values (h, w, 3) uint16."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+
+
+def random_image(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_photo_is_applied(tmp_path, orientation):
+    """The corner that is marked in the file is where the tag says it is to be shown."""
+    stored = np.zeros((20, 40), np.uint8)
+    stored[:8, :8] = 255
+    exif = Image.Exif()
+    exif[pixels.ORIENTATION] = orientation
+    Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
+    size = (40, 20) if orientation < 5 else (20, 40)
+    assert pixels.read_header(tmp_path / "x.png") == (*size, False)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.png"))
+    assert shown.shape == size[::-1]
+    # of EXIF: which side of what is shown the first row and the first column of the file are
+    bottom, right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    assert (shown[-1 if bottom else 0, -1 if right else 0], shown.astype(int).sum()) == (255, 64 * 255)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_grey_of_16_bits_is_scaled_by_the_bits_that_are_used(tmp_path, bits):
+    values = random_image(30, 30).astype(np.uint16) << (bits - 8)
+    values[0, 0] = 2**bits - 1
+    Image.fromarray(values).save(tmp_path / "x.png")
+    expected = random_image(30, 30)
+    expected[0, 0] = 255
+    assert np.array_equal(np.asarray(pixels.read_image(tmp_path / "x.png")), expected)
+
+
+def test_colours_of_16_bits_are_scaled_or_refused(tmp_path):
+    values = random_image(10, 12, 3)
+    write_png16(tmp_path / "x.png", values.astype(np.uint16) * 257)
+    assert np.array_equal(np.asarray(pixels.read_image(tmp_path / "x.png")), values)
+    write_png16(tmp_path / "x.png", values.astype(np.uint16) << 4)  # 12 bits: nearly black
+    with pytest.raises(ValueError, match=r"x\.png: 16 bits per colour, of which the upper 8 reach 15 of 255 only"):
+        pixels.read_image(tmp_path / "x.png")
+
+
+def test_floating_point_is_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match="expected 8 or 16 bits, got floating point"):
+        pixels.read_image(tmp_path / "x.tiff")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L"])
+def test_colours_and_grey(tmp_path, mode):
+    Image.fromarray(random_image(16, 16, 3)).convert(mode).save(tmp_path / "x.tiff")
+    colour = pixels.load_image(tmp_path / "x.tiff", 16, channels=3)
+    assert colour.shape == (16, 16, 3)
+    assert (colour[..., 0] == colour[..., 1]).all() == (mode == "L")
+    assert pixels.load_image(tmp_path / "x.tiff", 16).shape == (16, 16)
+    assert pixels.read_header(tmp_path / "x.tiff") == (16, 16, mode != "L")
+
+
+def test_an_oblong_image_is_padded_squeezed_or_refused(tmp_path):
+    Image.fromarray(np.full((20, 40, 3), (255, 0, 0), np.uint8)).save(tmp_path / "x.png")
+    padded = pixels.load_image(tmp_path / "x.png", 32, 3, "pad")
+    assert (padded[8:24] == (255, 0, 0)).all()
+    assert (padded[:8] == pixels.PADDING).all()
+    assert (padded[24:] == pixels.PADDING).all()
+    assert abs(pixels.to_input(padded[None])[0, :, 0, 0]).max() < 0.01  # a network sees 0
+    assert (pixels.load_image(tmp_path / "x.png", 32, 3, "squeeze") == (255, 0, 0)).all()
+    with pytest.raises(ValueError, match="expected a square image, got 40x20"):
+        pixels.load_image(tmp_path / "x.png", 32)
+
+
+def test_the_input_of_a_network_keeps_the_colours():
+    x = pixels.to_input(np.array([[[[255, 0, 0]]]], np.uint8))
+    assert x.shape == (1, 3, 1, 1)
+    np.testing.assert_allclose(x.flatten(), [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
+
+
+def write_dicom(path, values, **tags):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.Rows, data.Columns, data.SamplesPerPixel = *values.shape, 1
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+    data.PixelRepresentation = int(values.dtype == np.int16)
+    data.PhotometricInterpretation = "MONOCHROME2"
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.PixelData = values.tobytes()
+    data.save_as(path, enforce_file_format=False)
+
+
+VALUES = np.array([[0, 100, 200], [300, 400, 500]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({}, [0, 51, 102, 153, 204, 255]),  # no window: the range of the image
+        ({"PhotometricInterpretation": "MONOCHROME1"}, [255, 204, 153, 102, 51, 0]),
+        ({"WindowCenter": 250.5, "WindowWidth": 201}, [0, 0, 64, 191, 255, 255]),
+        ({"WindowCenter": [250.5, 7], "WindowWidth": [201, 7]}, [0, 0, 64, 191, 255, 255]),  # the first of two
+        ({"WindowCenter": 250, "WindowWidth": 200, "VOILUTFunction": "LINEAR_EXACT"}, [0, 0, 64, 191, 255, 255]),
+        ({"WindowCenter": 200, "WindowWidth": 400, "VOILUTFunction": "SIGMOID"}, [30, 69, 128, 186, 225, 243]),
+        # the window is in rescaled values
+        (
+            {"RescaleSlope": 2, "RescaleIntercept": -500, "WindowCenter": 0.5, "WindowWidth": 401},
+            [0, 0, 64, 191, 255, 255],
+        ),
+        ({"RescaleSlope": -1, "RescaleIntercept": 0}, [255, 204, 153, 102, 51, 0]),
+    ],
+)  # fmt: skip
+def test_dicom(tmp_path, tags, expected):
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    assert pixels.read_header(tmp_path / "x.dcm") == (3, 2, False)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten().astype(int)
+    assert np.abs(shown - expected).max() <= 1
+
+
+def test_a_dicom_file_that_cannot_be_read_is_named(tmp_path):
+    write_dicom(tmp_path / "x.dcm", VALUES)
+    (tmp_path / "x.dcm").write_bytes((tmp_path / "x.dcm").read_bytes()[:-6])
+    with pytest.raises(ValueError, match=r"x\.dcm: its pixels cannot be read"):
+        pixels.read_image(tmp_path / "x.dcm")
+    (tmp_path / "y.dcm").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"y\.dcm: not a readable DICOM file"):
+        pixels.read_header(tmp_path / "y.dcm")
