@@ -16,7 +16,7 @@ import argparse
 import sys
 
 from common.options import make_parser, next_step
-from images.options import add_data_options
+from images.options import add_data_options, given_data_options
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,9 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         print(f"\nwrong: {'; '.join(wrong)}")
         return 1
-    options = [f"--tables {args.tables}"] if args.tables else []
-    options += ["--allow-missing"] if args.allow_missing else []
-    next_step(" ".join(["python train_cxr.py --data-dir", str(args.data_dir), *options, "--out RUN"]))
+    next_step(f"python train_cxr.py {given_data_options(args)} --out RUN")
     print("ok")
     return 0
 

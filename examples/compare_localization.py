@@ -8,7 +8,7 @@
 
 A row is RECEPTIVE FIELD / POOLING / LOSS, a part of it (17, 17/max, 17/max/bag) all rows that begin so; the name of a
 local network of images/models.py may stand for the receptive field. The losses are bag (the bag loss alone), sgl, and
-mask (SGL with its penalty on the mask); settings that follow replace the SETTINGS of localization/comparison.py. A seed
+mask (SGL with its penalty on the mask); settings that follow replace the SETTINGS of localization/rows.py. A seed
 draws the images (localization/drawn_lesions.py), the network's weights and the order of training. Every network is that
 of the last epoch, and boxes decide nothing: the thresholds T_p are fixed.
 

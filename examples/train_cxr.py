@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.interrupt import Interrupt
 from common.options import message_of, next_step
-from images.options import config_of, parse
+from images.options import config_of, given_data_options, parse
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
@@ -146,9 +146,7 @@ def following(args: argparse.Namespace) -> str:
     """What to do after a training."""
     if args.dry_run:
         return "the same command without --dry-run"
-    options = [f"--tables {args.tables}"] if args.tables else []
-    options += ["--allow-missing"] if args.allow_missing else []
-    return " ".join([f"python localize_cxr.py --run {args.out} --data-dir {args.data_dir}", *options])
+    return f"python localize_cxr.py --run {args.out} {given_data_options(args)}"
 
 
 def main(argv: list[str] | None = None) -> int:

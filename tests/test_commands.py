@@ -8,6 +8,7 @@ import errno
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,38 @@ def test_settings_that_did_better_are_options(helped):
     assert (default.lam, default.delta_l, default.epochs, default.backbone) == (20, 0.3, 20, "resnet50")  # the paper's
 
 
+def test_the_next_command_takes_the_same_data(tmp_path):
+    given = ["--data-dir", str(tmp_path / "a b"), "--dataset", "folder", "--allow-missing"]
+    parser = argparse.ArgumentParser()
+    training_options.add_data_options(parser)
+    words = shlex.split(training_options.given_data_options(parser.parse_args(given)))
+    assert sorted(words) == sorted(given)
+    assert parser.parse_args(words) == parser.parse_args(given)
+
+
+def test_check_ends_with_ok_or_what_is_wrong(tmp_path, capsys):
+    data = tmp_path / "data"
+    assert (
+        importlib.import_module("make_synthetic_cxr").main(["--out", str(data), "--images", "30", "--size", "32"]) == 0
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: python check_cxr.py --data-dir {data}"
+    check = importlib.import_module("check_cxr").main
+    assert check(["--data-dir", str(data)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"next: python train_cxr.py --data-dir {data} --out RUN", "ok"]
+    first = sorted(data.rglob("*.png"))[0]
+    first.unlink()
+    assert check(["--data-dir", str(data)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("wrong: 1 images are missing (--allow-missing")
+    assert check(["--data-dir", str(data), "--allow-missing"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ok"
+    # the tables lie elsewhere
+    for table in [*data.glob("*.csv"), *data.glob("*.txt")]:
+        table.rename(tmp_path / table.name)
+    assert check(["--data-dir", str(data)]) == 2
+    assert "--tables names the folder" in capsys.readouterr().err
+    assert check(["--data-dir", str(data), "--tables", str(tmp_path), "--allow-missing"]) == 0
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_a_full_disk_names_the_file(tmp_path):
     path = tmp_path / "table.csv"
@@ -136,7 +169,14 @@ def test_every_write_of_the_examples_names_its_file():
         named = [
             range(node.lineno, (node.end_lineno or node.lineno) + 1)
             for node in ast.walk(tree)
-            if isinstance(node, ast.With) and any("naming(" in ast.unparse(item) for item in node.items)
+            if (isinstance(node, ast.With) and any("naming(" in ast.unparse(item) for item in node.items))
+            # or an error of one's own that names it
+            or (
+                isinstance(node, ast.Try)
+                and any(
+                    h.type and "OSError" in ast.unparse(h.type) and "{path}" in ast.unparse(h) for h in node.handlers
+                )
+            )
         ]
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):

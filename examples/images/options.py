@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 from typing import Any
 
 from common.choices import LOSSES, POOLINGS, Config
@@ -61,6 +62,18 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = False) ->
     add("--split-seed", type=int, default=0, help="of the split of a folder that has none (0)")
     add("--allow-missing", action="store_true", help="leave out images that are not there")
     return group
+
+
+def given_data_options(args: argparse.Namespace) -> str:
+    """The options of add_data_options as they were given, for the command that is next."""
+    parser = argparse.ArgumentParser()
+    add_data_options(parser)
+    words = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest != "help" and value != action.default:
+            words += action.option_strings if value is True else [*action.option_strings, shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
