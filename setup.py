@@ -32,6 +32,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+from build_stamp import build_if_changed
 from cuda_toolkit import architectures, compile_command, find_toolkit, link_flags
 
 
@@ -127,14 +128,10 @@ class BuildExtension(build_ext):
         extension.extra_link_args += flags
 
     def run_unless_done(self, command: list[str], target: Path, sources: list[str]) -> None:
-        """Run what makes ``target``, unless this very command has made it since ``sources`` changed."""
-        done = target.with_suffix(".command")
-        wanted = "\n".join(command)
-        if not self.force and newer_than(str(target), sources) and done.exists() and done.read_text() == wanted:
-            return
-        done.unlink(missing_ok=True)
-        subprocess.run(command, check=True)
-        done.write_text(wanted)
+        """Run what makes ``target``, unless this command has made it from the same contents of ``sources``."""
+        if self.force:
+            target.unlink(missing_ok=True)
+        build_if_changed(str(target), sources, lambda: subprocess.run(command, check=True) and None, "\n".join(command))
 
     def build_extensions(self) -> None:
         torch = torch_folder()
@@ -148,16 +145,20 @@ class BuildExtension(build_ext):
         # what an earlier build left was made with other settings: with kernels for CUDA, say, or beside another torch
         settings = Path(self.build_temp, "settings")
         wanted = repr([(e.sources, e.define_macros, e.include_dirs, e.extra_compile_args) for e in self.extensions])
-        self.force = self.force or not settings.exists() or settings.read_text() != wanted
+        rebuild = self.force or not settings.exists() or settings.read_text() != wanted
+        self.force = True  # build_ext goes by times, build_if_changed by content
         settings.unlink(missing_ok=True)
         compile_some = self.compiler.compile
 
         def compile_all(sources: list[str], output_dir: str, depends: list[str], **options: Any) -> list[str]:
             def compile_one(source: str) -> list[str]:
                 (target,) = self.compiler.object_filenames([source], output_dir=output_dir)
-                if not self.force and newer_than(target, [source, *depends]):
-                    return [target]
-                return compile_some([source], output_dir=output_dir, **options)
+                if rebuild:
+                    Path(target).unlink(missing_ok=True)
+                build_if_changed(
+                    target, [source, *depends], lambda: compile_some([source], output_dir=output_dir, **options)
+                )
+                return [target]
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return [target for targets in pool.map(compile_one, sources) for target in targets]
@@ -177,10 +178,6 @@ class BuildWheel(bdist_wheel):
         self.run_command("build")
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
-
-
-def newer_than(target: str, sources: list[str]) -> bool:
-    return os.path.exists(target) and os.path.getmtime(target) > max(map(os.path.getmtime, sources))
 
 
 setup(

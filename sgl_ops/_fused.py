@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +31,26 @@ try:
 except ImportError as error:
     DEVICES = frozenset()
     REASON = str(error)
+    # a pure-Python installation has said so when it was installed
+    if (Path(__file__).parents[1] / "setup.py").exists() or not isinstance(error, ModuleNotFoundError):
+        warnings.warn(
+            f"sgl_ops in {Path(__file__).parent} has no compiled extension ({REASON}). Every loss takes the reference, "
+            "about ten times slower. Run 'pip install .' in the source tree and import sgl_ops from another folder.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+#: Values of the environment variable SGL_OPS_CPU, as csrc/cpu/kernels.cpp has them, the slowest first.
+CPU_LEVELS = ("baseline", "avx2", "avx512")
+_asked = os.environ.get("SGL_OPS_CPU")
+if _asked and DEVICES and _asked != (_taken := torch.ops.sgl_ops.cpu_level()):
+    warnings.warn(
+        f"SGL_OPS_CPU: expected {', '.join(CPU_LEVELS)}, got {_asked!r}; the kernels for {_taken} are used"
+        if _asked not in CPU_LEVELS
+        else f"SGL_OPS_CPU={_asked}: this machine has no {_asked}; the kernels for {_taken} are used",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _table(text: str) -> dict[str, list[int]]:

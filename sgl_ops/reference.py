@@ -80,10 +80,20 @@ def rescaled(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)) keeps its relative accuracy where the sigmoid
     saturates: theta = [sigmoid(x) / sigmoid(high)] [-expm1(low - x)] / [-expm1(low - high)], which is exactly 0 at
     ``low`` and exactly 1 at ``high``.
+
+    The operations and their order are those of the operator (theta_of in csrc), so that both round alike except where
+    their exponentials differ.
     """
-    saturated = torch.exp(x - high) * (1 + torch.exp(high)) / (1 + torch.exp(x))
-    ratio = torch.where(high <= 0, saturated, (1 + torch.exp(-high)) / (1 + torch.exp(-x)))
-    return (ratio * (torch.expm1(low - x) / torch.expm1(low - high))).clamp(max=1.0)
+    shift = torch.where(high < -40.0, high, 0.0)  # a tiny p is scaled, so that it does not underflow
+
+    def scaled_sigmoid(x: Tensor) -> Tensor:
+        return torch.exp(x.clamp(max=0.0) - shift) * (1 / (1 + torch.exp(-x.abs())))
+
+    span = torch.expm1(low - high)
+    lift = torch.where(span > -1e-15, 2.0**64, 1.0).to(x.dtype)  # else the reciprocal might be infinite
+    rise = (torch.expm1(low - x) * lift) * (1 / (span * lift))
+    theta = (scaled_sigmoid(x) * (1 / scaled_sigmoid(high))) * rise
+    return torch.where(x == high, 1.0, theta.clamp(max=1.0))
 
 
 def guide(instances: Instances, settings: SGLSettings) -> Guidance:

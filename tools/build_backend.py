@@ -13,8 +13,18 @@ from glob import glob
 from importlib.metadata import distributions
 from typing import Any
 
-from setuptools import build_meta
-from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: F401  (hooks of the backend)
+import setuptools
+
+#: As [build-system] in pyproject.toml says, which pip ignores under --no-build-isolation.
+OLDEST_SETUPTOOLS = 77
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"sgl-ops: building needs setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}: "
+        f"run pip install 'setuptools>={OLDEST_SETUPTOOLS}', or leave out --no-build-isolation"
+    )
+
+from setuptools import build_meta  # noqa: E402
+from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: E402, F401  (hooks of the backend)
 
 OLDEST = (2, 10)
 
