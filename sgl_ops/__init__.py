@@ -10,7 +10,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, pooling
+from . import functional, pooling, reference
 from .diagnosis import Diagnosis, diagnose
 from .functional import SelfGuidance, SGLTerms
 from .losses import BagLoss, BILLoss, MMMLoss, SGLLoss
@@ -31,6 +31,7 @@ __all__ = [
     "functional",
     "pooling",
     "prior_bias",
+    "reference",
 ]
 
 try:

@@ -99,6 +99,11 @@ class Bags(ABC):
         rank = (self.size - k).clamp(min=0)
         return torch.where(self.size > 0, self._ranked(self.fill(x.detach(), torch.inf), rank), 0.0)
 
+    def quantile(self, x: Tensor, q: float) -> Tensor:
+        """The instance at the rank floor(q (n - 1)) of n, 0 for an empty bag. Constant. ``q`` in [0, 1]."""
+        rank = ((self.size - 1).clamp(min=0) * q).to(torch.int64)
+        return torch.where(self.size > 0, self._ranked(self.fill(x.detach(), torch.inf), rank), 0.0)
+
     def tied_max(self, x: Tensor) -> Tensor:
         """The largest instance, with its gradient shared equally among those tied for it."""
         m = self.max(x)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -50,15 +51,15 @@ def all_reduce_batch(counts: Tensor, numbers: Tensor, group: Group) -> tuple[Ten
     Args:
         counts: (4,) int64: pairs that take part, and instances in each part.
         numbers: (6,), sums: instance loss of each part, instance loss by pairs, bag loss, penalty on the mask. The
-            gradient is world_size times that of the own share.
+            gradient is world_size times that of the own share. With ``guide=`` (9,): the sums of memberships, too.
     """
     if group is None:
         return counts, numbers
     counts = all_reduce_sum(counts, group)
-    shares = numbers.to(torch.float64)
+    shares = F.pad(numbers.to(torch.float64), (0, 9 - numbers.shape[0]))
     if torch.compiler.is_compiling():
         shares = shares + 0.0 * counts.sum()  # a compiler must not change the order of the two
-    return counts, all_reduce_with_grad(shares, group).to(numbers.dtype)
+    return counts, all_reduce_with_grad(shares, group)[: numbers.shape[0]].to(numbers.dtype)
 
 
 def all_reduce_with_grad(share: Tensor, group: Group) -> Tensor:

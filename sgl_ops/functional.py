@@ -87,9 +87,9 @@ class SelfGuidance(NamedTuple):
     Attributes:
         targets: M of Eq. 6, in the layout of the logits: 0, 1, or theta in between.
         part: int8, in the layout of the logits: 0 negative, 1 ambiguous, 2 positive, -1 takes no part (M = 0 there).
-        alpha: confidence of Eq. 7, (N, C), or (N,) where the logits have no class axis; 1 for a negative bag-class, NaN
-            for one that does not take part.
-        weight: w = 2^(alpha - 1) of Eq. 8, likewise.
+        alpha: confidence of Eq. 8, max p - median p with the lower median: (N, C), or (N,) where the logits have no
+            class axis; 1 for a negative pair of a bag and a class, NaN for one that does not take part.
+        weight: w = 2^(alpha - 1) of Eq. 7, likewise.
     """
 
     targets: Tensor
@@ -170,7 +170,7 @@ def sgl_total_and_terms(
     if group is not None:
         check_group(group)
     logits, offsets, features = _validated(logits, targets, mask, offsets, features, settings.check)
-    fused = _use_fused(settings.impl, logits)
+    fused = settings.guide is None and _use_fused(settings.impl, logits)
     if class_weight is not None or pos_weight is not None:
         classes = 1 if logits.dim() == (2 if offsets is None else 1) else logits.shape[1]
         look = looks_at_values(logits, settings.check)
@@ -237,6 +237,7 @@ def self_guidance(
     per_bag = [
         bags.bag_logits(torch.where(instances.labels.takes_part, v, torch.nan))
         for v in (guidance.alpha, guidance.weight)
+        if v is not None
     ]
     return SelfGuidance(*in_layout, *per_bag)
 

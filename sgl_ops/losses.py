@@ -41,14 +41,19 @@ class SGLLoss(_Loss):
         \theta_j &= \frac{p_j - \min p}{\max p - \min p} & \text{(Eq. 5)} \\
         M_j &= 0 \text{ if } \theta_j < \delta_l,
             \quad 1 \text{ if } \theta_j > 1 - \delta_l, \quad \theta_j \text{ else} & \text{(Eq. 6)} \\
-        \alpha &= \max(\max p - \mathrm{median}\, p,\; 1 - y), \quad w = 2^{\alpha - 1} & \text{(Eq. 7, 8)} \\
-        L_{inst} &= \sum_{k \in \{neg, amb, pos\}} \frac{1}{n_k} \sum_{j \in k} w\, BCE(p_j, M_j) & \text{(Eq. 8)} \\
+        \alpha &= \max(\max p - \mathrm{median}\, p,\; 1 - y), \quad w = 2^{\alpha - 1} & \text{(Eq. 8, in Eq. 7)} \\
+        L_{inst} &= \sum_{k \in \{neg, amb, pos\}} \frac{1}{n_k} \sum_{j \in k} w\, BCE(p_j, M_j) & \text{(Eq. 7)} \\
         L &= BCE(P, y) + \lambda L_{inst} + \mu L_{mask} & \text{(Eq. 9)}
 
     with M = 0 and w = 1 in a negative bag, P the pooled probability, BCE(P, y) averaged over the bags and classes with
     a known label, and :math:`L_{mask}` the mean over those of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`
-    (Sec. 3.3). M, theta, alpha and w are constants: no gradient flows through them. A positive bag whose instances are
-    all alike teaches its instances nothing; an empty part contributes 0.
+    (Sec. 3.3). The median of an even number of instances is the lower one: of two instances with p = 0.1 and 0.9 it is
+    0.1, so that alpha is 0.8 and not 0.4. A positive bag whose instances are all alike has no instance loss. An empty
+    part contributes 0.
+
+    *Readings of the paper.* These points are not in its text. M, theta, alpha and w are constants, without a gradient.
+    The instances of a part are counted over the whole batch. The penalty on the mask is on p [M > 0], as M itself has
+    no gradient. The median is the lower one. Equal instances have no ranking.
 
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS`, or a module that takes

@@ -1,11 +1,42 @@
-"""The losses in plain PyTorch, as the equations read: every device, every dtype; the oracle of the fused operator.
+"""The losses in plain PyTorch, for every device and dtype. The tests compare the fused operator with them.
 
 Equation numbers are those of Seibold et al., "Self-Guided Multiple Instance Learning for Weakly Supervised Disease
 Classification and Localization in Chest Radiographs", ACCV 2020.
+
+*An idea of your own.* ``SGLLoss(guide=f)`` takes targets, parts and weights from ``f``, a function from
+:class:`Instances` to :class:`Guidance`. It is computed here, in every layout and with a process group. This one takes
+soft thresholds, and the 10 % and 90 % quantiles of a bag in place of its minimum and maximum:
+
+>>> import torch
+>>> from sgl_ops import SGLLoss
+>>> from sgl_ops.reference import Guidance, Instances
+>>> def soft_guide(instances: Instances) -> Guidance:
+...     bags, labels, p = instances.bags, instances.labels, torch.sigmoid(instances.x)
+...     expand = bags.expand_to_instances
+...     low, high = bags.quantile(p, 0.1), bags.quantile(p, 0.9)
+...     span = torch.where(high > low, high - low, 1.0)
+...     theta = ((p - expand(low)) / expand(span)).clamp(0, 1)
+...     theta = torch.where(expand(labels.positive), theta, 0.0)
+...     negative = torch.sigmoid((0.3 - theta) / 0.05)
+...     positive = torch.sigmoid((theta - 0.7) / 0.05)
+...     ambiguous = 1 - negative - positive
+...     confidence = torch.where(labels.positive, bags.max(p) - bags.median(p), 1.0)
+...     return Guidance(positive + ambiguous * theta, negative, ambiguous, positive, 2 ** (confidence - 1))
+>>> criterion = SGLLoss(guide=soft_guide)
+>>> logits = torch.tensor([[-2.0, 0.0, 3.0, 1.0], [-1.0, -3.0, -2.0, 0.0]], requires_grad=True)
+>>> loss = criterion(logits, torch.tensor([1, 0]))
+>>> loss.backward()
+>>> bool((logits.grad[1] > 0).all())     # every instance of the negative bag is pushed down
+True
+
+Other functions to build on: :func:`read`, :func:`guide`, :func:`rescaled`, :func:`bce`, :func:`sgl_terms`,
+:func:`bag_loss`, :func:`bil_loss`, :func:`mmm_loss`. They do not check their arguments;
+:mod:`sgl_ops.functional` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,16 +61,44 @@ class Labels(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """What the bags teach themselves, constants: ``targets`` and ``part`` per instance, the others (N, C)."""
+    """The targets of the instances and their parts: what :func:`guide` and a function ``SGLLoss(guide=f)`` give.
+
+    The loss takes all of it for constants: no gradient flows through it. Every tensor has the dtype of ``x``.
+
+    Attributes:
+        targets: M in [0, 1], in the shape of ``x``.
+        negative, ambiguous, positive: the membership of each instance in the three parts, numbers >= 0 in the shape of
+            ``x``. Each part of the loss is a mean over its instances, weighted by the membership.
+        weight: w of Eq. 7, (N, C).
+        alpha: confidence of Eq. 8, (N, C), which ``self_guidance`` shows and the loss does not use. None: that of
+            w = 2^(alpha - 1).
+    """
 
     targets: Tensor
-    part: Tensor
-    alpha: Tensor
+    negative: Tensor
+    ambiguous: Tensor
+    positive: Tensor
     weight: Tensor
+    alpha: Tensor | None = None
+
+    @property
+    def part(self) -> Tensor:
+        """int8, in the shape of ``x``: the part with the largest membership (0, 1, 2), -1 where all are 0."""
+        memberships = torch.stack(self[1:4])
+        return torch.where(memberships.amax(0) > 0, memberships.argmax(0), NO_PART).to(torch.int8)
 
 
 class Instances(NamedTuple):
-    """The logits of a call, ready for arithmetic."""
+    """The logits of a call, ready for arithmetic: what a function ``SGLLoss(guide=f)`` gets.
+
+    Attributes:
+        bags: reductions of a tensor in the shape of ``x`` to (N, C): ``sum``, ``mean``, ``max``, ``min``, ``median``,
+            ``quantile(x, q)``, ``count(condition)``. ``expand_to_instances`` makes an (N, C) tensor broadcast against
+            ``x``, ``per_class`` a (C,) tensor.
+        labels: ``positive``, ``takes_part`` (bool) and ``y``, each (N, C).
+        group: the process group, or None.
+        x: logits in float32 or float64: (N, C, L), or (T, C) for packed bags.
+    """
 
     bags: Bags
     labels: Labels
@@ -97,26 +156,48 @@ def rescaled(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def guide(instances: Instances, settings: SGLSettings) -> Guidance:
-    """Ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of every bag-class."""
+    """Ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of every pair of a bag and a class, or those of the user."""
+    if settings.guide is not None:
+        return _guidance_of_user(instances, settings.guide)
     bags, labels, x = instances.bags, instances.labels, instances.x.detach()
     low, high = bags.min(x), bags.max(x)
-    theta = (
-        rescaled(x, bags.expand_to_instances(low), bags.expand_to_instances(high))
-        if settings.rescale
-        else torch.sigmoid(x)
-    )
+    expand = bags.expand_to_instances
+    theta = rescaled(x, expand(low), expand(high)) if settings.rescale else torch.sigmoid(x)
     delta_l = settings.delta_l
     part = torch.where(theta < delta_l, NEGATIVE, torch.where(theta > 1.0 - delta_l, POSITIVE, AMBIGUOUS))
-    part = torch.where(bags.expand_to_instances(labels.positive), part, NEGATIVE)
+    part = torch.where(expand(labels.positive), part, NEGATIVE)
     takes_part = labels.takes_part
     if settings.rescale:  # all alike: there is no ranking to learn from
         takes_part = takes_part & ~(labels.positive & (low == high))
-    part = torch.where(bags.expand_to_instances(takes_part), part, NO_PART)
-    part = bags.fill(part, NO_PART).to(torch.int8)
-    ternary = torch.where(part == POSITIVE, 1.0, torch.where(part == AMBIGUOUS, theta, 0.0))
+    part = bags.fill(torch.where(expand(takes_part), part, NO_PART), NO_PART)
+    targets = torch.where(part == POSITIVE, 1.0, torch.where(part == AMBIGUOUS, theta, 0.0)).to(x.dtype)
     alpha = torch.where(labels.positive, torch.sigmoid(high) - torch.sigmoid(bags.median(x)), 1.0)
     weight = torch.exp2(alpha - 1) if settings.weighted else torch.ones_like(alpha)
-    return Guidance(ternary.to(x.dtype), part, alpha, weight)
+    negative, ambiguous, positive = ((part == k).to(x.dtype) for k in (NEGATIVE, AMBIGUOUS, POSITIVE))
+    return Guidance(targets, negative, ambiguous, positive, weight, alpha)
+
+
+def _guidance_of_user(instances: Instances, function: Callable[[Instances], Guidance]) -> Guidance:
+    """What ``guide=function`` gives, as constants, and 0 for what does not take part."""
+    x, bags, labels = instances.x.detach(), instances.bags, instances.labels
+    given = function(instances._replace(x=x))
+    if not isinstance(given, Guidance):
+        raise TypeError(f"guide: expected an sgl_ops.reference.Guidance, got {type(given).__name__}")
+    inside = bags.expand_to_instances(labels.takes_part)
+    checked = []
+    for name, value in zip(given._fields[:5], given[:5], strict=True):
+        expected = labels.y.shape if name == "weight" else x.shape
+        if not isinstance(value, Tensor) or value.shape != expected:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"guide: expected {name} of shape {tuple(expected)}, got {got}")
+        value = value.detach().to(x.dtype)
+        if name == "weight":
+            checked.append(torch.where(labels.takes_part, value, 0.0))
+        else:
+            checked.append(bags.fill(torch.where(inside, value, 0.0), 0.0))
+    alpha = torch.log2(checked[4]) + 1 if given.alpha is None else given.alpha.detach()
+    targets, negative, ambiguous, positive, weight = checked
+    return Guidance(targets, negative, ambiguous, positive, weight, alpha)
 
 
 def bag_sum(
@@ -165,26 +246,38 @@ def mean_over_pairs(instances: Instances, total: Tensor) -> Tensor:
 class InstanceSums(NamedTuple):
     """What the instance loss is made of, each in the order negative, ambiguous, positive."""
 
-    counts: Tensor  # (3,): instances of each part
+    counts: Tensor  # (3,) int64: instances of each part; 0 with ``guide=``
     losses: Tensor  # (3,): sum of the loss over the instances of each part
     per_bag: Tensor  # (): sum over the pairs and the parts of the mean loss in the part
+    memberships: Tensor  # (3,): sum of the memberships with ``guide=``, else 0
 
 
 def instance_sums(
-    instances: Instances, guidance: Guidance, class_weight: Tensor | None, pos_weight: Tensor | None
+    instances: Instances,
+    guidance: Guidance,
+    soft: bool,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
 ) -> InstanceSums:
-    """Weighted BCE against the ternary targets, w BCE(p, M) (Eq. 7)."""
+    """Weighted BCE against the targets, w BCE(p, M) (Eq. 7). ``soft``: the memberships may be other than 0 and 1."""
     bags, x = instances.bags, instances.x
     loss = bce(x, guidance.targets, None if pos_weight is None else bags.per_class(pos_weight))
-    counts, losses, per_bag = [], [], x.new_zeros(())
-    for part in (NEGATIVE, AMBIGUOUS, POSITIVE):
-        inside = guidance.part == part
-        loss_sum = guidance.weight * bags.sum(torch.where(inside, loss, 0.0))
-        number = bags.count(inside)
-        counts.append(number.sum())
+    numbers, losses, per_bag = [], [], x.new_zeros(())
+    for membership in (guidance.negative, guidance.ambiguous, guidance.positive):
+        loss_sum = guidance.weight * bags.sum(membership * loss)
+        number = bags.sum(membership) if soft else bags.count(membership > 0)
+        numbers.append(number.sum())
         losses.append(sum_over_pairs(instances, loss_sum, class_weight))
-        per_bag = per_bag + sum_over_pairs(instances, loss_sum / number.clamp(min=1), class_weight)
-    return InstanceSums(torch.stack(counts), torch.stack(losses), per_bag)
+        per_bag = per_bag + sum_over_pairs(instances, loss_sum / _or_one(number), class_weight)
+    total = torch.stack(numbers)
+    none = torch.zeros_like(total, dtype=torch.int64 if soft else x.dtype)
+    counts, memberships = (none, total) if soft else (total, none)
+    return InstanceSums(counts, torch.stack(losses), per_bag, memberships)
+
+
+def _or_one(number: Tensor) -> Tensor:
+    """A denominator: the sum of an empty part is 0."""
+    return torch.where(number > 0, number, 1)
 
 
 def mask_sum(instances: Instances, guidance: Guidance, class_weight: Tensor | None) -> Tensor:
@@ -223,14 +316,14 @@ def sgl_terms(
 ) -> Terms:
     instances = read(logits, targets, mask, offsets, group)
     guidance = guide(instances, settings)
-    sums = instance_sums(instances, guidance, class_weight, pos_weight)
+    sums = instance_sums(instances, guidance, settings.guide is not None, class_weight, pos_weight)
     bag = bag_sum(instances, pooling, mask, offsets, features, class_weight, pos_weight)
     penalty = mask_sum(instances, guidance, class_weight)
     counts = torch.cat((instances.labels.participants.reshape(1), sums.counts))
-    numbers = torch.cat((sums.losses, torch.stack((sums.per_bag, bag, penalty))))
+    numbers = torch.cat((sums.losses, torch.stack((sums.per_bag, bag, penalty)), sums.memberships))
     counts, numbers = all_reduce_batch(counts, numbers, group)
-    pairs, counts = counts[0].clamp(min=1), counts[1:].clamp(min=1)
-    instance = numbers[3] / pairs if settings.per_bag else (numbers[:3] / counts).sum()
+    pairs, in_parts = counts[0].clamp(min=1), _or_one(counts[1:] + numbers[6:].detach())
+    instance = numbers[3] / pairs if settings.per_bag else (numbers[:3] / in_parts).sum()
     return Terms(numbers[4] / pairs, instance, numbers[5] / pairs)
 
 

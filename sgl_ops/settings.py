@@ -36,6 +36,8 @@ class SGLSettings:
             batch. ``"bag"``: the number in the bag and class; the loss is then averaged over bags and classes.
         rescale: False takes theta = p instead of Eq. 5 (the paper's ablation "No Rescale").
         weighted: False takes w = 1 in Eq. 7 (the ablation without weighting).
+        guide: a function that gives targets, parts and weights in place of Eq. 5 to 8: see :mod:`sgl_ops.reference`. It
+            runs by the reference, and ``delta_l``, ``rescale`` and ``weighted`` are not used.
         check: whether the values of targets, offsets, class vectors and tensor weights are checked. None: on the CPU
             only. True: always; on a GPU the call then waits for the device. False: never.
         impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"`` or
@@ -58,6 +60,7 @@ class SGLSettings:
     normalize: str = "batch"
     rescale: bool = True
     weighted: bool = True
+    guide: Callable[[Any], Any] | None = None
     check: bool | None = None
     impl: str = "auto"
 
@@ -79,6 +82,11 @@ class SGLSettings:
         if self.normalize not in ("batch", "bag"):
             raise ValueError(f"normalize: expected 'batch' or 'bag', got {self.normalize!r}")
         check_impl(self.impl)
+        if self.guide is not None:
+            if not callable(self.guide):
+                raise TypeError(f"guide: expected a function, got {type(self.guide).__name__}")
+            if self.impl == "fused":
+                raise ValueError("guide: runs by the reference; impl has to be 'auto' or 'reference', got 'fused'")
 
     @property
     def per_bag(self) -> bool:

@@ -24,7 +24,9 @@ MODULES = [
     *(f"sgl_ops.localization._{part}" for part in ("accuracy", "boxes", "maps", "overlay", "references")),
     "sgl_ops.losses",
     "sgl_ops.pooling",
+    "sgl_ops.reference",
     "sgl_ops.schedule",
+    "sgl_ops.settings",
 ]
 PUBLIC = [sgl_ops, sgl_ops.functional, sgl_ops.pooling, sgl_ops.localization]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import settled
+from test_guide import soft_guide
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
 from sgl_ops.pooling import AutoPooling
@@ -141,6 +142,8 @@ def work(rank: int, folder: str) -> None:
         x, y = batch(torch.float32 if rank else torch.float64)
         value, grad = backward(loss_of(group, kind), x[SPLIT[rank]], y[SPLIT[rank]])
         results[name] = value.detach().double(), grad.double()
+    x, y = batch()
+    results["guide"] = backward(loss_of(group, guide=soft_guide), x[SPLIT[rank]], y[SPLIT[rank]])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -167,6 +170,16 @@ def check(found, kind):
 @pytest.mark.parametrize("name", FACTS)
 def test_a_rank_that_takes_another_path(ranks, name, odd):
     check([of_rank[name, odd] for of_rank in ranks], SGLLoss)
+
+
+def test_a_guide_of_the_user_counts_over_all_ranks(ranks):
+    x, y = batch()
+    value, grad = backward(loss_of(None, guide=soft_guide), x, y)
+    for rank, of_rank in enumerate(ranks):
+        found, part = of_rank["guide"]
+        torch.testing.assert_close(
+            (found.detach(), part / 2), (value.detach(), grad[SPLIT[rank]]), rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", COMPARED)
