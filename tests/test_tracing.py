@@ -155,7 +155,8 @@ def test_opcheck_of_the_operators_that_take_numbers_as_a_tensor():
     x, y = batch(3, 2, 4, 5)
     numbers = torch.tensor([0.3, 1.0, 1.0, 1.0], dtype=torch.float64)
     others = (x, y, None, None, None, None)
-    settings = {"pooling": 4, "per_bag": False, "rescale": True, "weighted": True}
+    loss = _fused.CONSTANTS["self_guiding_loss"]
+    settings = {"pooling": 4, "per_bag": False, "rescale": True, "weighted": True, "loss": loss}
     forward = [settings[name] for name in _fused._OF_FORWARD if name not in _fused._NUMBERS]
     for logits in (x, x.requires_grad_()):
         torch.library.opcheck(_fused._forward_numbers, (numbers, logits, *others[1:], *forward))
