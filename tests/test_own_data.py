@@ -1,0 +1,101 @@
+"""docs/own-data.md: its commands run in their order, and its code makes boxes.csv of VOC and COCO."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from images.folder import load_folder
+
+Image = pytest.importorskip("PIL.Image")
+PAGE = (ROOT / "docs" / "own-data.md").read_text()
+BOXES = [
+    ["photo_0.png", "red", 0, 0, 12, 10],
+    ["photo_1.png", "green", 20, 5, 10, 15],
+    ["photo_1.png", "green", 1, 2, 9, 9],
+]
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of 24 photos of 40x30 and 30x40 pixels, as the page describes it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = [["image", "labels"]]
+    rng = np.random.default_rng(0)
+    for k in range(24):
+        photo = rng.integers(60, 120, [(30, 40, 3), (40, 30, 3)][k % 2], dtype=np.uint8)
+        names = ["red"] * (k % 2 == 0) + ["green"] * (k % 3 == 1)
+        for name in names:
+            c = ("red", "green").index(name)
+            photo[10 * c : 10 * c + 10, 5:17, c] = 240
+        Image.fromarray(photo).save(folder / f"photo_{k}.png")
+        rows.append([f"photo_{k}.png", "|".join(names)])
+    with (folder / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def write_voc(tmp_path):
+    (tmp_path / "voc").mkdir()
+    for name in sorted({box[0] for box in BOXES}):
+        things = "".join(
+            f"<object><name>{label}</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax>"
+            f"<ymax>{y + h}</ymax></bndbox></object>"
+            for image, label, x, y, w, h in BOXES
+            if image == name
+        )
+        text = f"<annotation><filename>{name}</filename>{things}</annotation>"
+        (tmp_path / "voc" / name).with_suffix(".xml").write_text(text)
+
+
+def write_coco(tmp_path):
+    names, labels = (sorted({box[k] for box in BOXES}) for k in (0, 1))
+    content = {
+        "images": [{"id": 7 + k, "file_name": name} for k, name in enumerate(names)],
+        "categories": [{"id": 3 + k, "name": name} for k, name in enumerate(labels)],
+        "annotations": [
+            {"image_id": 7 + names.index(image), "category_id": 3 + labels.index(label), "bbox": place}
+            for image, label, *place in BOXES
+        ],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("number", "write"), [(0, write_voc), (1, write_coco)], ids=["VOC", "COCO"])
+def test_boxes_of_other_formats(photos, tmp_path, number, write):
+    write(tmp_path)
+    exec(blocks("python")[number], {})
+    index = load_folder(photos)
+    found = [[name, index.classes[c], *place] for name, boxes in index.boxes.items() for c, *place in boxes]
+    assert sorted(found) == sorted(BOXES)
+
+
+def test_the_commands_of_the_page(photos, tmp_path):
+    """As they stand there, with one epoch and small images."""
+    write_coco(tmp_path)
+    exec(blocks("python")[1], {})
+    (block,) = blocks("bash")
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert [command[1] for command in commands] == ["check_cxr.py", "train_cxr.py", "localize_cxr.py"]
+    quick = {
+        "train_cxr.py": ["--image-size", "64", "--epochs", "1", "--workers", "0"],
+        "localize_cxr.py": ["--draws", "5"],
+    }
+    for _, script, *options in commands:
+        command = [sys.executable, ROOT / "examples" / script, *options, *quick.get(script, [])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert "photos: classification and localization" in (tmp_path / "report" / "report.html").read_text()
