@@ -52,9 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its tier. The long tiers are marked where the tests are."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        names = {value for value in parameters if isinstance(value, str)}
         if LONG & {marker.name for marker in item.iter_markers()}:
             continue
-        if "emulated" in item.fixturenames or "emulated" in parameters:
+        if "emulated" in item.fixturenames or "emulated" in names:
             item.add_marker("emulated")
         elif item.module.__name__ in QUICK:
             item.add_marker("quick")
