@@ -1,0 +1,127 @@
+"""Features of images by a pretrained network, computed once: the bags for train_features.py.
+
+    python extract_features.py --images DIR --backbone timm/resnet18 --cut layer3 --out features
+    python extract_features.py --images DIR --backbone timm/resnet50.tv_in1k --weights FILE.safetensors --out features
+    python extract_features.py --images DIR --points nuclei.csv --backbone timm/resnet18 --out features
+
+A bag is an image. Its instances are the cells of the network's feature map, or the points of --points. The command
+prints the stride of the map, its grid, and how many pixels a cell sees. Interrupted, it continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images; an image is a bag")
+    data.add_argument("--points", type=Path, metavar="CSV", help="columns bag (or image), x, y: an instance per point")
+    data.add_argument("--points-from-one", action="store_true", help="the first pixel's coordinates are 1, 1")
+    data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the features")
+    data.add_argument(
+        "--format", choices=("store", "h5"), default="store", help="one file for all bags, or one BAG.h5 each"
+    )
+    network = parser.add_argument_group("network")
+    network.add_argument("--backbone", default="timm/resnet18", metavar="NAME", help="a model of timm (timm/resnet18)")
+    network.add_argument(
+        "--weights", default="pretrained", metavar="FILE", help="pretrained (timm downloads them), none, or a file"
+    )
+    network.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="stages to concatenate; see --cut")
+    network.add_argument("--cut", metavar="STAGE", help="the trunk only up to this stage: its number or its name")
+    network.add_argument("--output-stride", type=int, metavar="N", help="dilate the network to this stride")
+    view = parser.add_argument_group("view")
+    view.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the image; features are concatenated")
+    view.add_argument("--patch", type=int, metavar="PIXELS", help="with --points: a square crop per point")
+    view.add_argument("--symmetric", action="store_true", help="mean over the 8 flips and rotations")
+    view.add_argument("--threads", type=int, metavar="N", help="threads of torch")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.patch is not None and args.points is None:
+        parser.error("--patch: expected together with --points")
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        extract(args)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    print(f"next: python train_features.py --features {args.out} --labels labels.csv --out runs")
+    return 0
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Writes the bags of all images that are not yet in ``args.out``."""
+    from features.backbones import load_backbone
+    from features.extraction import find_images, map_bag, patch_bag, point_bag, read_image, read_points
+    from features.store import FileWriter, StoreWriter
+
+    images = find_images(args.images)
+    points = None
+    if args.points is not None:
+        points = read_points(args.points)
+        absent = sorted(set(points) - set(images))
+        if absent:
+            raise ValueError(f"points: {len(absent)} bags have no image in {args.images}, for example {absent[0]}")
+        images = {name: path for name, path in images.items() if name in points}
+    backbone = load_backbone(
+        args.backbone, weights=args.weights, stages=args.stages, cut=args.cut, output_stride=args.output_stride
+    )
+    geometry = backbone.geometry
+    sees = "the whole image" if geometry.field is None else f"{geometry.field} pixels"
+    first = read_image(next(iter(images.values())))
+    grid = [int(n * args.scales[0]) // geometry.stride for n in first.shape[2:]]
+    print(
+        f"{args.backbone}, stages {', '.join(backbone.stages)}: stride {geometry.stride}, a cell sees {sees}; "
+        f"the first image ({first.shape[3]}x{first.shape[2]}) has a grid of {grid[1]}x{grid[0]} cells",
+        flush=True,
+    )
+    settings = {
+        "backbone": args.backbone,
+        "weights": Path(args.weights).name,
+        "stages": list(backbone.stages),
+        "output_stride": args.output_stride,
+        "scales": args.scales,
+        "patch": args.patch,
+        "symmetric": args.symmetric,
+        "points": args.points is not None,
+        "stride": geometry.stride,
+        "centre": geometry.stride / 2 if args.symmetric else geometry.centre,
+        "field": geometry.field,
+    }
+    writer = (StoreWriter if args.format == "store" else FileWriter)(args.out, settings)
+    todo = [name for name in images if name not in writer.names]
+    begun = time.monotonic()
+    for done, name in enumerate(todo, 1):
+        image = read_image(images[name])
+        if points is None:
+            bag = map_bag(backbone, geometry, image, args.scales, args.symmetric)
+        else:
+            # continuous coordinates: the first pixel covers 0 to 1
+            places = points[name] + (-0.5 if args.points_from_one else 0.5)
+            if args.patch is not None:
+                bag = patch_bag(backbone, image, places, args.patch, args.symmetric)
+            else:
+                bag = point_bag(backbone, geometry, image, places, args.scales, args.symmetric)
+        writer.add(name, bag)
+        if done % 20 == 0 or done == len(todo):
+            left = (time.monotonic() - begun) / done * (len(todo) - done)
+            print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

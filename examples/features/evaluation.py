@@ -1,0 +1,98 @@
+"""What a trained head finds: in bags, in their instances, and as boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from boxes import contains, heatmap_to_box, iou, peak_of
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+T_IOU = (0.1, 0.3, 0.5)
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve of scores (n,) and labels (n,), NaN = unknown; NaN where one kind only is known."""
+    known = ~np.isnan(labels)
+    scores, labels = scores[known], labels[known]
+    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else math.nan
+
+
+def bootstrap(
+    measure: Callable[[np.ndarray], float], count: int, repeats: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of ``measure(indices)`` over ``repeats`` samples of ``count`` bags, drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    values = np.array([measure(generator.integers(count, size=count)) for _ in range(repeats)])
+    values = values[~np.isnan(values)]
+    return tuple(np.quantile(values, (0.025, 0.975)).tolist()) if len(values) else (math.nan, math.nan)
+
+
+def bag_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Of one class: AUC of the bags (n,), and its bootstrap interval over bags."""
+    low, high = bootstrap(lambda rows: auc(scores[rows], labels[rows]), len(scores))
+    return {"auc": auc(scores, labels), "auc_low": low, "auc_high": high}
+
+
+def instance_metrics(
+    found: Sequence[np.ndarray], truth: Sequence[np.ndarray], positive: Sequence[bool]
+) -> dict[str, float]:
+    """Of one class, from probabilities ``found`` and labels ``truth`` of the instances (L_i,) of each bag.
+
+    ``auc_all``: AUC of all instances. ``auc`` and ``ap``: of the instances of positive bags, put together. ``iou``: mean
+    over the positive bags of the intersection over union of the instances with p > 0.5 and the positive ones.
+    """
+    everything = np.concatenate(found), np.concatenate(truth)
+    inside = [i for i, is_positive in enumerate(positive) if is_positive]
+    result = {"auc_all": auc(*everything), "auc": math.nan, "ap": math.nan, "iou": math.nan}
+    if not inside:
+        return result
+    p, y = (np.concatenate([x[i] for i in inside]) for x in (found, truth))
+    known = ~np.isnan(y)
+    result["auc"] = auc(p, y)
+    if 0 < y[known].sum():
+        result["ap"] = float(average_precision_score(y[known], p[known]))
+    overlaps = []
+    for i in inside:
+        known = ~np.isnan(truth[i])
+        chosen, true = found[i][known] > 0.5, truth[i][known] == 1
+        if (chosen | true).any():
+            overlaps.append((chosen & true).sum() / (chosen | true).sum())
+    result["iou"] = float(np.mean(overlaps)) if overlaps else math.nan
+    return result
+
+
+def box_of(heatmap: np.ndarray, size: tuple[int, int], first: float) -> np.ndarray:
+    """The box (4,) of a map (h, w): bilinear, p > 0.5, the component of the maximum, no opening and closing."""
+    return heatmap_to_box(heatmap, size, 0.5, "bilinear", 1, first)
+
+
+def box_metrics(
+    maps: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], truth: Mapping[str, np.ndarray], first: float
+) -> dict[str, float]:
+    """Of the bags with true boxes: shares of them that are found, with one box and one point per bag.
+
+    A bag counts as found at T if the box has an IoU greater than T with any of its true boxes. ``pointing``: the centre
+    of the map's greatest cell lies in one of them.
+    """
+    rows = [
+        (
+            float(iou(box_of(maps[name], sizes[name], first), truth[name]).max()),
+            bool(contains(truth[name], np.array(peak_of(maps[name], sizes[name], first))).any()),
+        )
+        for name in maps
+        if name in truth
+    ]
+    if not rows:
+        return {}
+    overlaps, hits = (np.array(column, float) for column in zip(*rows, strict=True))
+    result = {"images": len(rows), "pointing": float(hits.mean())}
+    for t in T_IOU:
+        result[f"iou_{t:g}"] = float((overlaps > t).mean())
+    for t in (0.3, 0.5):
+        low, high = bootstrap(lambda picked, t=t: float((overlaps[picked] > t).mean()), len(rows))
+        result |= {f"iou_{t:g}_low": low, f"iou_{t:g}_high": high}
+    return result
+
+

@@ -1,0 +1,147 @@
+"""Features of images: a map's cells, or the places round given points."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from features.backbones import Backbone, Geometry
+from features.store import Bag
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """The image files of a folder, by their names without ending.
+
+    Raises:
+        ValueError: there are none, or two of one name.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"images: expected a folder, got {str(folder)!r}")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    names = [p.stem for p in paths]
+    if not paths:
+        raise ValueError(f"images: {folder} holds no {', '.join(IMAGES)}")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"images: two files are called {twice}; a bag has the name of its image without the ending")
+    return dict(zip(names, paths, strict=True))
+
+
+def read_image(path: Path) -> Tensor:
+    """(1, 3, height, width) in [0, 1]; gray images have three equal channels."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            array = np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
+
+
+def read_points(path: Path) -> dict[str, np.ndarray]:
+    """x, y (n, 2) in pixels by bag, of a csv with the columns bag (or image), x and y; rows keep their order."""
+    if not path.is_file():
+        raise ValueError(f"points: expected a csv file, got {str(path)!r}")
+    points: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        bag = next((c for c in ("bag", "image") if c in columns), None)
+        if bag is None or "x" not in columns or "y" not in columns:
+            raise ValueError(f"points: expected the columns bag (or image), x, y in {path}, found {', '.join(columns)}")
+        for row in reader:
+            points.setdefault(Path(row[bag]).stem, []).append((float(row["x"]), float(row["y"])))
+    return {name: np.array(places) for name, places in points.items()}
+
+
+@torch.no_grad()
+def map_of(backbone: Backbone, image: Tensor, scales: Sequence[float], symmetric: bool) -> Tensor:
+    """The feature map (D, h, w) of an image (1, 3, H, W), concatenated over ``scales`` of the image.
+
+    Args:
+        symmetric: the mean over the eight flips and rotations by 90 degrees, each turned back.
+    """
+    maps = []
+    for scale in scales:
+        scaled = image
+        if scale != 1:
+            size = [round(n * scale) for n in image.shape[2:]]
+            scaled = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+        maps.append(_symmetric(backbone, scaled) if symmetric else backbone(scaled))
+    size = maps[0].shape[2:]
+    return torch.cat(
+        [m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps], 1
+    )[0]
+
+
+def _symmetric(network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    total = 0
+    for turns in range(4):
+        for flip in (False, True):
+            turned = torch.rot90(image.flip(3) if flip else image, turns, (2, 3))
+            back = torch.rot90(network(turned), -turns, (2, 3))
+            total = total + (back.flip(3) if flip else back)
+    return total / 8
+
+
+def map_bag(backbone: Backbone, geometry: Geometry, image: Tensor, scales: Sequence[float], symmetric: bool) -> Bag:
+    """The cells of an image's feature map as a bag; ``coords`` are the centres of the cells."""
+    features = map_of(backbone, image, scales, symmetric)
+    step, centre = geometry.stride / scales[0], geometry.centre / scales[0]
+    if symmetric:
+        centre = step / 2  # the mean over flips is symmetric to the middle of the image
+    h, w = features.shape[1:]
+    y, x = np.mgrid[:h, :w]
+    coords = np.stack([x.ravel(), y.ravel()], 1) * step + centre
+    return Bag(features.flatten(1).T.numpy(), coords, (h, w), tuple(image.shape[2:]))
+
+
+def point_bag(
+    backbone: Backbone, geometry: Geometry, image: Tensor, points: np.ndarray, scales: Sequence[float], symmetric: bool
+) -> Bag:
+    """The features at ``points`` (n, 2; x, y in pixels), interpolated in the maps of the whole image."""
+    found = []
+    for scale in scales:
+        features = map_of(backbone, image, (scale,), symmetric)
+        h, w = features.shape[1:]
+        size = torch.tensor([image.shape[3], image.shape[2]])
+        places = torch.from_numpy(points).float()
+        if symmetric:
+            places = places / size * 2 - 1
+        else:
+            cells = (places * scale - geometry.centre) / geometry.stride
+            places = (cells + 0.5) / torch.tensor([w, h]) * 2 - 1
+        sampled = F.grid_sample(
+            features[None], places[None, None], mode="bilinear", padding_mode="border", align_corners=False
+        )
+        found.append(sampled[0, :, 0].T)
+    return Bag(torch.cat(found, 1).numpy(), points, None, tuple(image.shape[2:]))
+
+
+@torch.no_grad()
+def patch_bag(
+    backbone: Backbone, image: Tensor, points: np.ndarray, side: int, symmetric: bool, batch_size: int = 64
+) -> Bag:
+    """The mean of the feature map of the square of ``side`` pixels round each of ``points``, enlarged to the network's
+    size. Beyond the edge the image is mirrored."""
+    half = side // 2
+    corners = np.floor(points).astype(int)
+    padded = F.pad(image, (half, side, half, side), mode="reflect")
+    found = []
+    for start in range(0, len(corners), batch_size):
+        patches = torch.cat([padded[..., y : y + side, x : x + side] for x, y in corners[start : start + batch_size]])
+        if side != backbone.size:
+            size = (backbone.size,) * 2
+            patches = F.interpolate(patches, size, mode="bilinear", align_corners=False, antialias=True)
+        maps = _symmetric(backbone, patches) if symmetric else backbone(patches)
+        found.append(maps.mean((2, 3)))
+    return Bag(torch.cat(found).numpy(), points, None, tuple(image.shape[2:]))

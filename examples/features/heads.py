@@ -1,0 +1,65 @@
+"""Heads: from the features of an instance to its logits, one per class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgl_ops import prior_bias
+from sgl_ops.pooling import AttentionPooling, TopKPooling, make_pooling
+
+HEADS = ("linear", "mlp", "attention", "gated")
+
+
+class Head(nn.Module):
+    """Instance logits (L, C) of features (L, D): a linear layer, or two with a ReLU between.
+
+    Features are standardized by ``mean`` and ``std`` (D,) first, which are part of the state.
+
+    Args:
+        features: D.
+        classes: C.
+        hidden: width H of the hidden layer; 0 = a linear head.
+        dropout: of the hidden layer.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: int, classes: int, hidden: int, dropout: float):
+        super().__init__()
+        self.first = nn.Linear(features, hidden or classes)
+        self.last = nn.Linear(hidden, classes) if hidden else None
+        self.dropout = dropout
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (L, C), and what attention looks at: the hidden layer (L, H), or the features (L, D)."""
+        # standardization is folded into the weights: one pass over the features less
+        weight = self.first.weight / self.std
+        out = F.linear(x, weight, self.first.bias - weight @ self.mean)
+        if self.last is None:
+            return out, (x - self.mean) / self.std
+        hidden = F.dropout(F.relu(out), self.dropout, self.training)
+        return self.last(hidden), hidden
+
+    @torch.no_grad()
+    def start(self, labels: Tensor, share: float) -> None:
+        """The bias of the last layer from the labels (N, C) of the training bags: see :func:`sgl_ops.prior_bias`."""
+        (self.last or self.first).bias.copy_(prior_bias(labels, share=share))
+
+
+def make_head_pooling(head: str, pooling: str, k: float, width: int) -> nn.Module:
+    """The pooling of a head: attention for ``attention`` and ``gated``, else the one named ``pooling``.
+
+    Args:
+        k: of ``topk``: a number of instances, or below 1 a share of the bag.
+        width: of what attention looks at.
+    """
+    if head in ("attention", "gated"):
+        return AttentionPooling(width, gated=head == "gated")
+    if pooling == "topk":
+        return TopKPooling(k if k < 1 else int(k))
+    return make_pooling(pooling)

@@ -1,0 +1,215 @@
+"""Runs of train_features.py: what is trained and tested on what, files of finished runs, and their summary."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from features.evaluation import auc, bag_metrics, bootstrap, box_metrics, instance_metrics
+from features.labels import Labels, folds
+from features.store import FeatureBags
+
+
+class Run(NamedTuple):
+    """One training: ``repeat`` (of the folds, or the seed), ``fold`` (0 with a given split), indices of bags."""
+
+    repeat: int
+    fold: int
+    train: np.ndarray
+    test: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"repeat{self.repeat}_fold{self.fold}"
+
+
+class Predictions(NamedTuple):
+    """What a run says of its test bags: ``names``, ``bags`` (N, C), ``instances`` (T, C), ``offsets`` (N + 1,)."""
+
+    names: np.ndarray
+    bags: np.ndarray
+    instances: np.ndarray
+    offsets: np.ndarray
+
+
+class Truth(NamedTuple):
+    """What predictions are compared with; ``instances`` and ``boxes`` may be empty."""
+
+    labels: Labels
+    instances: Mapping[str, np.ndarray]
+    boxes: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator[Run]:
+    """The runs: ``repeats`` times ``count`` folds, or with the given split, ``repeats`` seeds.
+
+    Args:
+        count: number of folds; None: the column ``split``. ``test`` = ``"test"`` trains on train and val and tests on
+            test; ``"val"`` trains on train and tests on val, without a look at the test bags.
+    """
+    if count is None:
+        if labels.split is None:
+            raise ValueError("split: labels.csv has no column split; add one (train, val, test), or pass --folds")
+        chosen = labels.split == test
+        train = (labels.split == "train") | ((labels.split == "val") & (test == "test"))
+        if not chosen.any() or not train.any():
+            raise ValueError(f"split: expected bags of train and {test}, found {train.sum()} and {chosen.sum()}")
+        for seed in range(repeats):
+            yield Run(seed, 0, train.nonzero()[0], chosen.nonzero()[0])
+        return
+    for repeat in range(repeats):
+        for fold, (train, tested) in enumerate(folds(labels, count, repeat)):
+            yield Run(repeat, fold, train, tested)
+
+
+def save_predictions(path: Path, predictions: Predictions) -> None:
+    """Atomic: after a crash the file is whole or not there."""
+    beside = path.with_suffix(".tmp")
+    with beside.open("wb") as file:
+        np.savez(file, **predictions._asdict())
+    os.replace(beside, path)
+
+
+def load_predictions(path: Path) -> Predictions:
+    with np.load(path) as file:
+        return Predictions(**{name: file[name] for name in Predictions._fields})
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """The predictions of several folds as those of one run."""
+    sizes = np.concatenate([np.diff(p.offsets) for p in parts])
+    names, bags, instances = (np.concatenate([getattr(p, field) for p in parts]) for field in Predictions._fields[:3])
+    return Predictions(names, bags, instances, np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def metrics_of(
+    predictions: Predictions, truth: Truth, bags: FeatureBags, with_intervals: bool = True
+) -> dict[str, dict[str, float]]:
+    """Metrics by class: of bags, and where there is a truth, of instances and of boxes."""
+    rows = {name: i for i, name in enumerate(truth.labels.names)}
+    labels = truth.labels.values[[rows[str(name)] for name in predictions.names]]
+    per_bag = np.split(predictions.instances, predictions.offsets[1:-1])
+    result: dict[str, dict[str, float]] = {}
+    for c, name in enumerate(truth.labels.classes):
+        scores = predictions.bags[:, c]
+        found = bag_metrics(scores, labels[:, c]) if with_intervals else {"auc": auc(scores, labels[:, c])}
+        known = [i for i, bag in enumerate(predictions.names) if str(bag) in truth.instances]
+        if known:
+            values = instance_metrics(
+                [per_bag[i][:, c] for i in known],
+                [truth.instances[str(predictions.names[i])][:, c] for i in known],
+                [labels[i, c] == 1 for i in known],
+            )
+            found |= {f"instance_{key}": value for key, value in values.items()}
+        if name in truth.boxes:
+            found |= box_metrics(*maps_of(predictions, bags, c), truth.boxes[name], first_of(bags))
+        result[name] = found
+    return result
+
+
+def maps_of(
+    predictions: Predictions, bags: FeatureBags, c: int
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
+    """Maps (h, w) of class ``c`` and sizes of the images, of the bags that are maps."""
+    maps, sizes = {}, {}
+    for i, name in enumerate(predictions.names.tolist()):
+        bag = bags.shape(name)
+        if bag.grid is not None and bag.size is not None:
+            start, stop = predictions.offsets[i : i + 2]
+            maps[name] = predictions.instances[start:stop, c].reshape(bag.grid).astype(float)
+            sizes[name] = bag.size
+    return maps, sizes
+
+
+def first_of(bags: FeatureBags) -> float:
+    """The centre of the first cell in cells from the edge of the image; 0.5 where the extraction is unknown."""
+    settings = bags.settings
+    return settings["centre"] / settings["stride"] if settings.get("stride") else 0.5
+
+
+def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: FeatureBags) -> tuple[dict, list[dict]]:
+    """Metrics over all repeats (a list of folds each): a dict by class, and a row per repeat and class.
+
+    A repeat's metrics are those of its folds' test bags together. Of each metric: mean, worst and best over the
+    repeats. ``auc_low`` and ``auc_high`` are the 95 % interval, over bags, of the AUC of the mean score of the repeats.
+    ``auc_of_folds`` is the mean of the AUC within each fold, and ``auc_of_folds_sd`` its deviation, as some papers have.
+    """
+    whole = [joined(parts) for parts in repeats]
+    rows = []
+    for number, predictions in enumerate(whole):
+        for name, values in metrics_of(predictions, truth, bags, with_intervals=False).items():
+            rows.append({"repeat": number, "class": name} | values)
+    order = {name: i for i, name in enumerate(truth.labels.names)}
+    result = {}
+    for c, name in enumerate(truth.labels.classes):
+        own = [row for row in rows if row["class"] == name]
+        keys = [key for key in own[0] if key not in ("repeat", "class")]
+        stats = {}
+        for key in keys:
+            values = np.array([row[key] for row in own], float)
+            stats[key] = float(values.mean())
+            stats[f"{key}_worst"], stats[f"{key}_best"] = float(values.min()), float(values.max())
+        scores = {}
+        for predictions in whole:
+            for bag, score in zip(predictions.names.tolist(), predictions.bags[:, c], strict=True):
+                scores.setdefault(bag, []).append(float(score))
+        mean = np.array([np.mean(values) for values in scores.values()])
+        labels = truth.labels.values[[order[bag] for bag in scores], c]
+        low, high = bootstrap(lambda picked, mean=mean, labels=labels: auc(mean[picked], labels[picked]), len(mean))
+        stats |= {"auc_low": low, "auc_high": high}
+        within = [
+            auc(part.bags[:, c], truth.labels.values[[order[str(bag)] for bag in part.names], c])
+            for parts in repeats
+            for part in parts
+        ]
+        if len(within) > len(whole):
+            within = np.array(within)[~np.isnan(within)]
+            stats |= {"auc_of_folds": float(np.mean(within)), "auc_of_folds_sd": float(np.std(within))}
+        result[name] = stats
+    return result, rows
+
+
+def write_tables(
+    folder: Path, repeats: Sequence[Sequence[Predictions]], labels: Labels, bags: FeatureBags, result: dict, rows: list
+) -> None:
+    """``metrics.json``, ``runs.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats)."""
+    (folder / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    with (folder / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    whole = [joined(parts) for parts in repeats]
+    places: dict[str, list[tuple[Predictions, int]]] = {}
+    for predictions in whole:
+        for i, name in enumerate(predictions.names.tolist()):
+            places.setdefault(name, []).append((predictions, i))
+    order = {name: i for i, name in enumerate(labels.names)}
+    with (
+        (folder / "bags.csv").open("w", newline="") as bag_file,
+        (folder / "instances.csv").open("w", newline="") as instance_file,
+    ):
+        bag_writer, instance_writer = (csv.writer(f, lineterminator="\n") for f in (bag_file, instance_file))
+        bag_writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes])
+        instance_writer.writerow(["bag", "instance", "x", "y", *labels.classes])
+        for name, found in places.items():
+            score = np.mean([p.bags[i] for p, i in found], 0)
+            truth = ["" if math.isnan(v) else int(v) for v in labels.values[order[name]]]
+            bag_writer.writerow([name, *truth, *(f"{v:.6g}" for v in score)])
+            instances = np.mean([p.instances[p.offsets[i] : p.offsets[i + 1]] for p, i in found], 0)
+            coords = bags.coords(name)
+            for j, values in enumerate(instances):
+                place = ("", "") if coords is None else (f"{coords[j][0]:g}", f"{coords[j][1]:g}")
+                instance_writer.writerow([name, j, *place, *(f"{v:.4g}" for v in values)])
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
