@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from boxes import contains, heatmap_to_box, iou, peak_of
 from sklearn.metrics import average_precision_score, roc_auc_score
+
+from sgl_ops.localization import box_iou, contains, heatmap_to_box, heatmap_to_point
 
 T_IOU = (0.1, 0.3, 0.5)
 
@@ -40,8 +41,8 @@ def instance_metrics(
 ) -> dict[str, float]:
     """Of one class, from probabilities ``found`` and labels ``truth`` of the instances (L_i,) of each bag.
 
-    ``auc_all``: AUC of all instances. ``auc`` and ``ap``: of the instances of positive bags, put together. ``iou``: mean
-    over the positive bags of the intersection over union of the instances with p > 0.5 and the positive ones.
+    ``auc_all``: AUC of all instances. ``auc`` and ``ap``: of the instances of positive bags, put together. ``iou``:
+    mean over the positive bags of the intersection over union of the instances with p > 0.5 and the positive ones.
     """
     everything = np.concatenate(found), np.concatenate(truth)
     inside = [i for i, is_positive in enumerate(positive) if is_positive]
@@ -51,7 +52,7 @@ def instance_metrics(
     p, y = (np.concatenate([x[i] for i in inside]) for x in (found, truth))
     known = ~np.isnan(y)
     result["auc"] = auc(p, y)
-    if 0 < y[known].sum():
+    if y[known].sum() > 0:
         result["ap"] = float(average_precision_score(y[known], p[known]))
     overlaps = []
     for i in inside:
@@ -78,8 +79,8 @@ def box_metrics(
     """
     rows = [
         (
-            float(iou(box_of(maps[name], sizes[name], first), truth[name]).max()),
-            bool(contains(truth[name], np.array(peak_of(maps[name], sizes[name], first))).any()),
+            float(box_iou(box_of(maps[name], sizes[name], first), truth[name]).max()),
+            bool(contains(truth[name], heatmap_to_point(maps[name], sizes[name], first)).any()),
         )
         for name in maps
         if name in truth
@@ -94,5 +95,3 @@ def box_metrics(
         low, high = bootstrap(lambda picked, t=t: float((overlaps[picked] > t).mean()), len(rows))
         result |= {f"iou_{t:g}_low": low, f"iou_{t:g}_high": high}
     return result
-
-

@@ -15,8 +15,6 @@ HEADS = ("linear", "mlp", "attention", "gated")
 class Head(nn.Module):
     """Instance logits (L, C) of features (L, D): a linear layer, or two with a ReLU between.
 
-    Features are standardized by ``mean`` and ``std`` (D,) first, which are part of the state.
-
     Args:
         features: D.
         classes: C.
@@ -24,24 +22,17 @@ class Head(nn.Module):
         dropout: of the hidden layer.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, features: int, classes: int, hidden: int, dropout: float):
         super().__init__()
         self.first = nn.Linear(features, hidden or classes)
         self.last = nn.Linear(hidden, classes) if hidden else None
         self.dropout = dropout
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("std", torch.ones(features))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (L, C), and what attention looks at: the hidden layer (L, H), or the features (L, D)."""
-        # standardization is folded into the weights: one pass over the features less
-        weight = self.first.weight / self.std
-        out = F.linear(x, weight, self.first.bias - weight @ self.mean)
+        out = self.first(x)
         if self.last is None:
-            return out, (x - self.mean) / self.std
+            return out, x
         hidden = F.dropout(F.relu(out), self.dropout, self.training)
         return self.last(hidden), hidden
 

@@ -139,7 +139,7 @@ def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: Featur
 
     A repeat's metrics are those of its folds' test bags together. Of each metric: mean, worst and best over the
     repeats. ``auc_low`` and ``auc_high`` are the 95 % interval, over bags, of the AUC of the mean score of the repeats.
-    ``auc_of_folds`` is the mean of the AUC within each fold, and ``auc_of_folds_sd`` its deviation, as some papers have.
+    ``auc_of_folds`` and ``auc_of_folds_sd`` are mean and deviation of the AUC within each fold.
     """
     whole = [joined(parts) for parts in repeats]
     rows = []

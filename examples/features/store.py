@@ -166,6 +166,14 @@ class FeatureBags:
                 return file["features"].shape[-2]
         return len(self[name].features)
 
+    def coords(self, name: str) -> np.ndarray | None:
+        """x, y in pixels of the instances of a bag, (L, 2)."""
+        return self._read_store(name, with_features=False).coords if self._rows else self[name].coords
+
+    def shape(self, name: str) -> Bag:
+        """A bag without its features: ``grid`` and ``size``."""
+        return self._read_store(name, with_features=False) if self._rows else self[name]
+
     def __getitem__(self, name: str) -> Bag:
         if self._rows:
             return self._read_store(name)
@@ -174,21 +182,25 @@ class FeatureBags:
         path = self._paths[name]
         bag = _read_h5(path) if path.suffix == ".h5" else _read_pt(path)
         if bag.features.ndim != 2 or bag.features.shape[1] != getattr(self, "features", bag.features.shape[1]):
-            raise ValueError(f"{path}: expected features (L, {getattr(self, 'features', 'D')}), got {bag.features.shape}")
+            raise ValueError(
+                f"{path}: expected features (L, {getattr(self, 'features', 'D')}), got {bag.features.shape}"
+            )
         if bag.coords is not None and bag.coords.shape != (len(bag.features), 2):
             raise ValueError(f"{path}: expected coords ({len(bag.features)}, 2), got {bag.coords.shape}")
         return bag
 
-    def _read_store(self, name: str) -> Bag:
+    def _read_store(self, name: str, with_features: bool = True) -> Bag:
         if name not in self._rows:
             raise ValueError(f"{self.folder}: there is no bag {name!r}")
         row = self._rows[name]
         n, d = row["instances"], self.features
         # read, not mapped: pages of a mapped file would count as this process's memory
-        features = np.fromfile(self.folder / "features.bin", np.float16, n * d, offset=row["start"] * d * 2)
+        features = np.zeros((0, d), np.float16)
+        if with_features:
+            features = np.fromfile(self.folder / "features.bin", np.float16, n * d, offset=row["start"] * d * 2)
         coords = np.fromfile(self.folder / "coords.bin", COORDS, n * 2, offset=row["start"] * 2 * COORDS.itemsize)
         grid, size = (row["rows"], row["columns"]), (row["height"], row["width"])
-        return Bag(features.reshape(n, d), coords.reshape(n, 2), grid if grid[0] else None, size if size[0] else None)
+        return Bag(features.reshape(-1, d), coords.reshape(n, 2), grid if grid[0] else None, size if size[0] else None)
 
 
 def _read_h5(path: Path) -> Bag:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from features.heads import Head, make_head_pooling
+from features.runs import Predictions
 from features.store import FeatureBags
 from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss
 
@@ -24,6 +25,7 @@ class Settings:
     pooling: str = "topk"
     k: float = 8
     head: str = "mlp"
+    components: int = 0
     hidden: int = 32
     dropout: float = 0.0
     epochs: int = 60
@@ -51,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class BagReader:
-    """Reads bags of features as float32 tensors, and keeps them in memory while they fit.
+    """Reads bags of features as float32 tensors, transformed, and keeps them in memory while they fit.
 
     Args:
         bags: the bags on disk.
@@ -61,29 +63,83 @@ class BagReader:
 
     def __init__(self, bags: FeatureBags, names: Sequence[str], cache_bytes: float):
         self.bags = bags
-        needed = sum(bags.instances(name) for name in names) * bags.features * 4
-        self.cache: dict[str, Tensor] | None = {} if needed <= cache_bytes else None
+        self.instances = sum(bags.instances(name) for name in names)
+        self.cache_bytes = cache_bytes
+        self.cache: dict[str, Tensor] | None = None
+        self.fitted: tuple[str, ...] = ()
+        self.transform: Transform | None = None
 
-    def __call__(self, name: str) -> Tensor:
-        """Features (L, D), float32."""
-        if self.cache is not None and name in self.cache:
-            return self.cache[name]
+    def fit(self, names: Sequence[str], components: int) -> Transform:
+        """The transform of the training bags ``names``, which all later reads apply; ``components`` 0 keeps all."""
+        if self.transform is None or self.fitted != tuple(names):
+            self.fitted, self.transform, self.cache = tuple(names), None, None
+            self.transform = fit_transform((self.read(name) for name in names), components)
+            needed = self.instances * self.transform.weight.shape[1] * 4
+            self.cache = {} if needed <= self.cache_bytes else None
+        return self.transform
+
+    def read(self, name: str) -> Tensor:
+        """Features (L, D) as they are on disk, float32."""
         features = torch.from_numpy(np.asarray(self.bags[name].features, np.float32))
         if not torch.isfinite(features).all():
             raise ValueError(f"{name}: expected finite features")
+        return features
+
+    def __call__(self, name: str) -> Tensor:
+        """Transformed features (L, K), float32."""
+        if self.cache is not None and name in self.cache:
+            return self.cache[name]
+        features = self.read(name)
+        if self.transform is not None:
+            features = self.transform(features)
         if self.cache is not None:
             self.cache[name] = features
         return features
 
-    def moments(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (D,) over all instances of the bags, read one bag at a time."""
-        count = sum(self.bags.instances(name) for name in names)
-        if not count:
-            raise ValueError("features: the training bags hold no instances")
-        total = sum(self(name).double().sum(0) for name in names)
-        mean = total / count
-        squares = sum((self(name).double() - mean).square().sum(0) for name in names)
-        return mean.float(), (squares / count).sqrt().clamp(min=1e-4).float()
+
+class Transform(NamedTuple):
+    """``(x - mean) @ weight`` for features x (L, D), with ``mean`` (D,) and ``weight`` (D, K)."""
+
+    mean: Tensor
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x - self.mean) @ self.weight if self.weight.shape[0] > 1 else (x - self.mean) * self.weight
+
+
+def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
+    """Standardization of all instances of ``bags`` (L_i, D), read once, and their principal components.
+
+    Every feature is standardized. With ``components`` K > 0 the result is the K first principal components of the
+    standardized features, divided by the deviation of the first one; the later ones vary less.
+
+    Raises:
+        ValueError: there are no instances, or more components than features.
+    """
+    count = 0
+    total = products = torch.zeros((), dtype=torch.float64)
+    origin = None
+    for x in bags:
+        if not len(x):
+            continue
+        origin = x.mean(0) if origin is None else origin  # near the mean: products lose no digits
+        x = x - origin
+        count += len(x)
+        total = total + x.sum(0).double()
+        products = products + (x.T @ x if components else x.square().sum(0)).double()
+    if origin is None:
+        raise ValueError("features: the training bags hold no instances")
+    if components > len(origin):
+        raise ValueError(f"components: expected at most the {len(origin)} features, got {components}")
+    shift = total / count
+    if not components:
+        std = (products / count - shift.square()).clamp(min=1e-8).sqrt()
+        return Transform(origin + shift.float(), (1 / std).float().unsqueeze(0))
+    covariance = products / count - shift.outer(shift)
+    std = covariance.diagonal().clamp(min=1e-8).sqrt()
+    values, vectors = torch.linalg.eigh(covariance / std.outer(std))
+    vectors = vectors[:, -components:].flip(1) / values[-1].sqrt() / std.unsqueeze(1)
+    return Transform(origin + shift.float(), vectors.float())
 
 
 def batches(reader: BagReader, names: Sequence[str], labels: Tensor, size: int, order: Tensor) -> Iterator[Batch]:
@@ -150,11 +206,9 @@ def train(
     Args:
         log: called after each epoch with the epoch's number, loss, lam and training AUC per class.
     """
-    model = make_model(settings, reader.bags.features, labels.shape[1], seed)
+    transform = reader.fit(names, settings.components)
+    model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
     head, criterion = model["head"], model["loss"]
-    mean, std = reader.moments(names)
-    head.mean.copy_(mean)
-    head.std.copy_(std)
     head.start(labels, settings.share)
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(names) / settings.batch_size)
@@ -175,7 +229,7 @@ def train(
                         group["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
                 features = batch.features
                 if settings.noise:
-                    features = features + settings.noise * head.std * torch.randn_like(features)
+                    features = features + settings.noise * torch.randn_like(features)
                 logits, hidden = head(features)
                 shaped, given = loss_arguments(logits, batch, hidden)
                 if settings.loss == "sgl" and settings.start == "measured":
@@ -192,11 +246,14 @@ def train(
 
 
 @torch.no_grad()
-def predict(model: nn.ModuleDict, reader: BagReader, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Per bag its name, probabilities (C,) of the bag and (L, C) of its instances."""
+def predicted(model: nn.ModuleDict, reader: BagReader, names: Sequence[str]) -> Predictions:
+    """Probabilities of the bags ``names`` and of their instances, computed one bag at a time."""
+    bags, instances = [], []
     for name in names:
         x = reader(name)
         logits, hidden = model["head"](x)
         batch = Batch(x, torch.tensor([0, len(x)]), torch.empty(1, logits.shape[1]))
-        pooled = bag_logits(model, logits, batch, hidden)
-        yield name, torch.sigmoid(pooled[0]), torch.sigmoid(logits)
+        bags.append(torch.sigmoid(bag_logits(model, logits, batch, hidden)[0]).numpy())
+        instances.append(torch.sigmoid(logits).numpy())
+    offsets = np.cumsum([0, *(len(values) for values in instances)])
+    return Predictions(np.array(names), np.stack(bags), np.concatenate(instances), offsets)

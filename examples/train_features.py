@@ -1,0 +1,188 @@
+"""Trains a head on bags of features, and writes what it finds: in bags, instances and boxes.
+
+    python train_features.py --features DIR --labels labels.csv --out runs/sgl
+    python train_features.py --features DIR --labels labels.csv --out runs/folds --folds 10 --repeats 5
+    python train_features.py --features SLIDES --labels labels.csv --out runs/slides --folds 5 --head gated
+
+--features: a folder of extract_features.py, or one with BAG.h5 (features, coords; CLAM, TRIDENT) or BAG.pt.
+labels.csv: a column bag, a column of 0 and 1 per class (an empty cell: unknown), if need be split (train, val, test)
+and patient. Bags of a patient stay on one side of a fold.
+
+Writes metrics.json, runs.csv, bags.csv, instances.csv and report.html. An interrupted command continues with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+LOSSES = ("sgl", "bag", "mmm", "bil")
+POOLINGS = (
+    "topk", "max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean"
+)  # fmt: skip
+HEADS = ("linear", "mlp", "attention", "gated")
+#: Options that do not change a result.
+FREE = ("out", "resume", "threads", "cache_gb", "images", "overlays", "repeats", "instance_labels", "boxes")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--features", type=Path, required=True, metavar="DIR", help="bags of features")
+    data.add_argument("--labels", type=Path, required=True, metavar="CSV", help="labels of the bags")
+    data.add_argument("--classes", nargs="+", metavar="NAME", help="columns of the labels (all of 0 and 1)")
+    data.add_argument("--patient", default="patient", metavar="COLUMN", help="column of the labels (patient)")
+    data.add_argument("--instance-labels", type=Path, metavar="CSV", help="bag, class: one row per instance, in order")
+    data.add_argument("--boxes", type=Path, metavar="CSV", help="bag, class, x, y, w, h (or xmin, ymin, xmax, ymax)")
+    data.add_argument("--images", type=Path, metavar="DIR", help="images for the report's overlays")
+    data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument("--folds", type=int, metavar="K", help="cross-validation; without it the column split")
+    protocol.add_argument("--repeats", type=int, default=1, metavar="R", help="of the folds, or seeds (1)")
+    protocol.add_argument("--test", choices=("test", "val"), default="test", help="val: train on train, choose on val")
+    protocol.add_argument("--resume", action="store_true", help="keep finished runs of --out")
+    model = parser.add_argument_group("head")
+    model.add_argument("--head", choices=HEADS, default="mlp")
+    model.add_argument(
+        "--components", type=int, default=0, metavar="K", help="principal components of the features (0: all features)"
+    )
+    model.add_argument("--hidden", type=int, default=32, help="width of the hidden layer (32)")
+    model.add_argument("--dropout", type=float, default=0.0, help="of the hidden layer (0)")
+    model.add_argument(
+        "--share", type=float, default=0.05, help="of a positive bag's instances that are positive: a guess (0.05)"
+    )
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--loss", choices=LOSSES, default="sgl")
+    loss.add_argument("--pooling", choices=POOLINGS, default="topk", help="not used by attention and by mmm")
+    loss.add_argument("--k", type=float, default=8, help="of topk: instances, or below 1 a share of the bag (8)")
+    loss.add_argument("--lam", type=float, default=1.0, help="weight of the instance loss (1)")
+    loss.add_argument("--delta-l", type=float, default=0.3, help="lower threshold of the self-guidance (0.3)")
+    loss.add_argument("--normalize", choices=("batch", "bag"), default="batch", help="what the instance loss counts")
+    loss.add_argument("--mask-weight", type=float, default=0.0, help="weight of the penalty on the mask (0)")
+    start = parser.add_argument_group("start of the instance loss")
+    start.add_argument(
+        "--start", choices=("measured", "at_once"), default="measured", help="measured: once the bag loss has learnt"
+    )
+    start.add_argument("--start-auc", type=float, default=0.8, help="training AUC that has learnt (0.8)")
+    start.add_argument("--rise", type=int, default=100, help="steps from lam 0 to lam (100)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, default=60)
+    training.add_argument("--batch-size", type=int, default=32, help="bags per step (32)")
+    training.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (0.003)")
+    training.add_argument("--weight-decay", type=float, default=1e-2)
+    training.add_argument("--noise", type=float, default=0.0, help="added to features, in standard deviations (0)")
+    training.add_argument("--constant-lr", dest="cosine", action="store_false", help="instead of a cosine down to 0")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--threads", type=int, metavar="N", help="threads of torch")
+    machine.add_argument("--cache-gb", type=float, default=2.0, help="features kept in memory if they fit (2)")
+    machine.add_argument("--overlays", type=int, default=12, metavar="N", help="bags shown in the report (12)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name in ("epochs", "batch_size", "repeats", "rise"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.folds is not None and args.folds < 2:
+        parser.error(f"--folds: expected at least 2, got {args.folds}")
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        run(args)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
+        return 130
+    print(f"next: open {args.out / 'report.html'}")
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains the runs that are not finished, and writes tables and report."""
+    import torch
+    from features import labels as tables
+    from features.report import write_report
+    from features.runs import Truth, load_predictions, plan, save_predictions, summary, write_tables
+    from features.store import FeatureBags
+    from features.training import BagReader, Settings, predicted, train
+
+    bags = FeatureBags(args.features)
+    labels = tables.read_labels(args.labels, args.classes, args.patient)
+    absent = [name for name in labels.names if name not in set(bags.names)]
+    if absent:
+        raise ValueError(f"labels: {len(absent)} bags have no features in {args.features}, for example {absent[0]}")
+    truth = Truth(
+        labels,
+        tables.read_instance_labels(args.instance_labels, labels.classes) if args.instance_labels else {},
+        tables.read_boxes(args.boxes, labels.classes) if args.boxes else {},
+    )
+    for name, values in truth.instances.items():
+        if name in set(labels.names) and len(values) != bags.instances(name):
+            raise ValueError(f"instance labels: {name} has {len(values)} rows, but {bags.instances(name)} instances")
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    parts = args.out / "parts"
+    keep_settings(args, parts)
+    reader = BagReader(bags, labels.names, args.cache_gb * 1e9)
+    targets = torch.tensor(labels.values)
+    runs = list(plan(labels, args.folds, args.repeats, args.test))
+    for number, one in enumerate(runs, 1):
+        path = parts / f"{one.name}.npz"
+        if path.exists():
+            continue
+        names = [labels.names[i] for i in one.train]
+        history: list[dict] = []
+        # another seed for every fold: repeat 0, fold 0 and repeat 1, fold 0 differ too
+        seed = one.repeat * 1000 + one.fold
+        model = train(reader, names, targets[torch.from_numpy(one.train)], settings, seed, history.append)
+        predictions = predicted(model, reader, [labels.names[i] for i in one.test])
+        state = {"model": model.state_dict(), "transform": reader.transform._asdict()}
+        torch.save(state, parts / f"{one.name}.pt")
+        save_predictions(path, predictions)
+        begun = next((row["epoch"] for row in history if row["lam"] > 0), None)
+        note = "" if args.loss != "sgl" else f", lam {'stayed 0' if begun is None else f'rose from epoch {begun}'}"
+        print(f"run {number} of {len(runs)}: loss {history[-1]['loss']:.3f}{note}", flush=True)
+    repeats: dict[int, list] = {}
+    for one in runs:
+        repeats.setdefault(one.repeat, []).append(load_predictions(parts / f"{one.name}.npz"))
+    result, rows = summary(list(repeats.values()), truth, bags)
+    write_tables(args.out, list(repeats.values()), labels, bags, result, rows)
+    write_report(args.out, next(iter(repeats.values())), truth, bags, result, args.images, args.overlays)
+    for name, values in result.items():
+        line = ", ".join(
+            f"{key} {values[key]:.3f}"
+            for key in ("auc", "instance_auc", "instance_ap", "instance_iou", "pointing", "iou_0.3", "iou_0.5")
+            if key in values
+        )
+        print(f"{name}: {line}")
+
+
+def keep_settings(args: argparse.Namespace, parts: Path) -> None:
+    """Writes ``settings.json``; refuses a folder with other results unless --resume continues the same settings.
+
+    Raises:
+        ValueError: the folder holds runs and --resume is missing, or its settings differ.
+    """
+    settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    path = args.out / "settings.json"
+    if path.exists() and any(parts.glob("*.npz")):
+        if not args.resume:
+            raise ValueError(f"out: {args.out} holds runs; pass --resume to continue, or another --out")
+        known = json.loads(path.read_text())
+        changed = [key for key in settings if key not in FREE and known.get(key) != settings[key]]
+        if changed:
+            raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
+    parts.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,499 @@
+"""examples/extract_features.py and train_features.py: geometry, files, training, protocols, on generated data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+EXAMPLES = ROOT / "examples"
+for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
+    pytest.importorskip(needed)
+
+import extract_features  # noqa: E402
+import train_features  # noqa: E402
+from features import backbones, extraction, labels, runs, store, training  # noqa: E402
+from features.evaluation import bootstrap, box_metrics, instance_metrics  # noqa: E402
+from features.heads import Head  # noqa: E402
+
+
+def write(path, header, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 bags of 3 to 30 instances of 6 features; positive bags hold instances with feature 0 raised by 4."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    writer = store.StoreWriter(folder / "features", {})
+    rows, instances = [], []
+    for i in range(40):
+        n = int(generator.integers(3, 31))
+        x = generator.normal(size=(n, 6)).astype(np.float32)
+        positive = np.zeros(n, int)
+        if i % 2:
+            positive[: max(1, n // 4)] = 1
+            x[:, 0] += 4 * positive
+        writer.add(f"b{i:02d}", store.Bag(x, generator.uniform(0, 99, (n, 2)), None, None))
+        rows.append(
+            [f"b{i:02d}", i % 2, "" if i % 5 == 0 else (i // 2) % 2, ("train", "val", "test")[i % 3], f"p{i // 2}"]
+        )
+        instances += [[f"b{i:02d}", p, 0] for p in positive]
+    write(folder / "labels.csv", ["bag", "lesion", "other", "split", "patient"], rows)
+    write(folder / "instances.csv", ["bag", "lesion", "other"], instances)
+    return folder
+
+
+def command(data, out, *options):
+    return train_features.main(
+        ["--features", str(data / "features"), "--labels", str(data / "labels.csv"), "--out", str(out), *options]
+    )
+
+
+# geometry
+
+
+def test_geometry_is_that_of_the_convolutions():
+    """Stride 4; kernel 3 with padding 1, then kernel 5 with padding 1: a field of 3 + 2 * 4 = 11 pixels."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 5, 5, 2, 1))
+    found = backbones.geometry_of(network, "3", 64)
+    # the first output of layer 0 is centred on pixel 0 (0.5); that of layer 3 on output 1 of it, 2 pixels further
+    assert found == backbones.Geometry(4, 2.5, 11)
+
+
+def test_a_cell_behind_a_global_mean_sees_the_whole_image():
+    class Gate(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x.mean((2, 3), keepdim=True))
+
+    assert backbones.geometry_of(nn.Sequential(nn.Conv2d(3, 4, 2, 2), Gate()), "1", 32).field is None
+
+
+def test_maps_of_other_stages_are_aligned_with_the_first():
+    """A finer map that holds the x of its cells' centres, on the grid of a coarser one: the x of that one's centres."""
+    fine, coarse = backbones.Geometry(4, 3.5, 9), backbones.Geometry(8, 5.0, 20)
+    x = (torch.arange(16) * 4 + 3.5).expand(1, 1, 16, 16)
+    found = backbones._aligned(x, fine, coarse, torch.Size((8, 8)))
+    expected = torch.arange(8) * 8 + 5.0
+    torch.testing.assert_close(found[0, 0, 3, 1:-1], expected[1:-1])
+    back = backbones._aligned(expected.expand(1, 1, 8, 8), coarse, fine, torch.Size((16, 16)))
+    torch.testing.assert_close(back[0, 0, 5, 2:-2], x[0, 0, 5, 2:-2])
+
+
+@pytest.fixture(scope="module")
+def timm():
+    try:
+        return backbones.import_timm()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def test_nothing_after_the_cut_is_computed(timm):
+    backbone = backbones.load_backbone("timm/resnet18", weights="none", cut="layer1")
+    calls = []
+    backbone.network.layer2.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        found = backbone(torch.rand(1, 3, 64, 96))
+    assert found.shape == (1, 64, 16, 24) and not calls
+    assert backbone.geometry == backbones.Geometry(4, 0.5, 43)  # 7x7 and pooling: 11; four 3x3 at stride 4: 32 more
+
+
+def test_the_output_stride_is_halved_by_dilation(timm):
+    network = backbones.load_backbone("resnet18", weights="none", output_stride=16)
+    with torch.no_grad():
+        assert network(torch.rand(1, 3, 64, 64)).shape == (1, 512, 4, 4)
+
+
+def test_half_precision_weights_are_loaded_exactly(timm, tmp_path):
+    from safetensors.torch import save_file
+
+    network = timm.create_model("resnet18")
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    del state["fc.weight"], state["fc.bias"]
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = backbones.load_backbone("resnet18", weights=tmp_path / "w.safetensors", cut="0").network
+    assert torch.equal(loaded.layer4[1].conv2.weight, network.layer4[1].conv2.weight.half().float())
+    state["layer9.weight"] = torch.ones(1)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit.*1 unexpected \['layer9\.weight'\]"):
+        backbones.load_backbone("resnet18", weights=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet18x"}, "timm has no model 'resnet18x'; similar names: "),
+        ({"cut": "layer9"}, r"expected 0 to 4 \(act1, layer1, .*\) or the name of a submodule, got 'layer9'"),
+        ({"weights": "missing.pt"}, "expected 'pretrained', 'none' or a file, got 'missing.pt'"),
+        ({"cut": "1", "stages": ["2"]}, "expected cut or stages, got both"),
+    ],
+)
+def test_errors_of_backbones(timm, options, message):
+    with pytest.raises(ValueError, match=message):
+        backbones.load_backbone(**{"name": "resnet18", "weights": "none"} | options)
+
+
+def test_tokens_of_a_vision_transformer(timm):
+    backbone = backbones.load_backbone("vit_tiny_patch16_224", weights="none", cut="blocks.0")
+    with torch.no_grad():
+        assert backbone(torch.rand(1, 3, 64, 96)).shape == (1, 192, 4, 6)
+    assert backbone.geometry == backbones.Geometry(16, 8.0, None)
+
+
+# extraction
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(3):
+        array = np.random.default_rng(i).integers(0, 256, (48, 64 + 16 * i, 3), np.uint8)
+        Image.fromarray(array).save(folder / f"im{i}.png")
+    write(
+        folder / "points.csv",
+        ["image", "x", "y"],
+        [[f"im{i}.png", 10 * j, 5 * j] for i in range(2) for j in range(i + 1, 4)],
+    )
+    return folder
+
+
+NETWORK = ("--backbone", "resnet18", "--weights", "none", "--cut", "layer1")
+
+
+@pytest.mark.parametrize("form", ["store", "h5"])
+def test_extraction_continues_and_both_forms_hold_the_same(timm, images, tmp_path, form, capsys):
+    torch.manual_seed(0)
+    out = tmp_path / form
+    options = ["--images", str(images), "--out", str(out), "--format", form, *NETWORK]
+    assert extract_features.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "stride 4, a cell sees 43 pixels; the first image (64x48) has a grid of 16x12 cells" in printed
+    assert printed.splitlines()[-1].startswith("next: python train_features.py")
+    bags = store.FeatureBags(out)
+    assert bags.names == ["im0", "im1", "im2"]
+    assert [bags.instances(name) for name in bags.names] == [12 * 16, 12 * 20, 12 * 24]
+    bag = bags["im1"]
+    assert (bag.grid, bag.size) == ((12, 20), (48, 80))
+    assert bag.coords[:3].tolist() == [[0.5, 0.5], [4.5, 0.5], [8.5, 0.5]]
+    # cut off in the middle of the last bag: it is computed again, the others are not
+    if form == "store":
+        (out / "bags.csv").write_text("".join((out / "bags.csv").read_text().splitlines(True)[:-1]) + "im2,2")
+    else:
+        (out / "im2.h5").unlink()
+    assert extract_features.main(options) == 0
+    assert "3 of 3 bags" in capsys.readouterr().out
+    again = store.FeatureBags(out)
+    assert np.array_equal(again["im1"].features, bag.features)
+    assert len(again["im2"].features) == 12 * 24
+
+
+def test_a_store_of_other_settings_is_refused(timm, images, tmp_path, capsys):
+    options = ["--images", str(images), "--out", str(tmp_path / "s")]
+    assert extract_features.main([*options, *NETWORK]) == 0
+    with pytest.raises(SystemExit):
+        extract_features.main([*options, *NETWORK, "--symmetric"])
+    assert "made with other settings (symmetric" in capsys.readouterr().err
+
+
+def test_features_at_points(timm, images):
+    """At the centre of a cell the features are the cell's."""
+    backbone = backbones.load_backbone("resnet18", weights="none", cut="layer1")
+    image = extraction.read_image(images / "im0.png")
+    whole = extraction.map_bag(backbone, backbone.geometry, image, (1.0,), False)
+    points = whole.coords[[0, 17, 100]]
+    found = extraction.point_bag(backbone, backbone.geometry, image, points, (1.0,), False)
+    np.testing.assert_allclose(found.features, whole.features[[0, 17, 100]], rtol=1e-4, atol=1e-5)
+    assert extraction.read_points(images / "points.csv")["im1"].tolist() == [[20, 10], [30, 15]]
+
+
+def test_symmetric_features_turn_with_the_image(timm, images):
+    backbone = backbones.load_backbone("resnet18", weights="none", cut="layer1")
+    image = extraction.read_image(images / "im0.png")
+    maps = extraction.map_of(backbone, image, (1.0,), True)
+    turned = extraction.map_of(backbone, image.rot90(1, (2, 3)), (1.0,), True)
+    torch.testing.assert_close(maps.rot90(1, (1, 2)), turned, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_hold_what_surrounds_a_point(images):
+    class Mean(nn.Module):
+        size = 8
+
+        def forward(self, x):
+            return x.mean((2, 3), keepdim=True)
+
+    image = torch.zeros(1, 3, 40, 40)
+    image[:, :, 10:18, 20:28] = 1
+    bag = extraction.patch_bag(Mean(), image, np.array([[24.5, 14.5], [24.5, 10.5], [4.0, 30.0]]), 8, False)
+    np.testing.assert_allclose(bag.features[:, 0], [1, 0.5, 0], atol=1e-6)
+
+
+# files of others
+
+
+def test_files_of_clam_and_trident(tmp_path):
+    import h5py
+
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    with h5py.File(tmp_path / "clam.h5", "w") as file:
+        file["features"], file["coords"] = x, np.arange(8).reshape(4, 2)
+    with h5py.File(tmp_path / "trident.h5", "w") as file:
+        file["features"], file["coords"] = x[None], np.arange(8).reshape(1, 4, 2)
+    torch.save(torch.from_numpy(x), tmp_path / "plain.pt")
+    torch.save({"features": torch.from_numpy(x)}, tmp_path / "named.pt")
+    bags = store.FeatureBags(tmp_path)
+    assert bags.names == ["clam", "named", "plain", "trident"]
+    for name in bags.names:
+        assert bags.instances(name) == 4
+        assert np.array_equal(bags[name].features, x)
+        assert (bags.coords(name) is None) == (name in ("plain", "named"))
+    assert bags.coords("trident").tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    (tmp_path / "broken.h5").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"broken.h5: not a readable HDF5 file"):
+        store.FeatureBags(tmp_path)["broken"]
+
+
+# labels and folds
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bag,a\nx,1\nx,0\n", "names bag x twice"),
+        ("slide,a\nx,1\n", "expected the column bag in .*, found slide, a"),
+        ("bag,a\nx,red\n", "expected columns of 0 and 1 in .*, none"),
+        ("bag,a,split\nx,1,holdout\n", "expected train, val, test in the column split, got 'holdout'"),
+    ],
+)
+def test_errors_of_labels(tmp_path, text, message):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        labels.read_labels(tmp_path / "labels.csv", None, "patient")
+
+
+def test_unknown_labels_and_named_classes(data):
+    found = labels.read_labels(data / "labels.csv", None, "patient")
+    assert found.classes == ["lesion", "other"]
+    assert np.isnan(found.values[::5, 1]).all() and not np.isnan(found.values[:, 0]).any()
+    assert labels.read_labels(data / "labels.csv", ["other"], "patient").classes == ["other"]
+
+
+def test_folds_keep_patients_together_and_test_each_bag_once(data):
+    table = labels.read_labels(data / "labels.csv", None, "patient")
+    tested = []
+    for one in runs.plan(table, 5, 2, "test"):
+        assert not set(table.groups[one.train]) & set(table.groups[one.test])
+        tested += one.test.tolist()
+    assert sorted(tested) == sorted([*range(40), *range(40)])
+
+
+def test_the_given_split(data):
+    table = labels.read_labels(data / "labels.csv", None, "patient")
+    ((_, _, train, test),) = runs.plan(table, None, 1, "test")
+    assert set(table.split[train]) == {"train", "val"} and set(table.split[test]) == {"test"}
+    ((_, _, train, test),) = runs.plan(table, None, 1, "val")
+    assert set(table.split[train]) == {"train"} and set(table.split[test]) == {"val"}
+
+
+# training
+
+
+def test_standardization_and_principal_components():
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1]) + 100
+    x = torch.cat([x, x[:, :1] * 2], 1)
+    parts = [x[:7], x[7:7], x[7:]]
+    plain = training.fit_transform(parts, 0)(x)
+    torch.testing.assert_close(plain.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(plain.std(0), torch.ones(4), atol=1e-2, rtol=0)
+    few = training.fit_transform(parts, 2)(x)
+    covariance = few.T.cov()
+    assert few.shape == (500, 2) and abs(covariance[0, 0] - 1) < 0.01 and abs(covariance[0, 1]) < 1e-3
+    assert covariance[1, 1] < covariance[0, 0]
+    with pytest.raises(ValueError, match="expected at most the 4 features, got 5"):
+        training.fit_transform(parts, 5)
+
+
+@pytest.mark.parametrize("head", train_features.HEADS)
+@pytest.mark.parametrize("loss", train_features.LOSSES)
+def test_every_head_and_loss_learns(data, tmp_path, head, loss):
+    options = ("--folds", "2", "--epochs", "30", "--batch-size", "5", "--classes", "lesion", "--rise", "10")
+    labelled = ("--instance-labels", str(data / "instances.csv"))
+    assert command(data, tmp_path, "--head", head, "--loss", loss, "--share", "0.3", *options, *labelled) == 0
+    result = json.loads((tmp_path / "metrics.json").read_text())["lesion"]
+    assert result["auc"] > 0.9
+    assert result["auc_low"] <= result["auc_high"] <= 1
+    assert result["instance_auc"] > 0.75
+
+
+@pytest.mark.parametrize("pooling", train_features.POOLINGS)
+def test_every_pooling_runs(data, tmp_path, pooling):
+    options = ("--epochs", "2", "--pooling", pooling, "--head", "linear", "--start", "at_once")
+    assert command(data, tmp_path, *options) == 0
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(result) == {"lesion", "other"} and all(0 <= v["auc"] <= 1 for v in result.values())
+
+
+def test_bags_of_one_size_give_the_loss_of_packed_bags():
+    settings = training.Settings()
+    model = training.make_model(settings, 6, 2, 0)
+    batch = training.Batch(torch.randn(12, 6), torch.tensor([0, 4, 8, 12]), torch.tensor([[1.0, 0], [0, 1], [1, 1]]))
+    logits, hidden = model["head"](batch.features)
+    shaped, given = training.loss_arguments(logits, batch, hidden)
+    assert shaped.shape == (3, 2, 4) and "offsets" not in given
+    packed = model["loss"](logits, batch.labels, offsets=batch.offsets)
+    torch.testing.assert_close(model["loss"](shaped, batch.labels, **given), packed)
+
+
+def test_lam_stays_zero_where_labels_are_noise(data):
+    bags = store.FeatureBags(data / "features")
+    reader = training.BagReader(bags, bags.names, 1e9)
+    values = torch.randint(0, 2, (40, 1), generator=torch.Generator().manual_seed(1)).float()
+    history = []
+    settings = training.Settings(epochs=3, batch_size=10, lr=1e-5, share=0.3)
+    training.train(reader, bags.names, values, settings, 0, history.append)
+    assert [row["lam"] for row in history] == [0.0, 0.0, 0.0]
+
+
+def test_the_head_starts_at_the_prior():
+    head = Head(5, 2, 0, 0.0)
+    head.start(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), 0.1)
+    torch.testing.assert_close(torch.sigmoid(head.first.bias), torch.tensor([0.0625, 0.0125]))
+
+
+def test_resume_gives_what_an_uninterrupted_command_gives(data, tmp_path, capsys):
+    options = ("--folds", "2", "--repeats", "2", "--epochs", "2")
+    assert command(data, tmp_path / "whole", *options) == 0
+    assert command(data, tmp_path / "cut", *options) == 0
+    for name in ("repeat0_fold1", "repeat1_fold0"):
+        (tmp_path / "cut" / "parts" / f"{name}.npz").unlink()
+    with pytest.raises(SystemExit):
+        command(data, tmp_path / "cut", *options)
+    assert "holds runs; pass --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(data, tmp_path / "cut", *options, "--resume", "--lr", "0.1")
+    assert "made with another --lr" in capsys.readouterr().err
+    assert command(data, tmp_path / "cut", *options, "--resume") == 0
+    for name in ("metrics.json", "runs.csv", "bags.csv", "instances.csv"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_the_tables_hold_every_bag_and_instance(data, tmp_path):
+    assert command(data, tmp_path, "--folds", "2", "--epochs", "1") == 0
+    bags = store.FeatureBags(data / "features")
+    with (tmp_path / "instances.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(bags.instances(name) for name in bags.names)
+    first = next(row for row in rows if row["bag"] == "b07" and row["instance"] == "2")
+    np.testing.assert_allclose([float(first["x"]), float(first["y"])], bags.coords("b07")[2], rtol=1e-5)
+    assert 0 <= float(first["lesion"]) <= 1
+    with (tmp_path / "bags.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 40
+    assert "<img" in (tmp_path / "report.html").read_text()
+
+
+def test_reading_without_a_cache_gives_the_same_training(data, tmp_path):
+    options = ("--epochs", "2", "--batch-size", "3")
+    assert command(data, tmp_path / "a", *options) == 0
+    assert command(data, tmp_path / "b", *options, "--cache-gb", "0") == 0
+    assert (tmp_path / "a" / "bags.csv").read_text() == (tmp_path / "b" / "bags.csv").read_text()
+
+
+# metrics
+
+
+def test_instance_metrics_by_hand():
+    found = [np.array([0.9, 0.2, 0.6]), np.array([0.8, 0.1])]
+    truth = [np.array([1.0, 1.0, 0.0]), np.array([0.0, 0.0])]
+    result = instance_metrics(found, truth, [True, False])
+    assert result["iou"] == pytest.approx(1 / 3)
+    assert result["auc"] == 0.5  # 0.9 above 0.6, 0.2 below
+    assert result["ap"] == pytest.approx((1 + 2 / 3) / 2)
+    assert result["auc_all"] == pytest.approx(4 / 6)
+
+
+def test_box_metrics_by_hand():
+    """A cell of 8x8 that is the true box, and one beside it."""
+    maps = {"hit": np.zeros((8, 8)), "miss": np.zeros((8, 8)), "negative": np.ones((8, 8))}
+    maps["hit"][2, 3] = maps["miss"][6, 6] = 1.0
+    truth = {"hit": np.array([[24.0, 16, 8, 8]]), "miss": np.array([[0.0, 0, 8, 8], [8, 8, 8, 8]])}
+    result = box_metrics(maps, dict.fromkeys(maps, (64, 64)), truth, 0.5)
+    assert (result["images"], result["pointing"], result["iou_0.5"]) == (2, 0.5, 0.5)
+
+
+def test_the_bootstrap_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap(lambda rows: values[rows].mean(), 400)
+    assert abs((high - low) / 2 - 1.96 / math.sqrt(400)) < 0.02
+    assert low < values.mean() < high
+
+
+# commands
+
+
+@pytest.mark.parametrize("script", ["extract_features.py", "train_features.py", "bccd_demo.py"])
+def test_help_is_there_without_torch(script):
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = ['x', '--help']\n"
+    code += f"import runpy\ntry: runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')\n"
+    code += "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False False", done.stderr
+
+
+def test_choices_are_those_of_the_library():
+    from features.heads import HEADS
+
+    from sgl_ops.pooling import POOLINGS
+
+    assert set(train_features.POOLINGS) == set(POOLINGS)
+    assert train_features.HEADS == HEADS
+
+
+def test_defaults_of_the_command_are_those_of_the_settings(data):
+    args = train_features.make_parser().parse_args(["--features", "f", "--labels", "l", "--out", "o"])
+    assert training.Settings(**{name: getattr(args, name) for name in training.Settings.__dataclass_fields__}) == (
+        training.Settings()
+    )
+
+
+def test_commands_of_the_page_run(timm, images, tmp_path, monkeypatch, capsys):
+    """Every command of docs/own-features.md, with a network without weights and one epoch."""
+    page = (ROOT / "docs" / "own-features.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    commands = [line for line in commands if line.startswith("python ")]
+    assert len(commands) >= 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").symlink_to(images)
+    points = (images / "points.csv").read_text()
+    (tmp_path / "nuclei.csv").write_text(points)
+    write(
+        tmp_path / "labels.csv",
+        ["bag", "lesion", "split"],
+        [["im0", 1, "train"], ["im1", 0, "train"], ["im2", 1, "test"]],
+    )
+    write(tmp_path / "boxes.csv", ["bag", "class", "x", "y", "w", "h"], [["im2", "lesion", 8, 8, 20, 20]])
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for i in range(6):
+        torch.save(torch.randn(5 + i, 4), slides / f"s{i}.pt")
+    write(tmp_path / "slides.csv", ["bag", "tumour", "patient"], [[f"s{i}", i % 2, f"p{i // 2}"] for i in range(6)])
+    for line in commands:
+        words = line.replace("\\", "").split()[1:]
+        short = {"extract_features.py": ["--weights", "none"], "train_features.py": ["--epochs", "1"]}[words[0]]
+        main = {"extract_features.py": extract_features, "train_features.py": train_features}[words[0]].main
+        assert main(words[1:] + short) == 0, line
+    assert "next: open" in capsys.readouterr().out
