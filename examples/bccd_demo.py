@@ -14,20 +14,7 @@ import sys
 from pathlib import Path
 
 #: Options of train_features.py that were chosen on the photos of the split "val".
-RECIPE = ["--components=48", "--hidden=16", "--epochs=30", "--batch-size=16", "--lr=0.005", "--rise=60"]
-    "--components",
-    "48",
-    "--hidden",
-    "16",
-    "--epochs",
-    "30",
-    "--batch-size",
-    "16",
-    "--lr",
-    "0.005",
-    "--rise",
-    "60",
-]
+RECIPE = ["--restarts=8", "--components=48", "--hidden=16", "--epochs=40", "--batch-size=16"]
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -70,6 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument("--start-auc", type=float, default=0.8, help="training AUC that has learnt (0.8)")
     start.add_argument("--rise", type=int, default=100, help="steps from lam 0 to lam (100)")
     training = parser.add_argument_group("training")
+    start.add_argument(
+        "--restarts", type=int, default=1, metavar="R", help="initial heads that are tried with the bag loss (1)"
+    )
+    start.add_argument("--trial-epochs", type=int, default=8, help="epochs of a trial; the best head goes on (8)")
     training.add_argument("--epochs", type=int, default=60)
     training.add_argument("--batch-size", type=int, default=32, help="bags per step (32)")
     training.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (0.003)")
@@ -86,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "repeats", "rise"):
+    for name in ("epochs", "batch_size", "repeats", "rise", "restarts", "trial_epochs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if args.folds is not None and args.folds < 2:

@@ -42,6 +42,37 @@ class Head(nn.Module):
         (self.last or self.first).bias.copy_(prior_bias(labels, share=share))
 
 
+class Candidates(nn.Module):
+    """Several heads at once: logits (L, R C) of features (L, D), one after the other.
+
+    They share one matrix product, and as classes of a bag loss they do not touch each other.
+    """
+
+    def __init__(self, heads: list[Head]):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.cat([getattr(head.first, name) for head in heads]).detach().clone())
+            for name in ("weight", "bias")
+        )
+        self.lasts = nn.ModuleList(head.last for head in heads if head.last is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if not self.lasts:
+            return out
+        parts = F.relu(out).chunk(len(self.lasts), 1)
+        return torch.cat([last(part) for last, part in zip(self.lasts, parts, strict=True)], 1)
+
+    @torch.no_grad()
+    def copy_to(self, head: Head, number: int) -> None:
+        """Puts the weights of candidate ``number`` into ``head``."""
+        rows = slice(number * len(head.first.bias), (number + 1) * len(head.first.bias))
+        head.first.weight.copy_(self.weight[rows])
+        head.first.bias.copy_(self.bias[rows])
+        if head.last is not None:
+            head.last.load_state_dict(self.lasts[number].state_dict())
+
+
 def make_head_pooling(head: str, pooling: str, k: float, width: int) -> nn.Module:
     """The pooling of a head: attention for ``attention`` and ``gated``, else the one named ``pooling``.
 

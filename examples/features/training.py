@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from features.heads import Head, make_head_pooling
+from features.heads import Candidates, Head, make_head_pooling
 from features.runs import Predictions
 from features.store import FeatureBags
 from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss
@@ -28,6 +29,8 @@ class Settings:
     components: int = 0
     hidden: int = 32
     dropout: float = 0.0
+    restarts: int = 1
+    trial_epochs: int = 8
     epochs: int = 60
     batch_size: int = 32
     lr: float = 3e-3
@@ -111,7 +114,7 @@ def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
     """Standardization of all instances of ``bags`` (L_i, D), read once, and their principal components.
 
     Every feature is standardized. With ``components`` K > 0 the result is the K first principal components of the
-    standardized features, divided by the deviation of the first one; the later ones vary less.
+    standardized features, each divided by its own deviation.
 
     Raises:
         ValueError: there are no instances, or more components than features.
@@ -138,7 +141,7 @@ def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
     covariance = products / count - shift.outer(shift)
     std = covariance.diagonal().clamp(min=1e-8).sqrt()
     values, vectors = torch.linalg.eigh(covariance / std.outer(std))
-    vectors = vectors[:, -components:].flip(1) / values[-1].sqrt() / std.unsqueeze(1)
+    vectors = (vectors / values.clamp(min=1e-6).sqrt())[:, -components:].flip(1) / std.unsqueeze(1)
     return Transform(origin + shift.float(), vectors.float())
 
 
@@ -210,6 +213,8 @@ def train(
     model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
     head, criterion = model["head"], model["loss"]
     head.start(labels, settings.share)
+    if settings.restarts > 1:
+        choose_start(model, reader, names, labels, settings, seed)
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(names) / settings.batch_size)
     schedule = LamSchedule(
@@ -243,6 +248,52 @@ def train(
                 step += 1
             log({"epoch": epoch, "loss": total / len(names), "lam": getattr(criterion, "lam", 0.0)})
     return model.eval()
+
+
+def choose_start(
+    model: nn.ModuleDict, reader: BagReader, names: Sequence[str], labels: Tensor, settings: Settings, seed: int
+) -> None:
+    """Trains ``restarts`` heads with the bag loss for ``trial_epochs``, and puts the best into ``model``.
+
+    The best is the one with the least bag loss of the last trial epoch, on the training bags. From some initial weights
+    top-k pooling of large bags ends in a minimum that has nothing to do with the object; its loss stays higher.
+
+    Raises:
+        ValueError: the head has attention, which the candidates cannot share.
+    """
+    if settings.head in ("attention", "gated"):
+        raise ValueError(f"restarts: expected the head linear or mlp, got {settings.head}")
+    head, classes = model["head"], labels.shape[1]
+    heads = [
+        make_model(settings, head.first.in_features, classes, seed * 1000 + number)["head"]
+        for number in range(1, settings.restarts)
+    ]
+    for other in heads:
+        other.start(labels, settings.share)
+    # the model's own initial weights are a candidate, too
+    own = Head(head.first.in_features, classes, 0 if head.last is None else settings.hidden, 0.0)
+    own.load_state_dict(head.state_dict())
+    candidates = Candidates([own, *heads])
+    criterion = BagLoss(make_head_pooling(settings.head, settings.pooling, settings.k, 0))
+    optimizer = torch.optim.AdamW(candidates.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.trial_epochs):
+        losses = torch.zeros(settings.restarts)
+        order = torch.randperm(len(names), generator=generator)
+        for batch in batches(reader, names, labels, settings.batch_size, order):
+            logits = candidates(batch.features)
+            shaped, given = loss_arguments(logits, batch, batch.features)
+            targets = batch.labels.repeat(1, settings.restarts)
+            loss = criterion(shaped, targets, **given)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                pooled = criterion.pooling(shaped, **given)
+                each = F.binary_cross_entropy_with_logits(pooled, targets.nan_to_num(), reduction="none")
+                each = torch.where(targets.isnan(), 0.0, each)
+                losses += each.sum(0).view(settings.restarts, classes).sum(1)
+    candidates.copy_to(head, int(losses.argmin()))
 
 
 @torch.no_grad()
