@@ -18,10 +18,8 @@ import json
 import sys
 from pathlib import Path
 
-LOSSES = ("sgl", "bag", "mmm", "bil")
-POOLINGS = (
-    "topk", "max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or", "generalized_mean"
-)  # fmt: skip
+from common.choices import LOSSES, POOLINGS
+
 HEADS = ("linear", "mlp", "attention", "gated")
 #: Options that do not change a result.
 FREE = ("out", "resume", "threads", "cache_gb", "images", "overlays", "repeats", "instance_labels", "boxes")

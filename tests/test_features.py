@@ -61,7 +61,17 @@ def data(tmp_path_factory):
 
 def command(data, out, *options):
     return train_features.main(
-        ["--features", str(data / "features"), "--labels", str(data / "labels.csv"), "--out", str(out), *options]
+        [
+            "--features",
+            str(data / "features"),
+            "--labels",
+            str(data / "labels.csv"),
+            "--out",
+            str(out),
+            "--overlays",
+            "1",
+            *options,
+        ]
     )
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from common import metrics
+from sklearn.metrics import average_precision_score
 
 from sgl_ops.localization import box_iou, contains, heatmap_to_box, heatmap_to_point
 
@@ -16,8 +17,7 @@ T_IOU = (0.1, 0.3, 0.5)
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve of scores (n,) and labels (n,), NaN = unknown; NaN where one kind only is known."""
     known = ~np.isnan(labels)
-    scores, labels = scores[known], labels[known]
-    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else math.nan
+    return metrics.auc(scores[known], labels[known])
 
 
 def bootstrap(
