@@ -1,0 +1,70 @@
+"""Heads on a frozen network for chest films: does SGL find more boxes than its bag loss, and than CAM?
+
+    python frozen_cxr.py extract --data-dir DIR --weights FILE.safetensors --out FEATURES
+    python frozen_cxr.py train --data-dir DIR --tables DIR --det10 chestxdet10.csv --features FEATURES --out RUNS
+    python frozen_cxr.py table --runs RUNS --out films.csv
+
+DIR has images of ChestX-ray14 (any size) and, or beside them in --tables, the official tables. ``extract`` computes the
+feature maps once. ``train`` trains every method of --methods with every seed on the official training list, and
+evaluates it on the official test list: AUC, and boxes against those of the NIH and of ChestX-Det10. ``table`` joins the
+runs, with intervals over patients. ``train --validate`` holds out a quarter of the training list's patients instead of
+using the test list: settings were chosen with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.options import make_parser, next_step
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("extract", allow_abbrev=False, help="feature maps of all images")
+    one.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
+    one.add_argument(
+        "--weights", type=Path, required=True, help="of timm/tf_efficientnet_lite0: .safetensors, .pth or .pt"
+    )
+    one.add_argument("--image-size", type=int, default=320, help="images are made this wide and high (320)")
+    one.add_argument("--out", type=Path, required=True, help="folder for the feature maps")
+    two = commands.add_parser("train", allow_abbrev=False, help="heads, and their evaluation")
+    two.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
+    two.add_argument("--tables", type=Path, help="folder with the official tables, where they are elsewhere")
+    two.add_argument("--det10", type=Path, help="boxes of ChestX-Det10: csv with image_index, class, xmin, ...")
+    two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
+    two.add_argument("--methods", nargs="+", metavar="METHOD", help="of METHODS in images/frozen.py (all)")
+    two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
+    two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
+    two.add_argument("--validate", action="store_true", help="evaluate on held-out patients of the training list")
+    two.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    three = commands.add_parser("table", allow_abbrev=False, help="joins the runs")
+    three.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
+    three.add_argument("--out", type=Path, required=True, help="csv file")
+    return parser.parse_args(argv)
+
+
+NEXT = {
+    "extract": "python frozen_cxr.py train --features FEATURES, which trains heads on them",
+    "train": "python frozen_cxr.py table --runs RUNS, which joins the runs",
+    "table": "docs/when-sgl-helps.md says how to read it",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from images import frozen_runs
+
+    try:
+        getattr(frozen_runs, args.command)(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    next_step(NEXT[args.command])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
