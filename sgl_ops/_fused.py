@@ -21,9 +21,28 @@ from .settings import SGLSettings
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
+
+def _table(text: str) -> dict[str, list[int]]:
+    """What the operators say of themselves: a name and its numbers on each line."""
+    return {name: [int(number) for number in numbers] for name, *numbers in map(str.split, text.splitlines())}
+
+
+#: Codes of the poolings that the operators have, by name, as csrc/pooling.h lists them; and which have a parameter.
+CODE_OF_NAME: dict[str, int] = {}
+HAS_PARAMETER: dict[int, bool] = {}
+#: Widths of the tensors that the operators return, and codes of the losses (csrc/batch.h).
+CONSTANTS: dict[str, int] = {}
+
 try:
     importlib.import_module("sgl_ops._C")  # importing it registers the operators
 
+    try:
+        for _name, (_code, _flag) in _table(torch.ops.sgl_ops.poolings()).items():
+            CODE_OF_NAME[_name] = _code
+            HAS_PARAMETER[_code] = bool(_flag)
+        CONSTANTS = {_name: _numbers[0] for _name, _numbers in _table(torch.ops.sgl_ops.constants()).items()}
+    except AttributeError:
+        raise ImportError("it was compiled from older sources: build it again") from None
     # torch for ROCm says "cuda", too
     HAS_CUDA = torch.ops.sgl_ops.has_cuda() and torch.version.cuda is not None
     DEVICES: frozenset[str] = frozenset({"cpu", "cuda"} if HAS_CUDA else {"cpu"})
@@ -51,23 +70,6 @@ if _asked and DEVICES and _asked != (_taken := torch.ops.sgl_ops.cpu_level()):
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def _table(text: str) -> dict[str, list[int]]:
-    """What the operators say of themselves: a name and its numbers on each line."""
-    return {name: [int(number) for number in numbers] for name, *numbers in map(str.split, text.splitlines())}
-
-
-#: Codes of the poolings that the operators have, by name, as csrc/pooling.h lists them; and which have a parameter.
-CODE_OF_NAME: dict[str, int] = {}
-HAS_PARAMETER: dict[int, bool] = {}
-#: Widths of the tensors that the operators return, and codes of the losses (csrc/batch.h).
-CONSTANTS: dict[str, int] = {}
-if DEVICES:
-    for _name, (_code, _flag) in _table(torch.ops.sgl_ops.poolings()).items():
-        CODE_OF_NAME[_name] = _code
-        HAS_PARAMETER[_code] = bool(_flag)
-    CONSTANTS = {_name: _numbers[0] for _name, _numbers in _table(torch.ops.sgl_ops.constants()).items()}
 
 #: The code of a pooling that the operators do not have: its bag loss is computed by PyTorch.
 EXTERNAL = CODE_OF_NAME.get("none", 0)

@@ -232,9 +232,12 @@ class BagLoss(_Loss):
         features: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar."""
+        # nn.Module looks for these attributes elsewhere first, which is measurable on small bags
+        pooling, buffers = self._modules["pooling"], self._buffers
+        assert pooling is not None
         return functional.bag_loss(
-            logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling,
-            class_weight=self.class_weight, pos_weight=self.pos_weight, check=self.check,
+            logits, targets, mask=mask, offsets=offsets, features=features, pooling=pooling,
+            class_weight=buffers["class_weight"], pos_weight=buffers["pos_weight"], check=self.check,
             impl=self.impl, process_group=self.process_group,
         )  # fmt: skip
 
