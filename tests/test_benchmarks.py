@@ -50,7 +50,8 @@ def test_bench_poolings_measures_every_pooling(monkeypatch, capsys):
     torch.set_num_threads(threads)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row.split("|")[1].strip() for row in rows] == list(bench_poolings.POOLINGS)
-    logits, targets = torch.randn(3, 2, 20), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    # small probabilities: the naive formula of noisy_or is not exact where P rounds to 1
+    logits, targets = torch.randn(3, 2, 20) - 4, torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     for name, naive in bench_poolings.NAIVE.items():
         torch.testing.assert_close(naive(logits, targets), sgl_ops.BagLoss(name)(logits, targets))
 

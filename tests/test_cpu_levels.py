@@ -175,5 +175,7 @@ def test_passes_are_loops_of_vectors(functions, level, register):
         chosen = {name: lines for name, lines in passes.items() if re.search(rf"::{kind}_pass<.*\(float const\*", name)}
         assert chosen, kind
         for name, lines in chosen.items():
+            if "NoPooling" in name:  # adds nothing up
+                continue
             assert any(register in line for line in lines), name
             assert not any(re.match(r"v?(mul|div|fn?madd\d*)ss\b", line) for line in lines), name

@@ -10,7 +10,7 @@ import importlib.util
 
 import pytest
 import torch
-from instances import import_torchvision
+from common.import_torchvision import import_torchvision
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard

@@ -10,6 +10,7 @@ import pytest
 import reproduce_figures as figures
 import torch
 from bags import plots
+from bags.instances import load_instances
 
 TINY = [
     "--figure", "5a", "--data", "digits", "--sizes", "6", "--bags", "8", "12", "--epochs", "1", "--workers", "1",
@@ -154,7 +155,7 @@ def test_figure_5b_shows_what_the_runs_keep(tmp_path, monkeypatch):
         assert positive.tolist() == [bool(p) for p in bag["positive"]]
         assert title.startswith(f"SGL, test bag {bag['number']}: ")
         # it is the picture that the probability was computed of: of the target class just where it says so
-        classes = figures.load_instances("digits", "").test_classes[bag["index"]]
+        classes = load_instances("digits", "").test_classes[bag["index"]]
         assert ((classes == 9) == positive).all()
 
 

@@ -90,7 +90,7 @@ int main(int argc, char** argv) {
   rows.logits_bag = rows.grad_bag = positions * classes;
   rows.dimensions = 1;
   rows.dimension[0] = {positions, 1, 0, 1};
-  call.settings = {0.3, 1, 0, kMax, 1, false, true, true};
+  call.settings = {0.3, 1, 0, MaxPooling::kCode, 1, false, true, true, 0};
   float total, parts[3];
   const float grad_output = 1;
   const Plan plan = plan_of(call, multiprocessors);
