@@ -1,0 +1,225 @@
+"""Heads on the feature maps of a frozen network: methods, training, evaluation. Used by frozen_cxr.py."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from images.metrics import auc_per_class
+from images.nih import CLASSES, load_index
+from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, prior_bias
+from sgl_ops.localization import box_iou, centre_box, contains, heatmap_to_box, heatmap_to_point
+from sgl_ops.pooling import TopKPooling, make_pooling
+
+SIDE = 256  # pixels of the image that boxes are measured in
+FIRST = 31.5 / 32  # centre of the first cell of EfficientNet-Lite0's last map, which pads as TensorFlow does
+T_IOU = (0.1, 0.3, 0.5)
+
+#: How a map becomes a box: title, threshold, whether of the map's maximum, and whether the map is rescaled first.
+MAPS = {"half": (0.5, True, False), "absolute": (0.5, False, False), "rescaled": (0.5, True, True)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained. ``hidden`` 0: a linear head, whose map is the class activation map (CAM)."""
+
+    loss: str
+    pooling: str
+    lam: float = 0.0
+    mask_weight: float = 0.0
+    share: float = 0.3  # of a positive bag that is positive, for the bias of the head
+    hidden: int = 64
+    weight_decay: float = 1.0
+
+
+METHODS = {
+    "cam": Method("bag", "mean_logits", share=1.0, hidden=0),
+    "mean bag": Method("bag", "mean"),
+    "softmax bag": Method("bag", "softmax"),
+    "top 30 % bag": Method("bag", "topk"),
+    "max bag": Method("bag", "max", share=0.1),
+    "mean sgl 3 mask 1": Method("sgl", "mean", 3.0, 1.0),
+    "softmax sgl 3 mask 1": Method("sgl", "softmax", 3.0, 1.0),
+    "softmax sgl 20": Method("sgl", "softmax", 20.0),
+    "top 30 % sgl 1": Method("sgl", "topk", 1.0),
+    "max sgl 1": Method("sgl", "max", 1.0, share=0.1),
+    "mmm": Method("mmm", "max", share=0.1),
+    "bil": Method("bil", "mean"),
+}
+
+
+class Films(NamedTuple):
+    """Images with their feature maps and what is known of them.
+
+    Attributes:
+        features: (n, D, h, w), on disk.
+        labels: (n, 14) float32.
+        patients: (n,).
+        test: (n,) bool, those of the official test list.
+        boxes: sets of boxes by name: (image, class) to boxes (k, 4) in pixels of an image of 1024 pixels.
+    """
+
+    features: np.ndarray
+    labels: Tensor
+    patients: np.ndarray
+    test: np.ndarray
+    boxes: dict[str, dict[tuple[int, int], np.ndarray]]
+
+    def split(self, validate: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the images to train on, and of those to evaluate: the test list, or held-out training patients."""
+        if not validate:
+            return np.flatnonzero(~self.test), np.flatnonzero(self.test)
+        patients = np.unique(self.patients[~self.test])
+        held = np.random.default_rng(0).permutation(patients)[: len(patients) // 4]
+        out = np.isin(self.patients, held)
+        return np.flatnonzero(~self.test & ~out), np.flatnonzero(~self.test & out)
+
+
+def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features: Path) -> Films:
+    """The films of a folder of frozen_cxr.py extract, with the official tables and the boxes of ChestX-Det10.
+
+    Raises:
+        ValueError: a file is missing, or the features are of other images.
+    """
+    if not (features / "names.txt").is_file():
+        raise ValueError(f"features: {features} holds no names.txt; frozen_cxr.py extract writes it")
+    index = load_index(data_dir, allow_missing=True, tables=tables)
+    names = (features / "names.txt").read_text().split()
+    number = {name: i for i, name in enumerate(index.names)}
+    absent = [name for name in names if name not in number]
+    if absent:
+        raise ValueError(f"features: {absent[0]} is not among the images of {data_dir}")
+    order = np.array([number[name] for name in names])
+    where = {name: i for i, name in enumerate(names)}
+    boxes: dict[str, dict[tuple[int, int], list]] = {"nih": {}}
+    for name, found in index.boxes.items():
+        for kind, *box in found:
+            if name in where:
+                boxes["nih"].setdefault((where[name], kind), []).append(box)
+    if det10 is not None:
+        boxes["det10"] = {}
+        with det10.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["class"] in CLASSES and row["image_index"] in where:
+                    x0, y0, x1, y1 = (float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
+                    key = (where[row["image_index"]], CLASSES.index(row["class"]))
+                    boxes["det10"].setdefault(key, []).append([x0, y0, x1 - x0, y1 - y0])
+    return Films(
+        np.load(features / "features.npy", mmap_mode="r"),
+        torch.from_numpy(index.labels[order]).float(),
+        index.patients[order],
+        index.test[order],
+        {name: {key: np.array(found) for key, found in some.items()} for name, some in boxes.items()},
+    )
+
+
+def reduce_features(films: Films, components: int) -> Tensor:
+    """The cells (n, h w, components) as principal components of those of the training list, partly whitened.
+
+    A component is divided by the square root of its standard deviation, and all by their common one.
+    """
+    maps = torch.from_numpy(np.array(films.features)).float()
+    cells = maps.flatten(2).transpose(1, 2)
+    train = cells[torch.from_numpy(~films.test)].reshape(-1, cells.shape[2])
+    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-4)
+    standard = (train - mean) / deviation
+    values, vectors = torch.linalg.eigh(standard.T @ standard / len(standard))
+    project = vectors[:, -components:] / (values[-components:].clamp(min=0).sqrt() + 1e-3).sqrt()
+    reduced = torch.stack([(film - mean) / deviation @ project for film in cells])
+    return reduced / reduced.std()
+
+
+class Head(nn.Module):
+    """Logits (n, L, C) of cells (n, L, D): linear, or with one hidden layer."""
+
+    def __init__(self, features: int, hidden: int, classes: int):
+        super().__init__()
+        self.first = nn.Linear(features, hidden) if hidden else None
+        self.last = nn.Linear(hidden or features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first is not None:
+            x = F.dropout(F.relu(self.first(x)), 0.3, self.training)
+        return self.last(x)
+
+
+def train_head(
+    cells: Tensor, films: Films, numbers: np.ndarray, method: Method, seed: int, epochs: int = 14, batch_size: int = 64
+) -> tuple[Head, nn.Module, int | None]:
+    """A head trained on the images ``numbers``; its pooling; the epoch in which lam began to rise, or None."""
+    torch.manual_seed(seed)
+    labels = films.labels
+    head = Head(cells.shape[2], method.hidden, labels.shape[1])
+    with torch.no_grad():
+        head.last.bias.copy_(prior_bias(labels[numbers], share=method.share))
+    pooling = TopKPooling(0.3) if method.pooling == "topk" else make_pooling(method.pooling)
+    if method.loss == "sgl":
+        criterion = SGLLoss(lam=method.lam, pooling=pooling, mask_weight=method.mask_weight)
+    else:
+        criterion = MMMLoss() if method.loss == "mmm" else {"bag": BagLoss, "bil": BILLoss}[method.loss](pooling)
+    optimizer = torch.optim.AdamW(head.parameters(), 3e-3, weight_decay=method.weight_decay)
+    steps = epochs * (len(numbers) // batch_size)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1, pct_start=0.1)
+    schedule = LamSchedule(method.lam, auc=0.65, rise=60, window=len(numbers), interval=5)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.as_tensor(numbers)
+    started = None
+    for epoch in range(1, epochs + 1):
+        order = numbers[torch.randperm(len(numbers), generator=generator)]
+        for batch in order.split(batch_size)[: len(numbers) // batch_size]:
+            logits = head(cells[batch]).transpose(1, 2)
+            if method.loss == "sgl":
+                criterion.lam = schedule.step(pooling(logits.detach()), labels[batch])
+                started = epoch if started is None and criterion.lam > 0 else started
+            loss = criterion(logits, labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+    return head.eval(), pooling, started
+
+
+@torch.no_grad()
+def evaluate(head: Head, pooling: nn.Module, cells: Tensor, films: Films, numbers: np.ndarray) -> dict[str, Any]:
+    """AUC of the images ``numbers``, and every hit of their boxes, by set of boxes and rule of MAPS."""
+    logits = head(cells[numbers]).transpose(1, 2)
+    aucs = auc_per_class(pooling(logits).numpy(), films.labels[numbers].numpy(), CLASSES)
+    side = int(logits.shape[2] ** 0.5)
+    maps = dict(zip(numbers.tolist(), torch.sigmoid(logits).double().unflatten(2, (side, side)).numpy(), strict=True))
+    return {
+        "auc": float(np.nanmean([aucs[name] for name in CLASSES])),
+        "auc_of_classes": aucs,
+        "boxes": {name: _boxes(maps, films, found) for name, found in films.boxes.items()},
+    }
+
+
+def _boxes(maps: dict[int, np.ndarray], films: Films, true: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
+    keys = sorted(key for key in true if key[0] in maps)
+    found: dict[str, Any] = {}
+    for title, (threshold, relative, rescaled) in MAPS.items():
+        hits, pointing, centre = [], [], []
+        for image, kind in keys:
+            boxes = true[image, kind] * (SIDE / 1024)
+            heat = maps[image][kind]
+            if rescaled:  # Eq. 5
+                heat = (heat - heat.min()) / max(heat.max() - heat.min(), 1e-12)
+            box = heatmap_to_box(heat, (SIDE, SIDE), threshold, mode="bilinear", side=1, first=FIRST, relative=relative)
+            hits.append(_over(box, boxes))
+            centre.append(_over(centre_box((SIDE, SIDE)), boxes))
+            pointing.append(bool(contains(boxes, heatmap_to_point(heat, (SIDE, SIDE), FIRST)).any()))
+        patients = [int(films.patients[image]) for image, _ in keys]
+        found[title] = {"hits": hits, "pointing": float(np.mean(pointing)), "centre": centre, "patients": patients}
+    return found
+
+
+def _over(box: np.ndarray, boxes: np.ndarray) -> Sequence[bool]:
+    best = np.nan_to_num(box_iou(box, boxes)).max()
+    return [bool(best > least) for least in T_IOU]

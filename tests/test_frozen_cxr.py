@@ -1,0 +1,128 @@
+"""frozen_cxr.py: heads on the features of a frozen network, from the extraction to the table."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+
+import frozen_cxr as example
+import numpy as np
+import pytest
+import torch
+from common.import_torchvision import import_torchvision
+from images.frozen import CLASSES, METHODS, read_films, reduce_features
+from images.nih import load_index
+from images.synthetic_set import write_dataset
+
+pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A drawn data set with its own tables, and features in which the labels can be seen at one place."""
+    folder = tmp_path_factory.mktemp("films")
+    write_dataset(folder / "data", images=120, size=64, seed=2)
+    index = load_index(folder / "data", allow_missing=True)
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(len(index.names), 40, 10, 10))
+    for i, labels in enumerate(index.labels):
+        for kind in np.flatnonzero(labels):
+            features[i, kind, 2:5, 6:9] += 5
+    (folder / "features").mkdir()
+    np.save(folder / "features" / "features.npy", features.astype(np.float16))
+    (folder / "features" / "names.txt").write_text("\n".join(index.names) + "\n")
+    kinds = [CLASSES[kind] for kind in np.flatnonzero(index.labels.sum(0) > 3)]
+    with (folder / "det10.csv").open("w") as file:
+        file.write("image_index,split,class,xmin,ymin,xmax,ymax\n")
+        for name, labels in zip(index.names, index.labels, strict=True):
+            file.write(f"{name},x,,,,,\n{name},x,Fracture,1,1,9,9\n")
+            for kind in np.flatnonzero(labels):  # the cells 6 to 8 and 2 to 4 of a map that begins half a cell late
+                file.write(f"{name},x,{CLASSES[kind]},660,250,970,560\n")
+    assert kinds
+    return folder
+
+
+def run(data, out, *options):
+    given = ["train", "--data-dir", data / "data", "--det10", data / "det10.csv", "--features", data / "features"]
+    return example.main([str(o) for o in (*given, "--out", out, "--components", 30, *options)])
+
+
+def test_from_the_runs_to_the_table(data, tmp_path, capsys):
+    methods = ["softmax bag", "softmax sgl 3 mask 1"]
+    assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *methods) == 0
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
+    assert len(runs) == 4
+    by_method = {run["method"]: run for run in runs if run["seed"] == 0}
+    assert by_method["softmax sgl 3 mask 1"]["auc"] > 0.6
+    assert by_method["softmax bag"]["lam_started_in_epoch"] is None
+    films = read_films(data / "data", None, data / "det10.csv", data / "features")
+    half = by_method["softmax sgl 3 mask 1"]["boxes"]["det10"]["half"]
+    assert len(half["hits"]) == sum(bool(films.test[image]) for image, _ in films.boxes["det10"])
+    assert half["pointing"] > 0.5  # by chance 0.1
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
+    assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *methods) == 0  # nothing is made again
+    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
+    assert example.main(["table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "films.csv")]) == 0
+    with (tmp_path / "films.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {*methods, "centre box"}
+    (row,) = [r for r in rows if (r["method"], r["boxes"], r["rule"]) == ("softmax sgl 3 mask 1", "det10", "half")]
+    shares = [np.mean(run["boxes"]["det10"]["half"]["hits"], 0)[0] for run in runs if run["method"] == row["method"]]
+    assert float(row["iou_0.1"]) == pytest.approx(np.mean(shares), abs=1e-4)
+    assert sorted(row["iou_0.1_of_seeds"].split()) == sorted(f"{share:.2f}" for share in shares)
+    low, high = (float(x) for x in row["iou_0.1_interval"].split(" to "))
+    assert low <= float(row["iou_0.1"]) + 0.005 and float(row["iou_0.1"]) <= high + 0.005
+
+
+def test_validation_keeps_the_test_list_out(data):
+    films = read_films(data / "data", None, None, data / "features")
+    train, held = films.split(validate=True)
+    assert not films.test[train].any() and not films.test[held].any()
+    assert not set(films.patients[train]) & set(films.patients[held])
+    train, test = films.split(validate=False)
+    assert films.test[test].all() and not set(films.patients[train]) & set(films.patients[test])
+
+
+def test_components_are_those_of_the_training_list(data):
+    films = read_films(data / "data", None, None, data / "features")
+    changed = np.array(films.features)
+    changed[films.test] = 7.0
+    cells, others = (reduce_features(f, 12) for f in (films, films._replace(features=changed)))
+    kept = torch.from_numpy(~films.test)
+    torch.testing.assert_close(cells[kept] / cells[kept].std(), others[kept] / others[kept].std(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_interval_is_over_patients():
+    """Forty values of two patients: the interval is as wide as that of two values."""
+    values, patients = np.repeat([0.0, 1.0], 20), np.repeat([1, 2], 20)
+    assert example.interval_over_patients(values, patients) == (0.0, 1.0)
+    low, high = example.interval_over_patients(values, np.arange(40))
+    assert 0.3 < low < 0.4 and 0.6 < high < 0.7
+
+
+def test_extraction(data, tmp_path):
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("tf_efficientnet_lite0")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((data / "data").rglob("*.png"))[:3]:
+        (images / path.name).write_bytes(path.read_bytes())
+    options = ["--data-dir", str(images), "--weights", str(tmp_path / "weights.pth"), "--image-size", "96"]
+    assert example.main(["extract", *options, "--out", str(tmp_path / "out")]) == 0
+    features = np.load(tmp_path / "out" / "features.npy")
+    assert features.shape == (3, 320 + 112, 3, 3) and features.dtype == np.float16
+    assert (tmp_path / "out" / "names.txt").read_text().split() == sorted(p.name for p in images.iterdir())
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.raises(SystemExit):
+        example.main(["extract", *options, "--out", str(tmp_path / "other")])
+
+
+def test_every_method_has_a_loss_and_a_pooling():
+    assert len(METHODS) == 12
+    for name, method in METHODS.items():
+        assert method.loss in ("bag", "sgl", "mmm", "bil")
+        assert (method.lam > 0) == (method.loss == "sgl"), name

@@ -1,0 +1,88 @@
+"""examples/recipe.py and docs/recipe.md: from a classifier to boxes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+import torch
+from common.import_torchvision import import_torchvision
+from conftest import ROOT
+
+if importlib.util.find_spec("torchvision") is None:
+    pytest.skip("torchvision is not installed", allow_module_level=True)
+import_torchvision()
+timm = pytest.importorskip("timm")
+
+import recipe  # noqa: E402
+
+import sgl_ops  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/resnet18", "timm/tf_efficientnet_lite0", "torchvision/resnet18", "torchvision/mobilenet_v2"]
+)
+def test_the_mean_of_the_map_is_the_logit_of_the_classifier(name):
+    classifier = recipe.make_classifier(name, 3, None, None).eval()
+    images = torch.randn(2, 3, 96, 64)
+    model = recipe.FullyConvolutional(classifier, images)
+    with torch.no_grad():
+        logits = model.eval()(images)
+        assert logits.shape[:2] == (2, 3) and logits.shape[2] > 1
+        torch.testing.assert_close(logits.mean((2, 3)), classifier(images), rtol=1e-3, atol=1e-4)
+
+
+def test_densenet_of_torchvision_and_a_cut_network():
+    images = torch.randn(2, 3, 64, 64)
+    for classifier in (
+        recipe.make_classifier("torchvision/densenet121", 2, None, None),
+        recipe.make_classifier("timm/resnet18", 2, None, 1),
+    ):
+        model = recipe.FullyConvolutional(classifier, images).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(images).mean((2, 3)), classifier.eval()(images), rtol=1e-3, atol=1e-4)
+
+
+def test_a_classifier_that_ends_otherwise_is_refused():
+    classifier = timm.create_model("resnet18", num_classes=2, global_pool="max")
+    with pytest.raises(ValueError, match="classifier: the mean of its map differs from its output by"):
+        recipe.FullyConvolutional(classifier, torch.randn(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="expected one of timm or torchvision, got Sequential"):
+        recipe.features_of(torch.nn.Sequential(torch.nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match="backbone: expected timm/NAME"):
+        recipe.make_classifier("resnet18", 2, None, None)
+
+
+def test_the_script(capsys):
+    assert recipe.main(["--images", "32", "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("share of boxes with IoU > 0.1, 0.3, 0.5:") == 2
+    assert out.count("class  positive bags") == 2
+
+
+def test_generated_images_have_their_boxes():
+    images, labels, boxes = recipe.generated_images(20, 0)
+    assert labels.sum() == 10
+    for image, label, (x, y, w, h) in zip(images, labels, boxes.int().tolist(), strict=True):
+        if label:  # the grating: columns that differ by 2 from those two pixels further
+            square = image[0, y : y + h, x : x + w]
+            assert (square[:, :-2] - square[:, 2:]).abs().mean() > 1.5
+        else:
+            assert (w, h) == (0, 0)
+
+
+def test_the_page_runs(capsys):
+    """The code blocks of docs/recipe.md, in their order."""
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(24).remainder(2).reshape(8, 3).float()
+    names = {
+        "timm": timm, "torch": torch, "sgl_ops": sgl_ops, "images": images, "labels": labels,
+        "loader": [(images, labels)], **{n: getattr(sgl_ops, n) for n in ("SGLLoss", "LamSchedule", "prior_bias")},
+    }  # fmt: skip
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
+    assert names["logits"].shape == (8, 3, 2, 2)
+    assert names["box"].shape == (4,)
+    assert names["cut"](images)[0].shape[1:] == (128, 8, 8)
+    assert "bag AUC" in capsys.readouterr().out
