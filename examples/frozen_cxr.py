@@ -14,161 +14,55 @@ using the test list: settings were chosen with it.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from images.frozen import METHODS, evaluate, read_films, reduce_features, train_head
-
-BACKBONE = "timm/tf_efficientnet_lite0"
+from common.options import make_parser, next_step
 
 
-def extract(args: argparse.Namespace) -> None:
-    """Writes the feature maps (n, D, h, w) float16 of all images, and their names.
-
-    The maps of the last two stages are joined on the grid of the last one. There, a cell of the finer map is the mean
-    of the 3x3 cells round the same pixel.
-    """
-    from features.backbones import import_timm
-    from images.nih import find_images
-    from images.timm_networks import read_state
-    from PIL import Image
-
-    timm = import_timm()
-    network = timm.create_model(BACKBONE.removeprefix("timm/"), features_only=True, out_indices=(3, 4)).eval()
-    state = read_state(args.weights)
-    missing, _ = network.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
-    if any(not key.endswith("num_batches_tracked") for key in missing):
-        raise ValueError(f"weights: {args.weights} does not fit {BACKBONE}")
-    paths = find_images(args.data_dir)
-    names = sorted(f"{stem}.png" for stem in paths)
-    args.out.mkdir(parents=True, exist_ok=True)
-    side = args.image_size // 32
-    shape = (len(names), sum(network.feature_info.channels()), side, side)
-    features = np.lib.format.open_memmap(args.out / "features.npy", mode="w+", dtype=np.float16, shape=shape)
-    for i, name in enumerate(names):
-        with Image.open(paths[Path(name).stem]) as image:
-            gray = torch.from_numpy(np.array(image.convert("L"), dtype=np.float32))[None, None]
-        size = (args.image_size, args.image_size)
-        gray = F.interpolate(gray, size, mode="bilinear", antialias=max(gray.shape[2:]) > args.image_size)
-        with torch.no_grad():  # as the weights were trained in TensorFlow
-            fine, coarse = network(((gray - 127) / 128).expand(-1, 3, -1, -1))
-        fine = F.avg_pool2d(F.pad(fine, (0, 1, 0, 1), mode="replicate"), 3, 2)
-        features[i] = torch.cat([coarse, fine], 1)[0].numpy()
-        if i % 100 == 0:
-            print(f"{i} of {len(names)} images", flush=True)
-    features.flush()
-    (args.out / "names.txt").write_text("\n".join(names) + "\n")
-
-
-def train(args: argparse.Namespace) -> None:
-    """One file a run: METHOD-seedSEED.json in ``args.out``; runs that are there are skipped."""
-    films = read_films(args.data_dir, args.tables, args.det10, args.features)
-    cells = reduce_features(films, args.components)
-    train_numbers, eval_numbers = films.split(args.validate)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for method in args.methods:
-            path = args.out / f"{method}-seed{seed}.json"
-            if path.exists():
-                continue
-            begun = time.monotonic()
-            head, pooling, started = train_head(cells, films, train_numbers, METHODS[method], seed)
-            result = evaluate(head, pooling, cells, films, eval_numbers)
-            result |= {
-                "method": method, "seed": seed, "validate": args.validate, "lam_started_in_epoch": started,
-                "seconds": round(time.monotonic() - begun, 1),
-            }  # fmt: skip
-            path.write_text(json.dumps(result) + "\n")
-            nih = result["boxes"]["nih"]["half"]["hits"]
-            print(f"{method}, seed {seed}: AUC {result['auc']:.3f}, NIH boxes {np.mean(nih, 0).round(2)}", flush=True)
-
-
-def table(args: argparse.Namespace) -> None:
-    """films.csv: one row per method, set of boxes and rule of the box, with every seed."""
-    runs = [json.loads(path.read_text()) for path in sorted(args.runs.glob("*.json"))]
-    if not runs:
-        raise ValueError(f"runs: {args.runs} holds no run")
-    rows = []
-    for method in [m for m in METHODS if any(run["method"] == m for run in runs)]:
-        own = sorted((run for run in runs if run["method"] == method), key=lambda run: run["seed"])
-        aucs = [run["auc"] for run in own]
-        for boxes in own[0]["boxes"]:
-            for rule in own[0]["boxes"][boxes]:
-                found = [run["boxes"][boxes][rule] for run in own]
-                hits = np.array([f["hits"] for f in found], float)  # seeds, boxes, thresholds
-                patients = np.array(found[0]["patients"])
-                row = {
-                    "method": method, "boxes": boxes, "rule": rule, "seeds": len(own), "count": hits.shape[1],
-                    "auc": round(float(np.mean(aucs)), 4), "auc_of_seeds": " ".join(f"{a:.3f}" for a in aucs),
-                }  # fmt: skip
-                for k, least in enumerate((0.1, 0.3, 0.5)):
-                    per_seed = hits[:, :, k].mean(1)
-                    low, high = interval_over_patients(hits[:, :, k].mean(0), patients)
-                    row |= {
-                        f"iou_{least}": round(float(per_seed.mean()), 4),
-                        f"iou_{least}_interval": f"{low:.2f} to {high:.2f}",
-                        f"iou_{least}_of_seeds": " ".join(f"{a:.2f}" for a in per_seed),
-                    }
-                row["pointing"] = round(float(np.mean([f["pointing"] for f in found])), 4)
-                rows.append(row)
-    for boxes, rules in runs[0]["boxes"].items():
-        centre = rules["half"]["centre"]
-        row = {"method": "centre box", "boxes": boxes, "count": len(centre)}
-        row |= {f"iou_{t}": round(float(np.mean([c[k] for c in centre])), 4) for k, t in enumerate((0.1, 0.3, 0.5))}
-        rows.append(row)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{args.out}: {len(rows)} rows of {len(runs)} runs")
-
-
-def interval_over_patients(values: np.ndarray, patients: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of the mean of ``values`` (n,), by a bootstrap over patients."""
-    _, number = np.unique(patients, return_inverse=True)
-    sums, counts = np.bincount(number, values), np.bincount(number)
-    chosen = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
-    means = sums[chosen].sum(1) / counts[chosen].sum(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("extract", help="feature maps of all images")
+    one = commands.add_parser("extract", allow_abbrev=False, help="feature maps of all images")
     one.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
-    one.add_argument("--weights", type=Path, required=True, help=f"of {BACKBONE}: .safetensors, .pth or .pt")
+    one.add_argument(
+        "--weights", type=Path, required=True, help="of timm/tf_efficientnet_lite0: .safetensors, .pth or .pt"
+    )
     one.add_argument("--image-size", type=int, default=320, help="images are made this wide and high (320)")
     one.add_argument("--out", type=Path, required=True, help="folder for the feature maps")
-    two = commands.add_parser("train", help="heads, and their evaluation")
+    two = commands.add_parser("train", allow_abbrev=False, help="heads, and their evaluation")
     two.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
     two.add_argument("--tables", type=Path, help="folder with the official tables, where they are elsewhere")
     two.add_argument("--det10", type=Path, help="boxes of ChestX-Det10: csv with image_index, class, xmin, ...")
     two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
-    two.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    two.add_argument("--methods", nargs="+", metavar="METHOD", help="of METHODS in images/frozen.py (all)")
+    two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
     two.add_argument("--validate", action="store_true", help="evaluate on held-out patients of the training list")
     two.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    three = commands.add_parser("table", help="joins the runs")
-    three.add_argument("--runs", type=Path, required=True)
-    three.add_argument("--out", type=Path, required=True)
-    return parser
+    three = commands.add_parser("table", allow_abbrev=False, help="joins the runs")
+    three.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
+    three.add_argument("--out", type=Path, required=True, help="csv file")
+    return parser.parse_args(argv)
+
+
+NEXT = {
+    "extract": "python frozen_cxr.py train --features FEATURES, which trains heads on them",
+    "train": "python frozen_cxr.py table --runs RUNS, which joins the runs",
+    "table": "docs/when-sgl-helps.md says how to read it",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parse(argv)
+    from images import frozen_runs
+
     try:
-        {"extract": extract, "train": train, "table": table}[args.command](args)
+        getattr(frozen_runs, args.command)(args)
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    next_step(NEXT[args.command])
     return 0
 
 

@@ -15,7 +15,8 @@ if importlib.util.find_spec("torchvision") is None:
 import_torchvision()
 timm = pytest.importorskip("timm")
 
-import recipe  # noqa: E402
+import recipe as example  # noqa: E402
+from images import recipe_steps as recipe  # noqa: E402
 
 import sgl_ops  # noqa: E402
 
@@ -55,7 +56,7 @@ def test_a_classifier_that_ends_otherwise_is_refused():
 
 
 def test_the_script(capsys):
-    assert recipe.main(["--images", "32", "--epochs", "1"]) == 0
+    assert example.main(["--images", "32", "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("share of boxes with IoU > 0.1, 0.3, 0.5:") == 2
     assert out.count("class  positive bags") == 2
