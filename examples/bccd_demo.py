@@ -13,19 +13,22 @@ import argparse
 import sys
 from pathlib import Path
 
+from common import options
+from common.files import naming
+
 #: Options of train_features.py that were chosen on the photos of the split "val".
 RECIPE = ["--restarts=8", "--components=48", "--hidden=16", "--epochs=40", "--batch-size=16"]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder BCCD of the data set")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for features and results")
-    parser.add_argument("--weights", default="pretrained", metavar="FILE", help="of tf_efficientnet_lite0; a file")
-    parser.add_argument("--photos", type=int, default=4, metavar="N", help="photos in the picture (4)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="R", help="seeds (1); the picture shows the first")
+    parser = options.make_parser(__doc__)
+    files = parser.add_argument_group("data")
+    demo = parser.add_argument_group("demonstration")
+    files.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder BCCD of the data set")
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for features and results")
+    files.add_argument("--weights", default="pretrained", metavar="FILE", help="of tf_efficientnet_lite0; a file")
+    demo.add_argument("--photos", type=int, default=4, metavar="N", help="photos in the picture (4)")
+    demo.add_argument("--repeats", type=int, default=1, metavar="R", help="seeds (1); the picture shows the first")
     return parser
 
 
@@ -40,19 +43,19 @@ def main(argv: list[str] | None = None) -> int:
         images = bccd.prepare(args.data, args.out)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    options = ["--backbone", "timm/tf_efficientnet_lite0", "--stages", "blocks.3", "blocks.2"]
-    options += ["--weights", args.weights, "--images", str(images), "--out", str(args.out / "features")]
-    failed = extract_features.main(options)
+    arguments = ["--backbone", "timm/tf_efficientnet_lite0", "--stages", "blocks.3", "blocks.2"]
+    arguments += ["--weights", args.weights, "--images", str(images), "--out", str(args.out / "features")]
+    failed = extract_features.main(arguments)
     for loss in ("bag", "sgl"):
         if failed:
             return failed
-        options = ["--features", str(args.out / "features"), "--labels", str(args.out / "labels.csv")]
-        options += ["--boxes", str(args.out / "boxes.csv"), "--images", str(images), "--out", str(args.out / loss)]
-        options += ["--loss", loss, "--repeats", str(args.repeats), "--resume", *RECIPE]
-        failed = train_features.main(options)
+        arguments = ["--features", str(args.out / "features"), "--labels", str(args.out / "labels.csv")]
+        arguments += ["--boxes", str(args.out / "boxes.csv"), "--images", str(images), "--out", str(args.out / loss)]
+        arguments += ["--loss", loss, "--repeats", str(args.repeats), "--resume", *RECIPE]
+        failed = train_features.main(arguments)
     if not failed:
         draw(args.out, images, args.photos)
-        print(f"next: open {args.out / 'bccd.png'}")
+        options.next_step(f"open {args.out / 'bccd.png'}")
     return failed
 
 
@@ -84,7 +87,8 @@ def draw(out: Path, images: Path, count: int) -> None:
             draw_box(row[0], box, TRUE)
     for cell, title in zip(axes[0], ("platelets (never shown in training)", "bag loss", "SGL"), strict=True):
         cell.set_title(title)
-    figure.savefig(out / "bccd.png", dpi=90)
+    with naming(out / "bccd.png"):
+        figure.savefig(out / "bccd.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+from common import options
+
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = options.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images; an image is a bag")
     data.add_argument("--points", type=Path, metavar="CSV", help="columns bag (or image), x, y: an instance per point")
@@ -55,12 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         extract(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
-    print(f"next: python train_features.py --features {args.out} --labels labels.csv --out runs")
+    options.next_step(f"python train_features.py --features {args.out} --labels labels.csv --out runs")
     return 0
 
 

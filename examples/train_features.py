@@ -18,7 +18,9 @@ import json
 import sys
 from pathlib import Path
 
+from common import options
 from common.choices import LOSSES, POOLINGS
+from common.files import naming
 
 HEADS = ("linear", "mlp", "attention", "gated")
 #: Options that do not change a result.
@@ -26,9 +28,7 @@ FREE = ("out", "resume", "threads", "cache_gb", "images", "overlays", "repeats",
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = options.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--features", type=Path, required=True, metavar="DIR", help="bags of features")
     data.add_argument("--labels", type=Path, required=True, metavar="CSV", help="labels of the bags")
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     protocol.add_argument("--test", choices=("test", "val"), default="test", help="val: train on train, choose on val")
     protocol.add_argument("--resume", action="store_true", help="keep finished runs of --out")
     model = parser.add_argument_group("head")
-    model.add_argument("--head", choices=HEADS, default="mlp")
+    model.add_argument("--head", choices=HEADS, default="mlp", help="network on the features (mlp)")
     model.add_argument(
         "--components", type=int, default=0, metavar="K", help="principal components of the features (0: all features)"
     )
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--share", type=float, default=0.05, help="of a positive bag's instances that are positive: a guess (0.05)"
     )
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss", choices=LOSSES, default="sgl")
+    loss.add_argument("--loss", choices=LOSSES, default="sgl", help="loss of the training (sgl)")
     loss.add_argument("--pooling", choices=POOLINGS, default="topk", help="not used by attention and by mmm")
     loss.add_argument("--k", type=float, default=8, help="of topk: instances, or below 1 a share of the bag (8)")
     loss.add_argument("--lam", type=float, default=1.0, help="weight of the instance loss (1)")
@@ -72,10 +72,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--restarts", type=int, default=1, metavar="R", help="initial heads that are tried with the bag loss (1)"
     )
     start.add_argument("--trial-epochs", type=int, default=8, help="epochs of a trial; the best head goes on (8)")
-    training.add_argument("--epochs", type=int, default=60)
+    training.add_argument("--epochs", type=int, default=60, help="passes over the training bags (60)")
     training.add_argument("--batch-size", type=int, default=32, help="bags per step (32)")
     training.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (0.003)")
-    training.add_argument("--weight-decay", type=float, default=1e-2)
+    training.add_argument("--weight-decay", type=float, default=1e-2, help="of AdamW (0.01)")
     training.add_argument("--noise", type=float, default=0.0, help="added to features, in standard deviations (0)")
     training.add_argument("--constant-lr", dest="cosine", action="store_false", help="instead of a cosine down to 0")
     machine = parser.add_argument_group("machine")
@@ -99,12 +99,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
         return 130
-    print(f"next: open {args.out / 'report.html'}")
+    options.next_step(f"open {args.out / 'report.html'}")
     return 0
 
 
@@ -183,7 +183,8 @@ def keep_settings(args: argparse.Namespace, parts: Path) -> None:
         if changed:
             raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
     parts.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    with naming(path):
+        path.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+from common.files import naming
+
 CLASS = "Platelets"
 MISSING = """{folder}: expected the BCCD data set (364 blood-smear photos, MIT licence). To get it:
     git clone https://github.com/Shenggan/BCCD_Dataset
@@ -63,7 +65,7 @@ def _annotations(data: Path) -> Iterator[dict[str, str]]:
 
 
 def _write(path: Path, header: list[str], rows: list[list]) -> None:
-    with path.open("w", newline="") as file:
+    with naming(path), path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

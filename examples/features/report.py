@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from common.files import naming
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -64,12 +65,13 @@ def write_report(
         for name, i in _positive(predictions, truth)[:count]
     )
     first = escape(truth.labels.classes[0])
-    (folder / "report.html").write_text(
-        f"<!doctype html><meta charset=utf-8><title>Features</title><style>{STYLE}</style><h1>Results</h1>"
-        f"<table><tr><th>class</th>{titles}</tr>{rows}</table>"
-        f"<h2>The first positive test bags of {first}</h2><p>Colour: probability of an instance. "
-        f"Orange: the box found. Green: true boxes.</p>{figures}"
-    )
+    with naming(folder / "report.html"):
+        (folder / "report.html").write_text(
+            f"<!doctype html><meta charset=utf-8><title>Features</title><style>{STYLE}</style><h1>Results</h1>"
+            f"<table><tr><th>class</th>{titles}</tr>{rows}</table>"
+            f"<h2>The first positive test bags of {first}</h2><p>Colour: probability of an instance. "
+            f"Orange: the box found. Green: true boxes.</p>{figures}"
+        )
 
 
 def _positive(predictions: Predictions, truth: Truth) -> list[tuple[str, int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from common.files import naming
 
 from features.evaluation import auc, bag_metrics, bootstrap, box_metrics, instance_metrics
 from features.labels import Labels, folds
@@ -72,9 +73,10 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
 def save_predictions(path: Path, predictions: Predictions) -> None:
     """Atomic: after a crash the file is whole or not there."""
     beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        np.savez(file, **predictions._asdict())
-    os.replace(beside, path)
+    with naming(path):
+        with beside.open("wb") as file:
+            np.savez(file, **predictions._asdict())
+        os.replace(beside, path)
 
 
 def load_predictions(path: Path) -> Predictions:
@@ -180,8 +182,9 @@ def write_tables(
     folder: Path, repeats: Sequence[Sequence[Predictions]], labels: Labels, bags: FeatureBags, result: dict, rows: list
 ) -> None:
     """``metrics.json``, ``runs.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats)."""
-    (folder / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
-    with (folder / "runs.csv").open("w", newline="") as file:
+    with naming(folder / "metrics.json"):
+        (folder / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    with naming(folder / "runs.csv"), (folder / "runs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -192,6 +195,7 @@ def write_tables(
             places.setdefault(name, []).append((predictions, i))
     order = {name: i for i, name in enumerate(labels.names)}
     with (
+        naming(folder / "bags.csv and instances.csv"),
         (folder / "bags.csv").open("w", newline="") as bag_file,
         (folder / "instances.csv").open("w", newline="") as instance_file,
     ):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from common.files import naming
 
 BAGS = ("bag", "instances", "rows", "columns", "height", "width")
 COORDS = np.dtype(np.float32)
@@ -65,7 +66,7 @@ class StoreWriter:
         self.names = {row["bag"] for row in rows}
         self.instances = sum(int(row["instances"]) for row in rows)
         for name, bytes_each in (("features.bin", self.features * 2), ("coords.bin", 2 * COORDS.itemsize)):
-            with (folder / name).open("ab") as file:
+            with naming(folder / name), (folder / name).open("ab") as file:
                 file.truncate(self.instances * bytes_each)
         if not rows:
             _write_line(folder / "bags.csv", BAGS, "w")
@@ -76,12 +77,13 @@ class StoreWriter:
         if not self.features:
             self.features = features.shape[1]
             content = {"features": self.features, "dtype": "float16", "settings": self.settings}
-            (self.folder / "store.json").write_text(json.dumps(content, indent=1) + "\n")
+            with naming(self.folder / "store.json"):
+                (self.folder / "store.json").write_text(json.dumps(content, indent=1) + "\n")
         if features.shape[1] != self.features:
             raise ValueError(f"{name}: expected {self.features} features, got {features.shape[1]}")
         coords = np.zeros((len(features), 2), COORDS) if bag.coords is None else bag.coords.astype(COORDS)
         for file_name, array in (("features.bin", features), ("coords.bin", coords)):
-            with (self.folder / file_name).open("ab") as file:
+            with naming(self.folder / file_name), (self.folder / file_name).open("ab") as file:
                 array.tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -243,12 +245,13 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     text = path.read_text() if path.exists() else ""
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-        path.write_text(text)
+        with naming(path):
+            path.write_text(text)
     return list(csv.DictReader(text.splitlines()))
 
 
 def _write_line(path: Path, row: tuple, mode: str) -> None:
-    with path.open(mode, newline="") as file:
+    with naming(path), path.open(mode, newline="") as file:
         csv.writer(file, lineterminator="\n").writerow(row)
         file.flush()
         os.fsync(file.fileno())
