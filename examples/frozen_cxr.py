@@ -8,7 +8,7 @@ DIR has images of ChestX-ray14 (any size) and, or beside them in --tables, the o
 feature maps once. ``train`` trains every method of --methods with every seed on the official training list, and
 evaluates it on the official test list: AUC, and boxes against those of the NIH and of ChestX-Det10. ``table`` joins the
 runs, with intervals over patients. ``train --validate`` holds out a quarter of the training list's patients instead of
-using the test list: settings were chosen with it.
+using the test list, to choose settings.
 """
 
 from __future__ import annotations

@@ -85,6 +85,17 @@ def test_validation_keeps_the_test_list_out(data):
     assert films.test[test].all() and not set(films.patients[train]) & set(films.patients[test])
 
 
+def test_validation_runs_have_a_table_without_the_boxes_of_the_test_list(data, tmp_path):
+    assert run(data, tmp_path / "runs", "--seeds", 0, "--methods", "softmax sgl 20 at once", "--validate") == 0
+    (path,) = (tmp_path / "runs").glob("*.json")
+    result = json.loads(path.read_text())
+    assert set(result["boxes"]) == {"det10"} and result["lam_started_in_epoch"] is None
+    assert example.main(["table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "films.csv")]) == 0
+    with (tmp_path / "films.csv").open() as file:
+        assert {row["boxes"] for row in csv.DictReader(file)} == {"det10"}
+    assert run(data, tmp_path / "runs", "--methods", "none") == 2
+
+
 def test_components_are_those_of_the_training_list(data):
     films = read_films(data / "data", None, None, data / "features")
     changed = np.array(films.features)
@@ -122,7 +133,7 @@ def test_extraction(data, tmp_path):
 
 
 def test_every_method_has_a_loss_and_a_pooling():
-    assert len(METHODS) == 12
+    assert len(METHODS) == 14
     for name, method in METHODS.items():
         assert method.loss in ("bag", "sgl", "mmm", "bil")
         assert (method.lam > 0) == (method.loss == "sgl"), name

@@ -82,8 +82,8 @@ def train(args: argparse.Namespace) -> None:
             }  # fmt: skip
             with naming(path):
                 path.write_text(json.dumps(result) + "\n")
-            nih = result["boxes"]["nih"]["half"]["hits"]
-            print(f"{method}, seed {seed}: AUC {result['auc']:.3f}, NIH boxes {np.mean(nih, 0).round(2)}", flush=True)
+            shares = [f"{name} {np.mean(found['half']['hits'], 0).round(2)}" for name, found in result["boxes"].items()]
+            print(f"{method}, seed {seed}: AUC {result['auc']:.3f}; boxes: {', '.join(shares)}", flush=True)
 
 
 def table(args: argparse.Namespace) -> None:
