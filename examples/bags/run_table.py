@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bags.metrics import METRICS
+
 Row = dict[str, str]
 
-METRICS = ("auc", "iou", "iou_pooled")
 #: The columns before the settings and after them. An empty cell: unknown.
 FIRST = ("method", "seed")
 LAST = (
