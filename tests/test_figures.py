@@ -128,7 +128,7 @@ def test_the_table_keeps_what_figure_5b_shows(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "sizes", [6])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "epochs", 1)
     drawn = []
-    monkeypatch.setattr(figures, "draw_bags", lambda panels, *rest, **more: drawn.append(panels))
+    monkeypatch.setattr(plots, "draw_bags", lambda panels, *rest, **more: drawn.append(panels))
     arguments = ["--figure", "5b", "--data", "digits", "--device", "cpu"]
     assert figures.main([*arguments, "--workers", "1", "--out", str(tmp_path / "runs")]) == 0
     results = ["--out", str(tmp_path / "results"), "--draw-only"]
