@@ -78,7 +78,13 @@ def read_table(path: Path) -> list[Row]:
 
 
 def write_table(rows: Iterable[Row], path: Path) -> None:
-    """Writes ``rows`` sorted by settings, method and seed. After a crash the file is the old or the new one."""
+    """Writes ``rows`` sorted by settings, method and seed. After a crash the file is the old or the new one.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    from common.files import naming  # torch: --help is fast without it
+
     rows = list(rows)
     settings = list(dict.fromkeys(name for row in rows for name in row if name not in (*FIRST, *LAST)))
 
@@ -90,7 +96,7 @@ def write_table(rows: Iterable[Row], path: Path) -> None:
 
     rows.sort(key=lambda row: [number(row.get(name, "")) for name in ("bag_size", "bags", "method", *settings, "seed")])
     beside = path.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
+    with naming(path), beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*FIRST, *settings, *LAST], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
