@@ -11,8 +11,8 @@ Figure 4: five losses on MNIST-Bags, and top-8 pooling beside them, against the 
 against the number of dogs in a bag. ``control``: MMM and BIL by their formulas, and as the authors' code computes them.
 ``queue`` computes all runs of 4, 5a and the control with one command, in an order that makes the figures useful early:
 first the control and SGL and max pooling with seed 0, then the other losses with seed 0, then the other seeds; cheap
-runs first. Every run leaves one small file in --out, and is continued after an interruption; a figure, its table and
-its numbers are drawn from all files that are there.
+runs first. Every run leaves one small file in --out, and is continued after an interruption. A figure, its table and
+its numbers are drawn from all files in --out and all rows of --table; --collect adds files to that table.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import json
 import os
 import sys
 import types
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import train_cifar10_bags
 import train_mnist_bags
+from bags.run_table import content_of, merged, read_table, row_of, settings_of, text_of, write_table
 from common.choices import Config
 from common.options import default_device, device_name, make_parser, message_of, next_step
 
@@ -103,6 +105,8 @@ METRICS = {"auc": "AUC of bags", "iou": "IoU, mean over bags", "iou_pooled": "Io
 
 #: Seconds between two checkpoints of a run: at most so much is computed twice after an interruption.
 SAVE_EVERY = 60.0
+#: Beside the table: what the networks of Figure 5b say of single instances.
+SHOWN = "figure5b.json"
 
 
 class Run(NamedTuple):
@@ -147,6 +151,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help="runs at once (a core each; on a GPU 1)")
     add("--device", type=device_name, help="cpu or cuda (cuda where there is a GPU)")
     add("--out", type=Path, help="folder of the files (runs/figures, runs/figures_quick)")
+    add("--table", type=Path, help="CSV of runs, a row each; runs in it are not computed again (OUT/runs.csv)")
+    add(
+        "--collect", nargs="+", type=Path, metavar="FOLDER", default=[],
+        help="add the runs whose files are in these folders to --table first; the files stay",
+    )  # fmt: skip
     add("--draw-only", action="store_true", help="compute nothing")
     add(
         "--options",
@@ -178,6 +187,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--sizes, --bags, --seeds, --epochs: expected at least 1, --workers at least 0")
     args.methods = args.methods or FIGURES.get(args.figure)
     args.out = args.out or Path("runs", "figures_quick" if args.quick else "figures")
+    args.table = args.table or args.out / "runs.csv"
     args.workers = args.workers or (1 if args.device != "cpu" else os.cpu_count() or 1)
     return args
 
@@ -273,14 +283,14 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
-    """Those that are missing: the runs of the queue in its order; else seed by seed, cheap ones first."""
+def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespace) -> None:
+    """Those that are not in ``found``: the runs of the queue in its order; else seed by seed, cheap ones first."""
     from bags.instances import load_instances
     from common.workers import compute_in_workers
     from tqdm import tqdm
 
     args.out.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in runs if not (args.out / f"{run.name}.json").exists()]
+    missing = [run for run in runs if run not in found]
     if args.figure != "queue":
         missing.sort(key=lambda run: (run.seed, run.cost))
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
@@ -297,20 +307,64 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
             progress.write(f"{run.name}: " + ", ".join(f"{name} {result[name]:.3f}" for name in METRICS))
 
 
+def expected_settings(run: Run, args: argparse.Namespace) -> dict[str, str]:
+    """The settings that a row of the table has if the run was trained as it would be now."""
+    return settings_of({k: text_of(v) for k, v in (config_of(run, args) | {"data": Path(args.data).name}).items()})
+
+
+def differing(settings: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """Names of the settings in which two runs differ. A setting that an older run does not name is no difference."""
+    return [name for name in expected if settings.get(name, expected[name]) != expected[name]]
+
+
 def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, Any]]:
-    """The files of the runs that are there, if they were trained as they would be now."""
+    """What the files in --out and the rows of the table hold of ``runs``, by run.
+
+    Raises:
+        ValueError: a file is of a run that was trained otherwise. Rows of other settings are no error.
+    """
     found = {}
+    rows = [(row["seed"], settings_of(row), row) for row in read_table(args.table)]
+    kept = read(args.out / SHOWN) if (args.out / SHOWN).exists() else []
     for run in runs:
         path = args.out / f"{run.name}.json"
+        expected = expected_settings(run, args)
         if path.exists():
             found[run] = content = read(path)
-            expected = config_of(run, args) | {"data": Path(args.data).name}
-            # how often was validated decides nothing that is drawn
-            other = [k for k in expected if k != "val_every" and content["config"].get(k, expected[k]) != expected[k]]
+            settings = settings_of({name: text_of(value) for name, value in content["config"].items()})
+            other = differing(settings, expected)
             if other:
-                there, here = ({k: config[k] for k in other} for config in (content["config"], expected))
+                there, here = ({name: each.get(name) for name in other} for each in (settings, expected))
                 raise ValueError(f"out: {path} is of {there}, not {here}")
+            continue
+        for seed, settings, row in rows:
+            if seed == str(run.seed) and not differing(settings, expected):
+                found[run] = content_of(row)
+                for entry in kept:
+                    if entry["run"] == run.name and not differing(entry["settings"], expected):
+                        found[run]["shown"] = entry["shown"]
+                break
     return found
+
+
+def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
+    """Adds the runs of the files in ``folders`` to the table, and what Figure 5b shows of them to a file beside it."""
+    from common.files import write_json
+
+    contents = [read(path) for folder in folders for path in sorted(folder.glob("size*.json"))]
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    write_table(merged(read_table(args.table), map(row_of, contents)), args.table)
+    wanted = parse_arguments(["--figure", "5b", "--data", args.data])
+    path = args.table.parent / SHOWN
+    kept = read(path) if path.exists() else []
+    for run in (Run(method, wanted.sizes[0], wanted.bags[0], 0) for method in wanted.methods):
+        for content in contents:
+            settings = settings_of({name: text_of(value) for name, value in content["config"].items()})
+            same = content["run"] == run._asdict() and not differing(settings, expected_settings(run, wanted))
+            if same and "shown" in content and run.name not in [entry["run"] for entry in kept]:
+                kept.append({"run": run.name, "settings": settings, "shown": content["shown"]})
+    if kept:
+        write_json(kept, path)
 
 
 def queue() -> list[Run]:
@@ -322,8 +376,12 @@ def queue() -> list[Run]:
             for seed in range(10 if size * bags <= CHEAP else 3):
                 first = figure == "control" or method in ("sgl", "max")
                 third.setdefault(Run(method, size, bags, seed), 2 if seed else 0 if first else 1)
-    # within a third the control comes first
-    return sorted(third, key=lambda run: (third[run], not run.method.endswith("authors"), run.cost, run.seed))
+    control = min(DEFAULTS_OF["control"]["bags"])  # its cheapest point comes before all other runs
+
+    def order(run: Run) -> tuple[int, bool, int, int]:
+        return third[run], (run.bags, run.method.endswith("authors")) != (control, True), run.cost, run.seed
+
+    return sorted(third, key=order)
 
 
 def label_of(method: str, figure: str) -> str:
@@ -455,9 +513,11 @@ def main(argv: list[str] | None = None) -> int:
         points = itertools.product(args.methods, args.sizes, args.bags, range(args.seeds), args.positives)
         runs = [Run(*point) for point in points]
     try:
-        collect(runs, args)  # what is there and does not fit is told before anything is computed
+        if args.collect:
+            add_to_table(args.collect, args)
+        found = collect(runs, args)  # a file that does not fit is reported before anything is computed
         if not args.draw_only:
-            compute_all(runs, args)
+            compute_all(runs, found, args)
         found = collect(runs, args)
         if not found:
             raise ValueError(f"out: there is no run of figure {args.figure} in {args.out}")

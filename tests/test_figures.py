@@ -55,8 +55,9 @@ def test_the_queue_makes_the_figures_useful_early():
     }
     assert wanted <= set(runs)
     assert {run.seed for run in runs if (run.size, run.bags, run.method) == (10, 50, "bil")} == set(range(10))
-    assert [(run.method, run.bags, run.seed) for run in runs[:4]] == [
-        ("mmm_authors", 100, 0), ("bil_authors", 100, 0), ("mmm_authors", 150, 0), ("bil_authors", 150, 0),
+    assert [run.name for run in runs[:4]] == [
+        "size50_bags100_mmm_authors_seed0", "size50_bags100_bil_authors_seed0", "size10_bags50_sgl_seed0",
+        "size10_bags50_max_seed0",
     ]  # fmt: skip
     position = {run: number for number, run in enumerate(runs)}
     last_of_first = max(position[run] for run in wanted if run.method in ("sgl", "max") and run.seed == 0)
@@ -90,7 +91,56 @@ def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
     (tmp_path / "size6_bags8_max_seed1.json").unlink()
     assert figures.main([*arguments, "--epochs", "2"]) == 2  # these are not those, and nothing is computed beside them
     assert not (tmp_path / "size6_bags8_max_seed1.json").exists()
-    assert "{'epochs': 1}, not {'epochs': 2}" in capfd.readouterr().err
+    assert "{'epochs': '1'}, not {'epochs': '2'}" in capfd.readouterr().err
+
+
+def test_a_table_takes_the_place_of_the_files(tmp_path, capfd):
+    arguments = [*TINY, "--seeds", "2", "--methods", "max", "sgl", "--bags", "8"]
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    assert figures.main([*arguments, "--out", str(runs)]) == 0
+    drawn = (runs / "figure5a.csv").read_text()
+    capfd.readouterr()
+    command = [*arguments, "--out", str(results), "--collect", str(runs), "--draw-only"]
+    assert figures.main(command) == 0
+    assert not list(results.glob("size*.json"))
+    assert (results / "figure5a.csv").read_text() == drawn
+    table = (results / "runs.csv").read_text()
+    assert table.count("\n") == 1 + 4
+    with (results / "runs.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if (row["method"], row["seed"]) == ("sgl", "1")]
+    content = json.loads((runs / "size6_bags8_sgl_seed1.json").read_text())
+    assert float(row["auc"]) == pytest.approx(content["result"]["last"]["auc"], abs=1e-6)
+    assert (row["bag_size"], row["lam"], row["rescale"]) == ("6.0", "1.0", "true")
+    assert all(row[name] == str(content[name]) for name in ("commit", "machine", "seconds", "cpu_seconds", "command"))
+
+    # the same runs again add nothing; runs in the table are not computed; other settings are other rows
+    assert figures.main(command) == 0
+    assert (results / "runs.csv").read_text() == table
+    capfd.readouterr()
+    assert figures.main([*arguments, "--out", str(results)]) == 0
+    assert "4 runs, 0 of them to compute" in capfd.readouterr().out
+    assert figures.main([*arguments, "--out", str(results), "--epochs", "2"]) == 0
+    assert "4 runs, 4 of them to compute" in capfd.readouterr().out
+
+
+def test_the_table_keeps_what_figure_5b_shows(tmp_path, monkeypatch):
+    monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "bags", [8])
+    monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "sizes", [6])
+    monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "epochs", 1)
+    drawn = []
+    monkeypatch.setattr(plots, "draw_bags", lambda panels, *rest, **more: drawn.append(panels))
+    arguments = ["--figure", "5b", "--data", "digits", "--device", "cpu"]
+    assert figures.main([*arguments, "--workers", "1", "--out", str(tmp_path / "runs")]) == 0
+    results = ["--out", str(tmp_path / "results"), "--draw-only"]
+    assert figures.main([*arguments, *results, "--collect", str(tmp_path / "runs")]) == 0
+    for before, after in zip(drawn[0], drawn[2], strict=True):
+        assert before[1].tolist() == after[1].tolist() and before[3] == after[3]
+
+
+def test_a_file_that_is_no_table_of_runs(tmp_path, capsys):
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
+    assert figures.main([*TINY, "--out", str(tmp_path), "--draw-only"]) == 2
+    assert "has no column method, seed, auc" in capsys.readouterr().err
 
 
 @pytest.fixture

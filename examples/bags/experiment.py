@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from bags.drawing import Bags, draw_bags, to_device
 from bags.instances import Instances, load_instances
+from bags.metrics import METRICS
 from bags.plots import draw_bags as draw_panels
 from bags.training import (
-    METRICS,
     instance_logits,
     make_criterion,
     summarize,

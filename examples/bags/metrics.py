@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 
+#: What is measured: AUC of the bags, and the two IoUs of their instances.
+METRICS = ("auc", "iou", "iou_pooled")
+
 
 def iou(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray) -> float:
     """Mean intersection over union of found and truly positive instances, over the bags where there are any of either.

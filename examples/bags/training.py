@@ -23,11 +23,9 @@ from tqdm import tqdm
 
 from bags.authors_losses import AUTHORS_LOSSES
 from bags.drawing import Bags, take
-from bags.metrics import iou, iou_pooled
+from bags.metrics import METRICS, iou, iou_pooled
 from sgl_ops import BagLoss
 from sgl_ops.pooling import MaxPooling, TopKPooling, make_pooling
-
-METRICS = ("auc", "iou", "iou_pooled")
 
 
 def make_criterion(config: Config) -> nn.Module:

@@ -1,0 +1,111 @@
+"""The table of the runs of an experiment: a CSV with one row a run.
+
+A row holds the method and the seed, every setting, the results of the network of the last epoch and of the best epoch
+on validation, and where the run was computed. Runs with different settings share a table.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bags.metrics import METRICS
+
+Row = dict[str, str]
+
+#: The columns before the settings and after them. An empty cell: unknown.
+FIRST = ("method", "seed")
+LAST = (
+    *METRICS, "best_val_epoch", *(f"best_val_{name}" for name in METRICS), "training_loss", "seconds", "cpu_seconds",
+    "commit", "machine", "command",
+)  # fmt: skip
+#: How often a run is validated decides nothing that the network of the last epoch depends on.
+WITHOUT_EFFECT = {"val_every"}
+
+
+def text_of(value: Any) -> str:
+    """A cell: a string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def row_of(content: dict[str, Any]) -> Row:
+    """The row of a run's JSON file."""
+    run, result = content["run"], content["result"]
+    best = result["best_val"]
+    values = {"method": run["method"], "seed": run["seed"]} | content["config"]
+    values |= {name: round(result["last"][name], 6) for name in METRICS}
+    values |= {f"best_val_{name}": round(best[name], 6) for name in METRICS} | {"best_val_epoch": best["epoch"]}
+    values |= {name: content[name] for name in LAST if name in content}
+    return {name: text_of(value) for name, value in values.items()}
+
+
+def settings_of(row: Row) -> Row:
+    """The settings of a row that decide its result, by name."""
+    decided = {name: cell for name, cell in row.items() if name not in (*FIRST, *LAST, *WITHOUT_EFFECT)}
+    return {name: cell for name, cell in decided.items() if cell}
+
+
+def content_of(row: Row) -> dict[str, Any]:
+    """What the run's JSON file holds of ``row``: its results as numbers, its settings as text."""
+    content: dict[str, Any] = {
+        "config": settings_of(row),
+        "result": {
+            "last": {name: float(row[name]) for name in METRICS},
+            "best_val": {name: float(row[f"best_val_{name}"]) for name in METRICS},
+        },
+    }
+    return content | {name: row[name] for name in ("commit", "machine", "command") if row.get(name)}
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of ``path``; none if there is no such file.
+
+    Raises:
+        ValueError: the file has no column of a name in FIRST or METRICS.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in (*FIRST, *METRICS) if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"table: {path} has no column {', '.join(missing)}")
+        return list(reader)
+
+
+def write_table(rows: Iterable[Row], path: Path) -> None:
+    """Writes ``rows`` sorted by settings, method and seed. After a crash the file is the old or the new one.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    from common.files import naming  # torch: --help is fast without it
+
+    rows = list(rows)
+    settings = list(dict.fromkeys(name for row in rows for name in row if name not in (*FIRST, *LAST)))
+
+    def number(cell: str) -> tuple[float, str]:
+        try:
+            return float(cell), ""
+        except ValueError:
+            return 0.0, cell
+
+    rows.sort(key=lambda row: [number(row.get(name, "")) for name in ("bag_size", "bags", "method", *settings, "seed")])
+    beside = path.with_suffix(".tmp")
+    with naming(path), beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*FIRST, *settings, *LAST], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+
+
+def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
+    """``rows`` and those of ``more`` whose seed and settings are in none of them."""
+    all_rows = {}
+    for row in (*rows, *more):
+        all_rows.setdefault((row["seed"], *sorted(settings_of(row).items())), row)
+    return list(all_rows.values())
