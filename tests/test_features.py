@@ -86,6 +86,15 @@ def test_geometry_is_that_of_the_convolutions():
     assert found == backbones.Geometry(4, 2.5, 11)
 
 
+def test_the_effective_centre_is_where_the_weights_are():
+    """All weight of a kernel of 9 pixels in its third row and column: 2 pixels before its middle."""
+    network = nn.Sequential(nn.Conv2d(3, 2, 9, 4, 4, bias=False))
+    assert backbones.geometry_of(network, "0", 32) == backbones.Geometry(4, 0.5, 9)
+    with torch.no_grad():
+        network[0].weight.zero_()[:, :, 2, 2] = torch.randn(2, 3)
+    assert backbones.effective_centre(network, "0", 32, 4) == pytest.approx(-1.5, abs=1e-4)
+
+
 def test_a_cell_behind_a_global_mean_sees_the_whole_image():
     class Gate(nn.Module):
         def forward(self, x):
