@@ -18,7 +18,6 @@ its numbers are drawn from all files in --out and all rows of --table; --collect
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import json
@@ -27,10 +26,12 @@ import sys
 import types
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import train_cifar10_bags
 import train_mnist_bags
+from bags.figure_runs import BAGS, DEFAULTS, DEFAULTS_OF, FIGURES, METHODS, QUICK, QUICK_OPTIONS, Run, queue
+from bags.figures import METRICS, draw, draw_examples, write_tables
 from bags.run_table import content_of, merged, read_table, row_of, settings_of, text_of, write_table
 from common.choices import Config
 from common.options import default_device, device_name, make_parser, message_of, next_step
@@ -40,95 +41,15 @@ if TYPE_CHECKING:  # torch is imported after the options are read: --help is fas
     from bags.drawing import Bags
     from bags.instances import Instances
 
-#: name: (label, what train_mnist_bags.py is told). The means are the authors': of logits.
-METHODS = {
-    "sgl": ("SGL", ["--loss", "sgl"]),
-    "max": ("max pooling", ["--loss", "bag", "--pooling", "max"]),
-    "mean": ("mean pooling", ["--loss", "bag", "--pooling", "mean_logits"]),
-    "mmm": ("MMM", ["--loss", "mmm"]),
-    "bil": ("BIL", ["--loss", "bil", "--pooling", "mean_logits"]),
-    "sgl_plain": ("max + instance loss", ["--loss", "sgl", "--no-rescale", "--no-weight"]),
-    "sgl_rescaled": ("+ rescaling", ["--loss", "sgl", "--no-weight"]),
-    "topk": ("top-8 pooling", ["--loss", "bag", "--pooling", "topk"]),
-    "mmm_authors": ("MMM, authors' code", ["--loss", "mmm_authors"]),
-    "bil_authors": ("BIL, authors' code", ["--loss", "bil_authors"]),
-}
-BAGS = [50, 100, 150, 200, 300, 400, 500]
-FIGURES = {
-    "4": ["sgl", "max", "mean", "mmm", "bil", "topk"],
-    "5a": ["max", "sgl_plain", "sgl_rescaled", "sgl"],
-    "5b": ["max", "sgl"],
-    "6": ["sgl", "max", "mean", "bil"],
-    "control": ["sgl", "mmm", "mmm_authors", "bil", "bil_authors"],
-}
-#: Figures whose runs are one queue.
-QUEUE = ("control", "4", "5a")
-#: Runs of the queue with up to this cost (instances in an epoch) have ten seeds, the others three.
-CHEAP = 1500
-DEFAULTS = {"data": "mnist", "bags": BAGS, "seeds": 10, "epochs": 300, "sizes": [50], "positives": [0]}
-DEFAULTS_OF: dict[str, dict[str, Any]] = {
-    "4": {"sizes": [10, 50, 100]},
-    "5a": {},
-    "5b": {"bags": [150], "seeds": 1},
-    "control": {"bags": [100, 150], "seeds": 3},
-    "6": {
-        "data": "cifar10", "sizes": [50, 100], "bags": [2500], "positives": [1, 2, 5, 10, 20], "seeds": 5, "epochs": 50,
-    },
-}  # fmt: skip
-QUICK_MNIST = {"bags": [50, 150], "seeds": 1, "epochs": 60}
-QUICK = {
-    "4": QUICK_MNIST | {"sizes": [10, 50]},
-    "5a": QUICK_MNIST,
-    "5b": QUICK_MNIST | {"bags": [150]},
-    "control": QUICK_MNIST | {"bags": [150]},
-    "6": {"sizes": [10], "bags": [100], "positives": [1, 3, 5], "seeds": 1, "epochs": 5},
-}
-#: Ten times the rate and a fifth of the epochs. In a tenth SGL has hardly begun with 150 bags of 50: IoU 0.28, max
-#: pooling 0.54; in a fifth SGL has 0.64.
-QUICK_OPTIONS = {figure: ["--lr", "1e-3"] for figure in ("4", "5a", "5b", "control")} | {
-    "6": ["--stem", "imagenet", "--lr", "1e-3", "--batch-size", "10", "--val-bags", "50", "--val-every", "5"]
-}
 #: What a run is named by, and what is asked for apart: --options must not say otherwise.
 DECIDED = {
     "--data", "--data-dir", "--bag-size", "--bags", "--epochs", "--seed", "--runs", "--device", "--positives", "--loss",
     "--pooling", "--no-rescale", "--no-weight", "--out", "--resume", "--dry-run",
 }  # fmt: skip
-X_AXIS = dict.fromkeys(QUEUE, ("bags", "training bags")) | {"6": ("positives", "positive instances")}
-LABELS_5A = {"sgl": "+ weighting (SGL)"}
-COLOURS = {
-    "sgl": "#d55e00", "max": "#0072b2", "mean": "#009e73", "mmm": "#cc79a7", "bil": "#e69f00",
-    "sgl_plain": "#999999", "sgl_rescaled": "#56b4e9", "topk": "#000000", "mmm_authors": "#7f3f66",
-    "bil_authors": "#7a5200",
-}  # fmt: skip
-METRICS = {"auc": "AUC of bags", "iou": "IoU, mean over bags", "iou_pooled": "IoU, pooled over 64 bags"}
-
-
 #: Seconds between two checkpoints of a run: at most so much is computed twice after an interruption.
 SAVE_EVERY = 60.0
 #: Beside the table: what the networks of Figure 5b say of single instances.
 SHOWN = "figure5b.json"
-
-
-class Run(NamedTuple):
-    method: str
-    size: int
-    bags: int
-    seed: int
-    positives: int = 0  # 0: MNIST-Bags, where chance decides
-
-    @property
-    def name(self) -> str:
-        positives = f"positives{self.positives}_" if self.positives else ""
-        return f"size{self.size}_{positives}bags{self.bags}_{self.method}_seed{self.seed}"
-
-    @property
-    def cost(self) -> int:
-        """In instances of an epoch."""
-        return self.size * self.bags
-
-    @property
-    def example(self) -> types.ModuleType:
-        return train_cifar10_bags if self.positives else train_mnist_bags
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -192,6 +113,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def command_of(run: Run) -> types.ModuleType:
+    """The module of the command that trains ``run``."""
+    return train_cifar10_bags if run.positives else train_mnist_bags
+
+
 def options_of(run: Run, args: argparse.Namespace) -> list[str]:
     """What the training command would be told."""
     options = [
@@ -207,7 +133,8 @@ def options_of(run: Run, args: argparse.Namespace) -> list[str]:
 
 
 def config_of(run: Run, args: argparse.Namespace) -> Config:
-    (config,) = run.example.configs_of(run.example.parse(options_of(run, args))).values()
+    command = command_of(run)
+    (config,) = command.configs_of(command.parse(options_of(run, args))).values()
     return config
 
 
@@ -227,10 +154,10 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
     images, bags = bags_of(instances, config, run.seed, args.device)
     trained_by = commit()
     channels = instances.train_images.shape[1]
-    make_model = run.example.make_model
+    command = command_of(run)
     entry, history, model = train_run(
-        lambda: make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True, quiet=True,
-        save_every=SAVE_EVERY,
+        lambda: command.make_model(config, channels), config, run.seed, images, bags, checkpoint, resume=True,
+        quiet=True, save_every=SAVE_EVERY,
     )  # fmt: skip
     state = torch.load(checkpoint, weights_only=True)
     content = {
@@ -239,7 +166,7 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
         "result": entry,
         "training_loss": round(history[-1]["loss"], 6),
         "shown": [shown(model, images["test"], bags["test"], n) for n in numbers_to_show(bags["test"], 3, 1)],
-        "command": f"python {run.example.__name__}.py " + " ".join(without_paths(options_of(run, args))),
+        "command": f"python {command.__name__}.py " + " ".join(without_paths(options_of(run, args))),
         "seconds": round(state["seconds"], 1),
         "cpu_seconds": round(state["cpu_seconds"], 1),
         "commit": trained_by,
@@ -365,144 +292,6 @@ def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
                 kept.append({"run": run.name, "settings": settings, "shown": content["shown"]})
     if kept:
         write_json(kept, path)
-
-
-def queue() -> list[Run]:
-    """All runs of the figures in QUEUE, each once, in the order in which they are computed."""
-    third: dict[Run, int] = {}
-    for figure in QUEUE:
-        settings = DEFAULTS | DEFAULTS_OF[figure]
-        for method, size, bags in itertools.product(FIGURES[figure], settings["sizes"], settings["bags"]):
-            for seed in range(10 if size * bags <= CHEAP else 3):
-                first = figure == "control" or method in ("sgl", "max")
-                third.setdefault(Run(method, size, bags, seed), 2 if seed else 0 if first else 1)
-    control = min(DEFAULTS_OF["control"]["bags"])  # its cheapest point comes before all other runs
-
-    def order(run: Run) -> tuple[int, bool, int, int]:
-        return third[run], (run.bags, run.method.endswith("authors")) != (control, True), run.cost, run.seed
-
-    return sorted(third, key=order)
-
-
-def label_of(method: str, figure: str) -> str:
-    return LABELS_5A.get(method, METHODS[method][0]) if figure == "5a" else METHODS[method][0]
-
-
-def values_of(found: dict[Run, dict[str, Any]], metric: str, **point: Any) -> list[float]:
-    """What the networks of the last epoch reached, a value for each seed."""
-    return [
-        content["result"]["last"][metric]
-        for run, content in found.items()
-        if all(getattr(run, name) == value for name, value in point.items())
-    ]
-
-
-def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """A row for each metric, a column for each size; lines are means, bands reach from the worst seed to the best."""
-    import numpy as np
-    from common.files import naming
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    axis, axis_title = X_AXIS[args.figure]
-    sizes = [size for size in args.sizes if any(run.size == size for run in found)]
-    figure = Figure(figsize=(3.6 * len(sizes) + 1.6, 2.5 * len(METRICS)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(METRICS), len(sizes), squeeze=False, sharex="col", sharey="row")
-    for (row, (metric, title)), (column, size) in itertools.product(enumerate(METRICS.items()), enumerate(sizes)):
-        axes = grid[row, column]
-        for method in args.methods:
-            points = {x: values_of(found, metric, method=method, size=size, **{axis: x}) for x in getattr(args, axis)}
-            points = {x: values for x, values in points.items() if values}
-            if not points:
-                continue
-            x = list(points)
-            axes.plot(x, [np.mean(v) for v in points.values()], marker="o", ms=4, color=COLOURS[method],
-                      label=label_of(method, args.figure))  # fmt: skip
-            low, high = ([of(v) for v in points.values()] for of in (min, max))
-            axes.fill_between(x, low, high, color=COLOURS[method], alpha=0.15, lw=0)
-        axes.grid(alpha=0.3)
-        axes.set_xticks(sorted({getattr(run, axis) for run in found}))
-        axes.set(ylim=(0.4 if metric == "auc" else 0.0, 1.0))
-        if row == 0:
-            axes.set_title(f"bags of {size}")
-        if column == 0:
-            axes.set_ylabel(title)
-        if row == len(METRICS) - 1:
-            axes.set_xlabel(axis_title)
-    # a column may lack methods that others have
-    lines = {line.get_label(): line for axes in reversed(grid[0]) for line in axes.get_lines()}
-    labels = [label for label in (label_of(method, args.figure) for method in args.methods) if label in lines]
-    figure.legend([lines[label] for label in labels], labels, loc="outside right upper", frameon=False)
-    paths = [args.out / f"figure{args.figure}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        with naming(path):
-            figure.savefig(path)
-    return paths
-
-
-def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """Figure 5b: the first test bags, and beside each other what the methods say of them."""
-    import numpy as np
-    from bags.experiment import pictures_of
-    from bags.instances import load_instances
-    from bags.plots import draw_bags
-
-    (size, *_), (bags, *_) = args.sizes, args.bags
-    contents = {run.method: content for run, content in found.items() if run[1:4] == (size, bags, 0)}
-    if not contents:
-        raise ValueError(f"out: {args.out} has no run of {bags} bags of {size} and seed 0")
-    if any("shown" not in content for content in contents.values()):
-        raise ValueError(f"out: runs in {args.out} do not hold what their networks say of single bags; remove them")
-    images = load_instances(args.data, args.data_dir).test_images
-    panels = []
-    for number in range(len(next(iter(contents.values()))["shown"])):
-        for method, content in contents.items():
-            bag = {name: np.array(value) for name, value in content["shown"][number].items()}
-            positive = bag["positive"].astype(bool)
-            label = "positive" if positive.any() else "negative"
-            title = f"{METHODS[method][0]}, test bag {bag['number']}: labelled {label}"
-            panels.append((pictures_of(images[bag["index"]]), bag["probability"], positive, title))
-    paths = [args.out / f"figure5b.{kind}" for kind in ("png", "svg")]
-    heading = f"What the networks say of single instances, after training with {bags} bags of {size}"
-    for path in paths:
-        draw_bags(panels, len(contents), heading, path, shown=20)
-    return paths
-
-
-def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """Means, worst and best of every point, as Markdown for people and as CSV for machines."""
-    import numpy as np
-    from common.files import naming
-
-    axis, axis_title = X_AXIS[args.figure]
-    lines = [
-        f"| bags of | {axis_title} | loss | seeds | " + " | ".join(METRICS.values()) + " |",
-        "|---" * (4 + len(METRICS)) + "|",
-    ]
-    rows = []
-    for size, x, method in itertools.product(args.sizes, getattr(args, axis), args.methods):
-        cells = []
-        row: dict[str, Any] = {"size": size, axis: x, "method": method}
-        for metric in METRICS:
-            values = values_of(found, metric, size=size, method=method, **{axis: x})
-            if not values:
-                break
-            row |= {"seeds": len(values), metric: np.mean(values)}
-            row |= {f"{metric}_worst": min(values), f"{metric}_best": max(values)}
-            cells.append(f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
-        else:
-            cells = [str(size), str(x), label_of(method, args.figure), str(row["seeds"]), *cells]
-            lines.append("| " + " | ".join(cells) + " |")
-            rows.append({name: round(float(v), 4) if isinstance(v, float) else v for name, v in row.items()})
-    table, numbers = (args.out / f"figure{args.figure}.{kind}" for kind in ("md", "csv"))
-    with naming(table):
-        table.write_text("\n".join(lines) + "\n")
-    with naming(numbers), numbers.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return [table, numbers]
 
 
 def main(argv: list[str] | None = None) -> int:
