@@ -123,7 +123,8 @@ def localize(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     beside = args.out / "baseline"
     clear_baseline(beside, len(args.run) > 1)
-    print(f"{len(truth.rows)} images of the {part}, {truth.box_count} boxes on {len(set(truth.image))} of them")
+    boxed = len(set(truth.image))
+    print(f"{len(truth.rows)} images of the {part}, {truth.box_count} boxes on {boxed} of them", flush=True)
     runs = [evaluate(network, truth, args) for network in networks]
     if len({run.name for run in runs}) < len(runs):
         names = names_beside(args.run)

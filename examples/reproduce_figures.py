@@ -213,8 +213,8 @@ def read(path: Path) -> dict[str, Any]:
 def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespace) -> None:
     """Those that are not in ``found``: the runs of the queue in its order; else seed by seed, cheap ones first."""
     from bags.instances import load_instances
+    from common.progress import Progress
     from common.workers import compute_in_workers
-    from tqdm import tqdm
 
     args.out.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs if run not in found]
@@ -227,7 +227,7 @@ def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespac
     load_instances(args.data, args.data_dir)
     unit = sum(run.cost for run in missing) / 1000
     bar = "{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}"
-    with tqdm(total=1000, bar_format=bar, disable=None) as progress:
+    with Progress(total=1000, bar_format=bar) as progress:
         for run, path in compute_in_workers(compute, missing, args.workers, args):
             result = read(path)["result"]["last"]
             progress.update(run.cost / unit)

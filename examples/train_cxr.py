@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.interrupt import Interrupt
 from common.options import message_of, next_step
+from common.progress import Progress
 from images.options import config_of, given_data_options, parse
-from tqdm import tqdm
 
 if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
     import numpy as np
@@ -70,9 +70,9 @@ def train_epoch(
     training.train_mode()
     loader = iter(loader_of(data, batches[begun * accumulate :], args))
     start = time.perf_counter()
-    progress = tqdm(
+    progress = Progress(
         range(begun, steps), desc=f"epoch {training.epoch + 1}", initial=begun, total=steps, unit="step",
-        disable=None if processes.first else True, mininterval=0.5,
+        disable=not processes.first, mininterval=0.5,
     )  # fmt: skip
     for step in progress:
         Interrupt.raise_again()
@@ -124,11 +124,11 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         if not args.dry_run and (processes.first or last.exists()):  # the first process may be removing a best.pt
             refuse_existing(args.out, args.resume)
         if processes.first:
-            print(sources.report)
+            print(sources.report, flush=True)
         train_data, eval_data = sources.data(args, config)
         training = Training(config, processes, args.compile)
         if processes.first:
-            print(training.network.description(config["image_size"]))
+            print(training.network.description(config["image_size"]), flush=True)
         if args.dry_run:
             dry_run(training, train_data, sources.split.train, args, take_step)
             return

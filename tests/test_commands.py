@@ -6,6 +6,7 @@ import argparse
 import ast
 import errno
 import importlib
+import io
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import files, options
+from common import files, options, progress
 from conftest import ROOT
 from images import options as training_options
 
@@ -141,6 +142,36 @@ def test_check_ends_with_ok_or_what_is_wrong(tmp_path, capsys):
     assert check(["--data-dir", str(data)]) == 2
     assert "--tables names the folder" in capsys.readouterr().err
     assert check(["--data-dir", str(data), "--tables", str(tmp_path), "--allow-missing"]) == 0
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(tmp_path, monkeypatch):
+    def written(name, every):
+        monkeypatch.setattr(progress, "EVERY", every)
+        with (tmp_path / name).open("w") as file, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", file)
+            assert list(progress.Progress(range(3), desc="SGL", unit="batch")) == [0, 1, 2]
+            with progress.Progress(total=3, desc="all", disable=True) as bar:
+                bar.update(3)
+        return (tmp_path / name).read_text()
+
+    line = r"SGL: {} of 3 \(batch\), 00:00 gone, \S+ to go\n"
+    assert re.fullmatch("".join(line.format(k) for k in range(4)), written("each", 0.0))
+    assert written("short", 30.0) == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert list(progress.Progress(range(3), desc="SGL")) == [0, 1, 2]
+    assert "\rSGL: 100%|" in terminal.getvalue()
+
+
+def test_every_loop_with_a_bar_writes_lines_into_a_file():
+    """tqdm itself stands in two modules: that of Progress, and the training of bags, which prints a line an epoch."""
+    files_of = (ROOT / "examples").rglob("*.py")
+    found = {path.relative_to(ROOT / "examples").as_posix() for path in files_of if "tqdm" in path.read_text()}
+    assert found == {"common/progress.py", "bags/training.py"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import math
+import re
 
 import check_cxr
 import localize_cxr
@@ -14,7 +15,7 @@ import pytest
 import torch
 import train_cxr
 from common.processes import Processes
-from images import chexpert, folder, items, nih, provenance, training, truth
+from images import check, chexpert, folder, items, nih, provenance, training, truth
 from images import options as settings
 from images.checkpoint import OLDER, load_run
 from images.dataset import with_classes
@@ -338,6 +339,31 @@ def test_images_of_one_value_are_told(images, capsys):
     assert "2 images have one value only, 1 of them outside the test part" in capsys.readouterr().out
     assert train_cxr.main(["--data-dir", str(images), "--out", str(images / "run"), *SMALL, "--batch-size", "2"]) == 2
     assert "1 images to train or validate on have one value only" in capsys.readouterr().err
+
+
+def test_check_decodes_all_images_of_a_set_of_usual_size(tmp_path, capsys, monkeypatch):
+    """300 images, and the one of a single value is none of those that a training decodes before its start."""
+    names = [f"{k}.png" for k in range(300)]
+    rng = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / name)
+    write_csv(tmp_path / "labels.csv", ["image", "split", "cat"],
+              *([name, ("train", "val", "test")[k % 3], k % 2] for k, name in enumerate(names)))  # fmt: skip
+    given = ["--data-dir", str(tmp_path)]
+    assert check_cxr.main(given) == 0
+    assert re.search(r"^decoded   all\n[\s\S]*\nok\n$", capsys.readouterr().out, re.M)
+    drawn = np.random.default_rng(0).choice(300, check.SAMPLE, replace=False)
+    row = next(k for k in range(0, 300, 3) if k not in drawn)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / names[row])
+    assert check_cxr.main(given) == 1
+    assert capsys.readouterr().out.endswith("wrong: 1 images outside the test part have one value only\n")
+    # of a larger set, the last line says how many were decoded
+    monkeypatch.setattr(check, "CHECKED", check.SAMPLE)
+    assert check_cxr.main(given) == 0
+    printed = capsys.readouterr().out
+    assert "\ndecoded   256 of 300, drawn at random\n" in printed
+    assert printed.endswith("\nok: 256 of 300 images decoded; --decode decodes all\n")
+    assert check_cxr.main([*given, "--decode"]) == 1
 
 
 # padding

@@ -12,7 +12,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 import numpy as np
-from tqdm import tqdm
+from common.progress import Progress
 
 from images.pixels import load_image
 
@@ -71,7 +71,7 @@ def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: t
     with (
         ThreadPoolExecutor(workers) as pool,
         part.open("ab") as file,
-        tqdm(total=len(paths), initial=done, desc="cache", unit="image", disable=None) as progress,
+        Progress(total=len(paths), initial=done, desc="cache", unit="image") as progress,
     ):
         file.truncate(done * length)  # half an image may have been written
         for start in range(done, len(paths), 64 * workers):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from common.progress import Progress
 
 from images.dataset import Index, refuse_missing, some
 from images.open_dataset import open_dataset
@@ -19,32 +20,38 @@ WHOLE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8"
 WHOLE[".jpeg"] = WHOLE[".jpg"]
 
 
-#: As many images are decoded where not all are.
-SAMPLE = 256
+#: Images that are decoded at most: by check_cxr.py without --decode, and before a training.
+CHECKED, SAMPLE = 2000, 256
 
 
 class Findings(NamedTuple):
     """``index`` of the images that are there, ``report`` to print, and what is wrong with files: ``broken`` ones, and
-    ``constant`` ones, of one value only, that would be trained or validated on."""
+    ``constant`` ones, of one value only, that would be trained or validated on. ``decoded``: the number of images whose
+    pixels were looked at."""
 
     index: Index
     report: str
     broken: list[str]
     constant: list[str]
+    decoded: int
 
 
-def inspect(args: argparse.Namespace, decode: bool = False, sample: int = SAMPLE) -> Findings:
-    """Looks at everything: at the first and last bytes of all images, and at the pixels of ``sample`` of them, or all.
+def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
+    """Looks at everything: at the first and last bytes of all images, and at the pixels of ``sample`` of them.
+
+    Args:
+        sample: images to decode at most, drawn at random with a fixed seed; None: all.
 
     Raises:
         ValueError: as open_dataset, which missing images do not make it do.
     """
     index = open_dataset(args, allow_missing=True)
-    broken, uniform = look_at_files(index, decode, sample)
+    broken, uniform, decoded = look_at_files(index, sample)
     used = [row for row in uniform if not index.test[row]]
     lines = [
         *index.notes,
         *_about_files(index),
+        f"decoded   {'all' if decoded == len(index.paths) else f'{decoded} of {len(index.paths)}, drawn at random'}",
         *_about_splits(index),
         *_about_boxes(index),
         *_about_classes(index),
@@ -55,7 +62,7 @@ def inspect(args: argparse.Namespace, decode: bool = False, sample: int = SAMPLE
     if broken:
         lines.append(f"\n{len(broken)} images cannot be read:")
         lines += [f"  {problem}" for problem in broken[:20]] + (["  ..."] if len(broken) > 20 else [])
-    return Findings(index, "\n".join(lines), broken, [str(index.paths[row]) for row in used])
+    return Findings(index, "\n".join(lines), broken, [str(index.paths[row]) for row in used], decoded)
 
 
 def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
@@ -77,18 +84,19 @@ def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
     return found.index, found.report
 
 
-def look_at_files(index: Index, decode: bool, sample: int) -> tuple[list[str], list[int]]:
-    """What is wrong with the files, a line each, and the rows of images that have one value only."""
+def look_at_files(index: Index, sample: int | None) -> tuple[list[str], list[int], int]:
+    """What is wrong with the files, a line each; the rows of images that have one value only; the number decoded."""
     chosen = np.arange(len(index.paths))
-    if not decode and sample < len(chosen):
+    if sample is not None and sample < len(chosen):
         chosen = np.sort(np.random.default_rng(0).choice(len(chosen), sample, replace=False))
     with ThreadPoolExecutor() as pool:
         problems = dict(enumerate(pool.map(_unlike_an_image, index.paths)))
         whole = [int(row) for row in chosen if not problems[row]]
-        looks = list(pool.map(lambda row: _look(index.paths[row], index.about.fit), whole))
+        looks = pool.map(lambda row: _look(index.paths[row], index.about.fit), whole)
+        looks = list(Progress(looks, total=len(whole), desc="decoding", unit="image", leave=False))
     problems |= {row: error for row, (error, _) in zip(whole, looks, strict=True) if error}
     uniform = [row for row, (_, constant) in zip(whole, looks, strict=True) if constant]
-    return [problem for problem in problems.values() if problem], uniform
+    return [problem for problem in problems.values() if problem], uniform, len(chosen)
 
 
 def _unlike_an_image(path: Path) -> str:

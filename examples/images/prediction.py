@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from common.choices import Config
+from common.progress import Progress
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from images.cache import open_cache
 from images.dataset import Index
@@ -95,7 +95,7 @@ def predict(
     start = 0
     centre, step = model.grid
     first = 0.5 if args.raster == "even" else centre / step
-    for batch, _, frames, _ in tqdm(loader, desc=name_of(config), unit="batch", disable=None):
+    for batch, _, frames, _ in Progress(loader, desc=name_of(config), unit="batch"):
         with torch.inference_mode():
             # in float32 every logit above 17 would be the same probability, and where the greatest is a matter of order
             logits = model(to_input(batch.to(args.device))).double()[:, order]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from common.files import naming
+from common.progress import Progress
 from PIL import Image
-from tqdm import tqdm
 
 from images.nih import BOX_HEADER, BOXES, CLASSES, DRAWN, ENTRIES, ENTRY_HEADER, NO_FINDING, TEST_LIST, TRAIN_VAL_LIST
 from images.synthetic import FILE, PLAN, TABLES, draw_image
@@ -107,7 +107,7 @@ def write_dataset(
         return boxes
 
     with ThreadPoolExecutor(workers) as pool:
-        todo = tqdm(enumerate(plans), total=len(plans), desc="drawing", unit="image", disable=None)
+        todo = Progress(enumerate(plans), total=len(plans), desc="drawing", unit="image")
         boxes = list(pool.map(draw, todo))
     with naming(out / DRAWN):
         (out / DRAWN).write_text("These images are drawn by make_synthetic_cxr.py. They show no patient.\n")
