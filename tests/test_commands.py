@@ -154,7 +154,7 @@ def test_progress_in_a_file_is_a_line_now_and_then(tmp_path, monkeypatch):
                 bar.update(3)
         return (tmp_path / name).read_text()
 
-    line = r"SGL: {} of 3 \(batch\), 00:00 gone, \S+ to go\n"
+    line = r"SGL: batch {} of 3, 00:00 gone, \S+ to go\n"
     assert re.fullmatch("".join(line.format(k) for k in range(4)), written("each", 0.0))
     assert written("short", 30.0) == ""
 

@@ -401,6 +401,40 @@ def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
     assert load_run(longer, "cpu", "last")[1]["epochs"] == 3
 
 
+#: Keys of a configuration that the versions before them did not write, in the order in which they came.
+CAME_LATER = (
+    "prior", "lam_delay", "train_labels_digest", "train_files_digest", "cut", "dataset", "title", "classes", "channels",
+    "fit",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("first", range(len(CAME_LATER)), ids=CAME_LATER)
+def test_runs_of_older_versions_go_on(drawn, whole, tmp_path, first):
+    """What such a version did not write is what it did."""
+    state = torch.load(whole / "last.pt", weights_only=True)
+    assert (state["config"]["prior"], state["config"]["lam_delay"], state["config"]["cut"]) == (0.5, 0.0, None)
+    older = {key: value for key, value in state["config"].items() if key not in CAME_LATER[first:]}
+    state["merit"] = state.pop("best_score")
+    torch.save(state | {"config": older}, tmp_path / "last.pt")
+    alone = Processes(0, 1, torch.device("cpu"), None)
+    with pytest.raises(ValueError, match="was trained with another prior; --out"):
+        training.Training(state["config"] | {"prior": 0.3}, alone, False).restore(tmp_path / "last.pt")
+    resumed = training.Training(state["config"], alone, False)
+    resumed.restore(tmp_path / "last.pt")
+    assert resumed.epoch == state["epoch"]
+    assert resumed.best_score == state["merit"]
+    # and they can be evaluated
+    model, config = load_run(tmp_path, "cpu", "last")
+    assert set(CAME_LATER) - {"train_labels_digest", "train_files_digest"} <= set(config)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state["model"].values(), strict=True))
+
+
+def test_a_folder_of_another_name_is_the_same_data(whole, tmp_path):
+    state = torch.load(whole / "last.pt", weights_only=True)
+    config = state["config"] | {"title": "another name"}
+    training.Training(config, Processes(0, 1, torch.device("cpu"), None), False).restore(whole / "last.pt")
+
+
 def test_nothing_in_an_epoch_can_read_how_many_epochs_follow():
     """Resuming with more epochs relies on it."""
     config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 #: Seconds between two lines where the output is a file. A shorter loop writes no line.
 EVERY = 30.0
-LINE = "{desc}: {n_fmt} of {total_fmt} ({unit}), {elapsed} gone, {remaining} to go{postfix}"
+LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go{postfix}"
 
 
 class Progress(tqdm):

@@ -13,8 +13,11 @@ from torch import nn
 from images import nih
 from images.models import PatchClassifier
 
-#: What configurations lack that are older than data sets of other kinds.
+#: What configurations of older versions lack: the value that the setting had then.
 OLDER = {
+    "lam_delay": 0.0,
+    "prior": 0.5,
+    "cut": None,
     "dataset": nih.DESCRIPTION.kind,
     "title": nih.DESCRIPTION.title,
     "classes": list(nih.CLASSES),
@@ -24,7 +27,7 @@ OLDER = {
 
 
 def make_model(config: Config) -> PatchClassifier:
-    return PatchClassifier(config["backbone"], config["output_stride"], len(config["classes"]), config.get("cut"))
+    return PatchClassifier(config["backbone"], config["output_stride"], len(config["classes"]), config["cut"])
 
 
 def load_run(run: Path, device: str | torch.device, which: str | None = None) -> tuple[nn.Module, Config]:

@@ -203,8 +203,10 @@ class Training:
     def restore(self, path: Path) -> None:
         """Raises ValueError where ``path`` was trained otherwise."""
         state = load_state(path)
-        state["config"] = OLDER | state["config"]
-        different = [key for key in self.config if state["config"].get(key) != self.config[key]]
+        # what older versions did not write is not compared; the title of a folder of images is only its name
+        ignored = {"title", *({"train_labels_digest", "train_files_digest"} - set(state["config"]))}
+        then = OLDER | state["config"]
+        different = [key for key in self.config if key not in ignored and then.get(key) != self.config[key]]
         different += [key for key in EXTENDABLE if self.extendable[key] < state["epoch"]]
         if "train_names_digest" in different:  # of other images
             different = [key for key in different if key not in ("train_labels_digest", "train_files_digest")]
