@@ -13,7 +13,7 @@ from common.progress import Progress
 
 from images.dataset import Index, refuse_missing, some
 from images.open_dataset import open_dataset
-from images.pixels import DICOM, bits_used, load_image, read_image
+from images.pixels import DICOM, bits_used, load_image, read_header, read_image
 
 #: Beginning and end of a whole file; some programs append something.
 WHOLE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
@@ -134,23 +134,27 @@ def _look(path: Path, fit: str) -> tuple[str, bool]:
 def _about_files(index: Index, sample: int = 32) -> list[str]:
     from PIL import Image
 
-    kinds: Counter[str] = Counter()
+    looks: list[tuple[str, str]] = []  # size and kind
     for path in index.paths[:: max(1, len(index.paths) // sample)][:sample]:
-        if path.suffix.lower() in DICOM:
-            kinds["DICOM"] += 1
-            continue
         try:
+            width, height, _ = read_header(path)
+            size = f"{width}x{height} "
+            if path.suffix.lower() in DICOM:
+                looks.append((size, "DICOM"))
+                continue
             with Image.open(path) as image:
                 bits = ""
                 if image.mode.startswith("I"):
                     bits = f", {bits_used(int(image.getextrema()[1]))} bits used"
-                kinds[f"{image.width}x{image.height} {image.mode} {image.format}{bits}"] += 1
+                looks.append((size, f"{image.mode} {image.format}{bits}"))
         except (OSError, ValueError, Image.DecompressionBombError):
-            kinds["unreadable"] += 1
+            looks.append(("", "unreadable"))
+    kinds, sizes = Counter(size + kind for size, kind in looks), ""
+    if len(kinds) > 8:
+        kinds, sizes = Counter(kind for _, kind in looks), f", in {len({size for size, _ in looks})} sizes"
     rows = len(index.names) + len(index.missing)
-    lines = [
-        f"images    {len(index.names)} of {rows}; of some: " + ", ".join(f"{n} {k}" for k, n in kinds.most_common(8))
-    ]
+    counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    lines = [f"images    {len(index.names)} of {rows}; of some: {counts}{sizes}"]
     if index.missing:
         lines.append(f"missing   {len(index.missing)}: {some(index.missing, 10)}")
     return lines
@@ -173,10 +177,13 @@ def _about_splits(index: Index) -> list[str]:
     lines = []
     for name, part in _parts(index):
         share = _negative(index)[part].mean() if part.any() else 0
+        patients = f" of {len(np.unique(index.patients[part]))} patients" if index.about.units == "patients" else ""
         lines.append(
-            f"{name:10}{part.sum()} images of {len(np.unique(index.patients[part]))} patients, {share:.1%} with "
+            f"{name:10}{part.sum()} images{patients}, {share:.1%} with "
             f"{index.about.negative[0].lower() + index.about.negative[1:]}"
         )
+    if index.about.units == "images":
+        return [*lines, "leaks     not known: there is no column patient, and each image counts as one of its own"]
     return [*lines, "leaks     no patient is in two parts"]  # else there would be no index
 
 
@@ -188,7 +195,10 @@ def _about_boxes(index: Index) -> list[str]:
         f"boxes     {sum(map(len, index.boxes.values()))} of {len(index.boxes)} images, of which {len(here)} are here"
     ]
     if outside:
-        lines.append(f"          {len(outside)} images with boxes are not in the test part: {some(outside, 5)}")
+        lines.append(
+            f"          {len(outside)} images with boxes are not in the test part, and their boxes are not used: "
+            f"{some(outside, 5)}"
+        )
     if strange:
         lines.append(
             f"          {len(strange)} images have a box of a class that their labels lack: {some(strange, 5)}"

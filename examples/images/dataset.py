@@ -18,7 +18,9 @@ class Description(NamedTuple):
 
     ``kind``: its name among the options; ``title`` of pages; ``classes``: names, in the order of the columns of the
     labels; ``negative``: what an image without any class is called; ``test_name`` of the test part; ``fit``: how an
-    image becomes a square, a name of images.frames.FITS; ``channels``: 1 (grey) or 3; ``drawn``: the images are drawn.
+    image becomes a square, a name of images.frames.FITS; ``channels``: 1 (grey) or 3; ``drawn``: the images are drawn;
+    ``units``: what a split keeps together and what an interval is over, ``"patients"``, or ``"images"`` where the data
+    set knows no patients.
     """
 
     kind: str
@@ -29,6 +31,7 @@ class Description(NamedTuple):
     fit: str
     channels: int
     drawn: bool = False
+    units: str = "patients"
 
 
 class Index(NamedTuple):

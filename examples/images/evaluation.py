@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from common.choices import Config
 
-from images.checkpoint import load_network
+from images.checkpoint import OLDER, load_network
 from images.dataset import Index
 from images.frames import to_image, to_square
 from images.metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals
@@ -50,7 +50,7 @@ def open_networks(runs: Sequence[Path], args: argparse.Namespace) -> list[Networ
     networks = []
     for run in runs:
         model, config, which = load_network(run, torch.device(args.device), args.which)
-        networks.append(Network(model.eval(), config, which))
+        networks.append(Network(model.eval(), OLDER | config, which))
     for run, network in zip(runs, networks, strict=True):
         for key, known in (("classes", sorted), ("fit", str)):
             if known(network.config[key]) != known(networks[0].config[key]):

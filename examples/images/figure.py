@@ -76,6 +76,8 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -
         for name, colour in (("true box", page.TRUE), ("found box", page.FOUND))
     ]
     frames.append(Patch(fill=False, ec="none", label='"no box": no pixel of the map is above T_p'))
-    figure.legend(handles=frames, loc="outside lower center", ncols=3, frameon=False)
+    # the legend is 6 inches wide in one line
+    ncols = 3 if figure.get_figwidth() > 7 else 1
+    figure.legend(handles=frames, loc="outside lower center", ncols=ncols, frameon=False)
     with naming(path):
         figure.savefig(path)

@@ -74,8 +74,9 @@ def load_folder(
     for name, placed in boxes.items():
         refuse_outside(tables / BOXES, name, placed, here.get(name))
     about = Description(
-        "folder", Path(data_dir).resolve().name, classes, "none of them", "test part", fit, 3 if colour else 1
-    )
+        "folder", Path(data_dir).resolve().name, classes, "none of them", "test part", fit, 3 if colour else 1,
+        units="patients" if "patient" in header else "images",
+    )  # fmt: skip
     notes = [f"table     {path.name}, {len(names)} rows, {len(classes)} classes", split_note]
     if besides:
         notes.append(f"besides   {len(besides)} images that the table does not name: {some(besides, 5)}")

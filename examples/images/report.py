@@ -45,16 +45,16 @@ def auc_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
     lowest = min([0.5, *(span.low for _, spans in bars for span in spans if not math.isnan(span.low))])
     notes = []
     if any(row[0].endswith("*") for row in rows):
-        about = f"* fewer than {FEW_PATIENTS} patients: the interval says little."
+        about = f"* fewer than {FEW_PATIENTS} {truth.index.about.units}: the interval says little."
         notes.append(page.paragraph(about, "note"))
     if official:
         notes.append(page.paragraph(paper.NOTE, "note"))
     return page.section(
         "Classification",
         page.table(
-            ["class", *(run.name for run in runs), *papers, "patients with it"],
+            ["class", *(run.name for run in runs), *papers, f"{truth.index.about.units} with it"],
             rows,
-            f"AUC over {runs[0].metrics['images']} test images, 95 % interval over patients",
+            f"AUC over {runs[0].metrics['images']} test images, 95 % interval over {truth.index.about.units}",
         ),
         *notes,
         page.intervals(bars, "AUC and its interval", math.floor(10 * lowest) / 10, 1.0),
@@ -84,7 +84,7 @@ def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[s
 def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
     steps = [f"{t:g}" for t in T_IOU]
     heads = [f"IoU\u00a0> {step}" for step in steps]  # ">" is not torn off
-    details = runs[0].details
+    details, units = runs[0].details, truth.index.about.units
     present = [name for name, count in details["boxes"].items() if count]
     counts = ", ".join(f"{name} {details['boxes'][name]}" for name in present)
 
@@ -126,14 +126,14 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
             "Behind the gate a box counts where the class is predicted, too; without it, and in all rows that have no "
             "network, whatever is predicted. MaxBoxAcc takes the one threshold that is best on these very boxes: what "
             "the maps could give, not what the method gave. The mean box of a class is that of the boxes of other "
-            "patients; the ceiling is the best box that whole cells of the map can give. Draws of patients cannot tell "
+            f"{units}; the ceiling is the best box that whole cells of the map can give. Draws of {units} cannot tell "
             f"how certain a share of 0 or 1 is: its interval has no width. T_p {HALF}: each map's threshold is half "
             "its maximum.",
             "note",
         ),
         *several_boxes(truth),
         *([page.paragraph(paper.NOTE, "note")] if truth.official else []),
-        page.table(["", *heads], intervals, "the same with 95 % intervals over patients"),
+        page.table(["", *heads], intervals, f"the same with 95 % intervals over {units}"),
         page.details("By class", *by_class),
         page.table(["", *columns], pointing, "pointing game: boxes that hold the centre of the map's greatest cell"),
     )
@@ -252,15 +252,16 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
     first = first_of_each_class(truth)
     order = [*first, *(k for k in range(len(truth.boxes)) if k not in set(first))][:count]
     cards = cards_of(runs, truth, order, side)
-    about = f"{len(cards)} of {len(truth.boxes)} boxes, one of each class first. A click, or Enter, makes one larger."
+    about = f"{len(cards)} of {len(truth.boxes)} {truth.counted}, one of each class first. "
+    about += "A click, or Enter, makes one larger."
     return page.section(
         "Gallery", page.paragraph(about), gallery.KEY, gallery.gallery(cards, upsampling == "bilinear", "all")
     )
 
 
-def verdict_section(sentences: Sequence[str]) -> page.Markup:
+def verdict_section(sentences: Sequence[str], units: str) -> page.Markup:
     about = (
-        "One side beats the other where the 95 % interval of the difference, over draws of patients, lies above 0. "
+        f"One side beats the other where the 95 % interval of the difference, over draws of {units}, lies above 0. "
         "Boxes are compared without gate."
     )
     return page.section("Verdict", page.bullets(sentences), page.paragraph(about, "note"))
@@ -274,7 +275,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
     """
     comparisons = compare_boxes(runs, truth, args.draws, args.seed) if len(truth.boxes) else []
     sentences = verdict(runs, truth, comparisons, args.draws, args.seed)
-    sections = [verdict_section(sentences)]
+    sections = [verdict_section(sentences, truth.index.about.units)]
     if truth.index.missing:
         about = f"{len(truth.index.missing)} images of the tables are not there, and were left out."
         sections.append(page.paragraph(about, "warning"))

@@ -52,5 +52,6 @@ def open_sources(args: argparse.Namespace, config: Config) -> Sources:
         raise ValueError(f"batch-size: {config['batch_size']} is more than the {len(split.train)} training images")
     seen = names_of_weights(config["weights"])
     config |= digests_of(index, split, seen)
-    counts = f"{len(split.train)} images train, {len(split.val)} of {len(split.val_patients)} other patients validate"
+    patients = f" of {len(split.val_patients)} other patients" if index.about.units == "patients" else ""
+    counts = f"{len(split.train)} images train, {len(split.val)}{patients} validate"
     return Sources(index, split, f"{report}\n\n{counts}", seen)

@@ -52,6 +52,11 @@ class Truth(NamedTuple):
     def box_count(self) -> int:
         return sum(map(len, self.boxes))
 
+    @property
+    def counted(self) -> str:
+        """What the k pairs are called: boxes, where each pair has one."""
+        return "boxes" if self.box_count == len(self.boxes) else "pairs of an image and a class with boxes"
+
     def overlaps(self, found: np.ndarray) -> np.ndarray:
         """IoU (k,) or (k, s) of boxes (k, 4) or (k, s, 4) with the best of the true boxes of each pair."""
         if not self.boxes:

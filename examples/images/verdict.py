@@ -130,8 +130,8 @@ def _sentences(
     for run in runs:
         share, gated = (run.metrics[key]["0.3"]["mean"] for key in ("localization_ungated", "localization"))
         sentences.append(
-            f"At IoU > 0.3 {run.name} finds {_percent(share)} of the boxes (mean over the classes), {_percent(gated)} "
-            "where the class has to be predicted as well."
+            f"At IoU > 0.3 {run.name} finds {_percent(share)} of the {truth.counted} (mean over the classes), "
+            f"{_percent(gated)} where the class has to be predicted as well."
         )
     if len(runs) > 1:
         between_runs = [c for c in comparisons if c.other == runs[1].name]
@@ -147,5 +147,5 @@ def _sentences(
     for run in runs:
         sentences += _against_trivial(run, trivial)
     if len(truth.boxes) < FEW_BOXES:
-        sentences.append(f"There are only {len(truth.boxes)} boxes: the intervals are wide.")
+        sentences.append(f"There are only {len(truth.boxes)} {truth.counted}: the intervals are wide.")
     return sentences
