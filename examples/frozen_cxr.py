@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.options import make_parser, next_step
+from common.options import make_parser, message_of, next_step
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,9 +59,12 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         getattr(frozen_runs, args.command)(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with the runs that are missing", file=sys.stderr)
+        return 130
     next_step(NEXT[args.command])
     return 0
 

@@ -83,6 +83,18 @@ def test_boxes_of_other_formats(photos, tmp_path, number, write):
     assert sorted(found) == sorted(BOXES)
 
 
+def test_labels_out_of_boxes(photos, tmp_path):
+    write_coco(tmp_path)
+    (photos / "labels.csv").unlink()
+    for number in (1, 2):
+        exec(blocks("python")[number], {})
+    index = load_folder(photos)
+    assert index.classes == ("green", "red")
+    assert len(index.names) == 24
+    shown = {name: row.tolist() for name, row in zip(index.names, index.labels, strict=True) if row.any()}
+    assert shown == {"photo_0.png": [0, 1], "photo_1.png": [1, 0]}
+
+
 def test_the_commands_of_the_page(photos, tmp_path):
     """As they stand there, with one epoch and small images."""
     write_coco(tmp_path)

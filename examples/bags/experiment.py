@@ -184,14 +184,14 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
             folder = out if args.loss else out / method
             folder.mkdir(parents=True, exist_ok=True)
             results[method], models[method] = train_method(method, config, args, instances, make_model, folder)
+        if len(models) > 1:
+            compare(models, images["test"], bags["test"], args.target, out / "comparison.png")
     except (ValueError, OSError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; --resume with the same --out and options goes on after the last full epoch", file=sys.stderr)
         return 130
-    if len(models) > 1:
-        compare(models, images["test"], bags["test"], args.target, out / "comparison.png")
     print_table(results, args.target)
     print()
     if len(models) > 1:

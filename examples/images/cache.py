@@ -12,6 +12,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 import numpy as np
+from common.files import naming
 from common.progress import Progress
 
 from images.pixels import load_image
@@ -69,6 +70,7 @@ def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: t
         raise ValueError(f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
     # decoding and resizing leave the interpreter to other threads
     with (
+        naming(part),
         ThreadPoolExecutor(workers) as pool,
         part.open("ab") as file,
         Progress(total=len(paths), initial=done, desc="cache", unit="image") as progress,

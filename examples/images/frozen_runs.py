@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import time
 from pathlib import Path
+from shutil import disk_usage
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.files import naming
+from common.files import naming, write_json
 
 from images.frozen import METHODS, evaluate, read_films, reduce_features, train_head
 
@@ -41,7 +43,11 @@ def extract(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     side = args.image_size // 32
     shape = (len(names), sum(network.feature_info.channels()), side, side)
-    features = np.lib.format.open_memmap(args.out / "features.npy", mode="w+", dtype=np.float16, shape=shape)
+    path, needed, free = args.out / "features.npy", 2 * math.prod(shape), disk_usage(args.out).free
+    if needed > free:
+        raise ValueError(f"{path}: the features need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    with naming(path):
+        features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     for i, name in enumerate(names):
         with Image.open(paths[Path(name).stem]) as image:
             gray = torch.from_numpy(np.array(image.convert("L"), dtype=np.float32))[None, None]
@@ -80,8 +86,7 @@ def train(args: argparse.Namespace) -> None:
                 "method": method, "seed": seed, "validate": args.validate, "lam_started_in_epoch": started,
                 "seconds": round(time.monotonic() - begun, 1),
             }  # fmt: skip
-            with naming(path):
-                path.write_text(json.dumps(result) + "\n")
+            write_json(result, path)
             shares = [f"{name} {np.mean(found['half']['hits'], 0).round(2)}" for name, found in result["boxes"].items()]
             print(f"{method}, seed {seed}: AUC {result['auc']:.3f}; boxes: {', '.join(shares)}", flush=True)
 

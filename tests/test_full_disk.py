@@ -1,0 +1,114 @@
+"""Every command of the examples that writes files: where a write fails, the error names the file."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from images.synthetic_set import write_dataset
+
+Image = pytest.importorskip("PIL.Image")
+resource = pytest.importorskip("resource")
+
+SMALL = "--backbone local17 --image-size 64 --batch-size 8 --epochs 1 --workers 0 --device cpu"
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file of this process can grow beyond ``size`` bytes: a write fails as on a full disk, without a name."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_plain_write_has_no_name(tmp_path):
+    with files_up_to(10), pytest.raises(OSError, match="File too large") as plain:
+        (tmp_path / "x").write_text(20 * "x")
+    assert plain.value.filename is None
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    data = tmp_path_factory.mktemp("films") / "data"
+    write_dataset(data, images=40, size=64, seed=0)
+    return data
+
+
+@pytest.fixture(scope="module")
+def trained(films, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "run"
+    assert importlib.import_module("train_cxr").main(["--data-dir", str(films), "--out", str(run), *SMALL.split()]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / f"{k}.png")
+    with (folder / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "cat"], *([f"{k}.png", k % 2] for k in range(8))])
+    return folder
+
+
+TRAIN = f"--data-dir {{films}} --out {{out}} {SMALL}"
+DIGITS = "--out {out} --data digits --bags 8 --val-bags 4 --test-bags 8 --epochs 1 --runs 1 --device cpu"
+#: command: options, bytes that a file may have, and the first file that is larger.
+COMMANDS = {
+    "check_cxr": ("--data-dir {photos}", 10, "{photos}/split.csv"),
+    "make_synthetic_cxr": ("--out {out} --images 4 --size 64", 500, "{out}/images_.*png"),
+    "train_cxr of its settings": (TRAIN, 100, "{out}/config.json"),
+    "train_cxr of its checkpoint": (TRAIN, 30_000, "{out}/(best|last).pt"),
+    "train_cxr of its cache": (TRAIN + " --cache {out}/cache", 20_000, "{out}/cache/cxr_64_.*part"),
+    "localize_cxr of its tables": ("--run {trained} --data-dir {films} --out {out} --draws 5", 100, "{out}/.*json"),
+    "localize_cxr of its report": (
+        "--run {trained} --data-dir {films} --out {out} --draws 5", 30_000, "{out}/(localization.png|report.html)",
+    ),
+    "train_mnist_bags of its checkpoint": (DIGITS, 1000, "{out}/sgl/seed0.pt"),
+    "train_cifar10_bags of its checkpoint": (
+        DIGITS + " --stem imagenet --bag-size 4 --positives 1", 1000, "{out}/.*seed0.pt",
+    ),
+    "compare_localization": ("--out {out} --draw-only", 300, "{out}/localization.md"),
+    "reproduce_figures": (
+        "--figure 5a --draw-only --data mnist --table {results}/mnist_bags/runs.csv --out {out}", 1000,
+        "{out}/figure5a.png",
+    ),
+    "frozen_cxr": ("table --runs {out} --out {out}/films.csv", 100, "{out}/films.csv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_file_is_named(name, films, trained, photos, tmp_path, capsys):
+    command = name.split(" ")[0]
+    options, size, expected = COMMANDS[name]
+    if command == "train_cifar10_bags" and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    places = {"films": films, "trained": trained, "photos": photos, "out": tmp_path / "out",
+              "results": ROOT / "examples" / "results"}  # fmt: skip
+    if command in ("compare_localization", "reproduce_figures", "frozen_cxr"):
+        places["out"].mkdir()
+    if command == "compare_localization":
+        for path in sorted((places["results"] / "localization").glob("17_max_*.json"))[:2]:
+            shutil.copy(path, places["out"])
+    if command == "frozen_cxr":
+        found = {"hits": [[1, 0, 0]], "centre": [[1, 1, 0]], "patients": [1], "pointing": 0.5}
+        run = {"method": "cam", "seed": 0, "auc": 0.6, "boxes": {"nih": {"half": found}}}
+        (places["out"] / "cam-seed0.json").write_text(json.dumps(run))
+    main = importlib.import_module(command).main
+    with files_up_to(size):
+        assert main([part.format(**places) for part in options.split()]) == 2
+    error = capsys.readouterr().err
+    pattern = expected.format(**{key: re.escape(str(path)) for key, path in places.items()})
+    assert re.search(f"error: .*({pattern})", error), error
+    assert "File too large" in error
