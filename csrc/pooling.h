@@ -60,6 +60,7 @@ struct BagLogit {
 //   kSums           how many of the terms it uses
 //   kReference      which number of the pair it needs before the sums
 //   kCountsMaxima   whether its only term is 1 for each instance equal to the largest
+//   kAddsLogits     whether its only term is the logit
 //   kParameter      whether it has a parameter (which is 1 elsewhere)
 //   scale           powers of e that keep its sums in the range of floats
 //   settings        numbers of the pair that its terms and its slope need
@@ -70,7 +71,7 @@ struct BagLogit {
 struct PoolingBase {
   static constexpr int kSums = 2;
   static constexpr Reference kReference = Reference::kNone;
-  static constexpr bool kCountsMaxima = false, kParameter = false;
+  static constexpr bool kCountsMaxima = false, kAddsLogits = false, kParameter = false;
 
   template <class T>
   static SGL_HD Scale<T> scale(const Extent<T>& e) {
@@ -149,6 +150,7 @@ struct MeanLogitsPooling : PoolingBase {
   static constexpr int64_t kCode = 3;
   static constexpr const char* kName = "mean_logits";
   static constexpr int kSums = 1;
+  static constexpr bool kAddsLogits = true;
 
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(F x, const Probability<F>&, const Scale<T>&, const PoolingSettings<T>&) {
@@ -429,6 +431,10 @@ SGL_HD Reference pooling_reference(int64_t code) {
 
 SGL_HD bool counts_maxima(int64_t code) {
   return with_pooling(code, [&](auto pooling) SGL_INLINED { return decltype(pooling)::kCountsMaxima; });
+}
+
+SGL_HD bool adds_logits(int64_t code) {
+  return with_pooling(code, [&](auto pooling) SGL_INLINED { return decltype(pooling)::kAddsLogits; });
 }
 
 SGL_HD bool has_sums(int64_t code) {

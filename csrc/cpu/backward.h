@@ -22,7 +22,9 @@ void gradient_pass(const T* x, int64_t n, const Coefficients<T>& of_pair, T* gra
 
 template <class Pooling, Kind kind, class T>
 void gradient_of_kind(const T* x, int64_t n, const Coefficients<T>& k, T* grad) {
-  if (k.scale.any) {
+  if constexpr (kind == Kind::kBagOnly && Pooling::kCode == NoPooling::kCode) {
+    for (int64_t j = 0; j < n; ++j) grad[j] = T(0);
+  } else if (k.scale.any) {
     gradient_pass<Pooling, kind, true>(x, n, k, grad);
   } else {
     gradient_pass<Pooling, kind, false>(x, n, k, grad);

@@ -305,8 +305,12 @@ void find_pooled(
   const Pooled pooled = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
     return with_pooling(settings.pooling, [&](auto chosen) {
       using P = decltype(chosen);
-      return scale.any ? pooled_pass<P, true>(row.x + begin, size, scale, pooling)
-                       : pooled_pass<P, false>(row.x + begin, size, scale, pooling);
+      if constexpr (P::kSums == 0 || P::kCountsMaxima) {
+        return Pooled{};  // not reached
+      } else {
+        return scale.any ? pooled_pass<P, true>(row.x + begin, size, scale, pooling)
+                         : pooled_pass<P, false>(row.x + begin, size, scale, pooling);
+      }
     });
   });
   for (int k = 0; k < 3; ++k) out.pooled[k] = pooled.sum[k];
@@ -375,7 +379,11 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
     out.kind = Kind::kPositive;
     find_guided(settings, row, extent, scale, mean, pos_weight, parallel_for, out);
   }
-  if (has_sums(settings.pooling)) find_pooled(settings, row, extent, scale, parallel_for, out);
+  if (adds_logits(settings.pooling) && !against_zero) {
+    out.pooled[0] = e.sum * 64;  // the first pass has added them up
+  } else if (has_sums(settings.pooling)) {
+    find_pooled(settings, row, extent, scale, parallel_for, out);
+  }
   return out;
 }
 
