@@ -10,6 +10,9 @@ from types import ModuleType
 
 import pytest
 
+# threads of torch that wait for work leave the processor to the other workers of pytest-xdist
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # `python -m pytest` puts the checkout on the path, where sgl_ops has no extension: what is installed is to be tested

@@ -61,6 +61,7 @@ def test_a_batch_is_normalized_together():
     )
 
 
+@pytest.mark.examples
 def test_it_runs_and_resumes_to_the_same_result(tmp_path, monkeypatch):
     options = [*SMALL, "--loss", "sgl", "--runs", "1", "--epochs", "2"]
     assert example.main([*options, "--out", str(tmp_path / "whole")]) == 0
@@ -88,6 +89,7 @@ def test_pictures_keep_their_colours():
     assert experiment.pictures_of(picture)[0, 0, 0].tolist() == [1.0, 0.0, 0.5]
 
 
+@pytest.mark.examples
 def test_real_cifar10(data_dir, tmp_path):
     """The file that the sample's script writes is read, and its bags hold as many dogs as they should."""
     import subprocess

@@ -143,6 +143,7 @@ def test_the_instance_loss_starts_late(small, monkeypatch):
     assert seen == pytest.approx([0, 0, 0, 0, 2, 4])
 
 
+@pytest.mark.examples
 def test_a_run_is_repeated_to_the_bit(small):
     (row,) = table.rows_of("17/max/sgl/lam_delay=0")
     first, again, other = (compare.train(row, seed).state_dict() for seed in (3, 3, 4))

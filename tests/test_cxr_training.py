@@ -567,6 +567,7 @@ def test_all_that_has_a_state_goes_on(drawn, tmp_path, monkeypatch, last):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.examples
 def test_a_process_that_is_killed(drawn, whole, tmp_path):
     """Without warning, in the middle of an epoch, while images are being loaded by another process."""
     out = tmp_path / "cut"
@@ -609,6 +610,7 @@ def test_what_is_kept_without_its_checkpoint_is_not_overwritten(drawn, whole, tm
     assert f"{tmp_path / 'new'} holds no last.pt to resume: training begins" in capsys.readouterr().out
 
 
+@pytest.mark.examples
 def test_two_trainings_into_one_folder_are_refused(drawn, tmp_path, capsys):
     out = tmp_path / "out"
     code = (
@@ -700,6 +702,7 @@ def test_labels_that_were_changed_are_noticed(drawn, whole, tmp_path, capsys):
     assert "have changed" not in told
 
 
+@pytest.mark.examples
 def test_stopped_by_a_key(drawn, tmp_path):
     """A signal as a terminal sends it."""
     out = tmp_path / "out"
@@ -820,6 +823,7 @@ def run_two(*command):
             process.kill()
 
 
+@pytest.mark.examples
 def test_two_processes_are_one(drawn, tmp_path):
     options = ["--loss", "sgl", "--batch-norm", "frozen", "--epochs", "1", "--pooling", "max"]
     assert run(drawn, tmp_path / "one", *options) == 0
@@ -864,6 +868,7 @@ with joined("cpu") as processes:
 """
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("loss", ["bag", "bil", "mmm"])
 def test_two_processes_that_end_go_on_to_the_same_log(drawn, tmp_path, loss):
     """The losses of the steps before the end are those of both processes, one of which wrote them down."""

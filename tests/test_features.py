@@ -348,6 +348,7 @@ def test_standardization_and_principal_components():
         training.fit_transform(parts, 5)
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("head", train_features.HEADS)
 @pytest.mark.parametrize("loss", train_features.LOSSES)
 def test_every_head_and_loss_learns(data, tmp_path, head, loss):
@@ -368,6 +369,7 @@ def test_every_head_and_loss_learns(data, tmp_path, head, loss):
     assert result["instance_auc"] > 0.75
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("pooling", train_features.POOLINGS)
 def test_every_pooling_runs(data, tmp_path, pooling):
     options = ("--epochs", "2", "--pooling", pooling, "--head", "linear", "--start", "at_once")
@@ -397,6 +399,7 @@ def test_candidates_are_the_heads_they_were_made_of(hidden):
     torch.testing.assert_close(copy(x)[0], heads[1](x)[0])
 
 
+@pytest.mark.examples
 def test_restarts_leave_a_minimum_without_the_object(data):
     """Max pooling with a linear head: some initial weights never lead to feature 0, the best of eight do."""
     bags = store.FeatureBags(data / "features")
@@ -432,6 +435,7 @@ def test_the_head_starts_at_the_prior():
     torch.testing.assert_close(torch.sigmoid(head.first.bias), torch.tensor([0.0625, 0.0125]))
 
 
+@pytest.mark.examples
 def test_resume_gives_what_an_uninterrupted_command_gives(data, tmp_path, capsys):
     options = ("--folds", "2", "--repeats", "2", "--epochs", "2")
     assert command(data, tmp_path / "whole", *options) == 0
@@ -463,6 +467,7 @@ def test_the_tables_hold_every_bag_and_instance(data, tmp_path):
     assert "<img" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.examples
 def test_reading_without_a_cache_gives_the_same_training(data, tmp_path):
     options = ("--epochs", "2", "--batch-size", "3")
     assert command(data, tmp_path / "a", *options) == 0
@@ -527,6 +532,7 @@ def test_defaults_of_the_command_are_those_of_the_settings(data):
     )
 
 
+@pytest.mark.examples
 def test_commands_of_the_page_run(timm, images, tmp_path, monkeypatch, capsys):
     """Every command of docs/own-features.md, with a network without weights and one epoch."""
     page = (ROOT / "docs" / "own-features.md").read_text()

@@ -66,6 +66,7 @@ def test_the_queue_makes_the_figures_useful_early():
     assert all(position[run] > last_of_second for run in wanted if run.seed)
 
 
+@pytest.mark.examples
 def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
     arguments = [*TINY, "--seeds", "2", "--methods", "max", "sgl", "--out", str(tmp_path)]
     assert figures.main(arguments) == 0
@@ -94,6 +95,7 @@ def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
     assert "{'epochs': '1'}, not {'epochs': '2'}" in capfd.readouterr().err
 
 
+@pytest.mark.examples
 def test_a_table_takes_the_place_of_the_files(tmp_path, capfd):
     arguments = [*TINY, "--seeds", "2", "--methods", "max", "sgl", "--bags", "8"]
     runs, results = tmp_path / "runs", tmp_path / "results"

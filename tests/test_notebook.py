@@ -26,7 +26,7 @@ def printed(notebook) -> str:
 def test_the_notebook_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(sgl_ops.__file__).parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
     auc, found = map(
         float, re.findall(r"Self-Guiding Loss: bag AUC ([\d.]+), IoU of the nines ([\d.]+)", printed(notebook))[0]
     )
