@@ -96,7 +96,7 @@ def test_the_index_says_what_was_drawn(drawn):
         assert (index.patients[row], index.test[row]) == (plan.patient, plan.test)
         assert index.paths[row].name == name
         boxed = {CLASSES[box[0]] for box in index.boxes.get(name, ())}
-        assert boxed == (set(plan.findings) & set(synthetic_set.BOXED) if plan.test else set())
+        assert boxed == (set(plan.findings) & set(nih.BOXED) if plan.test else set())
     assert index.labels.dtype == np.float32
     assert not index.missing
 
@@ -496,7 +496,7 @@ def test_boxes_hold_their_pixels():
     where[2:4, 5] = where[3, 3] = True
     assert synthetic.box_of(where, 2.0) == (6, 4, 6, 4)
     # a small copy has the boxes of the large one, but for the width of its pixels
-    for name in synthetic_set.BOXED:
+    for name in nih.BOXED:
         large, small = (synthetic.draw_image(size, 0, 7, 0, [name], True)[1][name] for size in (256, 64))
         assert np.abs(np.array(large) - small).max() <= 2 * 16
 

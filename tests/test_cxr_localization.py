@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import train_cxr
+from common import progress
 from images import evaluation, figure, gallery, nih, page, paper, pixels, prediction, provenance, report, truth
 from images.dataset import Index
 from images.models import Grid
@@ -371,8 +372,9 @@ def test_the_tables(data):
     assert rows[3]["found_x"] == ""
 
 
-def test_a_run_of_train_cxr(tmp_path, capsys):
+def test_a_run_of_train_cxr(tmp_path, capsys, monkeypatch):
     """From drawn images to the report; then the same run, asked about images that it was trained on."""
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     data, run = tmp_path / "data", tmp_path / "run"
     write_dataset(data, images=40, size=32, seed=1)
     small = ["--backbone", "local9", "--output-stride", "8", "--image-size", "32", "--batch-size", "8", "--epochs", "1"]
@@ -380,6 +382,9 @@ def test_a_run_of_train_cxr(tmp_path, capsys):
     assert train_cxr.main([*common, *small, "--out", str(run), "--val-fraction", "0.3"]) == 0
     evaluation = ["--run", str(run), "--draws", "5", "--threshold", "validation", "--gate", "validation"]
     assert localize_cxr.main([*common, *evaluation]) == 0
+    # the output is no terminal: progress in lines
+    lines = capsys.readouterr().err
+    assert "\nepoch 1: step 1 of " in lines and "\nSGL, softmax pooling: batch 1 of " in lines
     metrics = json.loads((run / "localization" / "metrics.json").read_text())
     index = nih.load_index(data)
     assert metrics["images"] == index.test.sum()

@@ -23,6 +23,8 @@ CLASSES = (
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
     "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
 )  # fmt: skip
+#: The classes that have boxes.
+BOXED = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
 NO_FINDING = "No Finding"
 DESCRIPTION = Description("nih", "ChestX-ray14", CLASSES, NO_FINDING, "official test list", "square", 1)
 #: make_synthetic_cxr.py leaves it beside the tables; pages then say that the images are drawn.

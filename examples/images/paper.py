@@ -9,22 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: Columns of Table 1.
-CLASSES = (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
-    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
-)  # fmt: skip
-#: Columns of Table 2: the classes with boxes.
-BOX_CLASSES = (
-    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
-)  # fmt: skip
+from images.nih import BOXED, CLASSES
 
 
 def _row(classes: Sequence[str], values: str) -> dict[str, float]:
     return dict(zip((*classes, "mean"), map(float, values.split()), strict=True))
 
 
-#: Table 1: AUC, {method: {class: value, ..., "mean": value}}.
+#: Table 1, its columns in the order of CLASSES: AUC, {method: {class: value, ..., "mean": value}}.
 AUC = {
     method: _row(CLASSES, values)
     for method, values in {
@@ -34,9 +26,10 @@ AUC = {
         "ResNet-50 + SGL (paper)": "0.78 0.88 0.75 0.86 0.84 0.95 0.85 0.94 0.71 0.84 0.81 0.81 0.74 0.90 0.83",
     }.items()
 }
-#: Table 2: localization accuracy where the class is predicted at 0.5, {method: {T_IoU: {class: value, ..., "mean"}}}.
+#: Table 2, its columns in the order of BOXED: localization accuracy where the class is predicted at 0.5,
+#: {method: {T_IoU: {class: value, ..., "mean": value}}}.
 LOCALIZATION = {
-    method: {t: _row(BOX_CLASSES, values) for t, values in rows.items()}
+    method: {t: _row(BOXED, values) for t, values in rows.items()}
     for method, rows in {
         "Wang et al. 2017": {
             "0.1": "0.69 0.94 0.66 0.71 0.40 0.14 0.63 0.38 0.57",

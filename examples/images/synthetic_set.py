@@ -13,7 +13,18 @@ from common.files import naming
 from common.progress import Progress
 from PIL import Image
 
-from images.nih import BOX_HEADER, BOXES, CLASSES, DRAWN, ENTRIES, ENTRY_HEADER, NO_FINDING, TEST_LIST, TRAIN_VAL_LIST
+from images.nih import (
+    BOX_HEADER,
+    BOXED,
+    BOXES,
+    CLASSES,
+    DRAWN,
+    ENTRIES,
+    ENTRY_HEADER,
+    NO_FINDING,
+    TEST_LIST,
+    TRAIN_VAL_LIST,
+)
 from images.synthetic import FILE, PLAN, TABLES, draw_image
 
 #: How often in an image of the training list, before some findings bring others with them.
@@ -24,7 +35,6 @@ RATES = {
 }  # fmt: skip
 #: Findings that make another one this much more frequent.
 TOGETHER = {("Effusion", "Atelectasis"): 3.0, ("Cardiomegaly", "Edema"): 4.0, ("Pneumonia", "Infiltration"): 2.5}
-BOXED = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
 TEST_SHARE, TEST_RATE = 0.2, 1.4
 STAYS = 0.7
 
