@@ -1,4 +1,4 @@
-"""ChestX-ray14: a network that is given only the findings of an image learns where they are.
+"""A network that is given only the classes of an image learns where they are: ChestX-ray14, CheXpert, your own images.
 
     python train_cxr.py --data-dir DIR --out RUN                                     the paper's settings
     torchrun --nproc-per-node 8 train_cxr.py --data-dir DIR --out RUN --amp bf16     on eight GPUs

@@ -469,6 +469,21 @@ def test_the_whole_pipeline_on_a_folder(tmp_path, capsys, fit):
     assert provenance.trained_patients(run, provenance.trained_names(run), index) == {
         str(p) for p in index.patients[~index.test]
     }
+    assert "of the pairs of an image and a class with boxes" in report
+    assert "patients with it" in report and "over draws of patients" in report and "of other patients;" in report
+    # without patients, images are what intervals are over
+    with (data / "labels.csv").open(newline="") as file:
+        rows = [{key: cell for key, cell in row.items() if key != "patient"} for row in csv.DictReader(file)]
+    whole_table = (data / "labels.csv").read_bytes()
+    write_csv(data / "labels.csv", list(rows[0]), *(row.values() for row in rows))
+    capsys.readouterr()
+    assert check_cxr.main(["--data-dir", str(data)]) == 0
+    printed = capsys.readouterr().out
+    assert "leaks     not known: there is no column patient" in printed and "patients," not in printed
+    assert localize_cxr.main(base) == 0
+    report = (run / "localization" / "report.html").read_text()
+    assert "images with it" in report and "over draws of images" in report and "patients" not in report
+    (data / "labels.csv").write_bytes(whole_table)
     # another fit than that of the network, and a split that it was not trained with
     other = "squeeze" if fit == "pad" else "pad"
     assert localize_cxr.main([*base, "--fit", other]) == 2
