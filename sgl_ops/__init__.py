@@ -14,7 +14,7 @@ from . import functional, pooling, reference
 from .diagnosis import Diagnosis, diagnose
 from .functional import SelfGuidance, SGLTerms
 from .losses import BagLoss, BILLoss, MMMLoss, SGLLoss
-from .schedule import LamSchedule, prior_bias
+from .schedule import LamSchedule, TopKSchedule, prior_bias
 from .settings import SGLSettings
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SGLSettings",
     "SGLTerms",
     "SelfGuidance",
+    "TopKSchedule",
     "diagnose",
     "functional",
     "pooling",

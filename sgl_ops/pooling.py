@@ -192,7 +192,7 @@ class TopKPooling(Pooling):
 
     def __init__(self, k: int | float = 8):
         super().__init__()
-        self.k = _places(k)
+        self.k = check_places("k", k)
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         k = self.places(bags.size)
@@ -446,18 +446,19 @@ def _positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _places(k: object) -> int | float:
-    check_number("k", k)
+def check_places(name: str, k: object) -> int | float:
+    """``k`` of :class:`TopKPooling`: an int >= 1, or a float in (0, 1)."""
+    check_number(name, k)
     if isinstance(k, float):
         if not 0.0 < k < 1.0:
-            raise ValueError(f"k: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
+            raise ValueError(f"{name}: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
         return k
     try:
         number = operator.index(k)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"k: expected an int or a float, got {k!r}") from None
+        raise TypeError(f"{name}: expected an int or a float, got {k!r}") from None
     if isinstance(k, bool) or number < 1:
-        raise ValueError(f"k: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
+        raise ValueError(f"{name}: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
     return number
 
 

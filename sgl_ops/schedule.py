@@ -2,8 +2,9 @@ r"""The start of a training with :class:`~sgl_ops.SGLLoss`: when the instance lo
 
 Self-guidance takes its targets from the network's own ranking of the instances. A network that cannot tell positive
 from negative bags yet ranks at random, and the instance loss then teaches it that ranking. :class:`LamSchedule` keeps
-lam at 0 until the bag loss has learnt, and raises it afterwards. :func:`prior_bias` gives the head a bias with which
-the first outputs match the frequencies of the labels.
+lam at 0 until the bag loss has learnt, and raises it afterwards. :class:`TopKSchedule` lets top-k pooling begin with
+many instances of a large bag and end with few. :func:`prior_bias` gives the head a bias with which the first outputs
+match the frequencies of the labels.
 
 >>> import torch
 >>> from sgl_ops import LamSchedule, SGLLoss, prior_bias
@@ -34,8 +35,9 @@ from torch import Tensor
 from ._checks import check_number, check_values
 from ._ranking import Ranking, rank_bags
 from ._ranks import Group, all_reduce_sum, check_group
+from .pooling import check_places
 
-__all__ = ["LamSchedule", "prior_bias"]
+__all__ = ["LamSchedule", "TopKSchedule", "prior_bias"]
 
 
 class LamSchedule:
@@ -113,10 +115,7 @@ class LamSchedule:
         for name, number, least in (
             ("rise", rise, 1), ("window", window, 8), ("patience", patience, 0), ("interval", interval, 1)
         ):  # fmt: skip
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{name}: expected an int, got {number!r}")
-            if number < least:
-                raise ValueError(f"{name}: expected at least {least}, got {number}")
+            _check_count(name, number, least)
         check_group(process_group)
         self.lam = lam
         self.auc = auc
@@ -226,6 +225,72 @@ class LamSchedule:
         )
 
 
+class TopKSchedule:
+    r"""k of each step for :class:`~sgl_ops.pooling.TopKPooling`: from many instances of a bag down to a few.
+
+    Top-k pooling passes its gradient to k instances. Where k is a small part of a large bag, these are at first
+    instances that the initial weights happen to prefer, and training may never leave them. With many instances the
+    gradient begins with what distinguishes positive bags from negative ones on average. k then falls geometrically:
+
+    .. math:: k_t = k_0 \left(\frac{k_1}{k_0}\right)^{\min(t / T,\; 1)}, \quad t = 0, 1, \ldots
+
+    with :math:`k_0` = ``start``, :math:`k_1` = ``k`` and T = ``steps``; a number of instances is rounded. The measured
+    gain is on the page "When SGL helps, and when not". Begin the instance loss when k has arrived (:attr:`done`).
+
+    Args:
+        k: the value at the end, as for :class:`~sgl_ops.pooling.TopKPooling`: an int >= 1, or a fraction of the bag.
+        start: the value at the beginning, of the same kind and at least ``k``. A fifth of the bag is a good guess.
+        steps: steps from ``start`` to ``k``, >= 1. Half of the training is a good guess.
+
+    Attributes:
+        value: k of the last step; ``start`` before the first.
+        progress: steps that are done, 0 to ``steps``.
+        done: whether k has its final value.
+
+    >>> from sgl_ops import TopKSchedule
+    >>> from sgl_ops.pooling import TopKPooling
+    >>> pooling, schedule = TopKPooling(8), TopKSchedule(8, start=240, steps=4)
+    >>> pooling.k = schedule.step()                                  # before each step of the training
+    >>> pooling
+    TopKPooling(k=240)
+    >>> [schedule.step() for step in range(5)]
+    [103, 44, 19, 8, 8]
+    """
+
+    def __init__(self, k: int | float = 8, *, start: int | float, steps: int):
+        self.k, self.start = check_places("k", k), check_places("start", start)
+        if isinstance(self.k, int) != isinstance(self.start, int):
+            raise TypeError(f"start: expected a {type(self.k).__name__} as k is, got {start!r}")
+        if self.start < self.k:
+            raise ValueError(f"start: expected at least k = {k}, got {start}")
+        self.steps = _check_count("steps", steps, 1)
+        self.value = self.start
+        self.progress = 0
+
+    @property
+    def done(self) -> bool:
+        return self.progress >= self.steps
+
+    def step(self) -> int | float:
+        """k for this step. Call it once a step, in training only."""
+        value = self.start * (self.k / self.start) ** (self.progress / self.steps)
+        # at the end the very number, not one with rounding errors
+        self.value = self.k if self.done else round(value) if isinstance(self.k, int) else value
+        self.progress = min(self.progress + 1, self.steps)
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on as if training had not stopped. Settings are not part of it."""
+        return {"value": self.value, "progress": self.progress}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.value, self.progress = state["value"], state["progress"]
+
+    def __repr__(self) -> str:
+        return f"TopKSchedule({self.k}, start={self.start}, steps={self.steps})"
+
+
 def prior_bias(targets: Tensor, *, share: float = 1.0) -> Tensor:
     r"""The bias of a network's last layer from the frequencies of the labels: (C,) float32, for ``bias.copy_``.
 
@@ -272,3 +337,11 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
     check_number(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {low} <= {name} <= {high}, got {value}")
+
+
+def _check_count(name: str, number: int, least: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name}: expected an int, got {number!r}")
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number

@@ -1,4 +1,4 @@
-"""LamSchedule and prior_bias: when the instance loss begins, and with which bias."""
+"""LamSchedule, TopKSchedule and prior_bias: when the instance loss begins, from how many instances, with which bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sgl_ops import LamSchedule, prior_bias
+from sgl_ops import BagLoss, LamSchedule, TopKSchedule, prior_bias
+from sgl_ops.pooling import TopKPooling
 from sgl_ops._ranking import rank_bags
 
 LABELS = torch.tensor([0.0, 1.0]).repeat(16)
@@ -302,3 +303,82 @@ def test_prior_bias_out_of_range():
         prior_bias(torch.tensor([2.0]))
     with pytest.raises(ValueError, match="targets: expected shape"):
         prior_bias(torch.zeros(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# k of top-k pooling
+
+
+def test_k_falls_geometrically_and_stays():
+    schedule = TopKSchedule(1, start=16, steps=4)
+    assert (schedule.value, schedule.done) == (16, False)
+    assert [schedule.step() for _ in range(6)] == [16, 8, 4, 2, 1, 1]
+    assert schedule.done and schedule.progress == 4
+
+
+def test_k_as_a_share_of_the_bag():
+    schedule = TopKSchedule(0.01, start=0.16, steps=2)
+    assert [schedule.step() for _ in range(4)] == pytest.approx([0.16, 0.04, 0.01, 0.01])
+    assert schedule.value == 0.01  # exactly
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 5])
+def test_k_goes_on_after_a_checkpoint(cut):
+    whole, first, second = (TopKSchedule(8, start=240, steps=4) for _ in range(3))
+    expected = [whole.step() for _ in range(6)]
+    begun = [first.step() for _ in range(cut)]
+    second.load_state_dict(first.state_dict())
+    assert begun + [second.step() for _ in range(6 - cut)] == expected
+
+
+def test_every_k_is_one_that_the_pooling_takes():
+    for schedule in (TopKSchedule(3, start=1000, steps=50), TopKSchedule(0.003, start=0.5, steps=50)):
+        for _ in range(60):
+            pooling = TopKPooling(schedule.step())
+            assert torch.isfinite(pooling(torch.randn(2, 40))).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0, "start": 4, "steps": 1}, ValueError, "k: "),
+        ({"k": 8, "start": 4, "steps": 1}, ValueError, "start: expected at least k = 8"),
+        ({"k": 8, "start": 0.2, "steps": 1}, TypeError, "start: expected a int"),
+        ({"k": 0.1, "start": 8, "steps": 1}, TypeError, "start: expected a float"),
+        ({"k": 8, "start": 16, "steps": 0}, ValueError, "steps: "),
+        ({"k": 8, "start": 16, "steps": 2.0}, TypeError, "steps: "),
+    ],
+)
+def test_wrong_settings_of_k_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        TopKSchedule(**arguments)
+
+
+def test_top_k_finds_small_objects_from_every_seed_with_a_falling_k():
+    """Bags of 400 instances, 4 of which show the class; a distractor of large features lies in every bag."""
+    torch.manual_seed(0)
+    labels = torch.arange(60).remainder(2).float()
+    features = torch.randn(60, 400, 12)
+    features[:, 50:90, 1:] += 4 * torch.randn(11)  # alike in positive and negative bags
+    features[labels == 1, :4, 0] += 4
+
+    def localization_of(seed, start):
+        torch.manual_seed(seed)
+        head = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+        with torch.no_grad():
+            head[-1].bias.copy_(prior_bias(labels, share=0.01))
+        optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+        criterion = BagLoss(TopKPooling(4))
+        schedule = TopKSchedule(4, start=start, steps=60)
+        for _ in range(120):
+            criterion.pooling.k = schedule.step()
+            loss = criterion(head(features).transpose(1, 2), labels.unsqueeze(1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            chosen = head(features).squeeze(2)[labels == 1].argmax(1)
+        return float((chosen < 4).float().mean())
+
+    found = [localization_of(seed, start=80) for seed in range(5)]
+    assert min(found) > 0.9, found
