@@ -72,6 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--restarts", type=int, default=1, metavar="R", help="initial heads that are tried with the bag loss (1)"
     )
     start.add_argument("--trial-epochs", type=int, default=8, help="epochs of a trial; the best head goes on (8)")
+    start.add_argument(
+        "--k-start",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="topk: trials begin with this share of a bag (0: off)",
+    )
     training.add_argument("--epochs", type=int, default=60, help="passes over the training bags (60)")
     training.add_argument("--batch-size", type=int, default=32, help="bags per step (32)")
     training.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (0.003)")
@@ -88,6 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    if not 0.0 <= args.k_start < 1.0:
+        parser.error(f"--k-start: expected at least 0 and below 1, got {args.k_start}")
     for name in ("epochs", "batch_size", "repeats", "rise", "restarts", "trial_epochs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")

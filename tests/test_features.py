@@ -419,6 +419,21 @@ def test_restarts_leave_a_minimum_without_the_object(data):
     assert min(weights(1)) < 0.5 < min(weights(8))
 
 
+def test_k_falls_during_the_trials_and_has_arrived_in_the_last_epoch(data):
+    bags = store.FeatureBags(data / "features")
+    reader = training.BagReader(bags, bags.names, 1e9)
+    settings = training.Settings(k=1, k_start=0.9, trial_epochs=3, batch_size=10)
+    schedule = training.falling_k(reader, bags.names, settings)
+    ks = [schedule.step() for _ in range(3 * 4)]  # 40 bags, 4 steps an epoch
+    assert ks[0] == round(0.9 * max(map(bags.instances, bags.names)))
+    assert sorted(ks, reverse=True) == ks and ks[6] > 1
+    assert ks[8:] == [1] * 4
+    share = training.falling_k(reader, bags.names, replace(settings, k=0.1, k_start=0.5))
+    assert [share.step() for _ in range(9)][::8] == [0.5, 0.1]
+    assert training.falling_k(reader, bags.names, replace(settings, k_start=0.0)) is None
+    assert training.falling_k(reader, bags.names, replace(settings, pooling="max")) is None
+
+
 def test_lam_stays_zero_where_labels_are_noise(data):
     bags = store.FeatureBags(data / "features")
     reader = training.BagReader(bags, bags.names, 1e9)

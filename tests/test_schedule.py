@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from sgl_ops import BagLoss, LamSchedule, TopKSchedule, prior_bias
-from sgl_ops.pooling import TopKPooling
 from sgl_ops._ranking import rank_bags
+from sgl_ops.pooling import TopKPooling
 
 LABELS = torch.tensor([0.0, 1.0]).repeat(16)
 
@@ -354,31 +354,31 @@ def test_wrong_settings_of_k_are_refused(arguments, error, message):
         TopKSchedule(**arguments)
 
 
-def test_top_k_finds_small_objects_from_every_seed_with_a_falling_k():
-    """Bags of 400 instances, 4 of which show the class; a distractor of large features lies in every bag."""
+def test_a_falling_k_finds_small_objects_from_more_seeds():
+    """Bags of 200 instances, 4 of which show the class; 20 instances of every bag are large for another reason."""
     torch.manual_seed(0)
-    labels = torch.arange(60).remainder(2).float()
-    features = torch.randn(60, 400, 12)
-    features[:, 50:90, 1:] += 4 * torch.randn(11)  # alike in positive and negative bags
-    features[labels == 1, :4, 0] += 4
+    labels = torch.arange(150).remainder(2).float().unsqueeze(1)
+    features = torch.randn(150, 200, 12)
+    features[:, 100:120, 1:] += torch.randn(11)
+    features[labels[:, 0] == 1, :4, 0] += 4
 
-    def localization_of(seed, start):
+    def finds(seed, start):
         torch.manual_seed(seed)
         head = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
         with torch.no_grad():
-            head[-1].bias.copy_(prior_bias(labels, share=0.01))
+            head[-1].bias.copy_(prior_bias(labels, share=0.02))
         optimizer = torch.optim.Adam(head.parameters(), 1e-2)
         criterion = BagLoss(TopKPooling(4))
-        schedule = TopKSchedule(4, start=start, steps=60)
-        for _ in range(120):
+        schedule = TopKSchedule(4, start=start, steps=40)
+        for _ in range(80):
             criterion.pooling.k = schedule.step()
-            loss = criterion(head(features).transpose(1, 2), labels.unsqueeze(1))
+            loss = criterion(head(features).transpose(1, 2), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            chosen = head(features).squeeze(2)[labels == 1].argmax(1)
-        return float((chosen < 4).float().mean())
+            chosen = head(features).squeeze(2)[labels[:, 0] == 1].argmax(1)
+        return bool((chosen < 4).float().mean() > 0.9)
 
-    found = [localization_of(seed, start=80) for seed in range(5)]
-    assert min(found) > 0.9, found
+    constant, falling = (sum(finds(seed, start) for seed in range(8)) for start in (4, 40))
+    assert falling >= constant + 2, (falling, constant)

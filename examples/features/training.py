@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from features.heads import Candidates, Head, make_head_pooling
 from features.runs import Predictions
 from features.store import FeatureBags
-from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss
+from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, TopKSchedule
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Settings:
     loss: str = "sgl"
     pooling: str = "topk"
     k: float = 8
+    k_start: float = 0.0
     head: str = "mlp"
     components: int = 0
     hidden: int = 32
@@ -213,7 +214,7 @@ def train(
     model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
     head, criterion = model["head"], model["loss"]
     head.start(labels, settings.share)
-    if settings.restarts > 1:
+    if settings.restarts > 1 or settings.k_start:
         choose_start(model, reader, names, labels, settings, seed)
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(names) / settings.batch_size)
@@ -255,8 +256,10 @@ def choose_start(
 ) -> None:
     """Trains ``restarts`` heads with the bag loss for ``trial_epochs``, and puts the best into ``model``.
 
-    The best is the one with the least bag loss of the last trial epoch, on the training bags. From some initial weights
-    top-k pooling of large bags ends in a minimum that has nothing to do with the object; its loss stays higher.
+    With ``k_start`` top-k pooling begins with that share of the largest training bag, and k falls to ``k`` during the
+    trials. The best head is the one with the least bag loss of the last trial epoch, on the training bags. From some
+    initial weights top-k pooling of large bags ends in a minimum that has nothing to do with the object; its loss stays
+    higher.
 
     Raises:
         ValueError: the head has attention, which the candidates cannot share.
@@ -277,10 +280,13 @@ def choose_start(
     criterion = BagLoss(make_head_pooling(settings.head, settings.pooling, settings.k, 0))
     optimizer = torch.optim.AdamW(candidates.parameters(), settings.lr, weight_decay=settings.weight_decay)
     generator = torch.Generator().manual_seed(seed)
+    falling = falling_k(reader, names, settings)
     for _ in range(settings.trial_epochs):
         losses = torch.zeros(settings.restarts)
         order = torch.randperm(len(names), generator=generator)
         for batch in batches(reader, names, labels, settings.batch_size, order):
+            if falling is not None:
+                criterion.pooling.k = falling.step()
             logits = candidates(batch.features)
             shaped, given = loss_arguments(logits, batch, batch.features)
             targets = batch.labels.repeat(1, settings.restarts)
@@ -294,6 +300,16 @@ def choose_start(
                 each = torch.where(targets.isnan(), 0.0, each)
                 losses += each.sum(0).view(settings.restarts, classes).sum(1)
     candidates.copy_to(head, int(losses.argmin()))
+
+
+def falling_k(reader: BagReader, names: Sequence[str], settings: Settings) -> TopKSchedule | None:
+    """The k of each step of the trials but for those of the last epoch, which have ``k``; None without ``k_start``."""
+    if not settings.k_start or settings.pooling != "topk":
+        return None
+    k = settings.k if settings.k < 1 else int(settings.k)
+    start = settings.k_start if k < 1 else round(settings.k_start * max(map(reader.bags.instances, names)))
+    steps = (settings.trial_epochs - 1) * math.ceil(len(names) / settings.batch_size)
+    return TopKSchedule(k, start=max(start, k), steps=max(steps, 1))
 
 
 @torch.no_grad()
