@@ -1,9 +1,12 @@
-"""A Markdown table of several evaluations of ``localize_cxr.py``, the runs that differ only by their seed in one row.
+"""A Markdown table of evaluations by ``localize_cxr.py``. One row holds the runs that differ only by their seed.
 
-    python average_cxr.py results/chestxray14/*.json        metrics.json of every run, named NAME_SEED.json
+    python average_cxr.py NAME_0.json NAME_1.json NAME_2.json              metrics.json of runs, renamed NAME_SEED.json
+    python average_cxr.py NAME_0.json NAME_1.json --table runs.csv         and add them to a table of runs
+    python average_cxr.py --table results/chestxray14/runs.csv             the runs of that table
 
-A cell is the mean over the seeds, and the worst and the best of them; localization is behind the gate, MaxBoxAcc and
-pointing game are without. What needs no network, and the ceiling of the grid, once where they are the same.
+A cell is the mean over the seeds, with the lowest and the highest seed in parentheses. The columns IoU are the
+localization with gate; MaxBoxAcc and the pointing game have no gate. The last rows are the predictors that need no
+network, and the ceiling of the grid, once per different value.
 """
 
 from __future__ import annotations
@@ -16,14 +19,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.options import make_parser
+from common.csv_table import content_of, read_rows, row_of, write_rows
+from common.options import make_parser, message_of
 
 T_IOU = ("0.1", "0.3", "0.5")
 HEADER = ["network", "seeds", "AUC", *(f"IoU > {t}" for t in T_IOU), f"MaxBoxAcc {T_IOU[1]}", "pointing game"]
 
+#: The metrics of a run by (network, seed).
+Runs = dict[tuple[str, int], dict[str, Any]]
+
 
 def values_of(metrics: dict[str, Any]) -> list[float]:
-    """What a row shows of one run: means over the classes; the localization is that behind the gate."""
+    """The cells of one run: means over the classes. The localization is that with gate."""
     return [
         metrics["auc"]["mean"],
         *(metrics["localization"][t]["mean"] for t in T_IOU),
@@ -48,24 +55,66 @@ def read(path: Path) -> dict[str, Any]:
     return metrics  # type: ignore[no-any-return]
 
 
-def table_of(paths: Iterable[Path]) -> str:
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(paths):
-        name = re.fullmatch(r"(.+)_\d+", path.stem)
+def read_files(paths: Iterable[Path]) -> Runs:
+    """The runs of files NAME_SEED.json."""
+    runs = {}
+    for path in paths:
+        name = re.fullmatch(r"(.+)_(\d+)", path.stem)
         if name is None:
             raise ValueError(f"{path}: expected a file NAME_SEED.json")
-        runs[name[1]].append(read(path))
-    first = next(iter(runs.values()))[0]
-    for name, found in runs.items():
-        for metrics in found:
-            if any(metrics[k] != first[k] for k in ("images", "boxes")):
-                raise ValueError(f"{name}: of other images or boxes than the rest")
+        runs[name[1], int(name[2])] = read(path)
+    return runs
+
+
+def read_table(path: Path) -> Runs:
+    """The runs of a table that ``write_table`` wrote; none if there is no such file."""
+    runs = {}
+    for cells in read_rows(path):
+        try:
+            metrics = content_of(cells)
+            run = str(metrics.pop("network")), int(metrics.pop("seed"))
+            values_of(metrics)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: not a table of runs that average_cxr.py wrote") from None
+        runs[run] = metrics
+    return runs
+
+
+def rounded(content: Any) -> Any:
+    """Numbers to six decimals."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    return round(content, 6) if isinstance(content, float) else content
+
+
+def write_table(runs: Runs, path: Path) -> None:
+    """Writes a CSV with one row a run: network, seed, and every number of its metrics.json."""
+    write_rows(
+        (row_of({"network": name, "seed": seed} | rounded(runs[name, seed])) for name, seed in sorted(runs)), path
+    )
+
+
+def table_of(runs: Runs) -> str:
+    """The Markdown table.
+
+    Raises:
+        ValueError: runs have other images or boxes than the first one, or a mean is not defined.
+    """
+    seeds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in sorted(runs):
+        seeds[run[0]].append(runs[run])
+    first = next(iter(runs.values()))
+    for (name, seed), metrics in runs.items():
+        if any(metrics[k] != first[k] for k in ("images", "boxes")):
+            raise ValueError(f"{name}, seed {seed}: evaluated on other images or boxes than the other runs")
     rows = [
         [name, str(len(found)), *(cell(column) for column in zip(*map(values_of, found), strict=True))]
-        for name, found in sorted(runs.items())
+        for name, found in seeds.items()
     ]
-    baselines: dict[tuple[str, ...], None] = {}  # once where the grids are alike
-    for found in runs.values():
+    baselines: dict[tuple[str, ...], None] = {}  # equal rows once: grids of the same size have the same ceiling
+    for found in seeds.values():
         for name, of_iou in found[0]["baselines"].items():
             baselines[(name, "", "", *(f"{of_iou[t]['mean']:.2f}" for t in T_IOU), "", "")] = None
     lines = [HEADER, ["---"] * len(HEADER), *rows, *baselines]
@@ -74,12 +123,20 @@ def table_of(paths: Iterable[Path]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="NAME_SEED.json", help="metrics.json of a run")
+    parser.add_argument("files", nargs="*", type=Path, metavar="NAME_SEED.json", help="metrics.json of a run")
+    parser.add_argument("--table", type=Path, help="CSV of runs, a row each; the runs of the files are added to it")
     args = parser.parse_args(argv)
     try:
-        print(table_of(args.files))
+        runs = read_table(args.table) if args.table else {}
+        runs |= read_files(args.files)
+        if not runs:
+            raise ValueError(f"expected files NAME_SEED.json or a table of runs, got {args.table or 'neither'}")
+        table = table_of(runs)
+        if args.files and args.table:
+            write_table(runs, args.table)
+        print(table)
     except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
     # to stderr: the table may go into a file
     print("\nnext: the boxes of each run are in its report.html", file=sys.stderr)

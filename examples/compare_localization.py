@@ -12,14 +12,13 @@ mask (SGL with its penalty on the mask); settings that follow replace the SETTIN
 draws the images (localization/drawn_lesions.py), the network's weights and the order of training. Every network is that
 of the last epoch, and boxes decide nothing: the thresholds T_p are fixed.
 
-Every run leaves one small file in --out, and the same command goes on where it was interrupted. Tables, numbers and a
-picture are drawn from all files that are there. A run that was trained otherwise is refused, not mixed in.
+Every run adds one row to OUT/runs.csv, and the same command continues after an interruption. The tables and the
+picture are drawn from all rows of that file. A run with other settings is an error.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -35,7 +34,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", default=list(FIELDS), metavar="ROW", help="as above (17 33 65: all 27)")
     add("--seeds", nargs="+", type=int, default=list(SEEDS), help=f"seeds of every row ({' '.join(map(str, SEEDS))})")
     add("--workers", type=int, default=1, help="runs at once, a core each (1)")
-    add("--out", type=Path, default=Path("runs", "localization"), help="folder of the files (runs/localization)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs", "localization"),
+        help="folder of runs.csv and tables (runs/localization)",
+    )
     add("--draw-only", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     try:
@@ -48,16 +52,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
-    """Those that are missing, in the order in which they are asked for, a seed of all rows after the other."""
+    """Computes the missing runs in the order of ``runs``."""
     from localization.comparison import compute
+    from localization.tables import add_run, collect
 
     args.out.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in runs if not (args.out / run.file).exists()]
+    table = args.out / "runs.csv"
+    there = collect(table)
+    missing = [run for run in runs if run not in there]
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
     if not missing:
         return
-    for number, (run, path) in enumerate(compute_in_workers(compute, missing, args.workers, args.out), 1):
-        content = json.loads(path.read_text())
+    for number, (run, content) in enumerate(compute_in_workers(compute, missing, args.workers), 1):
+        add_run(content, table)
         result = content["result"]
         accuracies = (f"T_p {t:g}: " + " ".join(f"{v['mean']:.2f}" for v in result[f"{t:g}"]["accuracy"].values())
                       + f", {result[f'{t:g}']['area_median']:.1f}x" for t in T_P)  # fmt: skip
@@ -67,18 +74,17 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    from localization.tables import collect, draw_maps, tables_of, write_numbers
+    from localization.tables import collect, draw_maps, tables_of
 
     try:
-        collect(args.out)  # a file that does not fit is an error before anything is computed
+        collect(args.out / "runs.csv")  # a run that does not fit is an error before anything is computed
         if not args.draw_only:
             compute_all([Run(row, seed) for row in args.rows for seed in args.seeds], args)
-        found = collect(args.out)
+        found = collect(args.out / "runs.csv")
         if not found:
-            raise ValueError(f"out: there is no run in {args.out}")
+            raise ValueError(f"out: there is no run in {args.out / 'runs.csv'}")
         with naming(args.out / "localization.md"):
             (args.out / "localization.md").write_text(tables_of(found) + "\n")
-        write_numbers(found, args.out / "localization.csv")
         draw_maps(found, args.out / "localization.png")
     except (ValueError, OSError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)

@@ -59,6 +59,38 @@ def test_a_file_that_is_something_else_is_named(tmp_path, capsys, content):
     assert f"{tmp_path / 'a_0.json'}: not a metrics.json" in capsys.readouterr().err
 
 
-def test_the_table_of_the_readme_is_of_the_committed_files():
-    table = average_cxr.table_of((ROOT / "examples" / "results" / "chestxray14").glob("*.json"))
-    assert table in (ROOT / "examples" / "README.md").read_text()
+def test_a_table_of_runs_keeps_every_number(tmp_path, capsys):
+    first = metrics_of(0.5, 0.2) | {"auc": {"mean": 0.5, "A/B": None}, "auc_ci": {"mean": [0.25, 0.75]}}
+    table = tmp_path / "runs.csv"
+    files = written(tmp_path, a_0=first, a_1=metrics_of(0.1234567, 0.4))
+    assert average_cxr.main([*files, "--table", str(table)]) == 0
+    printed = capsys.readouterr().out
+    assert average_cxr.main(["--table", str(table)]) == 0
+    assert capsys.readouterr().out == printed
+    runs = average_cxr.read_table(table)
+    assert runs["a", 1]["auc"] == {"mean": 0.123457}
+    assert runs["a", 0]["auc_ci"] == first["auc_ci"]
+    assert runs["a", 0]["localization"] == first["localization"]
+    # a file replaces the run of the same name and seed, and adds others
+    files = written(tmp_path, a_1=metrics_of(0.9, 0.4), b_0=metrics_of(0.3, 0.1))
+    assert average_cxr.main([*files, "--table", str(table)]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in rows[2:4]] == [["a", "2", "0.70 (0.50-0.90)"], ["b", "1", "0.30"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a,b\n1\n", "longer or shorter"), ("network,seed\na,0\n", "not a table of runs"), (None, "got")],
+)
+def test_a_wrong_or_missing_table_is_an_error(tmp_path, capsys, content, message):
+    path = tmp_path / "runs.csv"
+    if content:
+        path.write_text(content)
+    assert average_cxr.main(["--table", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and str(path) in error
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_runs():
+    runs = average_cxr.read_table(ROOT / "examples" / "results" / "chestxray14" / "runs.csv")
+    assert average_cxr.table_of(runs) in (ROOT / "examples" / "README.md").read_text()

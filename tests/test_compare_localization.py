@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
-
 import compare_localization as command
 import numpy as np
 import pytest
 import torch
+from common.csv_table import content_of, read_rows
 from localization import comparison as compare
 from localization import drawn_lesions, tables
 from localization import rows as table
@@ -26,10 +24,16 @@ def small(monkeypatch):
 
 
 def small_run(out, row, seed):
-    """In this process: a worker would not know of the small settings."""
+    """Adds a run to the table; in this process, since a worker does not know the small settings."""
     (row,) = table.rows_of(row)
     out.mkdir(exist_ok=True)
-    return compare.compute(table.Run(row, seed), out)
+    tables.add_run(compare.compute(table.Run(row, seed)), out / "runs.csv")
+
+
+def runs_in(out):
+    """The runs of the table by row and seed."""
+    contents = [content_of(cells) for cells in read_rows(out / "runs.csv")]
+    return {(content["row"], content["seed"]): content for content in contents}
 
 
 def test_boxes_are_where_the_lesions_are():
@@ -156,7 +160,10 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     for row, seed in [("17/max/bag", 1), ("17/max/bag", 2), ("17/max/sgl", 1), ("17/max/sgl", 2),
                       ("65/mean/mask", 1), ("17/max/sgl/lam=3", 1)]:  # fmt: skip
         small_run(out, row, seed)
-    content = json.loads((out / "17_max_sgl_seed2.json").read_text())
+    runs = runs_in(out)
+    assert list(runs) == [("17/max/bag", 1), ("17/max/bag", 2), ("17/max/sgl", 1), ("17/max/sgl", 2),
+                          ("65/mean/mask", 1), ("17/max/sgl/lam=3", 1)]  # fmt: skip
+    content = runs["17/max/sgl", 2]
     assert content["command"] == "python compare_localization.py --rows 17/max/sgl --seeds 2"
     assert content["settings"]["lam"] == table.settings_of(table.Row("17", "max", "sgl"))["lam"]
     assert np.array(content["shown"]).shape == (4, 6, 6)
@@ -165,17 +172,11 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     assert printed.strip().startswith((out / "localization.md").read_text().strip())
     assert printed.splitlines()[-1] == f"next: open {out / 'localization.png'}"
     assert (out / "localization.png").read_bytes().startswith(b"\x89PNG")
-    results = {path.stem: json.loads(path.read_text())["result"] for path in out.glob("*.json")}
-    with (out / "localization.csv").open() as file:
-        rows = {(row["row"], row["T_p"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 2 * 4
-    values = [results[f"17_max_sgl_seed{seed}"]["0.9"]["accuracy"]["0.1"]["mean"] for seed in (1, 2)]
-    line = rows["17/max/sgl", "0.9"]
-    assert line["seeds"] == "2"
-    assert float(line["accuracy_0.1"]) == pytest.approx(np.mean(values), abs=1e-4)
-    assert [float(line[f"accuracy_0.1_{end}"]) for end in ("lowest", "highest")] == [min(values), max(values)]
-    more = [results[f"17_max_sgl_seed{s}"]["auc"]["mean"] - results[f"17_max_bag_seed{s}"]["auc"]["mean"]
-            for s in (1, 2)]  # fmt: skip
+    assert ["shown" in run for run in runs.values()] == [True, True, True, True, False, False]
+    results = {run: content["result"] for run, content in runs.items()}
+    values = [results["17/max/sgl", seed]["0.9"]["accuracy"]["0.1"]["mean"] for seed in (1, 2)]
+    assert f"| 17 | max | SGL | 2 | {np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f}) |" in printed
+    more = [results["17/max/sgl", s]["auc"]["mean"] - results["17/max/bag", s]["auc"]["mean"] for s in (1, 2)]
     assert f"| 17 | max | SGL | 0.5 | 2 | {np.mean(more):+.3f} ({min(more):+.3f} to {max(more):+.3f}) |" in printed
     assert "| 65 | mean | SGL, mask penalty | 0.5 |" not in printed  # there is no bag loss to compare with
     assert "Best bag loss alone" in printed
@@ -184,12 +185,12 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     for option in ([], ["--draw-only"]):
         assert command.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *option]) == 2
         assert "'epochs': 2}, not {'epochs': 3}" in capsys.readouterr().err
-    assert not (out / "65_max_bag_seed1.json").exists()  # nothing is computed beside them
+    assert runs_in(out) == runs  # nothing is computed beside them
 
 
 def test_only_what_is_missing_is_computed(small, tmp_path, monkeypatch, capsys):
     small_run(tmp_path, "17/max/bag", 1)
-    there = (tmp_path / "17_max_bag_seed1.json").read_text()
+    there = runs_in(tmp_path)
 
     # in this process: a worker would not know of the small settings
     monkeypatch.setattr(
@@ -197,13 +198,13 @@ def test_only_what_is_missing_is_computed(small, tmp_path, monkeypatch, capsys):
     )
     assert command.main(["--rows", "17/max/bag", "17/max/sgl", "--seeds", "1", "--out", str(tmp_path)]) == 0
     assert "2 runs, 1 of them to compute" in capsys.readouterr().out
-    assert (tmp_path / "17_max_bag_seed1.json").read_text() == there
-    (tmp_path / "17_max_bag_seed1.json").unlink()
+    both = runs_in(tmp_path)
+    assert list(both) == [("17/max/bag", 1), ("17/max/sgl", 1)]
+    assert both["17/max/bag", 1] == there["17/max/bag", 1]
+    (tmp_path / "runs.csv").unlink()
     assert command.main(["--rows", "17/max/bag", "--seeds", "1", "--out", str(tmp_path)]) == 0
-    again = json.loads((tmp_path / "17_max_bag_seed1.json").read_text())
-    assert {key: again[key] for key in ("result", "shown")} == {
-        key: json.loads(there)[key] for key in ("result", "shown")
-    }
+    (again,) = runs_in(tmp_path).values()
+    assert all(again[key] == there["17/max/bag", 1][key] for key in ("result", "shown"))
 
 
 def test_nothing_there_is_said(tmp_path, capsys):
@@ -216,9 +217,9 @@ def test_nothing_there_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("folder", [".", "other_settings", "other_seeds", "networks"])
 def test_what_was_computed_is_what_the_script_would_compute(folder):
-    """The committed files are of the committed settings, and the committed table is drawn from them."""
+    """The committed runs have the committed settings, and the committed tables of means are computed from them."""
     out = command.Path(command.__file__).parent / "results" / "localization" / folder
-    found = tables.collect(out)
+    found = tables.collect(out / "runs.csv")
     assert (out / "localization.md").read_text() == tables.tables_of(found) + "\n"
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from common.csv_table import write_rows
 
 from bags.metrics import METRICS
 
@@ -83,8 +84,6 @@ def write_table(rows: Iterable[Row], path: Path) -> None:
     Raises:
         OSError: it cannot be written; the message names it.
     """
-    from common.files import naming  # torch: --help is fast without it
-
     rows = list(rows)
     settings = list(dict.fromkeys(name for row in rows for name in row if name not in (*FIRST, *LAST)))
 
@@ -95,12 +94,7 @@ def write_table(rows: Iterable[Row], path: Path) -> None:
             return 0.0, cell
 
     rows.sort(key=lambda row: [number(row.get(name, "")) for name in ("bag_size", "bags", "method", *settings, "seed")])
-    beside = path.with_suffix(".tmp")
-    with naming(path), beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*FIRST, *settings, *LAST], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(beside, path)
+    write_rows(rows, path, [*FIRST, *settings, *LAST])
 
 
 def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:

@@ -64,10 +64,6 @@ class RunFolder:
         write_json(training.full_config(), out / "config.json")
         with naming(out / "data.txt"):
             (out / "data.txt").write_text(sources.report + "\n")
-        (out / "missing.txt").unlink(missing_ok=True)
-        if sources.index.missing:
-            with naming(out / "missing.txt"):
-                (out / "missing.txt").write_text("\n".join(sources.index.missing) + "\n")
         with naming(out / "split.csv"), (out / "split.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "part", "patient"])

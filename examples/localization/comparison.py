@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common.choices import Config
 from common.environment import commit, machine
-from common.files import write_json
 from common.losses import lam_at, make_criterion
 from images.metrics import auc_per_class
 from images.models import make_backbone
 from torch import nn
 
 from localization.drawn_lesions import CLASSES, Drawn, draw
-from localization.rows import FIELDS, STRIDE, T_P, Row, Run, settings_of
+from localization.rows import DRAWN, FIELDS, STRIDE, T_P, Row, Run, settings_of
 from sgl_ops import localization as bx
 from sgl_ops.pooling import make_pooling
 
@@ -128,7 +126,8 @@ def shown_of(data: Drawn) -> list[tuple[int, int]]:
     return [(int(np.argmax(data.labels[:, c])), c) for c in range(len(CLASSES))]
 
 
-def compute(run: Run, out: Path) -> Path:
+def compute(run: Run) -> dict[str, Any]:
+    """Trains and measures ``run``: its row, seed and settings, the results, and where they were computed."""
     torch.set_num_threads(1)  # as many runs at once as there are cores
     began, trained_by = time.perf_counter(), commit()
     network = train(run.row, run.seed)
@@ -141,13 +140,12 @@ def compute(run: Run, out: Path) -> Path:
         "seed": run.seed,
         "settings": settings,
         "result": measure(scores, maps, data, settings),
-        # in thousandths
-        "shown": [np.rint(1000 * maps[where]).astype(int).tolist() for where in shown_of(data)],
         "command": f"python compare_localization.py --rows {run.row.name} --seeds {run.seed}",
         "seconds": round(time.perf_counter() - began, 1),
         "seconds_training": round(trained - began, 1),
         "commit": trained_by,
         "machine": f"one thread, {machine()}, torch {torch.__version__}",
     }
-    write_json(content, out / run.file)
-    return out / run.file
+    if run.row in DRAWN:  # in thousandths
+        content["shown"] = [np.rint(1000 * maps[where]).astype(int).tolist() for where in shown_of(data)]
+    return content

@@ -56,11 +56,9 @@ class Run(NamedTuple):
     row: Row
     seed: int
 
-    @property
-    def file(self) -> str:
-        return f"{self.row.name.replace('/', '_')}_seed{self.seed}.json"
 
-
+#: The rows whose maps are drawn.
+DRAWN = [Row(network, "max", loss) for network in ("17", "65") for loss in ("bag", "sgl")]
 TABLE = [Row(*row) for row in product(NETWORKS, POOLINGS, LOSSES)]
 
 

@@ -1,45 +1,60 @@
-"""Tables, numbers and the picture of all runs of compare_localization.py."""
+"""The table of runs of compare_localization.py, the tables of means, and the picture."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common.csv_table import content_of, read_rows, row_of, write_rows
 from common.files import naming
 
-from localization.comparison import drawn_for, rounded, shown_of
+from localization.comparison import drawn_for, shown_of
 from localization.drawn_lesions import CLASSES
-from localization.rows import LOSSES, STRIDE, T_P, TABLE, Row, Run, rows_of, settings_of
+from localization.rows import DRAWN, LOSSES, STRIDE, T_P, TABLE, Row, Run, rows_of, settings_of
 from sgl_ops import localization as bx
 
 Found = dict[Run, dict[str, Any]]
 
 
-def collect(out: Path) -> Found:
-    """All runs in ``out``, in the order of the table, rows with other settings last.
+def collect(path: Path) -> Found:
+    """All runs of the table ``path``, in the order of the rows; rows with other settings last.
 
     Raises:
-        ValueError: one was trained or measured otherwise than it would be now.
+        ValueError: the settings of one are not those that the command would use now.
     """
     found = {}
-    for path in out.glob("*_seed*.json"):
-        content = json.loads(path.read_text())
+    for cells in read_rows(path):
+        content = content_of(cells)
         (row,) = rows_of(content["row"])
         run, expected = Run(row, content["seed"]), settings_of(row)
         there = content["settings"]
         other = [key for key in {**expected, **there} if there.get(key) != expected.get(key)]
         if other:
             there, here = ({key: settings.get(key) for key in other} for settings in (there, expected))
-            raise ValueError(f"out: {path} is of {there}, not {here}")
-        found[run] = content["result"] | {"shown": content["shown"]}
-    order = sorted(found, key=lambda run: (not run.row.plain, TABLE.index(run.row._replace(changes=())), run))
-    return {run: found[run] for run in order}
+            raise ValueError(f"out: {path}: {row.name}, seed {run.seed} is of {there}, not {here}")
+        found[run] = content
+    return {run: found[run] for run in sorted(found, key=order_of)}
+
+
+def order_of(run: Run) -> tuple[Any, ...]:
+    return (not run.row.plain, TABLE.index(run.row._replace(changes=())), run)
+
+
+def add_run(content: dict[str, Any], path: Path) -> None:
+    """Adds a run to the table ``path``, in the order of the rows.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def order(cells: dict[str, str]) -> tuple[Any, ...]:
+        (row,) = rows_of(cells["row"])
+        return order_of(Run(row, int(cells["seed"])))
+
+    write_rows(sorted([*read_rows(path), row_of(content)], key=order), path)
 
 
 def numbers_of(result: dict[str, Any], threshold: float) -> dict[str, float]:
@@ -55,11 +70,11 @@ def over_seeds(found: Found, row: Row, threshold: float, base: Row | None = None
     """The columns, a value per seed; of ``base`` those of the same seeds are taken away."""
     columns: dict[str, list[float]] = {}
     for seed in sorted(run.seed for run in found if run.row == row):
-        numbers = numbers_of(found[Run(row, seed)], threshold)
+        numbers = numbers_of(found[Run(row, seed)]["result"], threshold)
         if base is not None:
             if Run(base, seed) not in found:
                 continue
-            other = numbers_of(found[Run(base, seed)], threshold)
+            other = numbers_of(found[Run(base, seed)]["result"], threshold)
             numbers = {name: value - other[name] for name, value in numbers.items()}
         for name, value in numbers.items():
             columns.setdefault(name, []).append(value)
@@ -146,21 +161,6 @@ def best_of(found: Found) -> list[str]:
     return lines
 
 
-def write_numbers(found: Found, path: Path) -> None:
-    rows = list(dict.fromkeys(run.row for run in found))
-    lines = []
-    for row, threshold in product(rows, T_P):
-        columns = over_seeds(found, row, threshold)
-        line: dict[str, Any] = {"row": row.name, "T_p": threshold, "seeds": len(columns["auc"])}
-        for name, values in columns.items():
-            line |= {name: np.mean(values), f"{name}_lowest": min(values), f"{name}_highest": max(values)}
-        lines.append(rounded({name: float(v) if isinstance(v, np.floating) else v for name, v in line.items()}))
-    with naming(path), path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def draw_maps(found: Found, path: Path) -> None:
     """The first test image of each class, and the maps of bag loss and SGL with max pooling, small field and large."""
     from bags.plots import FOUND, TRUE
@@ -168,12 +168,11 @@ def draw_maps(found: Found, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    rows = [Row(network, "max", loss) for network in ("17", "65") for loss in ("bag", "sgl")]
-    seeds = sorted(run.seed for run in found if run.row == rows[0])
+    seeds = sorted(run.seed for run in found if run.row == DRAWN[0])
     if not seeds:
         return
     seed = seeds[0]
-    rows = [row for row in rows if Run(row, seed) in found]
+    rows = [row for row in DRAWN if Run(row, seed) in found]
     settings = settings_of(rows[0])
     data = drawn_for(settings, seed, "test")
     shown = shown_of(data)

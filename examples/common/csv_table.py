@@ -1,0 +1,85 @@
+"""Tables of runs: CSV files with one row a run, from nested results and back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.files import naming
+
+
+def row_of(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The cells of ``content`` by column. A value of a nested dictionary has the column ``KEY/KEY/KEY``.
+
+    A string is written as it is, anything else as JSON. A string that JSON would read as something else is quoted.
+    """
+    row = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            row |= row_of(value, f"{prefix}{key}/")
+        else:
+            plain = isinstance(value, str) and value != "" and _value_of(value) == value
+            row[f"{prefix}{key}"] = value if plain else json.dumps(value)
+    return row
+
+
+def content_of(row: dict[str, str]) -> dict[str, Any]:
+    """The inverse of ``row_of``. An empty cell is a missing key."""
+    content: dict[str, Any] = {}
+    for column, text in row.items():
+        if text:
+            *outer, last = column.split("/")
+            inner = content
+            for key in outer:
+                inner = inner.setdefault(key, {})
+            inner[last] = _value_of(text)
+    return content
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of ``path``; none if there is no such file.
+
+    Raises:
+        ValueError: it is not a CSV file whose rows are as long as its heading.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a CSV file ({error})") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path}: a row is longer or shorter than the heading")
+    return rows
+
+
+def write_rows(rows: Iterable[dict[str, str]], path: Path, columns: Iterable[str] | None = None) -> None:
+    """Writes ``rows``. After a crash the file is the old or the new one.
+
+    Args:
+        columns: all of them, in order. Default: as they first occur in the rows.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    rows = list(rows)
+    beside = path.with_suffix(".tmp")
+    with naming(path):
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            names = list(columns or dict.fromkeys(name for row in rows for name in row))
+            writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, path)
