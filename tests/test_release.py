@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -49,6 +52,29 @@ def test_a_right_wheel_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(release, "run", lambda command, *_, **__: "")  # abi3audit, which asks for a real library
     found = release.check_wheel(made_up_wheel(tmp_path), ["/home/somebody"])
     assert found["platforms"] == ["manylinux_2_28_x86_64"]
+
+
+def made_up_sdist(folder, without=(), size=0) -> Path:
+    path = folder / "sgl_ops-0.1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as file:
+        for name in set(release.run(["git", "ls-files"], cwd=ROOT).splitlines()) - set(without):
+            info = tarfile.TarInfo(f"sgl_ops-0.1.0/{name}")
+            file.addfile(info, io.BytesIO())
+        info = tarfile.TarInfo("sgl_ops-0.1.0/large")
+        info.size = size
+        file.addfile(info, io.BytesIO(os.urandom(size)))
+    return path
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with the files that git tracks")
+def test_a_source_distribution_holds_what_git_tracks_and_is_small(tmp_path):
+    pictures = [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples" / "results").rglob("*.png")]
+    assert pictures
+    assert release.check_sdist(made_up_sdist(tmp_path, without=pictures))["bytes"] < release.LARGEST_SDIST
+    with pytest.raises(release.Wrong, match=r"csrc/batch\.h"):
+        release.check_sdist(made_up_sdist(tmp_path, without=["csrc/batch.h"]))
+    with pytest.raises(release.Wrong, match="more than 1000000"):
+        release.check_sdist(made_up_sdist(tmp_path, size=1_000_001))
 
 
 def test_this_python_is_found_and_no_other():

@@ -43,7 +43,10 @@ TORCHES = ("2.10.0", "2.11.0", "2.13.0", "newest")
 MATRIX = [f"{torch}:cpu:{python}" for torch in TORCHES for python in ("3.10", "3.11", "3.13")]
 MATRIX += [f"{torch}:cuda:{python}" for torch, python in zip(TORCHES, ("3.10", "3.13") * 2, strict=True)]
 
-LARGEST = 2_000_000
+#: Bytes of a wheel and of a source distribution.
+LARGEST, LARGEST_SDIST = 2_000_000, 1_000_000
+#: Tracked files that are not in a source distribution: those of git, the last result, and what MANIFEST.in excludes.
+NOT_SHIPPED = re.compile(r"\.git.*|tools/matrix.*|(examples/results|benchmarks)/.*\.(png|svg)")
 PASSED, FAILED, MISSING = "passed", "FAILED", "not to be had"
 
 
@@ -105,11 +108,11 @@ def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
 def check_sdist(sdist: Path) -> dict[str, Any]:
     with tarfile.open(sdist) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    tracked = set(run(["git", "ls-files"], cwd=ROOT).split("\n")) - {""}
-    # all but what is git's own, and the last result
-    wanted = {name for name in tracked if not name.startswith((".git", "tools/matrix"))}
+    wanted = {name for name in run(["git", "ls-files"], cwd=ROOT).splitlines() if not NOT_SHIPPED.fullmatch(name)}
     if wanted - names:
         raise Wrong(f"{sdist.name}: not there: {sorted(wanted - names)}")
+    if sdist.stat().st_size > LARGEST_SDIST:
+        raise Wrong(f"{sdist.name}: {sdist.stat().st_size} bytes, more than {LARGEST_SDIST}")
     return {"name": sdist.name, "bytes": sdist.stat().st_size}
 
 
