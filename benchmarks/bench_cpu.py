@@ -6,9 +6,9 @@
     python benchmarks/bench_cpu.py --layouts                   other layouts and dtypes, and a second thread
     python benchmarks/bench_cpu.py --profile DIR               where a training step spends its time, with and without
 
-Every contender runs in the same process, in turn, round after round; a figure is the median over the rounds, its
-spread the interquartile range, and a ratio is the median of the rounds' ratios, so that a slow phase of the machine
-strikes all alike.
+Every contender runs in the same process, in turn, round after round. A figure is the median over the rounds. IQR is the
+interquartile range of the rounds. A ratio is the median of the rounds' ratios, so that a slow phase of the machine
+affects all contenders alike. Warnings say whether the machine was busy before, and which rows have a wide IQR.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from baselines import bce_all_instances, eager_sgl
-from measuring import Loss, commit, draw, figures, ratio, step, timed
+from measuring import Loss, commit, draw, figures, ratio, step, timed, warn_of_load, warn_of_spread
 from training_step import profile_training_step
 
 from sgl_ops import SGLLoss, _fused
@@ -114,14 +114,18 @@ def machine() -> dict[str, object]:
 
 
 def measure_all(rounds: int, compiled: bool) -> list[dict[str, object]]:
-    print(f"{'(N, C, L)':>16} {'pos':>5} {'ours us':>9} {'eager':>8} {'compiled':>9} {'bce':>7}   times ours")
+    print(
+        f"{'(N, C, L)':>16} {'pos':>5} {'ours us':>9} {'IQR':>7} {'eager':>8} {'compiled':>9} {'bce':>7}   times ours"
+    )
     results = []
     for shape, share, what in CASES:
         row = measure(shape, share, rounds, compiled)
         results.append({"what": what, **row})
-        ratios = row["ratio"]
-        cells = (f"{ratios['eager']:8.2f}", f"{ratios.get('compiled', float('nan')):9.2f}", f"{ratios['bce']:7.2f}")
-        print(f"{shape!s:>16} {share:5.0%} {row['median_us']['sgl_ops']:9.1f} {' '.join(cells)}   {what}", flush=True)
+        ratios, ours = row["ratio"], f"{row['median_us']['sgl_ops']:9.1f} {row['iqr_us']['sgl_ops']:7.1f}"
+        compiled_cell = f"{ratios['compiled']:9.2f}" if "compiled" in ratios else f"{'-':>9}"
+        cells = f"{ours} {ratios['eager']:8.2f} {compiled_cell} {ratios['bce']:7.2f}"
+        print(f"{shape!s:>16} {share:5.0%} {cells}   {what}", flush=True)
+        warn_of_spread(row["median_us"], row["iqr_us"], f"{shape}, {share:.0%}")
     return results
 
 
@@ -166,7 +170,8 @@ def where(rounds: int) -> list[dict[str, object]]:
         for _ in range(rounds):
             for name, run in parts.items():
                 times[name].append(timed(run, calls))
-        medians, _ = figures(times)
+        medians, spreads = figures(times)
+        warn_of_spread(medians, spreads, f"{shape}, {share:.0%}")
         medians["rest"] = round(medians["step"] - sum(medians[name] for name in ("forward", "backward", "autograd")), 1)
         results.append({"what": what, "shape": shape, "positives": share, "median_us": medians})
         cells = " ".join(f"{value:9.1f}" for value in medians.values())
@@ -213,7 +218,8 @@ def layouts(rounds: int) -> list[dict[str, object]]:
                 times["all threads"].append(timed(steps["contiguous"], calls))
         finally:
             torch.set_num_threads(threads)
-        medians, _ = figures(times)
+        medians, spreads = figures(times)
+        warn_of_spread(medians, spreads, f"{shape}, {share:.0%}")
         per_instance = {name: round(medians[name] * 1e3 / math.prod(shape), 2) for name in steps}
         speed_up = ratio(times["contiguous"], times["all threads"])
         results.append({"what": what, "shape": shape, "positives": share, "ns": per_instance, "speed_up": speed_up})
@@ -264,6 +270,7 @@ def main() -> None:
     rounds = 5 if args.quick else 25
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    warn_of_load()
     if args.profile:
         profile_training_step(args.profile)
         return

@@ -3,8 +3,7 @@
     python benchmarks/bench_poolings.py [--rounds N] [--threads N] [--wall] [--poolings NAME ...] [--shapes N,C,L ...]
 
 The three run in turn, round after round. A figure is the fastest round of each, a ratio that of the fastest rounds.
-Times are CPU seconds of this process; ``--wall``: wall clock. On a machine with other work both still vary: say so
-beside the table.
+Times are CPU seconds of this process; ``--wall``: wall clock. Both vary on a busy machine, which is a warning.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measuring import Loss, commit, draw, step
+from measuring import Loss, commit, draw, step, warn_of_load
 from torch import Tensor
 
 from sgl_ops import BagLoss
@@ -80,6 +79,7 @@ def main() -> None:
     shapes = [tuple(map(int, text.split(","))) for text in options.shapes] if options.shapes else SHAPES
     level = torch.ops.sgl_ops.cpu_level()
     print(f"torch {torch.__version__}, {options.threads} thread(s), {level}, commit {commit()}")
+    warn_of_load()
     print("| pooling | (N, C, L) | ours, us | naive / ours | reference / ours |\n|---|---|---|---|---|")
     for name in options.poolings:
         for shape in shapes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
@@ -48,6 +49,26 @@ def figures(times: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[st
 def ratio(above: list[float], below: list[float]) -> float:
     """Median of the rounds' ratios, so that a slow phase of the machine strikes both alike."""
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 2)
+
+
+#: Load average per core, and interquartile range relative to the median, above which figures are not to be quoted.
+BUSY_LOAD, WIDE_SPREAD = 0.3, 0.1
+
+
+def warn_of_load() -> None:
+    """Prints a warning if other processes used this machine in the last minute. Call it before the measurement."""
+    if not hasattr(os, "getloadavg"):  # Windows
+        return
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY_LOAD * cores:
+        print(f"warning: the machine is busy: load average {load:.1f} on {cores} cores before the measurement")
+
+
+def warn_of_spread(medians: Mapping[str, float], spreads: Mapping[str, float], name: str) -> None:
+    """Prints a warning if the rounds of a contender in the row ``name`` differ much; values as of ``figures``."""
+    wide = [f"{key} {spreads[key] / medians[key]:.0%}" for key in medians if spreads[key] > WIDE_SPREAD * medians[key]]
+    if wide:
+        print(f"warning: {name}: wide interquartile range, relative to the median: {', '.join(wide)}", flush=True)
 
 
 def commit() -> str:

@@ -18,12 +18,16 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 
 @needs_kernel
-def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch):
+def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch, capsys):
     import bench_cpu
+    import measuring
 
     tiny = ((4, 2, 16), 0.5, "tiny")
     monkeypatch.setattr(bench_cpu, "CASES", [tiny])
     monkeypatch.setattr(bench_cpu, "SIZES", [(2, 3, 8), (2, 3, 32)])
+    monkeypatch.setattr(measuring.os, "getloadavg", lambda: (9.0, 0.0, 0.0))
+    monkeypatch.setattr(measuring.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(measuring, "WIDE_SPREAD", -1.0)
     for arguments in (
         ["--json", str(tmp_path / "table.json")],
         ["--plot", str(tmp_path / "sizes.png")],
@@ -34,10 +38,30 @@ def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch):
         bench_cpu.main()
     (row,) = json.loads((tmp_path / "table.json").read_text())["results"]
     assert set(row["ratio"]) == {"eager", "bce"}
+    printed = capsys.readouterr().out.splitlines()
+    assert "warning: the machine is busy: load average 9.0 on 2 cores before the measurement" in printed
+    head, cells = (line.split() for line in printed[2:4])
+    assert head[5:7] == ["us", "IQR"]
+    # the shape has three words; what was not compiled is "-"
+    assert cells[4:6] == [str(row["median_us"]["sgl_ops"]), str(row["iqr_us"]["sgl_ops"])]
+    assert cells[7] == "-"
+    assert printed[4].startswith("warning: (4, 2, 16), 50%: wide interquartile range")
     assert (tmp_path / "sizes.png").stat().st_size > 10_000
     (row,) = json.loads((tmp_path / "where.json").read_text())["results"]
     parts = row["median_us"]
     assert parts["step"] == pytest.approx(sum(parts[name] for name in ("forward", "backward", "autograd", "rest")))
+
+
+def test_a_quiet_machine_gives_no_warning(monkeypatch, capsys):
+    import measuring
+
+    monkeypatch.setattr(measuring.os, "getloadavg", lambda: (0.5, 9.0, 9.0))
+    monkeypatch.setattr(measuring.os, "cpu_count", lambda: 2)
+    measuring.warn_of_load()
+    measuring.warn_of_spread({"ours": 100.0, "bce": 50.0}, {"ours": 9.0, "bce": 4.0}, "row")
+    assert capsys.readouterr().out == ""
+    measuring.warn_of_spread({"ours": 100.0, "bce": 50.0}, {"ours": 9.0, "bce": 10.0}, "row")
+    assert capsys.readouterr().out.endswith(": bce 20%\n")
 
 
 @needs_kernel
