@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         count = len(found.index.missing)
         wrong.append(f"{count} images are missing (--allow-missing, here and in train_cxr.py, leaves them out)")
+    if found.index.test.all():
+        wrong.append("there is no image to train on")
     if found.constant:
         wrong.append(f"{len(found.constant)} images outside the test part have one value only")
     if wrong:

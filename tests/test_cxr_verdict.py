@@ -137,7 +137,7 @@ def test_verdict_where_a_run_finds_everything():
     good = run_with("good", truth, boxes, truth.labels)
     sentences = sentences_of([good], truth)
     assert sentences[0] == (
-        "Good classifies with a mean AUC of 1.00 (95 % interval 1.00 to 1.00); 2 of 2 classes are above chance (0.5)."
+        "Good classifies with a mean AUC of 1.00 (95 % interval 1.00 to 1.00); above chance (0.5) in 2 of 2 classes."
     )
     assert "At IoU > 0.3 good finds 100 % of the boxes (mean over the classes), 100 %" in sentences[1]
     assert sentences[2] == (
@@ -188,3 +188,14 @@ def test_verdict_without_boxes():
     )
     run = run_with("run", truth, np.zeros((0, 4)), np.eye(len(CLASSES)))
     assert len(verdict.verdict([run], truth, [], 20, 0)) == 1
+
+
+def test_verdict_where_all_images_have_one_label():
+    truth = truth_with(np.zeros((0, 4)))._replace(
+        labels=np.ones((9, len(CLASSES))), patients=np.arange(9), rows=np.arange(9)
+    )
+    run = run_with("run", truth, np.zeros((0, 4)), np.random.default_rng(0).random((9, len(CLASSES))))
+    sentence = "The AUC of {} is not defined: no class has test images both with and without it."
+    assert verdict.verdict([run], truth, [], 20, 0) == [sentence.format("run")]
+    other = run._replace(name="other")
+    assert verdict.verdict([run, other], truth, [], 20, 0) == [sentence.format("run"), sentence.format("other")]

@@ -114,6 +114,8 @@ def test_files_are_named_with_their_folder_or_alone(images):
         ([["image", "labels"], ["0.png", ""]], "the column labels is empty in all rows"),
         ([["image", "cat", "split"], ["0.png", "1", "exam"]], "line 2: expected a split train, val, test, got 'exam'"),
         ([["image", "cat"], ["9.png", "1"]], "none of the 1 images"),
+        ([["image", "cat"], ["0", "1"]], r"none of the 1 images .*; names need their suffix, as 0\.png"),
+        ([["image;cat"], ["0.png;1"]], "line 1: expected different .*; cells are separated by commas"),
         ([["image", "cat"], ["0.png", "1"], ["9.png", "1"]], r"1 of 2 images of the tables are missing \(9\.png\)"),
         (
             [["image", "patient", "split", "cat"], ["0.png", "p", "train", "1"], ["2.jpg", "p", "test", "1"]],
@@ -339,6 +341,23 @@ def test_images_of_one_value_are_told(images, capsys):
     assert "2 images have one value only, 1 of them outside the test part" in capsys.readouterr().out
     assert train_cxr.main(["--data-dir", str(images), "--out", str(images / "run"), *SMALL, "--batch-size", "2"]) == 2
     assert "1 images to train or validate on have one value only" in capsys.readouterr().err
+
+
+def test_check_warns_of_what_cannot_be_learnt(images, capsys):
+    names = names_of(images)
+    write_csv(images / "labels.csv", ["image", "split", "cat", "dog", "bird"],
+              *([name, "test" if k > 5 else "train", k % 2, 1, ""] for k, name in enumerate(names)))  # fmt: skip
+    assert check_cxr.main(["--data-dir", str(images)]) == 0
+    printed = capsys.readouterr().out
+    for part in ("train", "test"):
+        assert f"\nwarning   the part {part} has no image with bird\n" in printed
+        assert f"\nwarning   the part {part} has no image without dog, bird\n" in printed
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, "train", 1] for name in names))
+    assert check_cxr.main(["--data-dir", str(images)]) == 0
+    assert "\nwarning   there is no image in the part test\n" in capsys.readouterr().out
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, "test", 1] for name in names))
+    assert check_cxr.main(["--data-dir", str(images)]) == 1
+    assert capsys.readouterr().out.endswith("wrong: there is no image to train on\n")
 
 
 def test_check_decodes_all_images_of_a_set_of_usual_size(tmp_path, capsys, monkeypatch):

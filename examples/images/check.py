@@ -55,6 +55,7 @@ def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
         *_about_splits(index),
         *_about_boxes(index),
         *_about_classes(index),
+        *_about_learning(index),
     ]
     if uniform:
         names = some([index.paths[row] for row in uniform], 5)
@@ -220,3 +221,18 @@ def _about_classes(index: Index) -> list[str]:
         lines.append(f"{name:{width}}" + "".join(f"{count:10}" for count in counts))
     none = "".join(f"{(part & _negative(index)).sum():10}" for _, part in parts)
     return [*lines, f"{index.about.negative:{width}}{none}"]
+
+
+def _about_learning(index: Index) -> list[str]:
+    """Classes that cannot be learnt or measured, as their images of a part all have one label; parts without images."""
+    (train, part), *_, (_, test) = _parts(index)
+    lines = []
+    for name, rows in ((train, part), ("test", test)):
+        if not rows.any():
+            lines.append(f"warning   there is no image in the part {name}")
+            continue
+        for value, words in ((1, "with"), (0, "without")):
+            lacking = [c for c, column in zip(index.classes, index.labels[rows].T, strict=True) if value not in column]
+            if lacking:
+                lines.append(f"warning   the part {name} has no image {words} {', '.join(lacking)}")
+    return ["", *lines] if lines else []

@@ -128,7 +128,7 @@ def text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from None
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error}): save it as such") from None
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -152,8 +152,10 @@ def records_of(path: Path, needed: Sequence[str]) -> tuple[list[str], list[tuple
     line, header = next(rows, (1, []))
     lacking = [name for name in needed if name not in header]
     if lacking or len(set(header)) != len(header) or "" in header:
+        separators = "; cells are separated by commas" if len(header) == 1 else ""
         raise ValueError(
             f"{path}, line {line}: expected different column names, {', '.join(needed)} among them, got {header}"
+            f"{separators}"
         )
     records = []
     for line, cells in rows:

@@ -64,7 +64,9 @@ def load_folder(
     found, besides = find_files(Path(data_dir), names)
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
-        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} is there ({some(missing)})")
+        stems = {Path(place).stem: Path(place).name for place in besides}
+        hint = f"; names need their suffix, as {stems[names[0]]}" if names[0] in stems else ""
+        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} is there ({some(missing)}){hint}")
     if not allow_missing:
         refuse_missing(Path(data_dir), missing, len(names))
     rows = np.array([name in found for name in names])

@@ -109,11 +109,16 @@ def _sentences(
         low, high = run.metrics["auc_ci"]["mean"]
         names = [name for name in run.metrics["auc"] if name != "mean" and not math.isnan(run.metrics["auc"][name])]
         above = sum(run.metrics["auc_ci"][name][0] > 0.5 for name in names)
+        if not names:
+            sentences.append(
+                f"The AUC of {run.name} is not defined: no class has test images both with and without it."
+            )
+            continue
         sentences.append(
             f"{run.name} classifies with a mean AUC of {run.metrics['auc']['mean']:.2f} (95 % interval {low:.2f} to "
-            f"{high:.2f}); {above} of {len(names)} classes are above chance (0.5)."
+            f"{high:.2f}); above chance (0.5) in {above} of {len(names)} classes."
         )
-    if len(runs) > 1:
+    if len(runs) > 1 and not math.isnan(runs[0].metrics["auc"]["mean"]):
         a, b = runs
         between = auc_difference_interval(
             a.predictions.probability, b.predictions.probability, truth.labels, truth.patients, draws, seed
