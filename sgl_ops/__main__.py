@@ -1,4 +1,4 @@
-"""``python -m sgl_ops``: what a bug report needs, and whether the kernels of this machine compute what they should.
+"""``python -m sgl_ops``: versions and kernels for a bug report, and a test of the kernels on this machine.
 
 Exit status 1 if one of them does not.
 """
@@ -22,14 +22,14 @@ from torch import Tensor
 from . import SGLLoss, __version__, _fused
 from .pooling import POOLINGS
 
-#: How far loss and gradient may be from the reference in float64, relative to the largest.
+#: Allowed error of loss and gradient against the reference in float64, relative to the largest value.
 TOLERANCE = 1e-5
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 
 
 def about() -> list[str]:
-    """Versions, and what was loaded."""
+    """Versions, and the loaded kernels."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     lines = [
         f"sgl_ops   {__version__} in {Path(__file__).parent}",
@@ -106,7 +106,7 @@ def microseconds(step: Step, device: torch.device) -> float:
 
 
 def self_test(device: torch.device) -> tuple[str, bool]:
-    """(what there is to say, whether it is right): maps of 14 classes, of which a few have a positive label."""
+    """(result as text, whether it is correct) for maps of 14 classes with few positive labels."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((16, 14, 256), generator=generator).mul(2).to(device)
     targets = (torch.rand((16, 14), generator=generator) < 0.2).float()

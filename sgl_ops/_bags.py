@@ -1,7 +1,7 @@
 """Bags of instances in every layout, and the per-bag reductions that plain PyTorch lacks.
 
-Everything outside this file is written once, for "instances" and "per bag-class" tensors; only here is it known
-whether instances lie in a dense ``(N, C, L)`` block or in packed ``(T, C)`` rows.
+The other files use two kinds of tensors: one value per instance, and one value per (bag, class) pair. Only this file
+knows whether the instances are a dense ``(N, C, L)`` block or packed ``(T, C)`` rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def bags_of(logits: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Bags:
-    """The bags of already validated logits: packed where ``offsets`` are given, dense elsewhere."""
+    """The bags of validated logits: packed if ``offsets`` are given, else dense."""
     return DenseBags(logits, mask) if offsets is None else PackedBags(logits, offsets)
 
 
@@ -27,15 +27,15 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 class Bags(ABC):
     """N bags of instances with C classes.
 
-    ``instances(t)`` brings a tensor from the user's layout into the inner one, in which ``sum``, ``max``, … reduce to
-    ``(N, C)`` and from which ``layout(t)`` brings it back. ``expand_to_instances`` makes an ``(N, C)`` tensor broadcast
+    ``instances(t)`` converts a tensor from the user's layout to the inner layout. ``sum``, ``max``, … reduce the inner
+    layout to ``(N, C)``. ``layout(t)`` converts it back. ``expand_to_instances`` makes an ``(N, C)`` tensor broadcast
     against instances, ``per_class`` a ``(C,)`` tensor.
     """
 
     one_class: bool  # the logits have no class axis
     real: Tensor | None  # broadcasts against instances; None: every instance is real
     size: Tensor  # (N, 1) int64, real instances of each bag
-    instance_shape: tuple[int, ...]  # what comes before D in the shape of instance features
+    instance_shape: tuple[int, ...]  # the shape of instance features without D
 
     @abstractmethod
     def instances(self, logits: Tensor) -> Tensor: ...
@@ -60,21 +60,21 @@ class Bags(ABC):
 
     @abstractmethod
     def _ranked(self, x: Tensor, rank: Tensor) -> Tensor:
-        """The instance with this rank (N, 1), 0 the smallest, of every bag-class."""
+        """The instance with the rank ``rank`` (N, 1) of every (bag, class) pair. Rank 0 is the smallest."""
 
     def bag_logits(self, z: Tensor) -> Tensor:
         """(N, C), or (N,) where the logits have no class axis."""
         return z.squeeze(1) if self.one_class else z
 
     def fill(self, x: Tensor, value: float) -> Tensor:
-        """``x`` with whatever is not a real instance replaced; no gradient reaches what was replaced."""
+        """``x`` with ``value`` in place of instances that are not real. The replaced ones get no gradient."""
         return x if self.real is None else torch.where(self.real, x, value)
 
     def sum(self, x: Tensor) -> Tensor:
         return self._sum(self.fill(x, 0.0))
 
     def count(self, condition: Tensor) -> Tensor:
-        """How many real instances fulfil ``condition``: (N, C) int64."""
+        """The number of real instances that fulfil ``condition``: (N, C) int64."""
         condition = condition if self.real is None else condition & self.real
         return self._sum(condition.to(torch.int64))
 
@@ -109,10 +109,10 @@ class Bags(ABC):
         m = self.max(x)
         tied = x == self.expand_to_instances(m)
         shared = self.sum(torch.where(tied, x, 0.0)) / self.count(tied).clamp(min=1)
-        return shared + (m - shared).detach()  # the value exactly m, also where the mean of equal values rounds
+        return shared + (m - shared).detach()  # exactly m, even if the mean of equal values is rounded
 
     def logsumexp(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """log sum exp over the real instances (of those in ``keep``); 0 with gradient 0 where there are none."""
+        """log sum exp over the real instances (in ``keep``, if given); 0 with gradient 0 if there are none."""
         kept = x if keep is None else torch.where(keep, x, -torch.inf)
         kept = self.fill(kept, -torch.inf)
         m = torch.where(self.size > 0, self._max(kept.detach()), 0.0)
@@ -122,9 +122,9 @@ class Bags(ABC):
         return torch.log(torch.where(s == 0, 1.0, s)) + m
 
     def propagate_nonfinite(self, x: Tensor) -> Tensor:
-        """``x`` with every bag-class that holds a NaN or an infinity made NaN as a whole, value and gradient.
+        """``x`` in which every (bag, class) pair with a NaN or infinite instance is NaN, in value and gradient.
 
-        By a product: whatever gradient arrives, NaN times it is NaN, so that a broken bag is never silently dropped.
+        A product does this: any gradient times NaN is NaN, so that such a bag is never dropped without notice.
         """
         broken = self.count(~torch.isfinite(x)) > 0
         return x * self.expand_to_instances(torch.where(broken, torch.nan, 1.0).to(x.dtype))
@@ -136,10 +136,10 @@ class DenseBags(Bags):
     def __init__(self, logits: Tensor, mask: Tensor | None):
         self.one_class = logits.dim() == 2
         self.shape = logits.shape
-        # not Size.numel(), which makes a number of a symbolic size
+        # not Size.numel(): it converts a symbolic size to a number
         length = math.prod(logits.shape[1 if self.one_class else 2 :])
         self.instance_shape = (logits.shape[0], length)
-        self.padded = length == 0  # a reduction over nothing is an error in torch: one instance that is not real
+        self.padded = length == 0  # torch cannot reduce over an empty axis: pad one instance that is not real
         if self.padded:
             self.real = torch.zeros(logits.shape[0], 1, 1, dtype=torch.bool, device=logits.device)
         else:
@@ -213,7 +213,7 @@ class PackedBags(Bags):
         return v
 
     def _sum(self, x: Tensor) -> Tensor:
-        # One after the other into one cell: in float64, or a bag of 100,000 loses three digits of float32.
+        # sequential additions: in float32 a bag of 100,000 instances would lose three digits
         wide = torch.float64 if x.is_floating_point() and x.device.type != "mps" else x.dtype
         return x.new_zeros(self.bags, x.shape[1], dtype=wide).index_add(0, self.bag, x.to(wide)).to(x.dtype)
 
@@ -225,7 +225,7 @@ class PackedBags(Bags):
         if self.rows == 0:
             return x.new_zeros(self.bags, x.shape[1])
         by_value, order = x.sort(dim=0)
-        # stable, so that the rows of a bag stay in the order of their values
+        # stable: the rows of a bag keep the order of their values
         by_bag = self.bag[order].sort(dim=0, stable=True).indices
-        row = (self.start.unsqueeze(1) + rank).clamp(0, self.rows - 1)  # unchecked offsets may be anything
+        row = (self.start.unsqueeze(1) + rank).clamp(0, self.rows - 1)  # offsets may be unchecked
         return by_value.gather(0, by_bag).gather(0, row.expand(-1, x.shape[1]))

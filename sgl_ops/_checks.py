@@ -1,4 +1,4 @@
-"""What a loss refuses, and how: ``TypeError`` for a wrong kind, ``ValueError`` for a wrong shape or value."""
+"""Validation of arguments: ``TypeError`` for a wrong type, ``ValueError`` for a wrong shape or value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGET_DTYPES = frozenset(
 def unnest(
     logits: Tensor, mask: Tensor | None, offsets: Tensor | None, features: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(logits, offsets, features) with a jagged nested tensor taken apart into packed rows and their offsets."""
+    """(logits, offsets, features) with a jagged nested tensor converted to packed rows and their offsets."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
     if not logits.is_nested:
@@ -73,7 +73,7 @@ def _same_bags(features: Any, offsets: Tensor) -> Tensor:
 
 
 def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offsets: Tensor | None) -> None:
-    """Kinds, shapes and devices of a call (not its values). ``targets=None``: a pooling, which has none."""
+    """Checks types, shapes and devices of a call, not its values. A pooling has ``targets=None``."""
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits: expected float32, float64, float16 or bfloat16, got {logits.dtype}")
     shape, dims = logits.shape, logits.dim()
@@ -117,7 +117,7 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """A tensor whose memory can be read: neither sparse, nor in the layout of mkldnn, nor distributed."""
+    """Checks that the memory of the tensor can be read: not sparse, not in the mkldnn layout, not distributed."""
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; pass {name}.to_dense()")
     if type(value) is not Tensor and "torch.distributed.tensor" in sys.modules:
@@ -146,7 +146,7 @@ def looks_at_values(tensor: Tensor, check: bool | None) -> bool:
 
 
 def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> None:
-    """Targets are 0, 1 or NaN; offsets start at 0, never fall and end at the number of rows."""
+    """Checks that targets are 0, 1 or NaN, and that offsets start at 0, never fall and end at the number of rows."""
     if targets is not None:
         wrong = (targets != 0) & (targets != 1) & (targets == targets)
         if bool(wrong.any()):
@@ -168,7 +168,7 @@ def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> N
 
 
 def check_constant(name: str, value: Tensor) -> None:
-    """A tensor that the loss takes for a constant must not require a gradient: it would get none."""
+    """Checks that a constant does not require a gradient, because the loss gives it none."""
     dual: Any = forward_ad.unpack_dual  # not typed by torch
     if value.requires_grad or (is_transformed() and dual(value).tangent is not None):
         raise ValueError(
@@ -188,7 +188,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_class_vector(name: str, value: Tensor, classes: int, logits: Tensor) -> None:
-    """class_weight and pos_weight of a call."""
+    """Checks class_weight or pos_weight of a call."""
     _check_side(name, value, logits)
     if value.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
@@ -216,7 +216,7 @@ def class_vector(name: str, value: object, *, zero: bool) -> Tensor | None:
 
 
 def check_weights(name: str, vector: Tensor, *, zero: bool) -> None:
-    """The values of class_weight (``zero=True``: 0 is allowed) or pos_weight."""
+    """Checks the values of class_weight (``zero=True``: 0 is allowed) or pos_weight."""
     low, high = (extreme.item() for extreme in torch.aminmax(vector))  # both NaN where the vector holds a NaN
     if not ((low >= 0 if zero else low > 0) and high < math.inf):
         wrong = ~torch.isfinite(vector) | ((vector < 0) if zero else (vector <= 0))

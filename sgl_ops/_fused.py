@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _table(text: str) -> dict[str, list[int]]:
-    """What the operators say of themselves: a name and its numbers on each line."""
+    """The constants of the operators: each line has a name and its numbers."""
     return {name: [int(number) for number in numbers] for name, *numbers in map(str.split, text.splitlines())}
 
 
@@ -50,7 +50,7 @@ try:
 except ImportError as error:
     DEVICES = frozenset()
     REASON = str(error)
-    # a pure-Python installation has said so when it was installed
+    # pip has already reported a pure-Python installation
     if (Path(__file__).parents[1] / "setup.py").exists() or not isinstance(error, ModuleNotFoundError):
         warnings.warn(
             f"sgl_ops in {Path(__file__).parent} has no compiled extension ({REASON}). Every loss takes the reference, "
@@ -78,7 +78,7 @@ CODES: dict[type[nn.Module], int] = {}
 
 
 class Operation(NamedTuple):
-    """What the operators compute besides the settings, by the names of their arguments."""
+    """The arguments of the operators that are not settings, by their names."""
 
     pooling: int
     pooling_param: float
@@ -108,7 +108,7 @@ def code_of(pooling: nn.Module) -> tuple[int, float]:
 
 
 def unavailable(device: torch.device) -> str:
-    """Why there is no fused kernel for ``device``; empty where there is one."""
+    """The reason why there is no fused kernel for ``device``; empty if there is one."""
     if device.type in DEVICES:
         return ""
     if REASON:
@@ -158,7 +158,7 @@ if DEVICES:
 
     @torch.library.register_fake("sgl_ops::check_values")
     def _check_fake(targets, offsets, total):  # type: ignore[no-untyped-def]
-        return 0  # no value can be looked at: nothing is found wrong
+        return 0  # a fake tensor has no values: no error is found
 
     def _names_after(operator: OpOverload, argument: str) -> list[str]:
         names = [a.name for a in operator._schema.arguments]
@@ -234,7 +234,7 @@ def _over_ranks(
 
 
 def _run_forward(call: Call, bag_sum: Tensor | None, settings: SGLSettings, operation: Operation, group: Group) -> Any:
-    """(total, (bag, instance, mask), what the backward needs)."""
+    """(total, (bag, instance, mask), the saved tensor for backward)."""
     operands = _operands(settings, operation, _OF_FORWARD)
     if group is None:
         return _forward(*call, *operands)
@@ -347,7 +347,7 @@ if DEVICES:
         ctx.inputs = len(inputs)
 
     def _differentiate(ctx: Any, _total: Tensor, grad_parts: Tensor, _saved: Tensor) -> tuple[Tensor | None, ...]:
-        """The terms alone have a derivative: this operator is called where nothing else of it is used."""
+        """Only the terms have a derivative. This operator is called if its other outputs are not used."""
         grad = _gradient_of_terms(grad_parts, ctx.saved_tensors, ctx.of_backward, ctx.loss)
         return None, grad, *(None,) * (ctx.inputs - 2)
 
@@ -357,7 +357,7 @@ if DEVICES:
 def _factors(loss: int) -> tuple[str | int, ...]:
     """The term whose gradient multiplies each column of ``saved`` (enum Column in csrc/batch.h)."""
     first = CONSTANTS["first_weight_column"]
-    # the compared losses are one term, the bag's
+    # the compared losses have one term, the bag term
     parts = ["instance" if loss == CONSTANTS["self_guiding_loss"] else "bag"] * 3
     columns: list[str | int] = [*[1] * first, *parts, "mask", "bag"]
     return (*columns, *[1] * (CONSTANTS["saved_columns"] - len(columns)))

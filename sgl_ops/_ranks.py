@@ -32,7 +32,7 @@ def size_of(group: Group) -> int:
 
 
 def all_reduce_sum(count: Tensor, group: Group) -> Tensor:
-    """The sum over the ranks of a number that no gradient flows through."""
+    """The sum of a constant over the ranks."""
     if group is None:
         return count
     if _is_batched(count):
@@ -43,7 +43,7 @@ def all_reduce_sum(count: Tensor, group: Group) -> Tensor:
 
 
 def all_reduce_batch(counts: Tensor, numbers: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """The sums over the ranks of what a loss is made of: struct Batch in csrc/batch.h.
+    """The sums of a batch over the ranks: struct Batch in csrc/batch.h.
 
     Every loss calls this function exactly once, on every path. So the ranks of a group run the same two collectives in
     the same order, with the same shapes and dtypes, also where one rank takes the operator and another the reference.
@@ -70,5 +70,5 @@ def all_reduce_with_grad(share: Tensor, group: Group) -> Tensor:
     if group is None:
         return share
     own = share.detach()
-    # where the own share is NaN the difference is, too, and so is the sum
+    # if the own share is NaN, so are the difference and the sum
     return all_reduce_sum(own, group) + size_of(group) * (share - own)

@@ -1,4 +1,4 @@
-"""Whether a call runs under a tracer or a function transform, which take away values or derivatives."""
+"""Whether a call runs under a tracer or a function transform. These hide values or need other derivatives."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is active. Every operation then has to be torch's own.
+    """Whether torch.func or forward-mode differentiation is active. Then only operations of torch work.
 
     An autograd.Function in the form that torch.func accepts makes a step on small bags 40 % longer. Forward mode takes
     the result of the operator for a constant, without an error.
     """
     try:
         return _transforms_are_active() or forward_ad._current_level >= 0
-    except AttributeError:  # a private name, which another torch may lack
+    except AttributeError:  # a private name that another version of torch may not have
         return False
 
 
 def is_compiled() -> bool:
-    """Whether torch.compile reads the call, which makes a new graph for a new number in some places."""
+    """Whether torch.compile traces the call. It makes a new graph for a new number in some places."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 

@@ -1,4 +1,4 @@
-"""Does it work? What the maps of a batch or an epoch say about a training, and what to change."""
+"""Diagnosis of a training from the maps of a batch or an epoch: the problems, and what to change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 
 
 class BagMeasures(NamedTuple):
-    """What the verdicts rest on: one number a class, (C,) float64 on the CPU, NaN where nothing can be measured.
+    """The measures of the verdicts: one number per class, (C,) float64 on the CPU, NaN if it cannot be measured.
 
     Attributes:
         positives, negatives: bags whose label is 1, 0.
@@ -80,7 +80,7 @@ class BagMeasures(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What :func:`diagnose` found. ``print`` shows the measures as a table, and every problem with what to change.
+    """The result of :func:`diagnose`. ``print`` shows the measures as a table, and each problem with its remedy.
 
     Attributes:
         findings: the problems, the first to deal with first.
@@ -136,7 +136,7 @@ def diagnose(
     delta_l: float = 0.3,
     names: Sequence[str] | None = None,
 ) -> Diagnosis:
-    r"""What a batch, or the concatenated batches of an epoch, says about a training: problems and what to change.
+    r"""Finds problems of a training in a batch, or in the concatenated batches of an epoch, and how to fix them.
 
     More bags give surer verdicts: some hundred, of training or validation. Per class, over the bags whose label is
     known, with theta and M of Eq. 5 and 6 and :math:`\delta_h = 1 - \delta_l`:
@@ -190,7 +190,7 @@ def diagnose(
     SGLSettings(delta_l=delta_l)  # raises where the threshold is out of range
     logits, offsets, features = unnest(logits, mask, offsets, features)
     check_call(logits, targets, mask, offsets)
-    # a look at an epoch is not a step of training: on a GPU it may wait
+    # a diagnosis is not a training step: it may wait for the GPU
     logits = logits.detach()
     targets = targets.detach()
     check_values(targets, offsets, logits.shape[0])

@@ -2,8 +2,8 @@ r"""The losses as functions.
 
 Arguments of every call:
 
-* ``logits``: instance logits, float32, float64, float16 or bfloat16, in one of these layouts, on which the loss does
-  not depend:
+* ``logits``: instance logits, float32, float64, float16 or bfloat16, in one of these layouts. The loss is the
+  same in every layout:
 
   ========= ============================================================ =======================================
   layout    logits                                                       bags
@@ -18,21 +18,21 @@ Arguments of every call:
   ========= ============================================================ =======================================
 
 * ``targets``: bag labels (N, C), or (N,) for one class; bool, integer or floating; 0, 1, or NaN = unknown.
-* ``features``: (N, L, D) or (T, D), for :class:`~sgl_ops.pooling.AttentionPooling` alone.
+* ``features``: (N, L, D) or (T, D). Only :class:`~sgl_ops.pooling.AttentionPooling` uses them.
 * ``process_group``: a ``torch.distributed.ProcessGroup`` whose ranks each hold a part of the batch. Every denominator
-  is then counted over all of them, every rank returns the loss of the whole batch, and the gradient is such that
-  ``DistributedDataParallel``, which averages, gives exactly that of one process that sees everything. All ranks have to
-  call the loss as often; one that has run out of bags gives a bag whose labels are unknown. Without a group each rank
-  has a loss of its own bags: its parts are normalized by what the rank happens to hold.
-* ``check``: whether to look at the *values* of targets, offsets and weights of classes: None does so on the CPU, True
-  always (on CUDA that waits for the device), False never. Kinds and shapes are always checked; values never while
-  ``torch.compile`` traces, nor those of a tensor that ``torch.func.vmap`` batches.
+  is then counted over all ranks, and every rank returns the loss of the whole batch. ``DistributedDataParallel``
+  averages the gradients of the ranks; the result is the gradient of one process that has the whole batch. All ranks
+  have to call the loss equally often. A rank without bags passes one bag whose labels are unknown. Without a group each
+  rank computes the loss of its own bags, with denominators of these bags.
+* ``check``: whether the *values* of targets, offsets and class weights are checked: on the CPU only (None), always
+  (True; on CUDA this waits for the device), or never (False). Types and shapes are always checked. Values are never
+  checked while ``torch.compile`` traces, nor those of a tensor that ``torch.func.vmap`` batches.
 
-A bag-class whose label is unknown, and an empty bag, contribute nothing, whatever their logits hold. No loss here is
-ever NaN or infinite, nor its gradient, from finite logits of a magnitude up to 1e15. A NaN or infinite logit that takes
-part makes the loss NaN, and the gradient of its bag-class.
+A (bag, class) pair with an unknown label contributes nothing, and neither does an empty bag, whatever their logits are.
+For finite logits of a magnitude up to 1e15 every loss and its gradient are finite. A NaN or infinite logit of another
+pair makes the loss NaN, and the gradient of this pair.
 
-Errors: ``TypeError`` for a wrong kind or dtype, ``ValueError`` for a shape, device or value; both name the argument and
+Errors: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a shape, device or value; both name the argument and
 the value.
 """
 
@@ -82,14 +82,14 @@ class SGLTerms(NamedTuple):
 
 
 class SelfGuidance(NamedTuple):
-    """What the bags teach themselves.
+    """The targets and weights of the instance loss.
 
     Attributes:
         targets: M of Eq. 6, in the layout of the logits: 0, 1, or theta in between.
-        part: int8, in the layout of the logits: 0 negative, 1 ambiguous, 2 positive, -1 takes no part (M = 0 there).
-        alpha: confidence of Eq. 8, max p - median p with the lower median: (N, C), or (N,) where the logits have no
-            class axis; 1 for a negative pair of a bag and a class, NaN for one that does not take part.
-        weight: w = 2^(alpha - 1) of Eq. 7, likewise.
+        part: int8, in the layout of the logits: 0 negative, 1 ambiguous, 2 positive, -1 not counted (M = 0 there).
+        alpha: confidence of Eq. 8, max p - median p with the lower median: (N, C), or (N,) if the logits have no
+            class axis. 1 for a negative (bag, class) pair, NaN for a pair that is not counted.
+        weight: w = 2^(alpha - 1) of Eq. 7, in the shape of ``alpha``.
     """
 
     targets: Tensor
@@ -113,7 +113,7 @@ def sgl_loss(
     settings: SGLSettings | None = None,
     **changes: Any,
 ) -> Tensor:
-    """The Self-Guiding Loss, a scalar: see :class:`sgl_ops.SGLLoss` for what it computes and every argument.
+    """The Self-Guiding Loss, a scalar. :class:`sgl_ops.SGLLoss` describes the equations and every argument.
 
     >>> import torch
     >>> from sgl_ops.functional import sgl_loss
@@ -143,7 +143,7 @@ def sgl_terms(
     settings: SGLSettings | None = None,
     **changes: Any,
 ) -> SGLTerms:
-    """:func:`sgl_loss` with its three terms beside it, for logging; ``total.backward()`` works."""
+    """:func:`sgl_loss` and its three terms for logging. ``total`` has the gradient."""
     total, parts = sgl_total_and_terms(
         logits, targets, mask, offsets, features, settings_of(settings, changes), pooling, class_weight, pos_weight,
         process_group, with_parts=True,
@@ -186,7 +186,7 @@ def sgl_total_and_terms(
     code, parameter = _fused.code_of(module)
     operation = _fused.Operation(code, parameter, _fused.CONSTANTS["self_guiding_loss"])
     if code == _fused.EXTERNAL:
-        # two gradients meet in the logits, and their sum is to be rounded once, to the dtype that was given
+        # the sum of two gradients is rounded once, to the dtype of the argument
         logits = logits.to(working_dtype(logits.dtype))
     call = _fused.Call(logits, targets, mask, offsets, class_weight, pos_weight)
     bag_sum = bag = None
@@ -213,7 +213,7 @@ def self_guidance(
     settings: SGLSettings | None = None,
     **changes: Any,
 ) -> SelfGuidance:
-    """What the bags teach themselves: the ternary targets (Eq. 5, 6) and weights (Eq. 7, 8), to look at and to plot.
+    """The ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of the instance loss, for inspection and plots.
 
     >>> import torch
     >>> from sgl_ops.functional import self_guidance
@@ -342,7 +342,7 @@ _ONE_TERM = SGLSettings(lam=0.0, normalize="bag")
 
 
 def _fused_loss(loss: str, call: _fused.Call, pooling: nn.Module, impl: str, group: Group) -> Tensor | None:
-    """A compared loss by the fused operator; None where the reference is to compute it."""
+    """A compared loss by the fused operator; None if the reference has to compute it."""
     check_impl(impl)
     if not _use_fused(impl, call.logits):
         return None

@@ -1,4 +1,4 @@
-"""The losses as modules: they hold the settings, :mod:`sgl_ops.functional` computes."""
+"""The losses as modules. They hold the settings; :mod:`sgl_ops.functional` computes the losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Loss(nn.Module):
 
 
 class SGLLoss(_Loss):
-    r"""The Self-Guiding Loss (Seibold et al., ACCV 2020): learn from bag labels where in the bag the label is.
+    r"""The Self-Guiding Loss (Seibold et al., ACCV 2020). It learns from bag labels which instances are positive.
 
     For a bag of instances with logits :math:`x_j`, probabilities :math:`p_j = \sigma(x_j)` and a label y per class:
 
@@ -48,7 +48,7 @@ class SGLLoss(_Loss):
     with M = 0 and w = 1 in a negative bag, P the pooled probability, BCE(P, y) averaged over the bags and classes with
     a known label, and :math:`L_{mask}` the mean over those of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`
     (Sec. 3.3). The median of an even number of instances is the lower one: of two instances with p = 0.1 and 0.9 it is
-    0.1, so that alpha is 0.8 and not 0.4. A positive bag whose instances are all alike has no instance loss. An empty
+    0.1, so that alpha is 0.8 and not 0.4. A positive bag whose instances are all equal has no instance loss. An empty
     part contributes 0.
 
     *Readings of the paper.* These points are not in its text. M, theta, alpha and w are constants, without a gradient.
@@ -61,8 +61,8 @@ class SGLLoss(_Loss):
         class_weight: (C,), >= 0, constant: multiplies every term of a class; denominators stay.
         pos_weight: (C,), > 0, constant: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
         process_group: the ``torch.distributed.ProcessGroup`` that shares the batch (``torch.distributed.group.WORLD``
-            for all, which is None before ``init_process_group``): loss and gradient of one process that sees it all,
-            under ``DistributedDataParallel``.
+            for all processes; it is None before ``init_process_group``). With ``DistributedDataParallel``, loss and
+            gradient are those of one process that has the whole batch.
         settings: an :class:`~sgl_ops.SGLSettings`; None: the defaults.
         changes: fields of :class:`~sgl_ops.SGLSettings` that replace those of ``settings``: ``delta_l``, ``lam``,
             ``mask_weight``, ``normalize`` and so on. Each is also an attribute of the module, which may be changed
@@ -130,7 +130,7 @@ class SGLLoss(_Loss):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        # reached for what is no attribute of the object or its class: settings, parameters, buffers, modules
+        # called for names that are no attribute of the object or its class: settings, parameters, buffers, modules
         return getattr(self.settings, name) if name in NAMES else super().__getattr__(name)
 
     def forward(
@@ -168,7 +168,7 @@ class SGLLoss(_Loss):
         features: Tensor | None,
         with_parts: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        # not as attributes: nn.Module looks for those elsewhere first, which is measurable on small bags
+        # direct access: attribute access of nn.Module is slower, which is measurable on small bags
         pooling, buffers = self._modules["pooling"], self._buffers
         assert pooling is not None
         return functional.sgl_total_and_terms(
@@ -187,7 +187,7 @@ class BagLoss(_Loss):
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module.
         class_weight: (C,), >= 0: multiplies every term of a class; the denominator stays.
         pos_weight: (C,), > 0: multiplies the positive half of the BCE.
-        check: whether to look at the values of targets and offsets; None: on the CPU only.
+        check: whether the values of targets and offsets are checked; None: on the CPU only.
         impl: ``"auto"``, ``"fused"`` (the operator) or ``"reference"`` (PyTorch alone), as in :class:`SGLLoss`.
         process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
@@ -232,7 +232,7 @@ class BagLoss(_Loss):
         features: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar."""
-        # nn.Module looks for these attributes elsewhere first, which is measurable on small bags
+        # direct access: attribute access of nn.Module is slower, which is measurable on small bags
         pooling, buffers = self._modules["pooling"], self._buffers
         assert pooling is not None
         return functional.bag_loss(
@@ -246,11 +246,12 @@ class BILLoss(_Loss):
     r"""The bag-instance loss of Zhou et al. 2017: instances against their own rounded probabilities.
 
     With :math:`s_j = [p_j > 0.5]\, y`, :math:`r = \mathrm{mean}_j BCE(p_j, s_j)` and :math:`b = BCE(P, y)`: a positive
-    bag-class gives :math:`b + (\mathrm{stop\_gradient}(b) - r)^2`, a negative one :math:`r`; the loss is their mean.
+    (bag, class) pair gives :math:`b + (\mathrm{stop\_gradient}(b) - r)^2`, a negative one :math:`r`. The loss is the
+    mean over the pairs.
 
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module (the authors of SGL: ``"mean_logits"``).
-        check: whether to look at the values of targets and offsets; None: on the CPU only.
+        check: whether the values of targets and offsets are checked; None: on the CPU only.
         impl: ``"auto"``, ``"fused"`` (the operator) or ``"reference"`` (PyTorch alone), as in :class:`SGLLoss`.
         process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 
@@ -300,7 +301,7 @@ class MMMLoss(_Loss):
     :math:`(BCE(\max p, y) + BCE(\min p, 0) + BCE(\mathrm{mean}\, p, y / 2)) / 3`.
 
     Args:
-        check: whether to look at the values of targets and offsets; None: on the CPU only.
+        check: whether the values of targets and offsets are checked; None: on the CPU only.
         impl: ``"auto"``, ``"fused"`` (the operator) or ``"reference"`` (PyTorch alone), as in :class:`SGLLoss`.
         process_group: the ranks that share the batch, as in :class:`SGLLoss`.
 

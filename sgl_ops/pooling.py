@@ -79,7 +79,7 @@ __all__ = [
 
 
 class Pooling(nn.Module):
-    """Base of the pooling modules. A subclass defines ``pool``; layouts, empty and broken bags are dealt with here."""
+    """Base of the pooling modules: handles layouts, empty bags and non-finite logits. A subclass defines ``pool``."""
 
     def forward(
         self,
@@ -112,7 +112,7 @@ class Pooling(nn.Module):
         offsets: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Tensor:
-        """The same as a call, by PyTorch alone: every device, every derivative."""
+        """The same result as a call, in plain PyTorch: for every device and every derivative."""
         logits, offsets, features = unnest(logits, mask, offsets, features)
         check_call(logits, None, mask, offsets)
         bags = bags_of(logits, mask, offsets)
@@ -125,7 +125,7 @@ class Pooling(nn.Module):
 
     @property
     def operator_parameter(self) -> float | None:
-        """The parameter for the C++ operators, 1 where there is none; None: they do not have this pooling."""
+        """The parameter for the C++ operators; 1 without a parameter; None if they do not have this pooling."""
         return 1.0
 
 
@@ -198,13 +198,13 @@ class TopKPooling(Pooling):
         k = self.places(bags.size)
         least = bags.expand_to_instances(bags.kth_largest(x, k))
         tied = x == least
-        left = (k - bags.count(x > least)).to(x.dtype)  # places for the tied instances
+        left = (k - bags.count(x > least)).to(x.dtype)  # places that the tied instances share
         log_share = torch.log(left / bags.count(tied).clamp(min=1))
         log_weight = torch.where(tied, bags.expand_to_instances(log_share), 0.0)
         return _weighted(bags, x, log_weight, keep=~(x < least))  # a NaN is kept
 
     def places(self, size: Tensor) -> Tensor:
-        """How many instances are averaged in bags of ``size`` instances: int64, 0 for an empty bag."""
+        """The number of averaged instances in bags of ``size`` instances: int64, 0 for an empty bag."""
         if isinstance(self.k, int):
             return size.clamp(max=self.k)
         part, whole = int(self.k * 2**30), 2**30  # integers: the same count on every device
@@ -262,7 +262,7 @@ class NoisyOrPooling(Pooling):
         # -log(1 - P) = t = sum softplus(x), so z = log(e^t - 1)
         t = bags.sum(-F.logsigmoid(-x))
         log_t = bags.logsumexp(_log_softplus(x))
-        # t itself underflows where log t does not; an empty sum has neither
+        # t underflows before log t does
         return t + _log1mexp(torch.where(bags.size > 0, t, 1.0), torch.where(bags.size > 0, log_t, 0.0))
 
 
@@ -371,7 +371,7 @@ class AttentionPooling(Pooling):
         return _weighted(bags, x, score.transpose(1, 2) if score.dim() == 3 else score)
 
 
-#: The poolings that a name stands for: those without parameters.
+#: The poolings by name: those without learned parameters.
 POOLINGS: dict[str, type[Pooling]] = {
     "max": MaxPooling,
     "mean": MeanPooling,

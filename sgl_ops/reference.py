@@ -26,7 +26,7 @@ soft thresholds, and the 10 % and 90 % quantiles of a bag in place of its minimu
 >>> logits = torch.tensor([[-2.0, 0.0, 3.0, 1.0], [-1.0, -3.0, -2.0, 0.0]], requires_grad=True)
 >>> loss = criterion(logits, torch.tensor([1, 0]))
 >>> loss.backward()
->>> bool((logits.grad[1] > 0).all())     # every instance of the negative bag is pushed down
+>>> bool((logits.grad[1] > 0).all())     # the loss lowers every instance of the negative bag
 True
 
 Other functions to build on: :func:`read`, :func:`guide`, :func:`rescaled`, :func:`bce`, :func:`sgl_terms`,
@@ -52,12 +52,12 @@ NEGATIVE, AMBIGUOUS, POSITIVE, NO_PART = 0, 1, 2, -1
 
 
 class Labels(NamedTuple):
-    """Bag labels of the bag-classes: all (N, C)."""
+    """The labels of the (bag, class) pairs: all (N, C)."""
 
-    takes_part: Tensor  # bool: the label is known and the bag has an instance
+    takes_part: Tensor  # bool: the label is known and the bag is not empty
     positive: Tensor  # bool, among those
-    y: Tensor  # 0 or 1 as a number, 0 for what does not take part
-    participants: Tensor  # (), how many take part
+    y: Tensor  # 0 or 1 as a number, 0 for pairs that do not take part
+    participants: Tensor  # (), the number of pairs that take part
 
 
 class Guidance(NamedTuple):
@@ -103,7 +103,7 @@ class Instances(NamedTuple):
     bags: Bags
     labels: Labels
     group: Group
-    x: Tensor  # 0 with no gradient in what does not take part; NaN throughout a bag-class that holds a NaN or inf
+    x: Tensor  # 0 without gradient in pairs that do not take part; NaN in a pair with a NaN or infinite logit
 
 
 def read(
@@ -112,7 +112,7 @@ def read(
     """The instances of a call whose arguments are valid."""
     bags = bags_of(logits, mask, offsets)
     labels = _labels(bags, targets, working_dtype(logits.dtype))
-    # what takes no part is left out before any arithmetic: 0 * NaN is NaN
+    # pairs that do not take part are replaced before any arithmetic: 0 * NaN is NaN
     x = torch.where(bags.expand_to_instances(labels.takes_part), bags.instances(logits), 0.0)
     return Instances(bags, labels, group, bags.propagate_nonfinite(x))
 
@@ -156,7 +156,7 @@ def rescaled(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def guide(instances: Instances, settings: SGLSettings) -> Guidance:
-    """Ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of every pair of a bag and a class, or those of the user."""
+    """Ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of every (bag, class) pair, or those of the user."""
     if settings.guide is not None:
         return _guidance_of_user(instances, settings.guide)
     bags, labels, x = instances.bags, instances.labels, instances.x.detach()
@@ -167,7 +167,7 @@ def guide(instances: Instances, settings: SGLSettings) -> Guidance:
     part = torch.where(theta < delta_l, NEGATIVE, torch.where(theta > 1.0 - delta_l, POSITIVE, AMBIGUOUS))
     part = torch.where(expand(labels.positive), part, NEGATIVE)
     takes_part = labels.takes_part
-    if settings.rescale:  # all alike: there is no ranking to learn from
+    if settings.rescale:  # equal instances have no ranking
         takes_part = takes_part & ~(labels.positive & (low == high))
     part = bags.fill(torch.where(expand(takes_part), part, NO_PART), NO_PART)
     targets = torch.where(part == POSITIVE, 1.0, torch.where(part == AMBIGUOUS, theta, 0.0)).to(x.dtype)
@@ -178,7 +178,7 @@ def guide(instances: Instances, settings: SGLSettings) -> Guidance:
 
 
 def _guidance_of_user(instances: Instances, function: Callable[[Instances], Guidance]) -> Guidance:
-    """What ``guide=function`` gives, as constants, and 0 for what does not take part."""
+    """The result of ``guide=function`` as constants, with 0 for pairs that do not take part."""
     x, bags, labels = instances.x.detach(), instances.bags, instances.labels
     given = function(instances._replace(x=x))
     if not isinstance(given, Guidance):
@@ -209,7 +209,7 @@ def bag_sum(
     class_weight: Tensor | None,
     pos_weight: Tensor | None,
 ) -> Tensor:
-    """Sum of BCE(P, y) (Eq. 3) over the pairs of a bag and a class that take part."""
+    """Sum of BCE(P, y) (Eq. 3) over the (bag, class) pairs that take part."""
     z = pooled(instances, pooling, mask, offsets, features)
     return sum_over_pairs(instances, bce(z, instances.labels.y, pos_weight), class_weight)
 
@@ -217,7 +217,7 @@ def bag_sum(
 def pooled(
     instances: Instances, pooling: nn.Module, mask: Tensor | None, offsets: Tensor | None, features: Tensor | None
 ) -> Tensor:
-    """Bag logits (N, C) of the bag-classes that take part, 0 with no gradient elsewhere."""
+    """Bag logits (N, C) of the pairs that take part, 0 without gradient for the others."""
     bags, labels = instances.bags, instances.labels
     if features is not None:
         wanted = labels.takes_part.any(1, keepdim=True)
@@ -231,20 +231,20 @@ def pooled(
 
 
 def sum_over_pairs(instances: Instances, loss: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Sum of ``loss`` (N, C), weighted by class, over the pairs of a bag and a class that take part."""
+    """Sum of ``loss`` (N, C), weighted by class, over the (bag, class) pairs that take part."""
     weighted = loss if class_weight is None else class_weight * loss
     return torch.where(instances.labels.takes_part, weighted, 0.0).sum()
 
 
 def mean_over_pairs(instances: Instances, total: Tensor) -> Tensor:
-    """The mean from the sum ``total`` of this rank: over the pairs of a bag and a class of all ranks."""
+    """The mean from the sum ``total`` of this rank: over the (bag, class) pairs of all ranks."""
     counts = F.pad(instances.labels.participants.reshape(1), (0, 3))
     counts, numbers = all_reduce_batch(counts, F.pad(total.reshape(1), (4, 1)), instances.group)
     return numbers[4] / counts[0].clamp(min=1)
 
 
 class InstanceSums(NamedTuple):
-    """What the instance loss is made of, each in the order negative, ambiguous, positive."""
+    """The sums of the instance loss, each in the order negative, ambiguous, positive."""
 
     counts: Tensor  # (3,) int64: instances of each part; 0 with ``guide=``
     losses: Tensor  # (3,): sum of the loss over the instances of each part
@@ -359,7 +359,7 @@ def bag_loss(
     pos_weight: Tensor | None,
     group: Group,
 ) -> Tensor:
-    """L_bag with its gradient, of all ranks."""
+    """L_bag of all ranks, with its gradient."""
     instances = read(logits, targets, mask, offsets, group)
     total = bag_sum(instances, pooling, mask, offsets, features, class_weight, pos_weight)
     return mean_over_pairs(instances, total)

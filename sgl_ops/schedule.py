@@ -43,8 +43,8 @@ __all__ = ["LamSchedule", "TopKSchedule", "prior_bias"]
 class LamSchedule:
     r"""lam of each step: 0 until the bag loss has learnt, then rising linearly to its value.
 
-    *Measured, not timed.* The schedule keeps the bag logits and labels of the last ``window`` bags, as training saw
-    them, and takes the AUC of each class over them. A class has learnt when
+    *Measured, not timed.* The schedule keeps the bag logits and labels of the last ``window`` training bags and
+    computes the AUC of each class over them. A class has learnt when
 
     .. math:: AUC_c \ge \max(a, \; 1/2 + 3 \sigma_c), \quad \sigma_c^2 = \frac{n_1 + n_0 + 1}{12\, n_1 n_0}
 
@@ -59,10 +59,10 @@ class LamSchedule:
       (wrong labels, too few bags, nothing to see) therefore delays the others by at most ``patience`` steps.
 
     *The rise.* lam is ``lam * k / rise`` after k steps in which this condition held, up to ``lam``. In a step in which
-    it does not hold, lam keeps its value: a start on a lucky window stops by itself.
+    it does not hold, lam keeps its value. A rise that a chance window started therefore stops by itself.
 
-    *Nothing learnt.* lam stays 0 and training goes on with the bag loss alone. :func:`sgl_ops.diagnose` says what to
-    change. A large bag with max pooling often does this; try :class:`~sgl_ops.pooling.TopKPooling`.
+    *Nothing learnt.* lam stays 0, and training continues with the bag loss alone. :func:`sgl_ops.diagnose` says what to
+    change. This often happens in large bags with max pooling; try :class:`~sgl_ops.pooling.TopKPooling`.
 
     *Unknown labels* (NaN) and bag logits that are not finite do not count.
 
@@ -194,7 +194,7 @@ class LamSchedule:
         self._rising = enough or (waited and bool(learnt.any()))
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on as if training had not stopped; for ``torch.save``.
+        """The state for ``torch.save``. After :meth:`load_state_dict` training continues as without an interruption.
 
         Settings are not part of it. With a process group it is that of the rank: the window differs from rank to rank.
         """
@@ -209,7 +209,7 @@ class LamSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restores a state of :meth:`state_dict`."""
         self.value = state["value"]
         self.progress = state["progress"]
         self.class_auc = state["class_auc"]
@@ -284,7 +284,7 @@ class TopKSchedule:
         return {"value": self.value, "progress": self.progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restores a state of :meth:`state_dict`."""
         self.value, self.progress = state["value"], state["progress"]
 
     def __repr__(self) -> str:
@@ -302,8 +302,8 @@ def prior_bias(targets: Tensor, *, share: float = 1.0) -> Tensor:
 
     Args:
         targets: labels of the training bags, (N, C), or (N,) for one class; NaN = unknown.
-        share: s, the share of a positive bag's instances that are positive, in (0, 1]: a guess is enough. 1 where
-            every instance of a positive bag shows the class, 0.02 where it covers a fiftieth of the image.
+        share: s, the share of a positive bag's instances that are positive, in (0, 1]. A guess is enough: 1 if
+            every instance of a positive bag shows the class, 0.02 if the class covers a fiftieth of the image.
 
     >>> import torch
     >>> from sgl_ops import prior_bias
