@@ -1,4 +1,4 @@
-"""The paper's figures of bags, from runs that are computed where they are missing.
+"""The paper's figures of bags. Computes the missing runs, and draws.
 
     python reproduce_figures.py --figure 4 --data-dir DIR --quick        minutes, coarse
     python reproduce_figures.py --figure 4 --data-dir DIR                the whole of it: days of one core
@@ -41,14 +41,14 @@ if TYPE_CHECKING:  # torch is imported after the options are read: --help is fas
     from bags.drawing import Bags
     from bags.instances import Instances
 
-#: What a run is named by, and what is asked for apart: --options must not say otherwise.
+#: Options that the figure, or an option of this command, decides. --options must not contain them.
 DECIDED = {
     "--data", "--data-dir", "--bag-size", "--bags", "--epochs", "--seed", "--runs", "--device", "--positives", "--loss",
     "--pooling", "--no-rescale", "--no-weight", "--out", "--resume", "--dry-run",
 }  # fmt: skip
 #: Seconds between two checkpoints of a run: at most so much is computed twice after an interruption.
 SAVE_EVERY = 60.0
-#: Beside the table: what the networks of Figure 5b say of single instances.
+#: A file beside the table: the predictions of the networks of Figure 5b for single instances.
 SHOWN = "figure5b.json"
 
 
@@ -119,7 +119,7 @@ def command_of(run: Run) -> types.ModuleType:
 
 
 def options_of(run: Run, args: argparse.Namespace) -> list[str]:
-    """What the training command would be told."""
+    """The options of the training command for ``run``."""
     options = [
         "--data", args.data, "--data-dir", args.data_dir, "--bag-size", str(run.size), "--bags", str(run.bags),
         "--epochs", str(args.epochs), "--seed", str(run.seed), "--device", args.device,
@@ -127,7 +127,7 @@ def options_of(run: Run, args: argparse.Namespace) -> list[str]:
     if run.positives:
         options += ["--positives", str(run.positives), "--runs", "1"]
     else:
-        # a figure shows the last network alone
+        # a figure shows only the network of the last epoch
         options += ["--val-every", str(args.epochs), "--lr", "1e-4"]
     return [*options, *METHODS[run.method][1], *args.options]
 
@@ -139,7 +139,7 @@ def config_of(run: Run, args: argparse.Namespace) -> Config:
 
 
 def compute(run: Run, args: argparse.Namespace) -> Path:
-    """Train, test, and write the run's file; from the last full epoch on where it was interrupted."""
+    """Trains, tests, and writes the file of the run. Continues an interrupted run after its last full epoch."""
     import torch
     from bags.experiment import bags_of, numbers_to_show
     from bags.training import train_run
@@ -186,7 +186,7 @@ def loaded(data: str, data_dir: str) -> Instances:
 
 
 def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int) -> dict[str, Any]:
-    """What Figure 5b needs of test bag ``number``, of the network of the last epoch."""
+    """The data of test bag ``number`` for Figure 5b, with the network of the last epoch."""
     import torch
     from bags.training import instance_logits
 
@@ -201,7 +201,7 @@ def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int)
 
 
 def without_paths(options: list[str]) -> list[str]:
-    """What others can type: the folder of the data is theirs."""
+    """The command as others can run it, without the folder of the data."""
     named = {"--data-dir": lambda path: "DIR", "--data": lambda path: Path(path).name}
     return [named.get(before, str)(option) for before, option in zip(["", *options], options, strict=False)]
 
@@ -223,7 +223,7 @@ def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespac
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
     if not missing:
         return
-    # one load, so that a wrong folder is told at once and a download happens once
+    # loaded here first: a wrong folder is an error at once, and a download happens once
     load_instances(args.data, args.data_dir)
     unit = sum(run.cost for run in missing) / 1000
     bar = "{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}"
@@ -235,17 +235,17 @@ def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespac
 
 
 def expected_settings(run: Run, args: argparse.Namespace) -> dict[str, str]:
-    """The settings that a row of the table has if the run was trained as it would be now."""
+    """The settings of the row of a run that is trained with the current settings."""
     return settings_of({k: text_of(v) for k, v in (config_of(run, args) | {"data": Path(args.data).name}).items()})
 
 
 def differing(settings: dict[str, str], expected: dict[str, str]) -> list[str]:
-    """Names of the settings in which two runs differ. A setting that an older run does not name is no difference."""
+    """Names of the settings in which two runs differ. A setting that is missing in an older run is no difference."""
     return [name for name in expected if settings.get(name, expected[name]) != expected[name]]
 
 
 def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, Any]]:
-    """What the files in --out and the rows of the table hold of ``runs``, by run.
+    """The results of ``runs`` in the files in --out and in the table, by run.
 
     Raises:
         ValueError: a file is of a run that was trained otherwise. Rows of other settings are no error.
@@ -275,7 +275,7 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
 
 
 def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
-    """Adds the runs of the files in ``folders`` to the table, and what Figure 5b shows of them to a file beside it."""
+    """Adds the runs of the files in ``folders`` to the table, and their data for Figure 5b to the file beside it."""
     from common.files import write_json
 
     contents = [read(path) for folder in folders for path in sorted(folder.glob("size*.json"))]

@@ -1,4 +1,4 @@
-"""MNIST-Bags: a network that is told only "this bag contains a 9" learns which of the digits are the 9s.
+"""MNIST-Bags: from labels such as "this bag contains a 9" a network learns which digits are nines.
 
     python train_mnist_bags.py                                    the demonstration: SGL and max pooling, three seeds
                                                                   each, on scikit-learn's digits; less than a minute

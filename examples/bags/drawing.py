@@ -1,4 +1,4 @@
-"""Drawing bags: which instances lie together in a bag, and which of them are positive."""
+"""Random bags: the instances of each bag, and which of them are positive."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 class Bags(NamedTuple):
     """N bags of T instances altogether; bag i is ``index[offsets[i]:offsets[i + 1]]``."""
 
-    index: Tensor  # (T,) int64: where the instance's image is
-    positive: Tensor  # (T,) bool: the instance is of the target class; never shown to a network
+    index: Tensor  # (T,) int64: the index of the image of each instance
+    positive: Tensor  # (T,) bool: the instance is of the target class; for evaluation only
     offsets: Tensor  # (N + 1,) int64
-    labels: Tensor  # (N,) float32: 1 where the bag has a positive instance
+    labels: Tensor  # (N,) float32: 1 if the bag has a positive instance
 
 
 def draw_bags(
@@ -83,7 +83,7 @@ def _choose(images: np.ndarray, number: int, rng: np.random.Generator) -> np.nda
 
 def _at_least_one(trials: int, rate: float, rng: np.random.Generator) -> int:
     """A binomial number under the condition that it is not 0."""
-    # the first success among those that fail to be none comes at trial `first`; what follows it is free
+    # trial `first` is the first success, given that there is one; the later trials are independent
     u = rng.random() * -np.expm1(trials * np.log1p(-rate))
     first = min(int(np.log1p(-u) / np.log1p(-rate)) + 1, trials)
     return 1 + int(rng.binomial(trials - first, rate))

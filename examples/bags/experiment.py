@@ -1,4 +1,4 @@
-"""What the commands that train on bags of images share: the drawing of bags, and what they write.
+"""Shared parts of the commands that train on bags of images: random bags, and the written results.
 
 Plain functions; a command adds a network, its defaults and its own options.
 """
@@ -36,7 +36,7 @@ MakeModel = Callable[[Config, int], nn.Module]
 
 
 def bags_of(instances: Instances, config: Config, seed: int, device: str) -> tuple[dict[str, Tensor], dict[str, Bags]]:
-    """Images and bags for train, val and test; no image lies in two of them."""
+    """Images and bags for train, val and test. No image is in two of these parts."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(instances.train_classes))
     cut = len(order) // 5
@@ -63,7 +63,7 @@ def pictures_of(images: Tensor) -> np.ndarray:
 
 
 def panel(model: nn.Module, images: Tensor, bags: Bags, number: int, title: str) -> tuple[Any, ...]:
-    """What draw_panels shows of test bag ``number``."""
+    """The panel of test bag ``number`` for draw_panels."""
     inside = slice(int(bags.offsets[number]), int(bags.offsets[number + 1]))
     index = bags.index[inside]
     probability = torch.sigmoid(instance_logits(model, images, index)).cpu().numpy()
@@ -71,7 +71,7 @@ def panel(model: nn.Module, images: Tensor, bags: Bags, number: int, title: str)
 
 
 def numbers_to_show(bags: Bags, positives: int, negatives: int) -> list[int]:
-    """The first test bags of both kinds: not the ones that look best."""
+    """The numbers of the first test bags of both kinds. None is selected by its result."""
     labels = bags.labels.cpu()
     return [*labels.nonzero()[:positives, 0].tolist(), *(labels == 0).nonzero()[:negatives, 0].tolist()]
 
@@ -83,7 +83,7 @@ def title_of(bags: Bags, number: int) -> str:
 def train_method(
     name: str, config: Config, args: argparse.Namespace, instances: Instances, make_model: MakeModel, folder: Path
 ) -> tuple[dict[str, Any], nn.Module]:
-    """All seeds of one method, with everything that it writes; its metrics and the last network of the first seed."""
+    """Trains all seeds of one method and writes its files. Returns its metrics and the network of the first seed."""
     channels = instances.train_images.shape[1]
     runs, histories, first = [], {}, None
     start = time.perf_counter()
@@ -117,7 +117,7 @@ def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, target: in
 
 
 def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
-    """The figures of every method, and what the columns mean."""
+    """The metrics of every method, and the meaning of the columns."""
     seeds = len(next(iter(results.values()))["runs"])
     print(f"\nTest bags, mean over {seeds} seeds (worst to best):\n" if seeds > 1 else "\nTest bags:\n")
     print(f"{'loss':6}{'network of':16}" + "".join(f"{name:>22}" for name in METRICS))
@@ -138,7 +138,7 @@ def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
 
 
 def conclusion(results: dict[str, dict[str, Any]]) -> str:
-    """What the comparison of SGL with max pooling shows, in a sentence."""
+    """The result of the comparison of SGL with max pooling in one sentence."""
     sgl, baseline = (results[name]["mean"]["last"] for name in ("sgl", "max"))
     parts = []
     for metric, text in (("auc", "bag AUC"), ("iou_pooled", "pooled IoU")):

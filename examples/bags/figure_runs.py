@@ -1,4 +1,4 @@
-"""The runs that the figures of bags consist of: methods, sizes, numbers of bags and seeds."""
+"""The runs of the figures of bags: methods, sizes, numbers of bags and seeds."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ QUICK = {
     "control": QUICK_MNIST | {"bags": [150]},
     "6": {"sizes": [10], "bags": [100], "positives": [1, 3, 5], "seeds": 1, "epochs": 5},
 }
-#: Ten times the rate and a fifth of the epochs. In a tenth SGL has hardly begun with 150 bags of 50: IoU 0.28, max
-#: pooling 0.54; in a fifth SGL has 0.64.
+#: Ten times the learning rate and a fifth of the epochs. With 150 bags of 50, a tenth of the epochs is too few for SGL
+#: (IoU 0.28; max pooling 0.54). With a fifth, SGL has 0.64.
 QUICK_OPTIONS = {figure: ["--lr", "1e-3"] for figure in ("4", "5a", "5b", "control")} | {
     "6": ["--stem", "imagenet", "--lr", "1e-3", "--batch-size", "10", "--val-bags", "50", "--val-every", "5"]
 }
@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """In instances of an epoch."""
+        """The number of instances in an epoch."""
         return self.size * self.bags
 
 
@@ -82,7 +82,7 @@ def queue() -> list[Run]:
             for seed in range(10 if size * bags <= CHEAP else 3):
                 first = figure == "control" or method in ("sgl", "max")
                 third.setdefault(Run(method, size, bags, seed), 2 if seed else 0 if first else 1)
-    control = min(DEFAULTS_OF["control"]["bags"])  # its cheapest point comes before all other runs
+    control = min(DEFAULTS_OF["control"]["bags"])  # the cheapest point of the control is computed first
 
     def order(run: Run) -> tuple[int, bool, int, int]:
         return third[run], (run.bags, run.method.endswith("authors")) != (control, True), run.cost, run.seed

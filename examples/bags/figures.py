@@ -25,7 +25,7 @@ def label_of(method: str, figure: str) -> str:
 
 
 def values_of(found: dict[Run, dict[str, Any]], metric: str, **point: Any) -> list[float]:
-    """What the networks of the last epoch reached, a value for each seed."""
+    """The results of the networks of the last epoch, one value per seed."""
     return [
         content["result"]["last"][metric]
         for run, content in found.items()
@@ -78,7 +78,7 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
 
 
 def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """Figure 5b: the first test bags, and beside each other what the methods say of them."""
+    """Figure 5b: the first test bags, with the predictions of the methods side by side."""
     import numpy as np
 
     from bags.experiment import pictures_of
@@ -108,7 +108,7 @@ def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) ->
 
 
 def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """Means, worst and best of every point, as Markdown for people and as CSV for machines."""
+    """Means, worst and best of every point, as Markdown and as CSV."""
     import numpy as np
     from common.files import naming
 

@@ -1,4 +1,4 @@
-"""Loading instances: images with a class each, split into train and test, scaled to 32x32."""
+"""Loads instances: images with one class each, split into train and test, scaled to 32x32."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _digits() -> tuple[np.ndarray, ...]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))  # they come sorted by writer
+    order = np.random.default_rng(0).permutation(len(digits.images))  # the data set is sorted by writer
     train, test = order[: len(order) * 3 // 4], order[len(order) * 3 // 4 :]
     return digits.images[train], digits.target[train], digits.images[test], digits.target[test]
 

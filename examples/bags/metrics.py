@@ -1,4 +1,4 @@
-"""What is measured of a trained network: of the instances of its bags (IoU)."""
+"""The metrics of a trained network: intersection over union of the instances of its bags."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-#: What is measured: AUC of the bags, and the two IoUs of their instances.
+#: The metrics: AUC of the bags, and two IoUs of their instances.
 METRICS = ("auc", "iou", "iou_pooled")
 
 
 def iou(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray) -> float:
-    """Mean intersection over union of found and truly positive instances, over the bags where there are any of either.
+    """Mean intersection over union of found and truly positive instances, over the bags that have any of them.
 
     An instance found in a negative bag makes that bag count, as 0. NaN where no bag counts.
     """

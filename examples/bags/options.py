@@ -16,7 +16,7 @@ AUTHORS_LOSSES = ("mmm_authors", "bil_authors")
 DEFAULT_POOLING = {
     "sgl": "max", "bag": "max", "bil": "mean", "mmm": "max", "mmm_authors": "max", "bil_authors": "mean_logits",
 }  # fmt: skip
-#: What decides a result, and so what a run has to agree in to be continued.
+#: The settings that decide a result. A resumed run must have the same.
 DECISIVE = (
     "data", "target", "bag_size", "bag_std", "positives", "bags", "val_bags", "test_bags", "epochs", "batch_size", "lr",
     "weight_decay", "val_every", "loss", "pooling", "delta_l", "lam", "rescale", "weighted",
@@ -71,7 +71,7 @@ def make_parser(description: str, hints: Mapping[str, str] | None = None, **defa
     return parser
 
 
-#: Where the paper's two experiments agree.
+#: The settings that the two experiments of the paper share.
 COMMON = {
     "data_dir": "data", "bag_size": 50.0, "bag_std": 0.0, "batch_size": 64, "weight_decay": 1e-4, "val_every": 1,
     "delta_l": 0.3, "lam": 1.0, "seed": 0,
@@ -79,7 +79,7 @@ COMMON = {
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Ends the command, naming the option, where a value makes no sense."""
+    """Ends the command with an error that names the option if a value is out of range."""
     for name in ("bags", "val_bags", "test_bags", "epochs", "batch_size", "runs", "val_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")

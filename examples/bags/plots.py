@@ -10,14 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-TRUE, FOUND = "#0072b2", "#e69f00"  # apart for every kind of colour vision
+TRUE, FOUND = "#0072b2", "#e69f00"  # distinguishable with every kind of colour vision
 COLUMNS = 10
 
 Panel = tuple[np.ndarray, np.ndarray, np.ndarray, str]  # images, probability, positive, title
 
 
 def draw_bag(axes, images: np.ndarray, probability: np.ndarray, positive: np.ndarray, title: str, shown: int) -> None:
-    """The ``shown`` most probable of ``images`` (L, height, width[, 3]) in [0, 1], by falling probability."""
+    """The ``shown`` most probable of ``images`` (L, height, width[, 3]) in [0, 1], most probable first."""
     order = np.argsort(-probability, kind="stable")[:shown]
     for place, j in enumerate(order):
         row, column = divmod(place, COLUMNS)

@@ -24,7 +24,7 @@ LAST = (
     *METRICS, "best_val_epoch", *(f"best_val_{name}" for name in METRICS), "training_loss", "seconds", "cpu_seconds",
     "commit", "machine", "command",
 )  # fmt: skip
-#: How often a run is validated decides nothing that the network of the last epoch depends on.
+#: The frequency of validation does not change the network of the last epoch.
 WITHOUT_EFFECT = {"val_every"}
 
 
@@ -51,7 +51,7 @@ def settings_of(row: Row) -> Row:
 
 
 def content_of(row: Row) -> dict[str, Any]:
-    """What the run's JSON file holds of ``row``: its results as numbers, its settings as text."""
+    """The content of the run's JSON file, from ``row``: results as numbers, settings as text."""
     content: dict[str, Any] = {
         "config": settings_of(row),
         "result": {
@@ -98,7 +98,7 @@ def write_table(rows: Iterable[Row], path: Path) -> None:
 
 
 def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
-    """``rows`` and those of ``more`` whose seed and settings are in none of them."""
+    """``rows``, and the rows of ``more`` whose seed and settings are not in ``rows``."""
     all_rows = {}
     for row in (*rows, *more):
         all_rows.setdefault((row["seed"], *sorted(settings_of(row).items())), row)

@@ -1,4 +1,4 @@
-"""Training a network on bags of images with one of the losses: the loop, its checkpoints, and what it reports.
+"""Trains a network on bags of images with one of the losses: the loop, checkpoints, and metrics.
 
 Plain functions that the examples share. A configuration is a flat dict of what decides a result; the same
 configuration and seed give the same result bit for bit on the CPU, also over an interruption.
@@ -29,7 +29,7 @@ from sgl_ops.pooling import MaxPooling, TopKPooling, make_pooling
 
 
 def make_criterion(config: Config) -> nn.Module:
-    """The loss of a configuration, one of the authors' code among them."""
+    """The loss of a configuration, which may be a loss of the authors' code."""
     return AUTHORS_LOSSES[config["loss"]]() if config["loss"] in AUTHORS_LOSSES else make_common_criterion(config)
 
 
@@ -108,7 +108,7 @@ def backward(model: nn.Module, criterion: nn.Module, images: Tensor, batch: Bags
     logits.requires_grad_()
     loss = criterion(logits[where], batch.labels, offsets=batch.offsets)
     (gradient,) = torch.autograd.grad(loss, logits)
-    # a NaN differs from 0, too, and reaches the parameters
+    # NaN != 0, so that a NaN gradient also reaches the parameters
     nonzero = gradient.nonzero()[:, 0]
     if len(nonzero):
         forward(model, images, unique[nonzero]).backward(gradient[nonzero])
@@ -165,7 +165,7 @@ def train_run(
     saved = time.monotonic()
     for epoch in progress:
         start, cpu_start = time.perf_counter(), time.process_time()
-        # drawn anew from seed and epoch, so that a checkpoint need not hold the generator's state
+        # drawn from seed and epoch, so that a checkpoint does not need the state of the generator
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(bags["train"].labels), generator=generator).to(device)
         model.train()
@@ -213,7 +213,7 @@ def train_run(
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, and worst and best where there are several runs, of the metrics of both networks of every run."""
+    """The mean of the metrics of both networks over the runs, and the worst and best if there are several runs."""
     kinds: dict[str, Callable[[list[float]], float]] = {"mean": lambda v: float(np.mean(v))}
     if len(runs) > 1:
         kinds |= {"worst": min, "best": max}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: A flat dict of everything that decides a result.
+#: The settings that decide a result, as a flat dict.
 Config = dict[str, Any]
 
 LOSSES = ("sgl", "bag", "bil", "mmm")

@@ -14,7 +14,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """For a block that writes ``path``: an OSError of it names the file. That of a full disk does not on its own."""
+    """For a block that writes ``path``: an OSError names the file. Without this, the error of a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -26,7 +26,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def load_state(path: Path, **options: Any) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU; nothing in it is executed.
+    """The content of a checkpoint, on the CPU. Nothing in it is executed.
 
     Raises:
         ValueError: it is not there, cut off, or something else.
@@ -37,7 +37,7 @@ def load_state(path: Path, **options: Any) -> dict[str, Any]:
         raise ValueError(f"{path}: there is no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # reading something else ends in many ways
+    except Exception as error:  # torch.load raises many types
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(state).__name__}")
@@ -54,7 +54,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    # in memory first: on a file torch says of a full disk, or of Ctrl-C, that a position is unexpected
+    # written to memory first: on a file, torch reports a full disk or Ctrl-C as an unexpected position
     content = io.BytesIO()
     torch.save(state, content)
     try:
@@ -70,7 +70,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Indented, but for lists of numbers, which are a line each."""
+    """Writes indented JSON with each list of numbers on one line."""
     beside = path.with_suffix(".tmp")
     text = json.dumps(content, indent=1)
     text = re.sub(r"\[[-+.e\d,\s]*\]", lambda found: " ".join(found[0].split()), text)

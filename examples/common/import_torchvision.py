@@ -9,7 +9,7 @@ import torch
 
 
 def import_torchvision() -> types.ModuleType:
-    """torchvision, also where its operators do not fit the installed torch.
+    """Imports torchvision, also if its operators do not fit the installed torch.
 
     PyPI's torchvision beside a CPU build of torch has no operators, and its module that describes them to the compiler
     ends the import. Data sets, transforms and models need neither: that one module is left out.

@@ -29,5 +29,5 @@ class Interrupt:
 
 
 def leave_interrupts(_: int) -> None:
-    """In a process that loads images: Ctrl-C goes to all, and were this one the first to end, it would be an error."""
+    """In a process that loads images: ignores Ctrl-C, which reaches every process. Ending first would be an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def make_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser that keeps the lines of its description, and takes no beginnings of options: ``--epoch`` is an error."""
+    """A parser that keeps the lines of its description and accepts no abbreviated options: ``--epoch`` is an error."""
     return argparse.ArgumentParser(
         description=description,
         epilog=epilog,
@@ -22,12 +22,12 @@ def next_step(text: str) -> None:
 
 
 def path_of(text: str) -> Path:
-    """For argparse: with ~ as the home folder, which a shell leaves as it is after --out=."""
+    """For argparse: a path with ~ expanded. A shell does not expand it after --out=."""
     return Path(text).expanduser()
 
 
 def device_name(text: str) -> str:
-    """For argparse: a device that torch has here. Nothing is put there, as each of several processes has its own."""
+    """For argparse: an available device of torch. Does not allocate on it, because each process has its own."""
     import torch
 
     try:
@@ -40,14 +40,14 @@ def device_name(text: str) -> str:
 
 
 def default_device() -> str:
-    """``"cuda"`` where torch finds a GPU, else ``"cpu"``."""
+    """``"cuda"`` if torch finds a GPU, else ``"cpu"``."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def message_of(error: Exception) -> str:
-    """What it says, also where a process that loads images said it: torch tells that with its whole traceback."""
+    """The message of an error, without the traceback that torch adds to errors of processes that load images."""
     text = str(error)
     if not text.startswith("Caught "):
         return text

@@ -28,7 +28,7 @@ class Processes(NamedTuple):
 def joined(device: str) -> Iterator[Processes]:
     """The processes of torchrun: gloo on the CPU, nccl on GPUs, one each."""
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
-    if len(given) < 5:  # some systems for jobs set some of them
+    if len(given) < 5:  # some job schedulers set some of them
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 f"WORLD_SIZE: several processes are started by torchrun; of its variables only {given} are set"

@@ -1,4 +1,4 @@
-"""Progress of long loops: a bar on a terminal, a line now and then in a file."""
+"""Progress of long loops: a bar on a terminal, lines at intervals in a file."""
 
 from __future__ import annotations
 

@@ -16,10 +16,9 @@ Result = TypeVar("Result")
 def compute_in_workers(
     compute: Callable[..., Result], runs: Iterable[Run], workers: int, *given: Any
 ) -> Iterator[tuple[Run, Result]]:
-    """(run, ``compute(run, *given)``), in the order in which they are finished; ``workers`` processes at once.
+    """(run, ``compute(run, *given)``), in the order of completion, with ``workers`` processes at once.
 
-    The runs that are under way are given up when the caller is interrupted, and none goes on where this process ends,
-    in whatever way.
+    An interruption of the caller ends the current runs. If this process ends for any reason, so do its workers.
     """
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
@@ -35,7 +34,7 @@ def compute_in_workers(
 
 
 def _end_with_parent() -> None:
-    """Of a worker: killed by whatever signal, the script leaves nobody behind who goes on computing."""
+    """Ends a worker when its parent process has ended, for example by a signal."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -22,15 +22,15 @@ from sgl_ops.pooling import make_pooling
 
 
 def make_network(name: str) -> nn.Sequential:
-    """Logits (n, C, size / 8, size / 8) of images (n, 1, size, size), from a last layer of 1x1.
+    """A network from images (n, 1, size, size) to logits (n, C, size / 8, size / 8), with a last layer of 1x1.
 
     The names of FIELDS: alike but for the kernels of three layers.
     """
     if name not in FIELDS:
         features, channels = make_backbone(name, STRIDE)
         return nn.Sequential(Coloured(), features, nn.Conv2d(channels, len(CLASSES), 1))
-    # the first three see 17 pixels every 8; padded once, so that the cell is in the middle of them: padding each layer
-    # alike would put the map half a cell too far to the lower right
+    # The first three layers see 17 pixels at a stride of 8. The image is padded once, so that a cell is in the middle
+    # of its receptive field. Equal padding in each layer would move the map half a cell to the lower right.
     layers: list[nn.Module] = [nn.ZeroPad2d((4, 5, 4, 5))]
     channels = 1
     fine = [(64, 3 if k < FIELDS[name] else 1, 1) for k in range(3)]
@@ -43,7 +43,7 @@ def make_network(name: str) -> nn.Sequential:
 
 
 class Coloured(nn.Module):
-    """Grey images (n, 1, height, width) as the networks of images/models.py want them: (n, 3, height, width)."""
+    """Grey images (n, 1, height, width) as input for images/models.py: (n, 3, height, width)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.expand(-1, 3, -1, -1)
@@ -59,7 +59,7 @@ def drawn_for(settings: Config, seed: int, part: str) -> Drawn:
 
 
 def train(row: Row, seed: int) -> nn.Module:
-    """The network of the last epoch. The learning rate falls to nothing, so that the last is as good as any."""
+    """The network of the last epoch. The learning rate falls linearly to 0."""
     settings = settings_of(row)
     data = drawn_for(settings, seed, "train")
     torch.manual_seed(seed)
@@ -88,13 +88,13 @@ def train(row: Row, seed: int) -> nn.Module:
 def predict(network: nn.Module, images: np.ndarray, pooling: str) -> tuple[np.ndarray, np.ndarray]:
     """Scores (n, C) and maps of probabilities (n, C, h, w)."""
     with torch.inference_mode():
-        # in float32 every logit above 17 would be the same probability
+        # in float32 the sigmoid of every logit above 17 is 1
         logits = torch.cat([network(to_input(some)) for some in np.array_split(images, -(-len(images) // 64))]).double()
         return make_pooling(pooling)(logits).numpy(), torch.sigmoid(logits).numpy()
 
 
 def measure(scores: np.ndarray, maps: np.ndarray, data: Drawn, settings: Config) -> dict[str, Any]:
-    """AUC, and for each T_p how many boxes are found, how large they are against the true ones, how many are none."""
+    """AUC, and for each T_p the accuracy, the area relative to the true boxes, and the share of maps without a box."""
     image, classes = np.nonzero(data.labels)
     true, size = data.boxes[image, classes], data.images.shape[1:]
     result: dict[str, Any] = {"auc": auc_per_class(scores, data.labels, CLASSES), "boxes": len(true)}
@@ -122,7 +122,7 @@ def rounded(content: Any) -> Any:
 
 
 def shown_of(data: Drawn) -> list[tuple[int, int]]:
-    """(image, class) of what is drawn: the first test image of each class, not the one that looks best."""
+    """(image, class) of the drawn maps: the first test image of each class."""
     return [(int(np.argmax(data.labels[:, c])), c) for c in range(len(CLASSES))]
 
 

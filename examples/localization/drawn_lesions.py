@@ -1,4 +1,4 @@
-"""Drawn images with lesions of known boxes, that a small network learns from nothing in half a minute of one core.
+"""Generated images with lesions of known boxes. A small network learns them in half a minute on one core.
 
 A textured background, and on it none to four ellipses of four kinds: brighter, darker, and two gratings that differ in
 direction alone. None needs more than a small patch to be told from the background, and most are larger than one: what
@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 CLASSES = ("bright", "dark", "stripes", "bars")
-#: How often a class is in an image, as far as there is room.
+#: The frequency of a class in the images, as far as there is space.
 RATE = 0.4
 #: Half axes, as a share of the image's side.
 SMALLEST, LARGEST = 1 / 12, 1 / 4
@@ -54,8 +54,7 @@ def draw(count: int, size: int, seed: int | tuple[int, ...]) -> Drawn:
 
 
 def background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(size, size), of mean 0 and deviation 1: clouds, spots and grain, as one filtered noise that goes on beyond the
-    edge from the other side."""
+    """(size, size), of mean 0 and deviation 1: clouds, spots and grain, as one filtered periodic noise."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
     # spots of a Gaussian of s pixels, each s of the same share of the power, which lies in the area of its spectrum
     power = sum((s * np.exp(-2 * np.square(np.pi * s * frequency))) ** 2 for s in (2, 4, 16)) + 0.05
@@ -64,7 +63,7 @@ def background(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def place(half: np.ndarray, size: int, taken: list[np.ndarray], rng: np.random.Generator) -> np.ndarray | None:
-    """Where an ellipse of half axes ``half`` (x, y) lies within the image and touches none of ``taken``."""
+    """A centre at which an ellipse of half axes ``half`` (x, y) is inside the image and touches none of ``taken``."""
     for _ in range(20):
         centre = rng.uniform(half, size - half)
         if all(np.hypot(*(centre - other[:2])) > half.max() + other[2] for other in taken):
@@ -75,10 +74,10 @@ def place(half: np.ndarray, size: int, taken: list[np.ndarray], rng: np.random.G
 def add_lesion(
     image: np.ndarray, name: str, centre: np.ndarray, half: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Draws into ``image``; the box (x, y, w, h) of where it has more than half of its strength."""
+    """Draws a lesion into ``image``. Returns the box (x, y, w, h) of the area with more than half of its strength."""
     y, x = np.mgrid[: len(image), : len(image)] + 0.5
     outward = np.hypot((x - centre[0]) / half[0], (y - centre[1]) / half[1])
-    where = 1 / (1 + np.exp(np.clip((outward - 1) * half.min(), -30, 30)))  # an edge of some two pixels
+    where = 1 / (1 + np.exp(np.clip((outward - 1) * half.min(), -30, 30)))  # an edge of about two pixels
     look: float | np.ndarray = {"bright": 1.0, "dark": -1.0}.get(name, 0.0)
     if not look:
         angle = rng.uniform(-0.25, 0.25) + (np.pi / 2 if name == "bars" else 0.0)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from common.choices import Config
 from images.backbones import BACKBONES, TORCHVISION
 
-#: Pixels that a patch sees: how many of the three layers on the finished grid are 3x3 convolutions, the others 1x1.
+#: Receptive field of a patch in pixels: the number of 3x3 convolutions among the three last layers; the others are 1x1.
 FIELDS = {"17": 0, "33": 1, "65": 3}
-#: And the local ones of train_cxr.py, which take several times as long.
+#: And the local networks of train_cxr.py, which take several times as long.
 NETWORKS = (*FIELDS, *(name for name in BACKBONES if name not in TORCHVISION))
 STRIDE = 8
 POOLINGS = ("max", "softmax", "mean")
@@ -18,16 +18,16 @@ LOSSES = {"bag": "bag only", "sgl": "SGL", "mask": "SGL, mask penalty"}
 T_P = (0.5, 0.9)
 SEEDS = (4, 5, 6)
 
-#: What decides a run, beside its row and seed.
+#: The settings of a run besides its row and seed.
 SETTINGS: Config = {
     "size": 96, "train_images": 1000, "test_images": 400, "epochs": 10, "batch_size": 32, "lr": 3e-3,
     "weight_decay": 1e-4, "prior": 0.1, "delta_l": 0.3, "lam": 1.0, "lam_delay": 2.0, "lam_warmup": 4.0,
     "normalize": "bag", "mask_weight": 0.0, "rescale": True, "weighted": True,
     "upsampling": "bilinear", "morphology": 5,
-    "thresholds": 100,  # of MaxBoxAcc: maps that saturate have their best at 0.99
-    "cell_centre": 4.5,  # of the first cell of every network here, in pixels: 17, 33 or 65 have their middle on a pixel
+    "thresholds": 100,  # of MaxBoxAcc: for saturated maps the best is 0.99
+    "cell_centre": 4.5,  # of the first cell of every network, in pixels: odd fields have a middle pixel
 }  # fmt: skip
-#: And what a pooling or a loss changes of it: the paper's lam is 1 with max pooling, 20 with a softmax.
+#: The changes for a pooling or a loss. The paper's lam is 1 with max pooling, 20 with softmax pooling.
 SETTINGS_OF: dict[str, Config] = {
     "softmax": {"lam": 20.0},
     "mean": {"lam": 20.0},
@@ -63,7 +63,7 @@ TABLE = [Row(*row) for row in product(NETWORKS, POOLINGS, LOSSES)]
 
 
 def rows_of(name: str) -> list[Row]:
-    """The rows of the table that begin with ``name``, or the one with the settings that it ends with.
+    """The rows of the table that begin with ``name``, with the settings at the end of ``name``.
 
     Raises:
         ValueError: there is none.

@@ -67,7 +67,7 @@ def numbers_of(result: dict[str, Any], threshold: float) -> dict[str, float]:
 
 
 def over_seeds(found: Found, row: Row, threshold: float, base: Row | None = None) -> dict[str, list[float]]:
-    """The columns, a value per seed; of ``base`` those of the same seeds are taken away."""
+    """The columns with one value per seed. With ``base``, the differences from ``base`` with the same seeds."""
     columns: dict[str, list[float]] = {}
     for seed in sorted(run.seed for run in found if run.row == row):
         numbers = numbers_of(found[Run(row, seed)]["result"], threshold)
@@ -94,7 +94,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def tables_of(found: Found) -> str:
-    """The means; accuracies at each T_p; what each loss has more than the bag loss with the same network and images."""
+    """The means; the accuracies at each T_p; the differences from the bag loss with the same network and images."""
     rows = list(dict.fromkeys(run.row for run in found))
     accuracies = [f"accuracy_{t:g}" for t in bx.T_IOU]
     lines = []
@@ -139,8 +139,7 @@ def tables_of(found: Found) -> str:
 def best_of(found: Found) -> list[str]:
     """The highest mean at IoU 0.5 of the bag loss, and of all, at any T_p of the table, over as many seeds as any.
 
-    The boxes choose both, and among more rows that are self-guided than rows that are not: a comparison of tables, no
-    measure of either.
+    The test boxes choose both rows, and there are more self-guided rows. So the two values are no fair comparison.
     """
     count = max(sum(run.row == other.row for other in found) for run in found)
     lines = []
