@@ -20,7 +20,7 @@ def draw(shape: tuple[int, ...], bags_and_classes: tuple[int, int], share: float
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(shape, generator=generator).mul_(2)
     targets = (torch.rand(bags_and_classes, generator=generator) < share).float()
-    targets[0, 0] = 1.0  # at least one positive bag-class, whatever the share
+    targets[0, 0] = 1.0  # at least one positive (bag, class) pair, for every share
     return logits, targets
 
 

@@ -76,7 +76,7 @@ def pooled_loss(name, xs, target, pos_weight=1):
 
 
 def guidance(xs, label, delta_l, rescale=True, weighted=True):
-    """(M, part, alpha, w) of a bag-class; part "none" where there is no ranking."""
+    """(M, part, alpha, w) of a (bag, class) pair; part "none" if there is no ranking."""
     p = [sigmoid(x) for x in xs]
     if label == 0:
         return [mpf(0)] * len(xs), ["negative"] * len(xs), mpf(1), mpf(1)

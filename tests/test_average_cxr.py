@@ -40,16 +40,16 @@ def test_a_row_is_the_mean_and_the_worst_and_the_best(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("runs", "told"),
+    ("runs", "message"),
     [
         ({"a": metrics_of(0.5, 0.2)}, "NAME_SEED.json"),
         ({"a_0": metrics_of(0.5, 0.2), "a_1": metrics_of(0.5, 0.2, boxes=4)}, "other images or boxes"),
         ({"a_0": metrics_of(None, 0.2)}, "not defined"),
     ],
 )
-def test_what_is_no_table(tmp_path, capsys, runs, told):
+def test_wrong_files_are_refused(tmp_path, capsys, runs, message):
     assert average_cxr.main(written(tmp_path, **runs)) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "PNG", '{"auc": {"mean": 0.5}}'])

@@ -68,7 +68,7 @@ def test_options_are_in_groups_and_explained(helped, path):
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
-def test_a_last_line_says_what_to_do_next(path):
+def test_the_last_line_names_the_next_step(path):
     """Every command prints it: next_step, or to stderr where its output is a table for a file."""
     sources = [path.read_text()]
     for node in ast.walk(ast.parse(sources[0])):
@@ -121,7 +121,7 @@ def test_the_next_command_takes_the_same_data(tmp_path):
     assert parser.parse_args(words) == parser.parse_args(given)
 
 
-def test_check_ends_with_ok_or_what_is_wrong(tmp_path, capsys):
+def test_check_ends_with_ok_or_the_errors(tmp_path, capsys):
     data = tmp_path / "data"
     assert (
         importlib.import_module("make_synthetic_cxr").main(["--out", str(data), "--images", "30", "--size", "32"]) == 0

@@ -78,7 +78,7 @@ def test_a_seed_draws_the_same_again_and_another_one_others():
 
 
 @pytest.mark.parametrize("name", table.NETWORKS)
-def test_a_patch_sees_what_its_row_says(name):
+def test_the_receptive_field_is_that_of_the_row(name):
     network = compare.make_network(name).eval()
     field = int(name.removeprefix("local").removeprefix("bagnet"))
     for module in network.modules():  # without zeros that hide a pixel by chance
@@ -109,7 +109,7 @@ def test_rows_by_name():
             table.rows_of(wrong)
 
 
-def test_what_is_measured():
+def test_measures_by_hand():
     """Maps that show the lesions to the pixel, and maps of half of each: every number by hand."""
     data = drawn_lesions.draw(30, 48, 1)
     maps = np.zeros((*data.labels.shape, 48, 48))
@@ -188,7 +188,7 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     assert runs_in(out) == runs  # nothing is computed beside them
 
 
-def test_only_what_is_missing_is_computed(small, tmp_path, monkeypatch, capsys):
+def test_only_missing_runs_are_computed(small, tmp_path, monkeypatch, capsys):
     small_run(tmp_path, "17/max/bag", 1)
     there = runs_in(tmp_path)
 
@@ -207,7 +207,7 @@ def test_only_what_is_missing_is_computed(small, tmp_path, monkeypatch, capsys):
     assert all(again[key] == there["17/max/bag", 1][key] for key in ("result", "shown"))
 
 
-def test_nothing_there_is_said(tmp_path, capsys):
+def test_an_empty_folder_is_an_error(tmp_path, capsys):
     assert command.main(["--out", str(tmp_path), "--draw-only"]) == 2
     assert "there is no run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -216,7 +216,7 @@ def test_nothing_there_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("folder", [".", "other_settings", "other_seeds", "networks"])
-def test_what_was_computed_is_what_the_script_would_compute(folder):
+def test_committed_runs_have_the_current_settings(folder):
     """The committed runs have the committed settings, and the committed tables of means are computed from them."""
     out = command.Path(command.__file__).parent / "results" / "localization" / folder
     found = tables.collect(out / "runs.csv")

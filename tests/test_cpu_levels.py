@@ -61,7 +61,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("levels")
     torch.manual_seed(0)
     logits = torch.randn(4, 3, 5, 61) * 3
-    logits[0, 0] -= 60  # scaled bag-classes
+    logits[0, 0] -= 60  # scaled pairs
     logits[0, 1] += 60
     logits[0, 2, 0, :40] = 7e3
     logits[1, 1] = 0.25  # all alike

@@ -13,7 +13,7 @@ CONTENT = {
 }  # fmt: skip
 
 
-def test_a_row_holds_what_was_written(tmp_path):
+def test_rows_round_trip(tmp_path):
     path = tmp_path / "runs.csv"
     other = {"row": "x", "extra": {"seed": 1}}
     csv_table.write_rows([csv_table.row_of(CONTENT), csv_table.row_of(other)], path)

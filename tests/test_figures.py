@@ -125,7 +125,7 @@ def test_a_table_takes_the_place_of_the_files(tmp_path, capfd):
     assert "4 runs, 4 of them to compute" in capfd.readouterr().out
 
 
-def test_the_table_keeps_what_figure_5b_shows(tmp_path, monkeypatch):
+def test_the_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "bags", [8])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "sizes", [6])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "epochs", 1)
@@ -154,7 +154,7 @@ def threads_kept():
 
 
 @pytest.mark.usefixtures("threads_kept")
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     arguments = figures.parse_arguments([*TINY, "--epochs", "3", "--out", str(tmp_path)])
     run = figures.Run("sgl", 6, 8, 0)
     whole = json.loads(figures.compute(run, arguments).read_text())
@@ -193,7 +193,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert len(epochs) == 1
 
 
-def test_figure_5b_shows_what_the_runs_keep(tmp_path, monkeypatch):
+def test_figure_5b_shows_the_data_of_the_runs(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "draw_bags", lambda panels, *rest, **more: drawn.extend(panels))
     arguments = ["--figure", "5b", "--data", "digits", "--sizes", "6", "--bags", "8", "--epochs", "1", "--workers", "1"]
@@ -250,7 +250,7 @@ def test_quick_is_a_part_of_the_figure(figure):
         ["--figure", "4", "--options", "--data=x.npz"],
     ],
 )
-def test_what_contradicts_the_figure(wrong):
+def test_options_that_contradict_the_figure_are_refused(wrong):
     with pytest.raises(SystemExit):
         figures.parse_arguments(wrong)
 

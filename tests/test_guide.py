@@ -67,7 +67,7 @@ def test_memberships_weight_the_mean_of_each_part(device, normalize):
 
 
 @pytest.mark.parametrize("make", [padded, packed])
-def test_what_takes_no_part_is_left_out(device, make):
+def test_pairs_that_do_not_take_part_are_left_out(device, make):
     """A guide that gives NaN for it: unknown labels, empty bags and padding."""
 
     def careless(instances: Instances) -> Guidance:
@@ -97,7 +97,7 @@ def test_self_guidance_shows_it(device):
     torch.testing.assert_close(list(found), list(expected))
 
 
-def test_what_is_refused(device):
+def test_wrong_guides_are_refused(device):
     x, y = torch.randn(2, 1, 5).to(device), torch.tensor([[1.0], [0.0]], device=device)
     with pytest.raises(TypeError, match="guide: expected a function, got str"):
         SGLLoss(guide="soft")

@@ -151,7 +151,7 @@ def test_order_of_instances(impl, device):
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e30])
 @pytest.mark.parametrize("make_loss", [SGLLoss, BagLoss, BILLoss, MMMLoss])
-def test_what_takes_no_part_may_hold_anything(make_loss, device, garbage):
+def test_ignored_instances_may_have_any_value(make_loss, device, garbage):
     batch = random_batch([4, 9, 0], classes=2, positives=0.6)
     expected, _ = run(make_loss(), batch, device, packed)
     logits, call = padded(batch, device, padding=garbage)

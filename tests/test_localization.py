@@ -64,7 +64,7 @@ def test_upsampling_is_torchs(heatmap, height, width):
         (np.zeros((2, 2)), (4, 4), "cubic", "mode"),
     ],
 )
-def test_what_cannot_be_upsampled(heatmap, size, mode, named):
+def test_wrong_arguments_of_upsample_are_refused(heatmap, size, mode, named):
     with pytest.raises(ValueError, match=named):
         loc.upsample(heatmap, size, mode)
 
@@ -156,7 +156,7 @@ def test_the_edge_of_the_image_eats_nothing():
     assert not loc.open_and_close(np.zeros((12, 12), bool), 5).any()
 
 
-def test_what_opening_removes_is_no_box():
+def test_an_area_that_opening_removes_gives_no_box():
     heatmap = np.zeros((12, 12))
     heatmap[2, 2] = 0.9
     assert np.isnan(loc.heatmap_to_box(heatmap, (12, 12), side=3)).all()
@@ -507,7 +507,7 @@ TAKES_A_MAP = {
 @pytest.mark.parametrize("name", TAKES_A_MAP)
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
 @pytest.mark.parametrize("cell", [(0, 0), (1, 1)])
-def test_what_is_not_finite_in_a_map_is_refused_everywhere(name, bad, cell):
+def test_nonfinite_maps_are_refused_everywhere(name, bad, cell):
     heatmap = np.array([[0.1, 0.9], [0.4, 0.2]])
     TAKES_A_MAP[name](heatmap)
     heatmap[cell] = bad
@@ -573,7 +573,7 @@ def test_unsigned_boxes_by_hand():
 @pytest.mark.parametrize(
     "box", [[0, 0, -1, 4], [0, 0, 4, -0.5], [math.inf, 0, 1, 1], [0, 0, math.inf, 1], [0, 0, 4], 4.0]
 )
-def test_what_is_no_box_is_refused(box):
+def test_wrong_boxes_are_refused(box):
     for call in (
         lambda: loc.box_iou(box, [0, 0, 1, 1]),
         lambda: loc.box_iou([0, 0, 1, 1], box),

@@ -230,7 +230,7 @@ def test_hooks_of_a_pooling_are_called(impl, device):
 
 
 def test_it_teaches(device):
-    """A linear network told only which bags hold a bright instance finds the bright instances."""
+    """A linear network that is trained with bag labels finds the bright instances."""
     torch.manual_seed(0)
     x = torch.randn(64, 20, 4)
     bright = torch.rand(64, 20) < 0.1

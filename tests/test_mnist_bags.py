@@ -26,7 +26,7 @@ def draw(count=200, size=10.0, std=3.0, seed=0, positives=0):
     return draw_bags(pool, is_target, count, size, std, np.random.default_rng(seed), positives), is_target, pool
 
 
-def test_bags_are_what_they_say():
+def test_labels_of_bags_match_their_instances():
     bags, is_target, pool = draw()
     assert len(bags.labels) == 200
     assert bags.labels.sum() == 100
@@ -108,7 +108,7 @@ def run(out, *options):
     return json.loads((out / "metrics.json").read_text())
 
 
-def test_what_a_run_writes(tmp_path):
+def test_the_files_of_a_run(tmp_path):
     metrics = run(tmp_path, "--loss", "sgl", "--epochs", "2", "--runs", "2", "--seed", "5")
     assert metrics["config"]["loss"] == "sgl"
     assert [r["seed"] for r in metrics["runs"]] == [5, 6]

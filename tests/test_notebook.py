@@ -34,7 +34,7 @@ def test_the_notebook_runs(monkeypatch):
     assert found > 0.7
 
 
-def test_what_the_notebook_keeps_is_small_and_of_no_machine():
+def test_stored_outputs_are_small_and_name_no_machine():
     assert NOTEBOOK.stat().st_size < 100_000
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)

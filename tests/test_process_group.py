@@ -234,7 +234,7 @@ def test_sums_of_two_halves_finalize_to_the_whole(request, kernels, dtype, per_b
 
 
 @needs_kernel
-def test_what_finalize_refuses():
+def test_finalize_refuses_wrong_sums():
     sums, saved = torch.zeros(10, dtype=torch.float64), torch.zeros(3, _fused.CONSTANTS["saved_columns"])
     torch.library.opcheck(torch.ops.sgl_ops.sgl_finalize.default, (sums, saved, 1.0, 0.0, False, 2.0))
     for wrong in ((sums.float(), saved), (sums[:9], saved), (sums, saved[:, :5]), (sums, saved.half())):
@@ -243,7 +243,7 @@ def test_what_finalize_refuses():
 
 
 @pytest.mark.parametrize("kind", [SGLLoss, BagLoss, BILLoss, MMMLoss])
-def test_what_is_no_group(kind):
+def test_a_wrong_group_is_refused(kind):
     with pytest.raises(TypeError, match="process_group: expected None or"):
         kind(process_group="world")
     with pytest.raises(TypeError, match="process_group"):

@@ -67,7 +67,7 @@ def made_up_sdist(folder, without=(), size=0) -> Path:
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with the files that git tracks")
-def test_a_source_distribution_holds_what_git_tracks_and_is_small(tmp_path):
+def test_a_source_distribution_has_the_tracked_files_and_is_small(tmp_path):
     pictures = [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples" / "results").rglob("*.png")]
     assert pictures
     assert release.check_sdist(made_up_sdist(tmp_path, without=pictures))["bytes"] < release.LARGEST_SDIST

@@ -45,7 +45,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, capsys):
 
 
 @needs_kernel
-def test_a_kernel_that_fails_is_told(monkeypatch, capsys):
+def test_a_failing_kernel_is_reported(monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("no kernel image is available")
 

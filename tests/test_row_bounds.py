@@ -1,4 +1,4 @@
-"""The CPU kernels read a row's own memory alone: behind the last instance lies a page that nobody may touch."""
+"""The CPU kernels do not read beyond a row: a page without access follows the last instance."""
 
 import os
 import signal

@@ -182,7 +182,7 @@ def test_unknown_labels_and_broken_scores_are_left_out():
 # A training that stops and goes on, and several processes
 
 
-def test_state_dict_goes_on_where_it_stopped():
+def test_state_dict_continues_the_schedule():
     torch.manual_seed(1)
     steps = [(y * strength + torch.randn(16), y) for strength in torch.linspace(0, 3, 60) for y in [LABELS[:16]]]
     whole, part = (LamSchedule(1.0, rise=30, window=64, interval=3) for _ in range(2))
@@ -323,7 +323,7 @@ def test_k_as_a_share_of_the_bag():
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 5])
-def test_k_goes_on_after_a_checkpoint(cut):
+def test_k_continues_after_a_checkpoint(cut):
     whole, first, second = (TopKSchedule(8, start=240, steps=4) for _ in range(3))
     expected = [whole.step() for _ in range(6)]
     begun = [first.step() for _ in range(cut)]

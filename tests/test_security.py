@@ -65,7 +65,7 @@ def test_dangers_are_recognized(source):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_is_read_never_executes(path):
+def test_read_files_are_never_executed(path):
     assert dangers(path.read_text()) == []
 
 

@@ -48,7 +48,7 @@ def test_ends_are_exact_where_the_sigmoid_saturates(device):
         assert 0 < m[1] < 1
 
 
-def test_what_takes_no_part(device):
+def test_pairs_that_do_not_take_part(device):
     x = torch.randn(3, 4).to(device)
     x[0] = 0.5  # all alike
     got = self_guidance(x, torch.tensor([1.0, float("nan"), 0.0], device=device))

@@ -28,7 +28,7 @@ def assert_equal(value, gradient, expected_value, expected_gradient, dtype, unit
     for got, want in zip(gradient, expected_gradient, strict=True):
         want = torch.tensor([[float(v) for v in row] for row in want], dtype=torch.float64).reshape(got.shape)
         rounding = (limits.eps * want.abs() + limits.smallest_normal * limits.eps) / 2
-        # p - M cancels: what may be off is measured by the largest gradient of the bag-class
+        # p - M cancels: the error is relative to the largest gradient of the (bag, class) pair
         size = want.abs().amax(1, keepdim=True) if want.shape[1] else want
         assert ((got - want).abs() <= rounding + eps * size).all(), (got - want, want)
 

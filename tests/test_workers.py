@@ -23,7 +23,7 @@ def test_every_run_once_with_its_result():
     assert sorted(workers.compute_in_workers(square, [3, 1, 2], 2, 10)) == [(1, 11), (2, 14), (3, 19)]
 
 
-def test_an_error_of_a_run_is_told():
+def test_an_error_of_a_run_is_raised():
     with pytest.raises(ValueError, match="below 0"):
         list(workers.compute_in_workers(square, [-1], 1, 0))
 
