@@ -50,7 +50,11 @@ def test_no_worker_outlives_the_script(tmp_path, sent):
     folder.mkdir()
     path = os.pathsep.join([str(Path(workers.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [sys.executable, script, folder], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL
+        [sys.executable, script, folder],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.DEVNULL,
+        # a shell starts background jobs with Ctrl-C ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 120
     while len(list(folder.iterdir())) < 2:
