@@ -260,7 +260,7 @@ class TopKSchedule:
     def __init__(self, k: int | float = 8, *, start: int | float, steps: int):
         self.k, self.start = check_places("k", k), check_places("start", start)
         if isinstance(self.k, int) != isinstance(self.start, int):
-            raise TypeError(f"start: expected a {type(self.k).__name__} as k is, got {start!r}")
+            raise TypeError(f"start: expected the type of k, {type(self.k).__name__}, got {start!r}")
         if self.start < self.k:
             raise ValueError(f"start: expected at least k = {k}, got {start}")
         self.steps = _check_count("steps", steps, 1)

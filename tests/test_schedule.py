@@ -343,8 +343,8 @@ def test_every_k_is_one_that_the_pooling_takes():
     [
         ({"k": 0, "start": 4, "steps": 1}, ValueError, "k: "),
         ({"k": 8, "start": 4, "steps": 1}, ValueError, "start: expected at least k = 8"),
-        ({"k": 8, "start": 0.2, "steps": 1}, TypeError, "start: expected a int"),
-        ({"k": 0.1, "start": 8, "steps": 1}, TypeError, "start: expected a float"),
+        ({"k": 8, "start": 0.2, "steps": 1}, TypeError, "start: expected the type of k, int"),
+        ({"k": 0.1, "start": 8, "steps": 1}, TypeError, "start: expected the type of k, float"),
         ({"k": 8, "start": 16, "steps": 0}, ValueError, "steps: "),
         ({"k": 8, "start": 16, "steps": 2.0}, TypeError, "steps: "),
     ],

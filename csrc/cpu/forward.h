@@ -15,13 +15,16 @@ namespace SGL_LEVEL {
 template <class T>
 struct Extremes {
   T low, high;
-  double sum;  // negative_pass: of the loss, extremes_pass: of the logits / 64; NaN if a logit is NaN
+  double sum;  // negative_pass: of the loss, extremes_pass: of the logits / kDivisor; NaN if a logit is NaN
+
+  static constexpr int kDivisor = 64;  // no sum of finite numbers is infinite
 
   void merge(const Extremes& o) {
     low = o.low < low ? o.low : low;
     high = o.high > high ? o.high : high;
     sum += o.sum;
   }
+  double sum_of_logits() const { return sum * kDivisor; }  // of extremes_pass
   bool finite() const { return sum == sum && low > -infinity_of(T()) && high < infinity_of(T()); }
 };
 
@@ -74,7 +77,7 @@ Extremes<T> extremes_pass(const T* x, int64_t n) {
       x, n,
       [&](F v, auto live) SGL_INLINED {
         ends.add(v);
-        some += keep(live, v * T(1.0 / 64));  // no sum of finite numbers is infinite
+        some += keep(live, v * T(1.0 / Extremes<T>::kDivisor));
       },
       [&]() SGL_INLINED {
         sum.add(some);
@@ -352,7 +355,7 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
     return out;
   }
   const T mean =
-      against_zero ? e.low + (e.high - e.low) * T(0.5) : static_cast<T>(e.sum * 64 / static_cast<double>(row.n));
+      against_zero ? e.low + (e.high - e.low) * T(0.5) : static_cast<T>(e.sum_of_logits() / static_cast<double>(row.n));
   Extent<T> extent{e.low, e.high, T(0), T(0)};
   find_reference(settings, row, mean, parallel_for, extent);
   out.extent = {extent.low, extent.high, extent.reference, extent.tie_weight};
@@ -380,7 +383,7 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
     find_guided(settings, row, extent, scale, mean, pos_weight, parallel_for, out);
   }
   if (adds_logits(settings.pooling) && !against_zero) {
-    out.pooled[0] = e.sum * 64;  // the first pass has added them up
+    out.pooled[0] = e.sum_of_logits();
   } else if (has_sums(settings.pooling)) {
     find_pooled(settings, row, extent, scale, parallel_for, out);
   }
