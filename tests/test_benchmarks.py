@@ -1,4 +1,4 @@
-"""That the benchmarks run: on tiny shapes, and that of the GPU without one, which tells nothing about speed."""
+"""The benchmarks run: on tiny shapes, and bench_gpu.py on the CPU. These tests measure no speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 
 @needs_kernel
-def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch, capsys):
+def test_bench_cpu_writes_tables_and_a_plot(tmp_path, monkeypatch, capsys):
     import bench_cpu
     import measuring
 
@@ -42,7 +42,7 @@ def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch, capsys):
     assert "warning: the machine is busy: load average 9.0 on 2 cores before the measurement" in printed
     head, cells = (line.split() for line in printed[2:4])
     assert head[5:7] == ["us", "IQR"]
-    # the shape has three words; what was not compiled is "-"
+    # The shape fills three of the columns. "-" stands for the time of the loss that was not compiled.
     assert cells[4:6] == [str(row["median_us"]["sgl_ops"]), str(row["iqr_us"]["sgl_ops"])]
     assert cells[7] == "-"
     assert printed[4].startswith("warning: (4, 2, 16), 50%: wide interquartile range")
@@ -52,7 +52,7 @@ def test_bench_cpu_measures_and_draws(tmp_path, monkeypatch, capsys):
     assert parts["step"] == pytest.approx(sum(parts[name] for name in ("forward", "backward", "autograd", "rest")))
 
 
-def test_a_quiet_machine_gives_no_warning(monkeypatch, capsys):
+def test_busy_machine_or_wide_spread_warns_and_idle_machine_does_not(monkeypatch, capsys):
     import measuring
 
     monkeypatch.setattr(measuring.os, "getloadavg", lambda: (0.5, 9.0, 9.0))
@@ -74,13 +74,13 @@ def test_bench_poolings_measures_every_pooling(monkeypatch, capsys):
     torch.set_num_threads(threads)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row.split("|")[1].strip() for row in rows] == list(bench_poolings.POOLINGS)
-    # small probabilities: the naive formula of noisy_or is not exact where P rounds to 1
+    # Logits below 0: the naive formula of noisy_or is inexact where P rounds to 1.
     logits, targets = torch.randn(3, 2, 20) - 4, torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     for name, naive in bench_poolings.NAIVE.items():
         torch.testing.assert_close(naive(logits, targets), sgl_ops.BagLoss(name)(logits, targets))
 
 
-def test_a_training_step_is_profiled(tmp_path, capsys):
+def test_profile_names_the_parts_of_a_training_step(tmp_path, capsys):
     from training_step import profile_training_step
 
     profile_training_step(tmp_path, steps=2)
@@ -93,7 +93,7 @@ def test_a_training_step_is_profiled(tmp_path, capsys):
     assert "Self CPU" in capsys.readouterr().out
 
 
-def test_bench_gpu_runs(tmp_path):
+def test_bench_gpu_runs_on_the_cpu(tmp_path):
     script, out = ROOT / "benchmarks" / "bench_gpu.py", tmp_path / "out.json"
     result = subprocess.run(
         [sys.executable, str(script), "--device", "cpu", "--smoke", "--json", str(out)],
@@ -105,9 +105,9 @@ def test_bench_gpu_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Targets" in result.stdout
     report = json.loads(out.read_text())
-    assert len(report["results"]) == 8  # two cases, dtypes and shares of positive labels each
+    assert len(report["results"]) == 8  # 2 cases x 2 dtypes x 2 shares of positive labels
     for row in report["results"]:
         assert set(row["ratio"]) == {"eager", "compiled", "reference", "bce", "compiled bce", "copy"}, row["failed"]
         assert all(value > 0 for value in row["median_us"].values())
-    # none of the targets is met or missed by a CPU
+    # the targets apply to a GPU only
     assert [target["holds"] for target in report["targets"]] == [None] * 5

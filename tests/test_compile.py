@@ -8,7 +8,7 @@ from batches import external_pooling
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
 
-# torch.compile is Python: traced by coverage, too, it takes half as long again, and the lines are those of other tests
+# Coverage slows torch.compile, which is Python code, by half. Other tests cover the same lines.
 pytestmark = pytest.mark.no_cover
 
 CODES = sorted(_fused.CODE_OF_NAME.values())
@@ -42,7 +42,7 @@ def test_opcheck(fused_device, layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_opcheck_of_poolings(fused_device, layout, dtype):
     logits, _, mask, offsets = operands(layout, fused_device, dtype)
-    if offsets is not None:  # no empty bag: opcheck takes NaN for unequal to itself
+    if offsets is not None:  # no empty bag: opcheck counts NaN as different from NaN
         offsets = torch.tensor([0, 5, 7, 12], device=fused_device)
     pooling = (_fused.CODE_OF_NAME["topk"], 3.0)
     torch.library.opcheck(torch.ops.sgl_ops.pool_forward.default, (logits, mask, offsets, *pooling))
@@ -52,12 +52,12 @@ def test_opcheck_of_poolings(fused_device, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["map", "packed"])
-@pytest.mark.parametrize("name", ["sgl", "sgl with another pooling", "bag", "bil", "mmm"])
+@pytest.mark.parametrize("name", ["sgl", "sgl, external pooling", "bag", "bil", "mmm"])
 def test_compiles_in_one_graph(impl, device, layout, name):
     torch._dynamo.reset()
     loss = {
         "sgl": SGLLoss(impl=impl, mask_weight=0.5),
-        "sgl with another pooling": SGLLoss(impl=impl, pooling=external_pooling()),
+        "sgl, external pooling": SGLLoss(impl=impl, pooling=external_pooling()),
         "bag": BagLoss(pooling="topk", impl=impl),
         "bil": BILLoss(impl=impl),
         "mmm": MMMLoss(impl=impl),
@@ -88,7 +88,7 @@ def test_compiles_with_dynamic_shapes(fused_device):
         torch.testing.assert_close(value, loss(x, y))
 
 
-def test_exports(impl, device):
+def test_exported_program_gives_the_same_loss(impl, device):
     class Step(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -102,7 +102,7 @@ def test_exports(impl, device):
     torch.testing.assert_close(program.module()(x, y), Step()(x, y))
 
 
-def test_autocast_and_gradient_scaler(impl, device):
+def test_step_with_autocast_and_gradient_scaler_updates_the_model(impl, device):
     model = torch.nn.Conv2d(1, 2, 3).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
@@ -120,7 +120,7 @@ def test_autocast_and_gradient_scaler(impl, device):
     assert not torch.equal(before, model.weight)
 
 
-def test_gradient_scaler_sees_a_bad_logit(impl, device):
+def test_gradient_scaler_skips_the_step_of_an_infinite_logit(impl, device):
     weight = torch.ones(1, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
@@ -133,7 +133,7 @@ def test_gradient_scaler_sees_a_bad_logit(impl, device):
     assert scaler.get_scale() < 1024.0
 
 
-def test_functional_call(impl, device):
+def test_functional_call_gives_every_parameter_a_gradient(impl, device):
     model = torch.nn.Conv1d(1, 2, 3).to(device)
     x, y = torch.randn(3, 1, 12).to(device), torch.randint(0, 2, (3, 2)).to(device)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Every command of the examples that writes files: where a write fails, the error names the file."""
+"""Commands of the examples that write files: if a write fails, the error message names the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = "--backbone local17 --image-size 64 --batch-size 8 --epochs 1 --workers 
 
 @contextlib.contextmanager
 def files_up_to(size):
-    """No file of this process can grow beyond ``size`` bytes: a write fails as on a full disk, without a name."""
+    """Limits files of this process to ``size`` bytes. Larger writes fail as on a full disk, with no file name."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -31,10 +31,10 @@ def files_up_to(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_plain_write_has_no_name(tmp_path):
-    with files_up_to(10), pytest.raises(OSError, match="File too large") as plain:
+def test_error_of_a_plain_write_has_no_file_name(tmp_path):
+    with files_up_to(10), pytest.raises(OSError, match="File too large") as caught:
         (tmp_path / "x").write_text(20 * "x")
-    assert plain.value.filename is None
+    assert caught.value.filename is None
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +64,19 @@ def photos(tmp_path_factory):
 
 TRAIN = f"--data-dir {{films}} --out {{out}} {SMALL}"
 DIGITS = "--out {out} --data digits --bags 8 --val-bags 4 --test-bags 8 --epochs 1 --runs 1 --device cpu"
-#: command: options, bytes that a file may have, and the first file that is larger.
+#: command: (options, largest file size in bytes, pattern of the first larger file)
 COMMANDS = {
     "check_cxr": ("--data-dir {photos}", 10, "{photos}/split.csv"),
     "make_synthetic_cxr": ("--out {out} --images 4 --size 64", 500, "{out}/images_.*png"),
-    "train_cxr of its settings": (TRAIN, 100, "{out}/config.json"),
-    "train_cxr of its checkpoint": (TRAIN, 30_000, "{out}/(best|last).pt"),
-    "train_cxr of its cache": (TRAIN + " --cache {out}/cache", 20_000, "{out}/cache/cxr_64_.*part"),
-    "localize_cxr of its tables": ("--run {trained} --data-dir {films} --out {out} --draws 5", 100, "{out}/.*json"),
-    "localize_cxr of its report": (
+    "train_cxr, settings": (TRAIN, 100, "{out}/config.json"),
+    "train_cxr, checkpoint": (TRAIN, 30_000, "{out}/(best|last).pt"),
+    "train_cxr, cache": (TRAIN + " --cache {out}/cache", 20_000, "{out}/cache/cxr_64_.*part"),
+    "localize_cxr, tables": ("--run {trained} --data-dir {films} --out {out} --draws 5", 100, "{out}/.*json"),
+    "localize_cxr, report": (
         "--run {trained} --data-dir {films} --out {out} --draws 5", 30_000, "{out}/(localization.png|report.html)",
     ),
-    "train_mnist_bags of its checkpoint": (DIGITS, 1000, "{out}/sgl/seed0.pt"),
-    "train_cifar10_bags of its checkpoint": (
+    "train_mnist_bags, checkpoint": (DIGITS, 1000, "{out}/sgl/seed0.pt"),
+    "train_cifar10_bags, checkpoint": (
         DIGITS + " --stem imagenet --bag-size 4 --positives 1", 1000, "{out}/.*seed0.pt",
     ),
     "compare_localization": ("--out {out} --draw-only", 300, "{out}/localization.md"),
@@ -89,8 +89,8 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_file_is_named(name, films, trained, photos, tmp_path, capsys):
-    command = name.split(" ")[0]
+def test_error_names_the_file(name, films, trained, photos, tmp_path, capsys):
+    command = name.split(",")[0]
     options, size, expected = COMMANDS[name]
     if command == "train_cifar10_bags" and importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")

@@ -1,4 +1,4 @@
-"""Batches that several processes share: loss and gradient are those of one process that sees everything."""
+"""Batches split over several processes: loss and gradient equal those of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sgl_ops.functional import sgl_loss
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
 CLASSES, LENGTH = 3, 6
-SPLITS = {2: [5, 2], 3: [4, 1, 2]}  # bags of each rank: unequal, and one that no label is known of
+SPLITS = {2: [5, 2], 3: [4, 1, 2]}  # bags of each rank: unequal numbers; bag 4 has no known label
 
 LOSSES = {
     f"{impl}, {name}": (SGLLoss, {"impl": impl, **options})
@@ -31,7 +31,7 @@ LOSSES = {
         "softmax, lam": {"pooling": "softmax", "lam": 20.0, "mask_weight": 0.5},
         "per bag": {"normalize": "bag", "mask_weight": 0.5},
         "weights": {"class_weight": [1.0, 0.5, 2.0], "pos_weight": [2.0, 1.0, 3.0]},
-        "a pooling without kernel": {"pooling": external_pooling()},
+        "external pooling": {"pooling": external_pooling()},
         "topk": {"pooling": "topk"},
     }.items()
 } | {
@@ -61,8 +61,8 @@ def batch(layout):
     return logits, targets, mask, lengths
 
 
-def of_bags(layout, first, last):
-    """The call's arguments for bags first to last."""
+def arguments_of_bags(layout, first, last):
+    """Arguments of the loss for the bags in range(first, last): logits, targets, keywords."""
     logits, targets, mask, lengths = batch(layout)
     if layout == "padded":
         return logits[first:last], targets[first:last], {"mask": mask[first:last]}
@@ -78,12 +78,12 @@ def loss_of(name, group):
 
 
 def step(name, layout, first, last, group, poison=None, loss=None):
-    logits, targets, where = of_bags(layout, first, last)
+    logits, targets, keywords = arguments_of_bags(layout, first, last)
     logits = logits.clone()
     if poison is not None and len(logits):
         logits[0, 0] = poison
     logits.requires_grad_()
-    value = (loss_of(name, group) if loss is None else loss)(logits, targets, **where)
+    value = (loss_of(name, group) if loss is None else loss)(logits, targets, **keywords)
     value.backward()
     return value.detach(), logits.grad
 
@@ -119,16 +119,16 @@ def rank(number, world, folder):
         first = sum(SPLITS[world][:number])
         last = first + SPLITS[world][number]
         results = {case: step(*case, first, last, group) for case in CASES}
-        # a group of some of them: the others have nothing to do with it
-        some = dist.new_group([0])
+        # a group that contains rank 0 only
+        first_rank_only = dist.new_group([0])
         for case in MAX:
             poison = math.nan if number == world - 1 else None
             results["poisoned", case] = step(*case, first, last, group, poison=poison)
-            results["terms", case] = list(loss_of(case[0], group).terms(*of_bags("padded", first, last)[:2]))
-            results["alone", case] = step(*case, 0, 7, some) if number == 0 else None
+            results["terms", case] = list(loss_of(case[0], group).terms(*arguments_of_bags("padded", first, last)[:2]))
+            results["alone", case] = step(*case, 0, 7, first_rank_only) if number == 0 else None
             torch.compiler.reset()
-            whole = torch.compile(loss_of(case[0], group), backend="aot_eager", fullgraph=True)
-            results["compiled", case] = step(*case, first, last, group, loss=whole)
+            compiled = torch.compile(loss_of(case[0], group), backend="aot_eager", fullgraph=True)
+            results["compiled", case] = step(*case, first, last, group, loss=compiled)
             results["copied", case] = step(*case, first, last, group, loss=copy.deepcopy(loss_of(case[0], group)))
         results["ddp"] = gradients_of(DistributedDataParallel(Network()), first, last, group)
         torch.save(results, f"{folder}/rank{number}.pt")
@@ -138,7 +138,7 @@ def rank(number, world, folder):
 
 @pytest.fixture(scope="module", params=SPLITS)
 def ranks(request, tmp_path_factory):
-    """What every rank found."""
+    """The results of every rank."""
     world = request.param
     folder = tmp_path_factory.mktemp(f"ranks{world}")
     torch.multiprocessing.spawn(rank, (world, os.fspath(folder)), nprocs=world)
@@ -153,20 +153,20 @@ def test_ranks_equal_one_process(ranks, name, layout):
         torch.testing.assert_close(found, loss, rtol=1e-12, atol=0)
     together = torch.cat([of_rank[name, layout][1] for of_rank in ranks]) / len(ranks)
     torch.testing.assert_close(together, gradient, rtol=1e-12, atol=1e-15)
-    # a loss of its own on every rank is another one: were the group not looked at, this would be as near
+    # The loss of the first rank's bags alone differs: the check above fails if the group is ignored.
     alone = step(name, layout, 0, SPLITS[len(ranks)][0], None)[0]
     assert abs(alone - loss) > 1e-6
 
 
 @pytest.mark.parametrize("case", MAX, ids=str)
-def test_the_terms_are_of_the_whole_batch(ranks, case):
-    expected = loss_of(case[0], None).terms(*of_bags("padded", 0, 7)[:2])
+def test_terms_of_ranks_equal_terms_of_one_process(ranks, case):
+    expected = loss_of(case[0], None).terms(*arguments_of_bags("padded", 0, 7)[:2])
     for of_rank in ranks:
         torch.testing.assert_close(of_rank["terms", case], [t.detach() for t in expected], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("case", MAX, ids=str)
-def test_nan_of_one_rank_is_seen_by_all_and_spoils_no_other_gradient(ranks, case):
+def test_nan_on_one_rank_makes_every_loss_nan_and_no_other_gradient(ranks, case):
     _, broken = ranks[-1]["poisoned", case]
     assert all(bool(of_rank["poisoned", case][0].isnan()) for of_rank in ranks)
     assert broken[0, 0].isnan().any()
@@ -176,13 +176,13 @@ def test_nan_of_one_rank_is_seen_by_all_and_spoils_no_other_gradient(ranks, case
 
 @pytest.mark.parametrize("case", MAX, ids=str)
 @pytest.mark.parametrize("how", ["compiled", "copied"])
-def test_in_one_graph_and_as_a_copy(ranks, case, how):
+def test_compiled_or_copied_loss_gives_the_same_result(ranks, case, how):
     for of_rank in ranks:
         torch.testing.assert_close(of_rank[how, case], of_rank[case], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("case", MAX, ids=str)
-def test_a_group_of_one(ranks, case):
+def test_group_of_one_rank_equals_one_process(ranks, case):
     loss, gradient = step(*case, 0, 7, None)
     torch.testing.assert_close(ranks[0]["alone", case], (loss, gradient), rtol=1e-12, atol=1e-15)
 
@@ -194,14 +194,14 @@ def test_distributed_data_parallel_gets_the_gradient_of_one_process(ranks):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operators, on every device and without processes
+# The operators on every device, in one process
 
 
 @needs_kernel
 @pytest.mark.parametrize("kernels", ["cpu", "emulated", pytest.param("cuda", id="cuda")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per_bag", [False, True])
-def test_sums_of_two_halves_finalize_to_the_whole(request, kernels, dtype, per_bag):
+def test_sums_of_two_parts_finalize_to_the_loss_of_the_batch(request, kernels, dtype, per_bag):
     if kernels == "emulated":
         request.getfixturevalue("emulated")
     elif kernels == "cuda" and not (torch.cuda.is_available() and "cuda" in _fused.DEVICES):
@@ -224,17 +224,17 @@ def test_sums_of_two_halves_finalize_to_the_whole(request, kernels, dtype, per_b
     assert counts[1:].sum() == known * 90
     sums = torch.cat((counts.view(torch.float64), a[4:] + b[4:]))
     tolerance = {"rtol": 1e-6 if dtype == torch.float32 else 1e-12, "atol": 0}
-    for some, first in ((saved_a, 0), (saved_b, 15)):
-        bag_classes = some.shape[0] - 1
-        assert torch.equal(some[:-1], saved[first * CLASSES :][:bag_classes])
-        found = ops.sgl_finalize(sums, some, 2.0, 0.5, per_bag, 3.0)
+    for saved_part, first in ((saved_a, 0), (saved_b, 15)):
+        pairs = saved_part.shape[0] - 1
+        assert torch.equal(saved_part[:-1], saved[first * CLASSES :][:pairs])
+        found = ops.sgl_finalize(sums, saved_part, 2.0, 0.5, per_bag, 3.0)
         torch.testing.assert_close(found, (total, parts), **tolerance)
-        torch.testing.assert_close(some[-1], 3 * saved[-1], **tolerance)
-        assert torch.equal(some[:-1], saved[first * CLASSES :][:bag_classes])  # the bag-classes are left alone
+        torch.testing.assert_close(saved_part[-1], 3 * saved[-1], **tolerance)
+        assert torch.equal(saved_part[:-1], saved[first * CLASSES :][:pairs])  # the rows of the pairs are unchanged
 
 
 @needs_kernel
-def test_finalize_refuses_wrong_sums():
+def test_sgl_finalize_rejects_wrong_sums():
     sums, saved = torch.zeros(10, dtype=torch.float64), torch.zeros(3, _fused.CONSTANTS["saved_columns"])
     torch.library.opcheck(torch.ops.sgl_ops.sgl_finalize.default, (sums, saved, 1.0, 0.0, False, 2.0))
     for wrong in ((sums.float(), saved), (sums[:9], saved), (sums, saved[:, :5]), (sums, saved.half())):
@@ -243,7 +243,7 @@ def test_finalize_refuses_wrong_sums():
 
 
 @pytest.mark.parametrize("kind", [SGLLoss, BagLoss, BILLoss, MMMLoss])
-def test_a_wrong_group_is_refused(kind):
+def test_invalid_process_group_raises_type_error(kind):
     with pytest.raises(TypeError, match="process_group: expected None or"):
         kind(process_group="world")
     with pytest.raises(TypeError, match="process_group"):

@@ -1,4 +1,4 @@
-"""common/workers.py: several runs at once, their results and errors; no worker outlives the script."""
+"""common/workers.py: parallel runs, their results and errors; no worker outlives the script."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def square(x, plus):
     return x * x + plus
 
 
-def test_every_run_once_with_its_result():
+def test_every_run_is_computed_once():
     assert sorted(workers.compute_in_workers(square, [3, 1, 2], 2, 10)) == [(1, 11), (2, 14), (3, 19)]
 
 
-def test_an_error_of_a_run_is_raised():
+def test_error_of_a_run_is_raised():
     with pytest.raises(ValueError, match="below 0"):
         list(workers.compute_in_workers(square, [-1], 1, 0))
 
@@ -69,7 +69,7 @@ def test_no_worker_outlives_the_script(tmp_path, sent):
 
 
 def running(pid):
-    """Not gone, and not merely unburied."""
+    """Whether the process exists and is not a zombie."""
     status = Path(f"/proc/{pid}/stat")
     if status.parent.parent.joinpath("self").exists():
         return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
