@@ -1,9 +1,9 @@
 """Forward + backward of BagLoss for each pooling, beside its reference and beside the formula as people write it.
 
-    python benchmarks/bench_poolings.py [--rounds N] [--threads N] [--wall] [--poolings NAME ...] [--shapes N,C,L ...]
+    python benchmarks/bench_poolings.py [--rounds N] [--threads N] [--poolings NAME ...] [--shapes N,C,L ...]
 
-The three run in turn, round after round. A figure is the fastest round of each, a ratio that of the fastest rounds.
-Times are CPU seconds of this process; ``--wall``: wall clock. Both vary on a busy machine, which is a warning.
+The three run in turn, round after round. A time is the median over the rounds. A ratio is the median of the ratios
+within a round. Times are wall clock; they mean nothing on a busy machine, and the script warns of one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,8 @@ NAIVE: dict[str, Loss] = {
 }
 
 
-def measure(name: str, shape: tuple[int, int, int], rounds: int, clock: Callable[[], float]) -> tuple[dict, dict]:
-    """(microseconds of the fastest round, ratio to ours) of each contender."""
+def measure(name: str, shape: tuple[int, int, int], rounds: int) -> tuple[float, dict[str, float]]:
+    """(our median time in microseconds, the median ratio to ours of each contender)."""
     logits, targets = draw(shape, shape[:2], 0.3)
     logits.requires_grad_()
     losses: dict[str, Loss] = {
@@ -58,24 +59,26 @@ def measure(name: str, shape: tuple[int, int, int], rounds: int, clock: Callable
         step(loss, logits, targets)
     for _ in range(rounds):
         for contender, loss in losses.items():
-            start = clock()
+            start = time.perf_counter()
             for _ in range(calls):
                 step(loss, logits, targets)
-            times[contender].append((clock() - start) / calls)
-    fastest = {contender: min(values) * 1e6 for contender, values in times.items()}
-    return fastest, {contender: round(value / fastest["ours"], 2) for contender, value in fastest.items()}
+            times[contender].append((time.perf_counter() - start) / calls)
+    ours = times.pop("ours")
+    ratios = {
+        contender: median(theirs / own for theirs, own in zip(values, ours, strict=True))
+        for contender, values in times.items()
+    }
+    return median(ours) * 1e6, ratios
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--wall", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--poolings", nargs="+", choices=list(POOLINGS), default=list(POOLINGS))
     parser.add_argument("--shapes", nargs="+", help="N,C,L")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.perf_counter if options.wall else time.process_time
     shapes = [tuple(map(int, text.split(","))) for text in options.shapes] if options.shapes else SHAPES
     level = torch.ops.sgl_ops.cpu_level()
     print(f"torch {torch.__version__}, {options.threads} thread(s), {level}, commit {commit()}")
@@ -83,10 +86,8 @@ def main() -> None:
     print("| pooling | (N, C, L) | ours, us | naive / ours | reference / ours |\n|---|---|---|---|---|")
     for name in options.poolings:
         for shape in shapes:
-            fastest, ratios = measure(name, shape, options.rounds, clock)
-            print(
-                f"| {name} | {shape} | {fastest['ours']:.0f} | {ratios['naive']} | {ratios['reference']} |", flush=True
-            )
+            ours, ratios = measure(name, shape, options.rounds)
+            print(f"| {name} | {shape} | {ours:.0f} | {ratios['naive']:.2f} | {ratios['reference']:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

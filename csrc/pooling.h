@@ -137,7 +137,7 @@ struct MeanPooling : WeightedMean {
 
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(F, const Probability<F>& o, const Scale<T>&, const PoolingSettings<T>&) {
-    return {o.scaled_p, o.scaled_q, F(T(0))};
+    return {value(o.scaled_p), value(o.scaled_q), F(T(0))};
   }
   template <bool scaled, class F, class T>
   static SGL_HD F slope(F, const Probability<F>& o, const PoolingSettings<T>&, T slope1, T slope2) {
@@ -154,7 +154,7 @@ struct MeanLogitsPooling : PoolingBase {
 
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(F x, const Probability<F>&, const Scale<T>&, const PoolingSettings<T>&) {
-    return {x, F(T(0)), F(T(0))};
+    return {value(x), F(T(0)), F(T(0))};
   }
   static SGL_HD BagLogit finish(const PooledPair& s) {
     const double n = static_cast<double>(s.n);
@@ -203,7 +203,7 @@ struct LinearSoftmaxPooling : PoolingBase {
   }
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(F, const Probability<F>& o, const Scale<T>&, const PoolingSettings<T>&) {
-    return {o.scaled_p * o.scaled_p, o.scaled_pq, F(T(0))};
+    return {o.scaled_p * o.scaled_p, value(o.scaled_pq), F(T(0))};
   }
   static SGL_HD BagLogit finish(const PooledPair& s) {
     return {log(s.sum[0]) + 2 * s.scale.p - log(s.sum[1]) + s.scale.pq, 1 / s.sum[0], 1 / s.sum[1]};
@@ -235,10 +235,10 @@ struct LSEPooling : WeightedMean {
   }
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(F, const Probability<F>& o, const Scale<T>&, const PoolingSettings<T>& s) {
-    if (scaled) return {o.scaled_p, o.scaled_q, F(T(0))};  // r p (or r q) is tiny: the mean
+    if (scaled) return {value(o.scaled_p), value(o.scaled_q), F(T(0))};  // r p (or r q) is tiny: the mean
     const F short_of = shortfall(o, s);
     const F weight = exp(-short_of);
-    return {-weight * expm1_negative(-s.parameter * o.p), weight, -expm1_negative(-short_of)};
+    return {-weight * expm1_negative(-s.parameter * o.p), value(weight), -expm1_negative(-short_of)};
   }
   static SGL_HD BagLogit finish(const PooledPair& s) {
     const double a = s.sum[0], b = s.sum[1], c = s.sum[2], n = static_cast<double>(s.n), r = s.parameter;
@@ -276,7 +276,7 @@ struct NoisyOrPooling : PoolingBase {
 
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(F x, const Probability<F>& o, const Scale<T>& scale, const PoolingSettings<T>&) {
-    if (scaled && scale.p < T(0)) return {o.scaled_p, F(T(0)), F(T(0))};
+    if (scaled && scale.p < T(0)) return {value(o.scaled_p), F(T(0)), F(T(0))};
     return {softplus(x, o.u), F(T(0)), F(T(0))};
   }
   static SGL_HD BagLogit finish(const PooledPair& s) {
@@ -351,7 +351,7 @@ struct GeneralizedMeanPooling : PoolingBase {
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(
       F x, const Probability<F>& o, const Scale<T>& scale, const PoolingSettings<T>& s) {
-    if (scaled && scale.q > T(0)) return {F(T(1)), o.scaled_q, F(T(0))};  // r q is tiny: 1 - P is the mean of q
+    if (scaled && scale.q > T(0)) return {F(T(1)), value(o.scaled_q), F(T(0))};  // r q is tiny: 1 - P is the mean of q
     const F minus_log_p = softplus(-x, o.u);
     return {relative_power(minus_log_p, s), -expm1_negative(-s.parameter * minus_log_p), F(T(0))};
   }

@@ -46,6 +46,10 @@ SGL_HD double nan_of(double) { return bits_of<double>(uint64_t{0x7ff800000000000
 SGL_HD float select(bool condition, float a, float b) { return condition ? a : b; }
 SGL_HD double select(bool condition, double a, double b) { return condition ? a : b; }
 
+// x. Of Floats (cpu/vector.h) it is copied vector by vector.
+SGL_HD float value(float x) { return x; }
+SGL_HD double value(double x) { return x; }
+
 SGL_HD uint32_t to_bits(float x) { return bits_of<uint32_t>(x); }
 SGL_HD float from_bits(uint32_t bits) { return bits_of<float>(bits); }
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         images = bccd.prepare(args.data, args.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     arguments = ["--backbone", "timm/tf_efficientnet_lite0", "--stages", "blocks.3", "blocks.2"]
     arguments += ["--weights", args.weights, "--images", str(images), "--out", str(args.out / "features")]
@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments += ["--loss", loss, "--repeats", str(args.repeats), "--resume", *RECIPE]
         failed = train_features.main(arguments)
     if not failed:
-        draw(args.out, images, args.photos)
+        try:
+            draw(args.out, images, args.photos)
+        except OSError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
         options.next_step(f"open {args.out / 'bccd.png'}")
     return failed
 

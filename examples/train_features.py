@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import options
 from common.choices import LOSSES, POOLINGS
-from common.files import naming
+from common.files import naming, save_atomically
 
 HEADS = ("linear", "mlp", "attention", "gated")
 #: Options that do not change a result.
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
         model = train(reader, names, targets[torch.from_numpy(one.train)], settings, seed, history.append)
         predictions = predicted(model, reader, [labels.names[i] for i in one.test])
         state = {"model": model.state_dict(), "transform": reader.transform._asdict()}
-        torch.save(state, parts / f"{one.name}.pt")
+        save_atomically(state, parts / f"{one.name}.pt")
         save_predictions(path, predictions)
         begun = next((row["epoch"] for row in history if row["lam"] > 0), None)
         note = "" if args.loss != "sgl" else f", lam {'stayed 0' if begun is None else f'rose from epoch {begun}'}"

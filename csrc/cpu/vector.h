@@ -83,6 +83,13 @@ SGL_HD Floats<N> select(Mask<N> condition, Floats<N> x, Floats<N> y) {
   return {condition.a ? x.a : y.a, condition.b ? x.b : y.b};
 }
 
+// gcc copies a member of a struct of Floats in pieces of 16 bytes. The loads of whole vectors that follow have to wait for
+// all of them, which takes four times as long as the arithmetic of a pass.
+template <int N>
+SGL_HD Floats<N> value(Floats<N> x) {
+  return {x.a, x.b};
+}
+
 template <int N>
 SGL_HD Bits<N> to_bits(Floats<N> x) {
   return {bits_of<typename Raw<N>::U>(x.a), bits_of<typename Raw<N>::U>(x.b)};

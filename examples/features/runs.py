@@ -194,23 +194,22 @@ def write_tables(
         for i, name in enumerate(predictions.names.tolist()):
             places.setdefault(name, []).append((predictions, i))
     order = {name: i for i, name in enumerate(labels.names)}
-    with (
-        naming(folder / "bags.csv and instances.csv"),
-        (folder / "bags.csv").open("w", newline="") as bag_file,
-        (folder / "instances.csv").open("w", newline="") as instance_file,
-    ):
-        bag_writer, instance_writer = (csv.writer(f, lineterminator="\n") for f in (bag_file, instance_file))
-        bag_writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes])
-        instance_writer.writerow(["bag", "instance", "x", "y", *labels.classes])
+    with naming(folder / "bags.csv"), (folder / "bags.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes])
         for name, found in places.items():
             score = np.mean([p.bags[i] for p, i in found], 0)
             truth = ["" if math.isnan(v) else int(v) for v in labels.values[order[name]]]
-            bag_writer.writerow([name, *truth, *(f"{v:.6g}" for v in score)])
+            writer.writerow([name, *truth, *(f"{v:.6g}" for v in score)])
+    with naming(folder / "instances.csv"), (folder / "instances.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["bag", "instance", "x", "y", *labels.classes])
+        for name, found in places.items():
             instances = np.mean([p.instances[p.offsets[i] : p.offsets[i + 1]] for p, i in found], 0)
             coords = bags.coords(name)
             for j, values in enumerate(instances):
                 place = ("", "") if coords is None else (f"{coords[j][0]:g}", f"{coords[j][1]:g}")
-                instance_writer.writerow([name, j, *place, *(f"{v:.4g}" for v in values)])
+                writer.writerow([name, j, *place, *(f"{v:.4g}" for v in values)])
 
 
 def _without_nan(value: object) -> object:

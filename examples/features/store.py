@@ -13,6 +13,7 @@ Two forms of a folder:
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -84,7 +85,7 @@ class StoreWriter:
         coords = np.zeros((len(features), 2), COORDS) if bag.coords is None else bag.coords.astype(COORDS)
         for file_name, array in (("features.bin", features), ("coords.bin", coords)):
             with naming(self.folder / file_name), (self.folder / file_name).open("ab") as file:
-                array.tofile(file)
+                file.write(array.data)  # tofile() would hide that the last block does not fit on the disk
                 file.flush()
                 os.fsync(file.fileno())
         row = (name, len(features), *(bag.grid or (0, 0)), *(bag.size or (0, 0)))
@@ -104,8 +105,9 @@ class FileWriter:
     def add(self, name: str, bag: Bag) -> None:
         import h5py
 
-        beside = self.folder / f"{name}.tmp"
-        with h5py.File(beside, "w") as file:
+        # in memory first: the errors of HDF5 on a full disk do not name the file
+        content = io.BytesIO()
+        with h5py.File(content, "w") as file:
             file["features"] = bag.features.astype(np.float16)
             if bag.coords is not None:
                 file["coords"] = bag.coords
@@ -113,7 +115,10 @@ class FileWriter:
                 if value is not None:
                     file.attrs[key] = value
             file.attrs["settings"] = json.dumps(self.settings)
-        os.replace(beside, self.folder / f"{name}.h5")
+        beside, path = self.folder / f"{name}.tmp", self.folder / f"{name}.h5"
+        with naming(path):
+            beside.write_bytes(content.getbuffer())
+            os.replace(beside, path)
         self.names.add(name)
 
 

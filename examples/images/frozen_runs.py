@@ -46,20 +46,27 @@ def extract(args: argparse.Namespace) -> None:
     path, needed, free = args.out / "features.npy", 2 * math.prod(shape), disk_usage(args.out).free
     if needed > free:
         raise ValueError(f"{path}: the features need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    with naming(path):
-        features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    for i, name in enumerate(names):
-        with Image.open(paths[Path(name).stem]) as image:
+
+    def features_of(file: Path) -> np.ndarray:
+        with Image.open(file) as image:
             gray = torch.from_numpy(np.array(image.convert("L"), dtype=np.float32))[None, None]
         size = (args.image_size, args.image_size)
         gray = F.interpolate(gray, size, mode="bilinear", antialias=max(gray.shape[2:]) > args.image_size)
         with torch.no_grad():  # as the weights were trained in TensorFlow
             fine, coarse = network(((gray - 127) / 128).expand(-1, 3, -1, -1))
         fine = F.avg_pool2d(F.pad(fine, (0, 1, 0, 1), mode="replicate"), 3, 2)
-        features[i] = torch.cat([coarse, fine], 1)[0].numpy()
-        if i % 100 == 0:
-            print(f"{i} of {len(names)} images", flush=True)
-    features.flush()
+        return torch.cat([coarse, fine], 1)[0].numpy()
+
+    # written in order, not through a memory map: there, a disk that fills ends the process by a signal
+    with path.open("wb") as file:
+        header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for i, name in enumerate(names):
+            features = np.ascontiguousarray(features_of(paths[Path(name).stem]), np.float16)
+            with naming(path):
+                file.write(features.data)
+            if i % 100 == 0:
+                print(f"{i} of {len(names)} images", flush=True)
     with naming(args.out / "names.txt"):
         (args.out / "names.txt").write_text("\n".join(names) + "\n")
 
