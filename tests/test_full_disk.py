@@ -113,27 +113,22 @@ COMMANDS = {
     "extract_features": (
         "--images {photos} --backbone timm/resnet18 --weights none --cut 1 --out {out}", 700, "{out}/features.bin",
     ),
-    "extract_features of a file a bag": (
+    "extract_features, file a bag": (
         "--images {photos} --backbone timm/resnet18 --weights none --cut 1 --out {out} --format h5", 1000,
         "{out}/0.h5",
     ),
-    "train_features of its settings": (HEADS, 100, "{out}/settings.json"),
-    "train_features of its head": (HEADS, 2000, "{out}/parts/repeat0_fold0.pt"),
-    "train_features of its predictions": (HEADS, 10_000, "{out}/instances.csv"),
-    "train_features of its report": (HEADS, 30_000, "{out}/report.html"),
+    "train_features, settings": (HEADS, 100, "{out}/settings.json"),
+    "train_features, head": (HEADS, 2000, "{out}/parts/repeat0_fold0.pt"),
+    "train_features, predictions": (HEADS, 10_000, "{out}/instances.csv"),
+    "train_features, report": (HEADS, 30_000, "{out}/report.html"),
     "bccd_demo": ("--data {cells} --out {out}", 10, "{out}/labels.csv"),
     "frozen_cxr": ("table --runs {out} --out {out}/films.csv", 100, "{out}/films.csv"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-<<<<<<< HEAD
-def test_error_names_the_file(name, films, trained, photos, tmp_path, capsys):
+def test_error_names_the_file(name, films, trained, photos, bags, cells, tmp_path, capsys):
     command = name.split(",")[0]
-=======
-def test_the_file_is_named(name, films, trained, photos, bags, cells, tmp_path, capsys):
-    command = name.split(" ")[0]
->>>>>>> e2be06f (CPU: no copies of vectors in pieces; bench_poolings.py by medians; feature commands name the file on a full disk)
     options, size, expected = COMMANDS[name]
     if command == "train_cifar10_bags" and importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
