@@ -68,7 +68,9 @@ def test_compiles_in_one_graph(impl, device, layout, name):
         return loss(x * 1.5, targets, mask=mask, offsets=offsets)
 
     results = []
-    for run in (step, torch.compile(step, fullgraph=True)):
+    # Inductor takes half a minute to compile a reference. One loss is enough for its part of the work.
+    backend = "inductor" if (name, layout) == ("sgl", "map") else "aot_eager"
+    for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
         x = logits.clone().requires_grad_()
         value = run(x)
         value.backward()
