@@ -1,5 +1,7 @@
-// From the sums over the instances of each pair (bag, class) to the loss of the batch, and from there to what the gradient
-// needs: the same for every device.
+// Computes the loss of each (bag, class) pair and of the batch from sums over the instances, and the coefficients of
+// the gradient. All devices share this code.
+//
+// A pair means one (bag, class) pair throughout.
 #pragma once
 
 #include "pooling.h"
@@ -13,13 +15,13 @@ enum class Label : int8_t {
   kPositive
 };
 
-// What the instances of a pair contribute.
+// The instance loss of a pair.
 enum class Kind : int8_t {
-  kExcluded = 0,  // unknown label or no instance: takes no part
+  kExcluded = 0,  // unknown label or no instance: contributes nothing
   kNegative = 1,  // BCE against 0
   kPositive = 2,  // BCE against the ternary targets
-  kConstant = 3,  // positive, and all instances alike: only the bag loss sees it
-  kNonFinite = 4,  // holds a NaN or an infinity: loss and gradient are NaN
+  kConstant = 3,  // positive, all logits equal: only the bag loss applies
+  kNonFinite = 4,  // a logit is NaN or infinite: loss and gradient are NaN
   kBagOnly = 5,  // the loss has no instance term
   kRounded = 6,  // positive: BCE against the rounded probabilities
   kExtremes = 7,  // the smallest and the largest instance have a loss of their own
@@ -34,7 +36,7 @@ enum LossCode : int64_t {
   kBagLogits = 4,  // no loss: the bag logit of each pair
 };
 
-// The same for every pair.
+// Settings that all pairs share.
 struct Settings {
   double delta_l, lam, mask_weight;
   int64_t pooling;
@@ -43,18 +45,18 @@ struct Settings {
   int64_t loss;
 };
 
-// What the passes over the instances of one pair find.
+// The results of the passes over the instances of one pair.
 struct Sums {
   Kind kind;
-  bool positive;  // its label
-  int64_t n;  // instances
+  bool positive;  // the label
+  int64_t n;  // number of instances
   Extent<double> extent;
-  double median;  // of the logits, for kPositive
+  double median;  // median logit, for kPositive
   double loss[3];  // BCE of the negative, ambiguous and positive instances
   int64_t count[3];
   double square;  // of p at instances with M > 0, scaled as p is
   double pooled[3];  // sums of PoolingTerms
-  int64_t lows, highs;  // kExtremes: instances equal to the smallest and to the largest
+  int64_t lows, highs;  // kExtremes: numbers of instances equal to the smallest and to the largest logit
 };
 
 struct Pair {
@@ -64,7 +66,7 @@ struct Pair {
   int64_t count[3];
   double bag_logit;
   double bag_loss, bag_slope;  // BCE(P, y) and its derivative by the bag logit
-  double slope1, slope2;  // what the pooling needs for dz/dx
+  double slope1, slope2;  // values that the pooling needs for dz/dx
   double mask;  // sqrt(mean (p [M > 0])^2)
   double mask_slope;  // d mask / dx = mask_slope * scaled_p^2 * q
   // kBagInstanceLoss: d loss / d (sum of the BCE of the instances); kMinMeanMaxLoss: d loss / dx of a smallest instance
@@ -73,7 +75,7 @@ struct Pair {
 };
 
 SGL_HD Pair nonfinite_pair(const Sums& s) {
-  // Never silently dropped, whatever the weights of the terms. The denominators of the other pairs count it.
+  // The loss is NaN for all weights of the terms. The denominators of the other pairs count this pair.
   // Constant indices only: a dynamic index would move these arrays to local memory.
   Pair b = {};
   b.kind = s.kind;
@@ -149,7 +151,7 @@ SGL_HD Pair finalize_pair(const Sums& s, const Settings& settings, double pos_we
 
 SGL_HD double at_least_one(int64_t n) { return n > 1 ? static_cast<double>(n) : 1.0; }
 
-// Sums over the pairs that take part (Eq. 7, 9).
+// Sums over the pairs that are not excluded (Eq. 7, 9).
 struct Batch {
   int64_t participants;
   int64_t count[3];  // instances in each part
@@ -200,15 +202,15 @@ SGL_HD Loss loss_of(const Batch& batch, const Settings& settings) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What forward saves for backward: a row for each pair, and a last row with the denominators of the batch, which are known
-// only after all pairs.
+// Forward saves one row per pair for backward. A last row holds the denominators of the batch, which are known only
+// after all pairs.
 
 enum Column {
   kColumnKind,
   kColumnLow,
   kColumnHigh,
   kColumnReference,  // as in Extent
-  kColumnNegative,  // weight of the BCE of an instance in each part
+  kColumnNegative,  // these three: weight of the BCE of an instance in each part
   kColumnAmbiguous,
   kColumnPositive,
   kColumnMask,  // weight of the mask penalty
@@ -248,7 +250,7 @@ SGL_HD void save_row(const Sums& s, const Pair& b, const Settings& settings, dou
   row[kColumnTieWeight] = finite ? static_cast<T>(s.extent.tie_weight) : T(0);
 }
 
-// The inverse denominators, multiplied by ``times``.
+// Writes the reciprocals of the denominators, multiplied by ``times``.
 template <class T>
 SGL_HD void save_denominators(const Batch& batch, const Settings& settings, double times, T* row) {
   for (int k = 0; k < kColumns; ++k) row[k] = T(0);
@@ -259,7 +261,7 @@ SGL_HD void save_denominators(const Batch& batch, const Settings& settings, doub
         settings.per_bag ? row[kDenominatorPair] : static_cast<T>(times / at_least_one(batch.count[k]));
 }
 
-// The loss from the sums over all pairs. The gradient will be ``times`` that of the loss.
+// Computes the loss from the sums over all pairs. Backward returns ``times`` the gradient of the loss.
 template <class T>
 SGL_HD void finalize_batch(
     const Batch& batch, const Settings& settings, double times, T* total, T* parts, T* denominators) {
@@ -271,7 +273,7 @@ SGL_HD void finalize_batch(
   parts[2] = static_cast<T>(loss.mask);
 }
 
-// A Batch as the operators return it, to be added up over processes: its integers first, then its floating numbers.
+// The operators return a Batch as a tensor that processes sum: its integers first, then its floating-point numbers.
 constexpr int64_t kBatchNumbers = 10, kBatchIntegers = 4;
 static_assert(sizeof(Batch) == kBatchNumbers * sizeof(double), "");
 
@@ -285,7 +287,7 @@ struct Coefficients {
   T negative, ambiguous, positive, mask, slope1, slope2, pos_weight;
   Guide<T> guide;
   Scale<T> scale;
-  int64_t pooling_code;  // NoPooling where the bag logit has no influence
+  int64_t pooling_code;  // NoPooling if the gradient of the bag logit is 0
   PoolingSettings<T> pooling;
 };
 
@@ -314,7 +316,7 @@ SGL_HD Coefficients<T> coefficients(
   return k;
 }
 
-// The gradient of an instance without the bag loss, for each kind that has one.
+// The gradient of the instance terms with respect to the logit of an instance. It is 0 for kinds without such a term.
 template <Kind kind, bool scaled, class F, class T>
 SGL_HD F instance_slope(F x, const Probability<F>& o, const Coefficients<T>& k) {
   if (kind == Kind::kNegative) return k.negative * o.p;

@@ -1,11 +1,11 @@
-// float16 and bfloat16 as bit patterns, to and from float without a branch or a table, so that loops vectorize.
+// Conversions between float and float16 or bfloat16 bit patterns, without branches or tables so that loops vectorize.
 #pragma once
 
 #include "vector_math.h"
 
 namespace sgl {
 
-enum class Type {  // of logits
+enum class Type {  // dtype of the logits
   kFloat,
   kDouble,
   kHalf,
@@ -31,7 +31,7 @@ SGL_HD float read_as(float, Half v) {
   return result;
 #else
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
-  // exponents are biased by 15, in floats by 127; the product brings subnormals into place, too
+  // The exponent bias is 15, that of float is 127. The product also converts subnormals.
   const float finite = bits_of<float>(magnitude) * bits_of<float>((127u + 112u) << 23);
   const uint32_t special = magnitude | 0x7f800000u;
   const uint32_t bits = magnitude >= (31u << 23) ? special : bits_of<uint32_t>(finite);
@@ -55,9 +55,9 @@ SGL_HD void write_as(Half* to, float v) {
 #else
   const uint32_t bits = bits_of<uint32_t>(v);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // to nearest, ties to even: the carry of the mantissa runs into the exponent, and on to infinity
+  // Round to nearest, ties to even. A carry of the mantissa increments the exponent, up to infinity.
   const uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // beside 0.5 the last bit of a float is worth as much as that of a subnormal half
+  // The last bit of a float near 0.5 has the value of the last bit of a subnormal half.
   const uint32_t subnormal = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - (126u << 23);
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   const uint32_t bounded = magnitude >= (143u << 23) ? 0x7c00u : finite;

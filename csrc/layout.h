@@ -1,4 +1,4 @@
-// Where the instances of a bag-class lie in memory, in every layout: maps, padded and packed bags, any strides.
+// The memory layout of the instances of a pair (bag, class): maps, padded and packed bags, any strides.
 #pragma once
 
 #include <cstdint>
@@ -6,26 +6,27 @@
 
 namespace sgl {
 
-// One dimension of the instances of a bag, with what a step in it means in the logits, the mask and the gradient.
+// One dimension of the instances of a bag: its size, and its strides in the logits, the mask and the gradient.
 struct Dimension {
   int64_t size, logits, mask, grad;
 };
 
 struct Layout {
   int64_t bags = 0, classes = 0;
-  // steps from bag to bag (packed: from row to row) and from class to class
+  // strides from bag to bag (packed: from row to row) and from class to class
   int64_t logits_bag = 0, logits_class = 0, mask_bag = 0, grad_bag = 0, grad_class = 0;
   std::vector<Dimension> dimensions;  // dense: outermost first, at least one; packed: one, its size set per bag
-  std::vector<int64_t> starts;  // packed: N + 1 offsets, clamped into the logits; empty where bags are dense
-  int64_t longest = 0;  // most instances of a bag
+  std::vector<int64_t> starts;  // packed: N + 1 offsets, clamped into the logits; empty for dense bags
+  int64_t longest = 0;  // number of instances of the largest bag
 
   bool packed() const { return !starts.empty(); }
 
-  // Whether an instance's classes lie side by side, and its neighbours elsewhere: packed bags, channels_last.
+  // Whether the classes of an instance are adjacent in memory and its neighbours are not: packed bags, channels_last.
   bool classes_inside() const { return logits_class == 1 && grad_class <= 1 && dimensions.back().logits != 1; }
 };
 
-// Neighbouring dimensions that one step walks through become one, and those of size 1 go: a contiguous map is a row.
+// Merges neighbouring dimensions that have a common stride, and drops dimensions of size 1. A contiguous map becomes
+// one dimension.
 inline std::vector<Dimension> collapse(const std::vector<Dimension>& all) {
   std::vector<Dimension> kept;
   for (const Dimension& d : all) {
@@ -43,13 +44,13 @@ inline std::vector<Dimension> collapse(const std::vector<Dimension>& all) {
   return kept;
 }
 
-// The instances of one bag-class.
+// The instances of one pair.
 struct Instances {
   const Dimension* dimensions;
-  int count;  // of dimensions
+  int count;  // number of dimensions
   int64_t inner;  // size of the last dimension
-  int64_t logits, mask, grad;  // where the first instance lies
-  int64_t positions;  // instances and padding together
+  int64_t logits, mask, grad;  // index of the first instance in each tensor
+  int64_t positions;  // number of instances including padding
 };
 
 inline Instances instances_of(const Layout& layout, int64_t bag, int64_t cls) {
@@ -69,7 +70,7 @@ inline Instances instances_of(const Layout& layout, int64_t bag, int64_t cls) {
   return r;
 }
 
-// Visits the runs along the last dimension, in row-major order of the instances.
+// Iterates over the runs along the last dimension, in row-major order of the instances.
 class Runs {
  public:
   explicit Runs(const Instances& r)
@@ -92,7 +93,7 @@ class Runs {
     done_ = true;
   }
 
-  int64_t logits, mask, grad;  // where the run starts
+  int64_t logits, mask, grad;  // index of the start of the run
 
  private:
   const Instances& instances_;

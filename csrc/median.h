@@ -5,7 +5,7 @@
 
 namespace sgl {
 
-// Floats in their order as integers, and back
+// Maps a float to an integer with the same order, and back
 SGL_HD int32_t order_of(float x) {
   const int32_t bits = bits_of<int32_t>(x);
   return bits < 0 ? bits ^ 0x7fffffff : bits;
@@ -17,15 +17,15 @@ SGL_HD int64_t order_of(double x) {
 SGL_HD float at_order(int32_t order) { return bits_of<float>(order < 0 ? order ^ 0x7fffffff : order); }
 SGL_HD double at_order(int64_t order) { return bits_of<double>(order < 0 ? order ^ 0x7fffffffffffffff : order); }
 
-// The smallest of n numbers that at least `wanted` of them do not exceed. By passes that only compare and count, several
-// times faster than one selection that moves numbers, and the same on every device.
+// The `wanted`-th smallest of n numbers, counted from 1. The passes only compare and count. This is several times
+// faster than a selection that moves numbers, and it gives the same result on every device.
 //
-// Two ends enclose the result, and for both it is known how many numbers do not exceed them. Most passes try where a
-// straight line between the ends has the result; a smooth distribution takes five to eight passes. The first one tries
-// `guess`. To bound the number of passes, some passes halve the floats in between, and some try just below the largest
-// number that is not above the upper end, as several numbers may be equal to the result.
+// The search keeps an interval that contains the result. For both ends it knows how many numbers are less than or
+// equal. The first pass tries `guess`. Most passes interpolate linearly between the ends; a smooth distribution takes
+// five to eight passes. Two other kinds of passes bound the number of passes: some bisect the floats of the interval,
+// and some try the float just below the largest number in the interval, because several numbers may equal the result.
 //
-// count_up_to(pivot): how many are <= pivot; largest_up_to(pivot): the largest of those.
+// count_up_to(pivot): the number of values <= pivot; largest_up_to(pivot): the largest of these values.
 template <class T, class Count, class Largest>
 SGL_HD T order_statistic(
     int64_t n, int64_t wanted, T smallest, T largest, T guess, const Count& count_up_to, const Largest& largest_up_to) {
@@ -37,7 +37,7 @@ SGL_HD T order_statistic(
     if (step % 8 == 7) {
       right = largest_up_to(right);
       const auto order = order_of(right);
-      high = order < high ? order : high;  // not if it is 0 and was -0
+      high = order < high ? order : high;  // keep `high` if it is -0 and the new value is 0
       if (low >= high) break;
       middle = high - 1;
     } else if (step % 4 != 3 && (step < 8 || step % 2 == 0)) {
@@ -61,10 +61,10 @@ SGL_HD T order_statistic(
   return at_order(low);
 }
 
-// The lower median, as torch.median has it; `guess` is best the mean.
+// Rank of the lower median, which torch.median returns. The mean is a good `guess` for it.
 SGL_HD int64_t median_rank(int64_t n) { return (n + 1) / 2; }
 
-// Where order_statistic() looks first for the k-th largest of n numbers: the tail of a normal distribution.
+// First guess of order_statistic() for the k-th largest of n numbers, from the tail of a normal distribution.
 template <class T>
 SGL_HD T guess_kth_largest(int64_t n, int64_t k, T mean, T largest) {
   const double all = static_cast<double>(n);

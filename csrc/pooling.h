@@ -1,7 +1,7 @@
 // Pooling: the bag logit z = log P - log(1 - P) of a pair (bag, class), and its derivative dz/dx (Eq. 3, 4).
 //
-// Each pooling is one struct. Kernels choose it by its code with with_pooling() and add up its terms over the instances.
-// docs/adding-a-pooling.md lists what a new pooling needs.
+// Each pooling is one struct. Kernels select it by its code with with_pooling() and sum its terms over the instances.
+// docs/adding-a-pooling.md explains how to add a pooling.
 #pragma once
 
 #include "vector_math.h"
@@ -9,40 +9,40 @@
 namespace sgl {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What poolings are given and what they return
+// Inputs and outputs of the poolings
 
-// A number of the pair that a pooling needs before the sums; forward passes look for it.
+// A value of the pair that a pooling needs before its terms are summed. Forward computes it in a separate pass.
 enum class Reference {
   kNone,
   kNearestToZero,  // the smallest |x|
   kKthLargest,  // the k-th largest x, and the weight of the instances tied for it
 };
 
-// The logits of a pair in a few numbers.
+// Summary of the logits of a pair.
 template <class T>
 struct Extent {
   T low, high;  // smallest and largest logit
-  T reference;  // as the pooling's kReference says; 0 for kNone
+  T reference;  // the value that the pooling's kReference names; 0 for kNone
   T tie_weight;  // kKthLargest: weight of an instance equal to the reference, above 0 and at most 1
 };
 
-// What the terms and the slope of an instance need of the pair.
+// Values of the pair that terms() and slope() need.
 template <class T>
 struct PoolingSettings {
   T parameter;
   T high;  // largest logit
-  T reference, tie_weight;  // each pooling's own
+  T reference, tie_weight;  // their meaning depends on the pooling
 };
 
-// Up to three numbers of an instance, which are added up over the pair.
+// Up to three terms of an instance. They are summed over the pair.
 template <class F>
 struct PoolingTerms {
   F a, b, c;
 };
 
-// What is known of a pair after the passes.
+// The results of the passes over a pair.
 struct PooledPair {
-  double sum[3];  // of the terms
+  double sum[3];  // sums of the terms
   int64_t n;  // instances
   Extent<double> extent;
   Scale<double> scale;
@@ -51,20 +51,20 @@ struct PooledPair {
 
 struct BagLogit {
   double z;
-  double slope1, slope2;  // what slope() needs of the pair
+  double slope1, slope2;  // values of the pair that slope() needs
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The poolings. A struct has
-//   kCode, kName    how the operators and Python name it
-//   kSums           how many of the terms it uses
-//   kReference      which number of the pair it needs before the sums
+//   kCode, kName    its code for the operators and its name in Python
+//   kSums           the number of terms that it uses
+//   kReference      the value of the pair that it needs before its terms are summed
 //   kCountsMaxima   whether its only term is 1 for each instance equal to the largest
 //   kAddsLogits     whether its only term is the logit
-//   kParameter      whether it has a parameter (which is 1 elsewhere)
+//   kParameter      whether it has a parameter; otherwise the parameter is 1
 //   scale           powers of e that keep its sums in the range of floats
-//   settings        numbers of the pair that its terms and its slope need
-//   terms           what is added up
+//   settings        values of the pair that its terms and its slope need
+//   terms           the terms of an instance, which are summed over the pair
 //   finish          the bag logit from the sums
 //   slope           dz/dx of an instance
 
@@ -88,14 +88,14 @@ struct WeightedMean : PoolingBase {
   static SGL_HD BagLogit finish(const PooledPair& s) {
     return {log(s.sum[0]) + s.scale.p - log(s.sum[1]) + s.scale.q, 1 / s.sum[0], 1 / s.sum[1]};
   }
-  // for constant weights
+  // dz/dx for constant weights
   template <class F, class T>
   static SGL_HD F mean_slope(const Probability<F>& o, T slope1, T slope2) {
     return o.scaled_p * o.q * slope1 + o.p * o.scaled_q * slope2;
   }
 };
 
-// The bag loss is computed elsewhere.
+// No bag loss in the operator: Python computes it.
 struct NoPooling : PoolingBase {
   static constexpr int64_t kCode = 0;
   static constexpr const char* kName = "none";
@@ -196,7 +196,7 @@ struct LinearSoftmaxPooling : PoolingBase {
   static constexpr const char* kName = "linear_softmax";
   static constexpr Reference kReference = Reference::kNearestToZero;
 
-  // p (1 - p) of every instance may be tiny where neither all p nor all 1 - p are
+  // Every p (1 - p) may be tiny although neither all p nor all 1 - p are.
   template <class T>
   static SGL_HD Scale<T> scale(const Extent<T>& e) {
     return scale_of(e.low, e.high, e.reference);
@@ -227,7 +227,8 @@ struct LSEPooling : WeightedMean {
     const Probability<T> o = probability<false>(e.high, none);
     return {static_cast<T>(parameter), e.high, e.high < T(0) ? o.p : o.q, T(0)};
   }
-  // r (max p - p) >= 0: the weight e^(r p) is e^-shortfall times the largest. From p or from 1 - p, whichever is small.
+  // r (max p - p) >= 0: the weight e^(r p) is e^-shortfall times the largest weight. For precision, the difference is
+  // computed from p if the largest p is below 1/2, otherwise from 1 - p.
   template <class F, class T>
   static SGL_HD F shortfall(const Probability<F>& o, const PoolingSettings<T>& s) {
     const F d = s.high < T(0) ? s.reference - o.p : o.q - s.reference;
@@ -235,7 +236,7 @@ struct LSEPooling : WeightedMean {
   }
   template <bool scaled, class F, class T>
   static SGL_HD PoolingTerms<F> terms(F, const Probability<F>& o, const Scale<T>&, const PoolingSettings<T>& s) {
-    if (scaled) return {value(o.scaled_p), value(o.scaled_q), F(T(0))};  // r p (or r q) is tiny: the mean
+    if (scaled) return {value(o.scaled_p), value(o.scaled_q), F(T(0))};  // r p (or r q) is tiny: P is the mean
     const F short_of = shortfall(o, s);
     const F weight = exp(-short_of);
     return {-weight * expm1_negative(-s.parameter * o.p), value(weight), -expm1_negative(-short_of)};
@@ -244,8 +245,8 @@ struct LSEPooling : WeightedMean {
     const double a = s.sum[0], b = s.sum[1], c = s.sum[2], n = static_cast<double>(s.n), r = s.parameter;
     if (s.scale.p < 0) return {log(a / n) + s.scale.p, 1 / a, 0};
     if (s.scale.q > 0) return {s.scale.q - log(b / n), 0, 1 / b};
-    // With weights e^(r (p - max p)): P = max p + log(mean weight) / r cancels where P is small, and
-    // P = log1p(mean(e^(rp) - 1)) / r is used there; Q = 1 - P = min q - log(mean weight) / r never cancels.
+    // The weights are e^(r (p - max p)). P = max p + log(mean weight) / r cancels for small P, so small P are computed
+    // as log1p(mean(e^(rp) - 1)) / r. Q = 1 - P = min q - log(mean weight) / r never cancels.
     const Probability<double> o = probability<false>(s.extent.high, Scale<double>{0, 0, 0, false});
     const double loss = c / n < 0.5 ? -log1p(-c / n) : -log(b / n);
     const double largest = r * o.p;
@@ -268,7 +269,7 @@ struct LSEPooling : WeightedMean {
   }
 };
 
-// P = 1 - prod (1 - p). The sum is -log(1 - P); where every p is tiny it is the sum of the scaled p.
+// P = 1 - prod (1 - p). The sum is -log(1 - P). If every p is tiny, it is the sum of the scaled p.
 struct NoisyOrPooling : PoolingBase {
   static constexpr int64_t kCode = 7;
   static constexpr const char* kName = "noisy_or";
@@ -291,15 +292,15 @@ struct NoisyOrPooling : PoolingBase {
   }
 };
 
-// P = mean of the k largest p. The parameter is k, or below 1 the fraction of the bag. Instances tied at the k-th place
-// share the places that are left equally.
+// P = mean of the k largest p. The parameter is k, or a fraction of the bag if it is below 1. Instances tied at the
+// k-th place share the remaining places equally.
 struct TopKPooling : WeightedMean {
   static constexpr int64_t kCode = 8;
   static constexpr const char* kName = "topk";
   static constexpr Reference kReference = Reference::kKthLargest;
   static constexpr bool kParameter = true;
 
-  // Places among n > 0 instances. In integers, so that every device and the reference count alike.
+  // k for a bag of n > 0 instances. Integer arithmetic gives the same k on every device and in the reference.
   static SGL_HD int64_t places(int64_t n, double parameter) {
     if (parameter >= 1) return parameter < static_cast<double>(n) ? static_cast<int64_t>(parameter) : n;
     constexpr int64_t kWhole = int64_t{1} << 30;
@@ -307,7 +308,7 @@ struct TopKPooling : WeightedMean {
     return k < 1 ? 1 : k < n ? k : n;
   }
 
-  // the smallest logit that counts is the k-th largest
+  // the k-th largest logit is the smallest one that contributes
   template <class T>
   static SGL_HD Scale<T> scale(const Extent<T>& e) {
     return scale_of(e.reference, e.high);
@@ -337,7 +338,7 @@ struct GeneralizedMeanPooling : PoolingBase {
   static constexpr const char* kName = "generalized_mean";
   static constexpr bool kParameter = true;
 
-  // the reference is -log p of the largest logit
+  // s.reference is -log p of the largest logit
   template <class T>
   static SGL_HD PoolingSettings<T> settings(const Extent<T>& e, double parameter) {
     return {static_cast<T>(parameter), e.high, softplus(-e.high, exp(minus_magnitude(e.high))), T(0)};
@@ -358,7 +359,7 @@ struct GeneralizedMeanPooling : PoolingBase {
   static SGL_HD BagLogit finish(const PooledPair& s) {
     const double a = s.sum[0], n = static_cast<double>(s.n), r = s.parameter, missing = s.sum[1] / n;
     if (s.scale.q > 0) return {s.scale.q - log(missing), 1 / (a * missing), 0};
-    // t = -log P > 0, from mean(1 - p^r) where that is small, else from the mean of p^r relative to the largest
+    // t = -log P > 0 from mean(1 - p^r) if that is small, otherwise from the mean of (p / max p)^r
     const double high = s.extent.high;
     const double t =
         missing < 0.5 ? -log1p(-missing) / r : softplus(-high, exp(minus_magnitude(high))) - log(a / n) / r;
@@ -372,7 +373,7 @@ struct GeneralizedMeanPooling : PoolingBase {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The list, and the choice by code
+// The list of poolings, and their selection by code
 
 #define SGL_POOLINGS(X)   \
   X(NoPooling)            \
@@ -386,7 +387,7 @@ struct GeneralizedMeanPooling : PoolingBase {
   X(TopKPooling)          \
   X(GeneralizedMeanPooling)
 
-// Operators refuse any other code before they start a kernel (check_pooling in tensors.h).
+// The operators reject any other code before they start a kernel (check_settings in tensors.h).
 SGL_HD bool is_pooling(int64_t code) {
   switch (code) {
 #define SGL_CASE(P) case P::kCode:
@@ -397,7 +398,7 @@ SGL_HD bool is_pooling(int64_t code) {
   return false;
 }
 
-// f(pooling), with an object of the struct that has this code. An unknown code stops the program.
+// Calls f with an object of the struct that has this code. An unknown code terminates the program.
 template <class Function>
 SGL_HD auto with_pooling(int64_t code, const Function& f) -> decltype(f(NoPooling())) {
   switch (code) {

@@ -1,4 +1,4 @@
-// The operators' signatures, the same for every device. csrc/cpu and csrc/cuda implement them.
+// Registers the signatures of the operators, which all devices share. csrc/cpu and csrc/cuda implement them.
 #include "schema.h"
 
 #include <string>
@@ -16,19 +16,19 @@ STABLE_TORCH_LIBRARY(sgl_ops, m) {
   m.def(sgl::kExchangeSchema);
   m.def(sgl::kScaleSchema);
 #endif
-  // 0: fine; bit 0: a target is neither 0, 1 nor NaN; bit 1: offsets do not start at 0, fall, or do not end at total
+  // 0: valid; bit 0: a target is not 0, 1 or NaN; bit 1: offsets do not start at 0, decrease, or do not end at total
   m.def("check_values(Tensor targets, Tensor? offsets, int total) -> int");
-  // whether the library holds kernels for CUDA
+  // whether the library contains CUDA kernels
   m.def("has_cuda() -> bool");
-  // what the kernels for CUDA were compiled for, as in "7.5 8.0 9.0+PTX"; empty without them
+  // the architectures of the CUDA kernels, for example "7.5 8.0 9.0+PTX"; empty without CUDA kernels
   m.def("cuda_architectures() -> str");
   // the instruction set the CPU kernels use: baseline, avx2 or avx512
   m.def("cpu_level() -> str");
-  // "name code has_parameter" of each pooling that the operators have, one a line
+  // one line "name code has_parameter" for each pooling of the operators
   m.def("poolings() -> str");
-  // "name number", one a line: what Python needs to know of the tensors that the operators return
+  // one line "name number" for each constant that Python needs to read the returned tensors
   m.def("constants() -> str");
-  // exp, log1p_unit, log1p or expm1 as the kernels compute it, so that their accuracy can be tested
+  // exp, log1p_unit, log1p, expm1 or reciprocal of the CPU kernels, so that tests can measure their accuracy
   m.def("_math(Tensor x, str function) -> Tensor");
 }
 
@@ -80,7 +80,7 @@ std::string constants() {
 
 }  // namespace
 
-// These have no tensor argument whose device could choose the implementation.
+// These operators have no tensor argument from which the dispatcher could get a device.
 STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&has_cuda));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));

@@ -5,14 +5,14 @@
 
 namespace sgl {
 
-// (total, (bag, instance, mask), what sgl_backward needs of each pair). ``loss``: LossCode in batch.h.
+// Returns (total, (bag, instance, mask), rows of the pairs for sgl_backward). ``loss`` is a LossCode of batch.h.
 constexpr const char* kForwardSchema =
     "sgl_forward(Tensor logits, Tensor targets, Tensor? mask, Tensor? offsets, Tensor? class_weight, "
     "Tensor? pos_weight, float delta_l, float lam, float mask_weight, int pooling, float pooling_param, "
     "bool per_bag, bool rescale, bool weighted, int loss) -> (Tensor total, Tensor parts, Tensor saved)";
-// The same, and the sums over the batch: (10,), 4 int64 reinterpreted as float64, then 6 float64. Added up over the
-// processes of a group, sgl_finalize computes from them the loss of the whole batch and the denominators in saved; the
-// gradient will be ``times`` that of the loss.
+// Also returns the sums over the batch (10,): 4 int64 reinterpreted as float64, then 6 float64. The processes of a
+// group add up their sums. From the result, sgl_finalize computes the loss of the whole batch and the denominators in
+// `saved`. Backward then returns ``times`` the gradient of the loss.
 constexpr const char* kForwardSumsSchema =
     "sgl_forward_sums(Tensor logits, Tensor targets, Tensor? mask, Tensor? offsets, Tensor? class_weight, "
     "Tensor? pos_weight, float delta_l, float lam, float mask_weight, int pooling, float pooling_param, "
@@ -23,7 +23,7 @@ constexpr const char* kFinalizeSchema =
 constexpr const char* kBackwardSchema =
     "sgl_backward(Tensor grad_output, Tensor logits, Tensor? mask, Tensor? offsets, Tensor? pos_weight, "
     "Tensor saved, float delta_l, int pooling, float pooling_param, bool rescale) -> Tensor grad";
-// A pooling by itself: the bag logits (N, C), and their gradient from that of each bag logit.
+// A pooling without a loss: the bag logits (N, C), and the gradient of the logits from that of the bag logits.
 constexpr const char* kPoolForwardSchema =
     "pool_forward(Tensor logits, Tensor? mask, Tensor? offsets, int pooling, float pooling_param) "
     "-> (Tensor bag_logits, Tensor saved)";
@@ -31,8 +31,8 @@ constexpr const char* kPoolBackwardSchema =
     "pool_backward(Tensor grad_output, Tensor logits, Tensor? mask, Tensor? offsets, Tensor saved, int pooling, "
     "float pooling_param) -> Tensor grad";
 
-// Another way, which only benchmarks take (csrc/cuda/exchange.cuh): a forward that gives the gradient for grad_output = 1,
-// and what multiplies it.
+// For benchmarks only (csrc/cuda/exchange.cuh): a forward that also computes the gradient for grad_output = 1, and an
+// operator that multiplies this gradient by grad_output.
 constexpr const char* kExchangeSchema =
     "sgl_exchange(Tensor logits, Tensor targets, Tensor? mask, Tensor? class_weight, Tensor? pos_weight, float "
     "delta_l, float lam, float mask_weight, int pooling, float pooling_param, bool per_bag, bool rescale, bool "

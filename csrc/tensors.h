@@ -1,4 +1,4 @@
-// Reads the arguments of the operators, the same for every device: where instances lie, and whether memory is safe.
+// Reads the arguments of the operators on every device: the memory layout of the instances, and bounds checks.
 //
 // Python validates arguments and reports errors; these checks only prevent invalid memory access.
 #pragma once
@@ -33,7 +33,7 @@ inline Type type_of(const Tensor& logits) {
   }
 }
 
-// All of a packed layout but where its bags start, which is in the offsets, and they may be on another device.
+// A packed layout without the starts of its bags: the offsets, which hold them, may be on another device.
 inline Layout rows_layout(const Tensor& logits, const Tensor& offsets, const Tensor* grad) {
   STD_TORCH_CHECK(logits.dim() == 1 || logits.dim() == 2, "logits: expected (T, C) or (T,) with offsets");
   STD_TORCH_CHECK(
@@ -82,7 +82,7 @@ inline Layout dense_layout(const Tensor& logits, const std::optional<Tensor>& ma
   for (int64_t d = first; d < dims; ++d) {
     layout.longest *= logits.size(d);
     const int64_t logits_step = logits.stride(d);
-    // without a gradient (a mask) whatever lets dimensions collapse
+    // Without a mask or a gradient, use the stride of the logits: it lets collapse() merge the dimensions.
     all.push_back(
         {logits.size(d), logits_step, mask ? mask->stride(d - first + 1) : logits_step,
          grad == nullptr ? logits_step : grad->stride(d)});
@@ -108,7 +108,7 @@ const T* class_vector(const std::optional<Tensor>& v, const char* name, int64_t 
 // ---------------------------------------------------------------------------------------------------------------------
 // Settings of the operators
 
-// Every operator that has a pooling calls this: kernels cannot report an unknown code.
+// Every operator with a pooling argument calls this, because kernels cannot report an unknown code.
 inline void check_settings(const Settings& settings) {
   STD_TORCH_CHECK(is_pooling(settings.pooling), "pooling: expected the code of a pooling, got ", settings.pooling);
   STD_TORCH_CHECK(
@@ -132,7 +132,7 @@ inline Settings settings_of_batch(double lam, double mask_weight, bool per_bag) 
   return settings;
 }
 
-// Backward finds the weights of the terms in what forward saved.
+// Forward saved the weights of the terms in the rows of the pairs, so backward does not need them here.
 inline Settings settings_of_backward(double delta_l, int64_t pooling, double pooling_parameter, bool rescale) {
   Settings settings = {};
   settings.delta_l = delta_l;
@@ -149,7 +149,7 @@ inline Settings settings_of_bag_logits(int64_t pooling, double pooling_parameter
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tensors that operators hand to each other
+// Tensors that one operator returns and another one takes
 
 inline void check_saved(const Tensor& saved, const Tensor& logits, const Layout& layout) {
   const ScalarType type = type_of(logits) == Type::kDouble ? ScalarType::Double : ScalarType::Float;

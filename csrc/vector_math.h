@@ -1,8 +1,8 @@
-// exp, log1p, expm1, sigmoid and softplus, for one number or for several at once.
+// exp, log1p, expm1, sigmoid and softplus, for one number or for a vector of numbers.
 //
-// Written for any F: float, double, or the Floats of cpu/vector.h, which hold several instances. Therefore there are no
-// branches, and `select` stands in place of ?:. Values of the whole pair (bag, class) are a plain T.
-// No torch here.
+// F is float, double, or the Floats of cpu/vector.h, which hold several instances. Therefore the code has no branches
+// and uses `select` instead of ?:. Values of the whole pair (bag, class) have the scalar type T. This file does not use
+// torch.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,8 @@
 namespace sgl {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// exp, log1p and expm1. float: own polynomials, at most 2 ulp, and no call, so that loops vectorize. double: libm.
+// exp, log1p and expm1. float: polynomials with an error of at most 2 ulp; loops vectorize because there is no function
+// call. double: libm.
 
 template <class To, class From>
 SGL_HD To bits_of(From value) {
@@ -37,7 +38,7 @@ SGL_HD To bits_of(From value) {
   return result;
 }
 
-// std::numeric_limits, which device code may not call
+// In place of std::numeric_limits, which device code cannot call.
 SGL_HD float infinity_of(float) { return bits_of<float>(0x7f800000u); }
 SGL_HD double infinity_of(double) { return bits_of<double>(uint64_t{0x7ff0000000000000u}); }
 SGL_HD float nan_of(float) { return bits_of<float>(0x7fc00000u); }
@@ -60,10 +61,10 @@ SGL_HD F minus_magnitude(F x) {
 }
 SGL_HD double minus_magnitude(double x) { return -std::fabs(x); }
 
-// 1.5 * 2^23: what is added to it loses its fraction, rounded to nearest, and lies in the lowest bits
+// 1.5 * 2^23: adding it rounds a number to the nearest integer, which is then in the lowest bits of the sum
 constexpr float kRound = 12582912.0f;
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two pieces, so that n times the first is exact
+// x = n ln 2 + r with |r| <= ln 2 / 2. ln 2 is split into two constants so that n times the first is exact.
 template <class F>
 struct ReducedExponent {
   F r;
@@ -96,7 +97,8 @@ SGL_HD F power_of_two(F shifted, int more) {
 
 #if defined(__CUDA_ARCH__) || defined(SGL_EMULATE)
 
-// One instruction each on a GPU, at most 2 and 1 ulp; elsewhere what stands for it in tests.
+// One GPU instruction each, with errors of at most 2 and 1 ulp. In the emulator, the functions of the host replace
+// them.
 SGL_HD float exp2_instruction(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -116,7 +118,8 @@ SGL_HD float reciprocal(float x) {
 #endif
 }
 
-// For x <= 88. What the product with log2 e loses to rounding, many ulp of the result where |x| is large, is made good.
+// For x <= 88. The rounding error of the product with log2 e would be many ulp of the result for large |x|, so it is
+// computed and corrected.
 SGL_HD float exp(float x) {
   x = x < -105.0f ? -105.0f : x;  // 0
   const float scaled = x * 1.44269502f;
@@ -132,13 +135,14 @@ SGL_HD F reciprocal(F x) {
   return 1.0f / x;
 }
 
-// x 2^n from n + kRound, for n > -190. In two factors: as one, 2^n leaves the range of floats where the result does not yet.
+// x 2^n from n + kRound, for n > -190. Two factors, because 2^n may be out of the range of floats when the result is
+// not.
 template <class F>
 SGL_HD F times_power_of_two(F x, F shifted) {
   return x * power_of_two(shifted, 64) * 5.42101086e-20f;
 }
 
-// For x <= 40, which is all that is needed: what is called has arguments <= 0.
+// For x <= 40. All callers pass arguments <= 0.
 template <class F>
 SGL_HD F exp(F x) {
   x = select(x < -105.0f, F(-105.0f), x);  // 0
@@ -171,7 +175,7 @@ SGL_HD F log1p_polynomial(F f) {
   return s * (f * square) - square * 0.5f + f;
 }
 
-// log(1 + u) for 0 <= u <= 1, from f = u, or f = (1 + u) / 2 - 1 where 1 + u > sqrt 2: both exact
+// log(1 + u) for 0 <= u <= 1, from f = u, or from f = (1 + u) / 2 - 1 if 1 + u > sqrt 2. Both f are exact.
 template <class F>
 SGL_HD F log1p_unit(F u) {
   const auto low = u < 0.41421356f;
@@ -187,7 +191,7 @@ SGL_HD F log1p_any(F e) {
   // z = 2^n (1 + f)
   const auto n = (to_bits(z) - 0x3f3504f3u) >> 23;
   const F f = from_bits(to_bits(z) - (n << 23)) - 1.0f;
-  // 2^23 + n as a float has n in its lowest bits
+  // the float 2^23 + n has n in its lowest bits
   return log1p_polynomial(f) + (from_bits(n + 0x4b000000u) - 8388608.0f) * 0.693147181f + lost / z;
 }
 
@@ -211,8 +215,8 @@ struct Scale {
   bool any;
 };
 
-// e^-40 is below the rounding of double beside 1, and far above the smallest float. `nearest`: the smallest |x|, for what
-// adds up p (1 - p).
+// e^-40 is below the rounding error of 1 in double, and far above the smallest float. `nearest` is the smallest |x|,
+// for poolings that sum p (1 - p).
 template <class T>
 SGL_HD Scale<T> scale_of(T low, T high, T nearest = T(0)) {
   const T far = T(40);
@@ -223,7 +227,7 @@ SGL_HD Scale<T> scale_of(T low, T high, T nearest = T(0)) {
 template <class F>
 struct Probability {
   F u;  // e^-|x|
-  F p, q;  // sigmoid(x), sigmoid(-x): 1 - p would have no digits left where p is near 1
+  F p, q;  // sigmoid(x), sigmoid(-x); 1 - p would lose all precision for p near 1
   F scaled_p, scaled_q, scaled_pq;
 };
 
@@ -248,8 +252,8 @@ SGL_HD Probability<F> probability(F x, const Scale<T>& scale) {
   return o;
 }
 
-// Sum of log(1 + u) as one logarithm of a product, which is kept as its excess over 1, so that nothing of a tiny u is
-// lost. In float for at most kFactors factors of at most 2.
+// Sum of log(1 + u) as one logarithm of a product. The product is stored minus 1, so that a tiny u keeps its precision.
+// In float, for at most kFactors factors, each at most 2.
 template <class F>
 struct LogOfProduct {
   static constexpr int kFactors = 16;
@@ -260,7 +264,7 @@ struct LogOfProduct {
   SGL_HD F log() const { return log1p_any(excess); }
 };
 
-// log(1 + e^x) from u = e^-|x|; softplus(-x) is -log p, softplus(x) is -log(1 - p)
+// log(1 + e^x) from u = e^-|x|. softplus(-x) = -log p, softplus(x) = -log(1 - p).
 template <class F>
 SGL_HD F softplus(F x, F u) {
   return select(x > F(0), x, F(0)) + log1p_unit(u);

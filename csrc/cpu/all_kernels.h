@@ -1,4 +1,4 @@
-// All kernels of one instruction set, and its arithmetic for tests.
+// All kernels of one instruction set, and its math functions for tests.
 #pragma once
 
 #include "backward.h"

@@ -1,6 +1,6 @@
-// Backward on the CPU: the gradient of each instance, computed again from its logit and the saved row of its pair.
+// Backward on the CPU: computes the gradient of each instance from its logit and the saved row of its pair.
 //
-// Compiled once for each instruction set, in a namespace of its own (SGL_LEVEL).
+// Compiled once per instruction set, each in a separate namespace (SGL_LEVEL).
 #pragma once
 
 #include "loops.h"
@@ -68,7 +68,7 @@ void backward_range_as(
     const T* columns = saved.rows + pair * kColumns;
     const Kind kind = static_cast<Kind>(static_cast<int>(columns[kColumnKind]));
     if (kind == Kind::kExcluded || kind == Kind::kNonFinite) {
-      // No product with 0 or NaN: an excluded pair may hold anything, and a weight of 0 must not hide a NaN.
+      // Not computed as a product: logits of an excluded pair may be NaN, and a weight of 0 must not hide a NaN.
       const T value = kind == Kind::kExcluded ? T(0) : nan_of(T());
       if (rows.together()) {
         const int64_t n = rows.row(pair, r).n;

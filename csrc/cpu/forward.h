@@ -1,6 +1,6 @@
-// Forward on the CPU: the sums over the instances of each pair, the loss of the pair, and its row of what is saved.
+// Forward on the CPU: computes the sums over the instances of each pair, the loss of the pair, and its saved row.
 //
-// Compiled once for each instruction set, in a namespace of its own (SGL_LEVEL).
+// Compiled once per instruction set, each in a separate namespace (SGL_LEVEL).
 #pragma once
 
 #include "../median.h"
@@ -10,21 +10,21 @@ namespace sgl {
 namespace SGL_LEVEL {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Passes over a piece of a row. The results of the pieces of a row are merged.
+// Passes over one piece of a row. The results of the pieces are merged.
 
 template <class T>
 struct Extremes {
   T low, high;
-  double sum;  // negative_pass: of the loss, extremes_pass: of the logits / kDivisor; NaN if a logit is NaN
+  double sum;  // negative_pass: sum of the loss; extremes_pass: sum of the logits / kDivisor; NaN if a logit is NaN
 
-  static constexpr int kDivisor = 64;  // no sum of finite numbers is infinite
+  static constexpr int kDivisor = 64;  // prevents overflow of a sum of finite numbers
 
   void merge(const Extremes& o) {
     low = o.low < low ? o.low : low;
     high = o.high > high ? o.high : high;
     sum += o.sum;
   }
-  double sum_of_logits() const { return sum * kDivisor; }  // of extremes_pass
+  double sum_of_logits() const { return sum * kDivisor; }  // after extremes_pass
   bool finite() const { return sum == sum && low > -infinity_of(T()) && high < infinity_of(T()); }
 };
 
@@ -162,7 +162,7 @@ Guided guided_pass(const T* x, int64_t n, const Guide<T>& of_bag, const Scale<T>
   const Scale<T> scale = of_logits;
   Sum loss0, loss1, loss2, squares;
   F l0 = F(0), l1 = F(0), l2 = F(0), square = F(0);
-  F negatives = F(0), positives = F(0);  // as floats exact: a piece has fewer than 2^24 instances
+  F negatives = F(0), positives = F(0);  // exact as floats: a piece has fewer than 2^24 instances
   for_vectors<F>(
       x, n,
       [&](F v, auto live) SGL_INLINED {
@@ -278,7 +278,7 @@ T order_statistic_of(const Row<T>& row, int64_t wanted, T low, T high, T guess, 
       });
 }
 
-// The number that the pooling needs before its sums, and the weight of instances equal to it.
+// Finds the reference of the pooling (pooling.h) and the weight of instances equal to it.
 template <class T>
 void find_reference(const Settings& settings, const Row<T>& row, T mean, ParallelFor parallel_for, Extent<T>& extent) {
   const Reference wanted = pooling_reference(settings.pooling);
@@ -364,7 +364,7 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
     out.kind = Kind::kNegative;
     out.loss[0] = e.sum;
     out.count[0] = row.n;
-    if (settings.loss == kBagInstanceLoss) return out;  // its loss is that of the instances
+    if (settings.loss == kBagInstanceLoss) return out;  // no bag loss for negative bags
   } else if (settings.loss == kMinMeanMaxLoss) {
     out.kind = Kind::kExtremes;
     out.lows = count_equal(row, e.low, parallel_for);

@@ -1,4 +1,4 @@
-// The choice among the levels that all_kernels.h is compiled for.
+// Selects the kernels of the best instruction set of this machine.
 #include "kernels.h"
 
 #include <cstdlib>
@@ -15,7 +15,9 @@ enum Level {
   kAVX512
 };
 
-// SGL_OPS_CPU=baseline|avx2|avx512 forces a lower level than the machine has, so that each can be tested.
+constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512"};  // by Level
+
+// SGL_OPS_CPU=baseline|avx2|avx512 selects a lower level than the machine supports, so that each can be tested.
 Level detect() {
   int best = kBaseline;
 #if defined(__x86_64__)
@@ -26,10 +28,8 @@ Level detect() {
     best = kAVX512;
 #endif
   const char* wanted = std::getenv("SGL_OPS_CPU");
-  if (wanted != nullptr) {
-    if (std::strcmp(wanted, "baseline") == 0) best = kBaseline;
-    if (std::strcmp(wanted, "avx2") == 0 && best > kAVX2) best = kAVX2;
-  }
+  for (int lower = 0; wanted != nullptr && lower < best; ++lower)
+    if (std::strcmp(wanted, kLevelNames[lower]) == 0) best = lower;
   return static_cast<Level>(best);
 }
 
@@ -49,10 +49,7 @@ Kernels<T> choose() {
 
 }  // namespace
 
-const char* cpu_level() {
-  static const char* const names[] = {"baseline", "avx2", "avx512"};
-  return names[level()];
-}
+const char* cpu_level() { return kLevelNames[level()]; }
 
 template <class T>
 const Kernels<T>& kernels() {

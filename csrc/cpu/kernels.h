@@ -1,4 +1,4 @@
-// The interface between the operators (ops.cpp) and the kernels (all_kernels.h, compiled once for each level).
+// The interface between the operators (ops.cpp) and the kernels (all_kernels.h, compiled once per instruction set).
 #pragma once
 
 #include "../batch.h"
@@ -17,52 +17,52 @@ struct Problem {
   Settings settings;
 };
 
-// In scratch memory there is room for a row and its padding every so many numbers.
+// Distance between rows in scratch memory, in numbers: the longest row and its padding.
 inline int64_t row_step(const Layout& layout) { return layout.longest + 64; }
 
-// Rows gathered per pass: where classes lie side by side, those of a cache line, as long as they fit a cache. With few
-// classes, one row at a time is as fast.
+// Rows gathered per pass. If classes are adjacent in memory, the rows of a cache line are gathered together as far as
+// they fit into the cache. With few classes, one row at a time is as fast.
 inline int64_t rows_together(const Layout& layout) {
   if (!layout.classes_inside() || layout.classes < 8) return 1;
   const int64_t fit = 65536 / row_step(layout);
   return fit < 1 ? 1 : fit < 16 ? fit : 16;
 }
 
-// In numbers: the rows, and where there is one, that of its gradient.
+// Size of the scratch memory of a thread, in numbers: the rows of a pass, but at least a row and its gradient.
 inline int64_t scratch_size(const Layout& layout) {
   const int64_t together = rows_together(layout);
   return (together < 2 ? 2 : together) * row_step(layout);
 }
 
-// Long rows are worked on in pieces of so many instances, by several threads where there are more threads than rows. The
-// same pieces whoever works on them, put together in the same order: the number of threads changes nothing.
+// Long rows are divided into pieces of this many instances. Several threads share the pieces if there are more threads
+// than rows. The pieces and the order of their merge are fixed, so results do not depend on the number of threads.
 constexpr int64_t kPiece = 16384;
 
 // Calls task(what, i) for each i in [0, tasks), on several threads.
 using ParallelFor = void (*)(int64_t tasks, void (*task)(const void* what, int64_t i), const void* what);
 
-// What forward writes.
+// Outputs of forward.
 template <class T>
 struct Forward {
-  T* saved;  // a row for each pair
-  T* bag_logits;  // one for each pair; null: not wanted
+  T* saved;  // one row per pair
+  T* bag_logits;  // one per pair; null: not needed
 };
 
-// What backward reads, besides the logits.
+// Inputs of backward besides the logits.
 template <class T>
 struct Backward {
-  const T* rows;  // that forward saved
-  const T* grad_output;  // one number, or one for each pair
+  const T* rows;  // saved by forward
+  const T* grad_output;  // one number, or one per pair
   bool per_pair;
 };
 
 template <class T>
 struct Kernels {
-  // Sums over the pairs [begin, end), and their rows of what is saved. `labels` is null for the bag logits, which have
-  // none. `parallel_for` is for the pieces of long rows, null where every thread has pairs of its own.
+  // Returns the sums over the pairs [begin, end) and writes their saved rows. `labels` is null for bag logits, which
+  // need no labels. ParallelFor distributes the pieces of long rows; it is null if each thread works on separate pairs.
   Batch (*forward)(
       const Problem<T>&, const Label* labels, const Forward<T>&, int64_t begin, int64_t end, T* scratch, ParallelFor);
-  // gradient of the pairs [begin, end)
+  // writes the gradient of the pairs [begin, end)
   void (*backward)(
       const Problem<T>&, const Backward<T>&, void* grad, int64_t begin, int64_t end, T* scratch, ParallelFor);
   // 0 exp, 1 log1p_unit, 2 expm1_negative, 3 log1p_any, 4 reciprocal
@@ -71,7 +71,7 @@ struct Kernels {
 
 const char* cpu_level();
 
-// for the best instruction set of this machine
+// The kernels for the best instruction set of this machine.
 template <class T>
 const Kernels<T>& kernels();
 

@@ -1,6 +1,6 @@
 // The kernels for x86-64 with AVX2 and FMA.
 #if defined(__x86_64__)
-// the standard library's before the instruction set is widened: what of it is not inlined may be called by anybody
+// Include the standard library before the pragma: the linker may share its functions with code for the baseline.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-// The kernels for every machine that the compiler's own settings are for: SSE2 on x86-64, NEON on arm64.
+// The kernels for the compiler's default instruction set: SSE2 on x86-64, NEON on arm64.
 
 #define SGL_LEVEL baseline
 #define SGL_WIDTH 4

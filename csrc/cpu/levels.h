@@ -1,4 +1,4 @@
-// The kernels of each instruction set: level_*.cpp. The argument only tells float from double.
+// The kernels of each instruction set (level_*.cpp). The argument only selects float or double.
 #pragma once
 
 #include "kernels.h"

@@ -1,6 +1,6 @@
-// Loops over a row of instances, several at once, and over the pieces of a long row.
+// Loops over the vectors of a row of instances, and over the pieces of a long row.
 //
-// Compiled once for each instruction set, in a namespace of its own (SGL_LEVEL), with SGL_WIDTH floats at once.
+// Compiled once per instruction set, each in a separate namespace (SGL_LEVEL), with SGL_WIDTH floats per vector.
 #pragma once
 
 #include <memory>
@@ -22,7 +22,7 @@ struct VectorOf<double> {
   using F = double;
 };
 
-struct All {};  // every lane counts
+struct All {};  // in place of a condition: all lanes are valid
 
 template <class F>
 SGL_HD F keep(All, F x) {
@@ -41,11 +41,13 @@ SGL_HD C both(C live, C condition) {
   return live & condition;
 }
 
-// Sums of floats run over this many vectors, then go on in double: enough digits for a bag of a million.
+// Floats are summed over this many vectors; these sums are added up in double. This is precise enough for a bag of a
+// million instances.
 constexpr int64_t kBlock = 16;
-static_assert(kBlock <= LogOfProduct<float>::kFactors, "a block's factors go into one product");
+static_assert(kBlock <= LogOfProduct<float>::kFactors, "the factors of a block must fit into one product");
 
-// The last n % kCount of n numbers, with one of them once more in the lanes that do not count; `room` may be needed.
+// The last n % kCount of n numbers as a full vector. Invalid lanes contain one of the numbers again. `room` is scratch
+// memory for one vector.
 template <class F, class T>
 SGL_HD const T* last_vector(const T* x, int64_t n, T* room) {
   constexpr int64_t kWidth = Lanes<F>::kCount;
@@ -55,8 +57,8 @@ SGL_HD const T* last_vector(const T* x, int64_t n, T* room) {
   return room;
 }
 
-// Calls each(x, live) for the n > 0 numbers from x on, and end() after every kBlock vectors and at the last. In the
-// lanes that do not count there is one of the numbers once more.
+// Calls each(v, live) for each vector v of the n > 0 numbers at x, and end() after every kBlock vectors and after the
+// last. `live` marks the valid lanes of the last vector; its invalid lanes contain one of the numbers again.
 template <class F, class T, class Each, class End>
 SGL_HD void for_vectors(const T* x, int64_t n, const Each& each, const End& end) {
   constexpr int64_t kWidth = Lanes<F>::kCount;
@@ -89,7 +91,7 @@ SGL_HD void map_vectors(const T* x, int64_t n, T* y, const Function& f) {
   for (int64_t i = 0; whole + i < n; ++i) y[whole + i] = room[i];
 }
 
-// pass(begin, size) for each piece of n instances. The results are merged in the order of the pieces.
+// Calls pass(begin, size) for each piece of n instances and merges the results in the order of the pieces.
 template <class Pass>
 auto over_pieces(ParallelFor parallel_for, int64_t n, const Pass& pass) {
   using Found = decltype(pass(n, n));

@@ -1,4 +1,5 @@
-// The operators on the CPU: reads tensors, shares the pairs (bag, class) among threads, and adds up the batch.
+// The operators on the CPU. They read the tensors, distribute the pairs (bag, class) to threads, and sum over the
+// batch.
 //
 // Python validates arguments and reports errors; these checks only prevent invalid memory access.
 #include <torch/csrc/stable/library.h>
@@ -87,10 +88,10 @@ int64_t offset_at(const Tensor& offsets, int64_t i) {
                                                   : static_cast<const int64_t*>(offsets.const_data_ptr())[at];
 }
 
-// Packed bags: where their rows lie is in the offsets.
+// The layout of packed bags, with their starts from the offsets.
 Layout packed_layout(const Tensor& logits, const Tensor& offsets, const Tensor* grad) {
   Layout layout = rows_layout(logits, offsets, grad);
-  // clamped and made monotonous: unchecked offsets may name rows that are not there
+  // Clamped and made monotonic: unchecked offsets may be out of bounds.
   layout.starts.resize(layout.bags + 1);
   int64_t previous = 0;
   for (int64_t i = 0; i <= layout.bags; ++i) {
@@ -145,7 +146,7 @@ Tensor empty_as(const Tensor& t) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sharing out the work
+// Distributing the pairs to threads
 
 void parallel_for(int64_t tasks, void (*task)(const void* what, int64_t i), const void* what) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
@@ -153,7 +154,7 @@ void parallel_for(int64_t tasks, void (*task)(const void* what, int64_t i), cons
   });
 }
 
-// The pairs in chunks of about a piece's instances. Each thread takes one chunk after the other, as the cost of a pair
+// Divides the pairs into chunks of about kPiece instances. Threads take chunks dynamically, because the cost of a pair
 // depends on its label and its bag. The chunks are the same for any number of threads.
 template <class T>
 class Chunks {
@@ -164,13 +165,13 @@ class Chunks {
         scratch_size_(scratch_size(layout)) {
     const int64_t threads = torch::stable::get_num_threads();
     count = (pairs_ + size_ - 1) / size_;
-    // Long bags: one pair after the other, each by all threads, if otherwise a thread would work on the last one alone. In
-    // instances, how long either way takes at most.
+    // With long bags, a single thread might work on the last pair while the others wait. Then all threads share each
+    // pair instead. The condition compares the longest time of both ways, measured in instances.
     const int64_t at_once = std::min(threads, layout.longest / kPiece);
     together_ = at_once > 1 && numel / at_once < numel / threads + layout.longest - layout.longest / threads;
-    // a thread's start costs as much as some ten thousand instances
+    // starting a thread costs as much as about ten thousand instances
     tasks_ = together_ ? 1 : std::max<int64_t>(1, std::min({threads, count, numel / kPiece + 1}));
-    scratch_.reset(new T[tasks_ * scratch_size_]);  // uninitialized; here, as nothing may throw in the threads
+    scratch_.reset(new T[tasks_ * scratch_size_]);  // uninitialized; allocated here because threads must not throw
   }
 
   int64_t count;
@@ -196,7 +197,7 @@ class Chunks {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-// (total, parts), and the last row of saved
+// Returns (total, parts) and writes the last row of `saved`.
 template <class T>
 std::tuple<Tensor, Tensor> finalized(const Batch& batch, const Settings& settings, double times, T* denominators) {
   const ScalarType type = scalar_type<T>();
@@ -207,7 +208,7 @@ std::tuple<Tensor, Tensor> finalized(const Batch& batch, const Settings& setting
   return {total, parts};
 }
 
-// The sums over the batch; `labels` may be null (kernels.h).
+// The sums over the batch. `labels` is null for bag logits.
 template <class T>
 Batch batch_of(const Tensor& logits, const Problem<T>& problem, const Label* labels, const Forward<T>& out) {
   const Kernels<T>& kernel = kernels<T>();
@@ -221,7 +222,7 @@ Batch batch_of(const Tensor& logits, const Problem<T>& problem, const Label* lab
   return batch;
 }
 
-// ``batch_out``, if it is not null, gets the sums over the batch.
+// Writes the sums over the batch to `batch_out` if it is not null.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(
     const Tensor& logits, const Tensor& targets, const Problem<T>& problem, Batch* batch_out) {
@@ -307,7 +308,7 @@ std::tuple<Tensor, Tensor> sgl_finalize(
   return finalized(batch, settings, times, static_cast<float*>(saved.mutable_data_ptr()) + last);
 }
 
-// (bag logits (N, C), what pool_backward needs)
+// Returns (bag logits (N, C), rows of the pairs for pool_backward).
 std::tuple<Tensor, Tensor> pool_forward(
     const Tensor& logits, std::optional<Tensor> mask, std::optional<Tensor> offsets, int64_t pooling,
     double pooling_parameter) {
@@ -332,7 +333,7 @@ void backward_as(const Tensor& logits, const Problem<T>& problem, const Backward
       });
 }
 
-// ``grad_output``: one number, or (``per_pair``) one for each pair.
+// `grad_output` holds one number, or one number per pair if `per_pair` is true.
 Tensor backward(
     const Tensor& grad_output, bool per_pair, const Tensor& logits, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& offsets, const std::optional<Tensor>& pos_weight, const Tensor& saved,
@@ -342,7 +343,7 @@ Tensor backward(
   const Layout layout = layout_of(logits, mask, offsets, &grad);
   check_saved(saved, logits, layout);
   if (layout.packed() && (layout.starts.front() != 0 || layout.starts.back() != logits.size(0)))
-    torch::stable::zero_(grad);  // rows of no bag
+    torch::stable::zero_(grad);  // some rows belong to no bag
   std::vector<double> numbers(per_pair ? layout.bags * layout.classes : 1);
   STD_TORCH_CHECK(
       grad_output.numel() == static_cast<int64_t>(numbers.size()) && grad_output.dim() <= 2, "grad_output: expected ",
@@ -403,7 +404,7 @@ std::string level_name() { return cpu_level(); }
 
 Tensor math(const Tensor& x, const std::string& function) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "x: expected contiguous float32");
-  // as Kernels::math numbers them
+  // in the order of the numbers of Kernels::math
   constexpr const char* names[] = {"exp", "log1p_unit", "expm1", "log1p", "reciprocal"};
   int number = 0;
   while (number < 5 && function != names[number]) ++number;
@@ -425,7 +426,7 @@ STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CPU, m) {
   m.impl("_math", TORCH_BOX(&math));
 }
 
-// no tensor tells it the device
+// It has no tensor argument from which the dispatcher could get a device.
 STABLE_TORCH_LIBRARY_IMPL(sgl_ops, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&level_name)); }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The instances of one pair (bag, class) are gathered into one contiguous row of floats or doubles, and a row of gradients back to
-// where the instances lie. So everything between is the same, bitwise, in every layout.
+// Gathers the instances of a pair (bag, class) into one contiguous row of floats or doubles, and scatters a row of
+// gradients back to the layout of the logits. So the results are bitwise equal in every layout.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,7 @@
 namespace sgl {
 namespace SGL_LEVEL {
 
-// Instances one after the other. Returns how many there are. Writes at most one number past them.
+// Copies the instances of `r` to `out` and returns their number. Writes at most one number past them.
 template <class T, class In>
 int64_t gather(const In* logits, const bool* mask, const Instances& r, T* out) {
   const Dimension& inner = r.dimensions[r.count - 1];
@@ -34,7 +34,7 @@ int64_t gather(const In* logits, const bool* mask, const Instances& r, T* out) {
   return n;
 }
 
-// The mirror of gather: padding gets 0.
+// The reverse of gather(). Padding gets 0.
 template <class T, class Out>
 void scatter(const T* values, const bool* mask, const Instances& r, Out* grad) {
   const Dimension& inner = r.dimensions[r.count - 1];
@@ -59,7 +59,7 @@ void scatter(const T* values, const bool* mask, const Instances& r, Out* grad) {
   }
 }
 
-// The same number to every instance.
+// Writes `value` to every instance and 0 to padding.
 template <class T, class Out>
 void fill(T value, const bool* mask, const Instances& r, Out* grad) {
   const Dimension& inner = r.dimensions[r.count - 1];
@@ -77,8 +77,8 @@ struct Row {
   int64_t n;
 };
 
-// Rows of up to so many instances may be read to the end of their last vector, past their own: of what is there, nothing
-// counts. Longer ones do not mind that every pass copies the last instances.
+// Rows of up to this many instances are padded, so that passes may read to the end of the last vector. For longer rows,
+// each pass copies the last instances instead, which costs little.
 constexpr int64_t kPadded = 1024;
 
 template <class T>
@@ -86,10 +86,10 @@ constexpr Type native_type() {
   return sizeof(T) == sizeof(float) ? Type::kFloat : Type::kDouble;
 }
 
-// The last piece is one of more than kPadded instances: it cannot be read past its end.
+// The last piece has more than kPadded instances, because passes must not read past its end.
 inline int64_t pieces_of(int64_t n) { return n <= kPiece + kPadded ? 1 : (n - kPadded + kPiece - 1) / kPiece; }
 
-// piece(begin, size), for all pieces of n instances, on the threads of `parallel_for`.
+// Calls piece(begin, size) for all pieces of n instances, on the threads of `parallel_for`.
 template <class Piece>
 void for_pieces(ParallelFor parallel_for, int64_t n, const Piece& piece) {
   const int64_t pieces = pieces_of(n);
@@ -102,7 +102,7 @@ void for_pieces(ParallelFor parallel_for, int64_t n, const Piece& piece) {
   }
 }
 
-// part(begin, instances of a piece), where there is no padding in between, else part(0, all of them).
+// Calls part(begin, instances) for each piece if the instances have no mask and one dimension, otherwise once for all.
 template <class Part>
 void for_parts(ParallelFor parallel_for, const bool* mask, const Instances& r, const Part& part) {
   if (mask != nullptr || r.count != 1) return part(0, r);
@@ -120,7 +120,7 @@ int64_t gather_row(ParallelFor parallel_for, const In* logits, const bool* mask,
   int64_t n = r.positions;
   for_parts(parallel_for, mask, r, [&](int64_t begin, const Instances& some) {
     const int64_t found = gather(logits, mask, some, out + begin);
-    if (mask != nullptr) n = found;  // there is one part
+    if (mask != nullptr) n = found;  // with a mask, there is only one part
   });
   return n;
 }
@@ -131,7 +131,7 @@ void store_row(const T* values, const bool* mask, const Instances& r, Out* grad,
       parallel_for, mask, r, [&](int64_t begin, const Instances& some) { scatter(values + begin, mask, some, grad); });
 }
 
-// with what is there anyway, so that lanes that do not count compute nothing strange
+// Fills the last vector of a row with its first number, so that invalid lanes cause no overflow or NaN.
 template <class T>
 void pad(T* row, int64_t n) {
   for (int64_t i = n; i % (2 * SGL_WIDTH) != 0; ++i) row[i] = row[0];
@@ -163,12 +163,13 @@ Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, Paral
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Where classes lie side by side, a row by itself costs a cache line for every number. So the rows of neighbouring classes
-// are filled together, `step` numbers apart, a few instances after the other, which stay in the nearest cache meanwhile.
+// If classes are adjacent in memory, gathering a single row reads a cache line per number. So the rows of neighbouring
+// classes are gathered together, `step` numbers apart. The loop takes a few instances at a time, which stay in the L1
+// cache.
 
 constexpr int64_t kFew = 16;
 
-// gather() for `classes` rows; `r` is the first one's.
+// gather() for `classes` rows. `r` describes the first row.
 template <class T, class In>
 int64_t gather_together(
     const In* logits, const bool* mask, const Instances& r, int64_t classes, T* rows, int64_t step) {
@@ -194,7 +195,7 @@ int64_t gather_together(
   return n;
 }
 
-// The mirror of gather_together: padding gets 0.
+// The reverse of gather_together(). Padding gets 0.
 template <class T, class Out>
 void scatter_together(const T* rows, int64_t step, const bool* mask, const Instances& r, int64_t classes, Out* grad) {
   const Dimension& inner = r.dimensions[r.count - 1];
@@ -210,11 +211,11 @@ void scatter_together(const T* rows, int64_t step, const bool* mask, const Insta
   }
 }
 
-// Loads the rows of the pairs, one after the other.
+// Loads the rows of consecutive pairs.
 template <class T>
 class RowLoader {
  public:
-  // for the pairs up to `end`
+  // for pairs below `end`
   RowLoader(const Problem<T>& problem, int64_t end, T* scratch, ParallelFor parallel_for)
       : problem_(problem),
         end_(end),
@@ -223,7 +224,7 @@ class RowLoader {
         together_(parallel_for == nullptr ? rows_together(*problem.layout) : 1),
         step_(row_step(*problem.layout)) {}
 
-  // Whether rows are filled together; then their memory may be written to.
+  // Whether several rows are gathered per pass. If so, the caller may write to their memory.
   bool together() const { return together_ > 1; }
   T* memory(int64_t pair) const { return scratch_ + (pair - first_) * step_; }
 
@@ -233,7 +234,7 @@ class RowLoader {
     return {memory(pair), n_};
   }
 
-  // Gradients that the rows were replaced by go where they belong, with the last of those filled together.
+  // The caller has replaced the row of `pair` by its gradient. After the last row of a pass, scatters the gradients.
   template <class Out>
   void replaced(int64_t pair, Out* grad) const {
     if (pair + 1 == last_) scatter_together(scratch_, step_, problem_.mask, where_, last_ - first_, grad);
@@ -267,7 +268,7 @@ class RowLoader {
   const ParallelFor parallel_for_;
   const int64_t together_, step_;
   int64_t first_ = 0, last_ = 0, n_ = 0;
-  Instances where_{};  // of the first row
+  Instances where_{};  // the instances of the first row
 };
 
 }  // namespace SGL_LEVEL

@@ -1,12 +1,13 @@
-// Several floats at once, as the arithmetic of vector_math.h takes them: compilers' vectors, which become the instructions of
-// whatever level the file is compiled for. N is the number of floats in a vector of the machine: 4, 8 or 16.
+// Vectors of floats for the functions of vector_math.h. They use the vector extensions of the compiler, which generates
+// the instructions of the level that the file is compiled for. N is the number of floats in a machine vector: 4, 8 or
+// 16.
 //
-// Two vectors go side by side: the arithmetic of an instance is one long chain, each step waits for the one before, and
-// what a processor looks ahead is about as long as the chain.
+// Each object holds two machine vectors. The operations on one instance form a long dependency chain; two independent
+// chains hide the latency.
 //
-// Loops of scalars are left to the compiler where nothing depends on it. These are not: whether gcc makes vectors of a
-// long loop with conditions in it changes with the code around it. Constructors are written out: gcc compiles implicit
-// ones for the baseline, and those cannot be inlined elsewhere.
+// The loops over instances are not left to the auto-vectorizer: whether gcc vectorizes a long loop with conditions
+// depends on the surrounding code. Constructors are explicit because gcc compiles implicit ones for the baseline
+// instruction set, where they cannot be inlined into code for a higher one.
 #pragma once
 
 #include "../vector_math.h"
@@ -17,7 +18,8 @@
 
 namespace sgl {
 
-// The compiler's types; spelled out, as gcc forgets the size of a vector where it depends on a template's parameter.
+// The vector types of the compiler. They are listed for each N because gcc ignores a vector size that depends on a
+// template parameter.
 template <int N>
 struct Raw;
 
@@ -46,7 +48,7 @@ struct Bits {
   friend SGL_HD Bits operator>>(Bits x, int n) { return {x.a >> n, x.b >> n}; }
 };
 
-// All ones where a condition holds, zeros elsewhere.
+// All bits of a lane are 1 if a condition holds, otherwise 0.
 template <int N>
 struct Mask {
   typename Raw<N>::I a, b;
@@ -101,14 +103,15 @@ SGL_HD Floats<N> from_bits(Bits<N> bits) {
 
 #if SGL_WIDTH == 16
 
-// what AVX-512 has an instruction for
+// AVX-512 has instructions for these functions.
 
 SGL_HD Floats<16> times_power_of_two(Floats<16> x, Floats<16> shifted) {
   const Floats<16> n = shifted - kRound;
   return {_mm512_scalef_ps(x.a, n.a), _mm512_scalef_ps(x.b, n.b)};
 }
 
-// at most 1 ulp, for the numbers between 1 and 2 that it is asked: a division takes as long as ten multiplications
+// Error of at most 1 ulp for arguments between 1 and 2, the only ones used. A division takes as long as ten
+// multiplications.
 SGL_HD Floats<16> reciprocal(Floats<16> x) {
   const Floats<16> guess = {_mm512_rcp14_ps(x.a), _mm512_rcp14_ps(x.b)};
   return guess + guess * (1.0f - x * guess);
@@ -116,7 +119,7 @@ SGL_HD Floats<16> reciprocal(Floats<16> x) {
 
 #endif
 
-// Eight numbers of 2N, each combined from as many lanes: what comes next then costs a fraction.
+// Combines 2N lanes into 8, so that the following operations cost a fraction.
 template <int N, class Combine>
 SGL_HD Floats<4> narrowed(Floats<N> x, const Combine& combine) {
   if constexpr (N == 4) {
@@ -130,7 +133,8 @@ SGL_HD Floats<4> narrowed(Floats<N> x, const Combine& combine) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What loops over a row need of Floats, and of a plain double, which goes one by one: its exp and log are calls anyway.
+// The operations of Floats and double that the loops over a row need. Doubles are processed one by one, because their
+// exp and log are function calls.
 
 template <class F>
 struct Lanes;
@@ -164,14 +168,14 @@ struct Lanes<Floats<N>> {
   static SGL_HD Narrow narrow_sum(Floats<N> x) {
     return narrowed(x, [](auto a, auto b) SGL_INLINED { return a + b; });
   }
-  // up to 2N / 8 times as many factors in one product as without: 2^64 at most
+  // A combined product has up to 2N / 8 times as many factors. It is at most 2^64.
   static SGL_HD Narrow log_of(LogOfProduct<Floats<N>> product) {
     LogOfProduct<Narrow> all;
     all.excess = narrowed(product.excess, [](auto a, auto b) SGL_INLINED { return a * b + (a + b); });
     return all.log();
   }
 
-  // Sums of floats go on in double, lane by lane; twice as many vectors, as they are half as many to a vector.
+  // Adds up floats in double, lane by lane. A vector holds half as many doubles as floats, so there are two vectors.
   struct Sum {
     typename Raw<N>::D low, high;
 
@@ -193,7 +197,7 @@ struct Lanes<Floats<N>> {
     }
   };
 
-  // How often a condition held; at most 2^31 times in a lane.
+  // Counts how often a condition held, at most 2^31 times per lane.
   struct Count {
     typename Raw<N>::I a, b;
 

@@ -1,5 +1,5 @@
-// The interface between the operators (ops.cpp, compiled with torch) and the kernels (launch.cu, compiled by nvcc, without
-// torch).
+// The interface between the operators (ops.cpp, compiled with torch) and the kernels (launch.cu, compiled by nvcc,
+// without torch).
 #pragma once
 
 #include "../batch.h"

@@ -1,6 +1,7 @@
 // The operators on CUDA: reads tensors and starts the kernels (launch.cu). Nothing waits for the device.
 //
-// One library serves every torch, also those built without CUDA: what it needs of libtorch_cuda is looked up at run time.
+// One library serves every torch, also those built without CUDA: what it needs of libtorch_cuda is looked up at run
+// time.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

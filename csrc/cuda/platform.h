@@ -1,5 +1,5 @@
-// Where the kernels run: on a GPU, compiled by nvcc, or (SGL_EMULATE) on the CPU, a fiber for every thread, so that they
-// can be tested without one (tests/cuda_on_cpu).
+// Where the kernels run: on a GPU, compiled by nvcc, or (SGL_EMULATE) on the CPU, a fiber for every thread, so that
+// they can be tested without one (tests/cuda_on_cpu).
 #pragma once
 
 #if defined(SGL_EMULATE)
