@@ -1,4 +1,4 @@
-"""Batches of bags of unequal size, and the same batch in every layout and on every device."""
+"""Batches of bags of unequal size, in every layout and on every device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sgl_ops.pooling import GeneralizedMeanPooling
 
 
 class Batch(NamedTuple):
-    """On the CPU: ``logits[i]`` (C, L_i) float64 of bag i, ``labels`` (N, C) float64 with NaN for unknown."""
+    """``logits[i]`` (C, L_i) float64 of bag i and ``labels`` (N, C) float64 with NaN for unknown, on the CPU."""
 
     logits: list[Tensor]
     labels: Tensor
 
     @property
     def as_lists(self) -> tuple[list, list]:
-        """For the oracle."""
+        """(logits, labels) as the oracle takes them: lists of numbers, None for an unknown label."""
         labels = [[None if math.isnan(y) else int(y) for y in row] for row in self.labels.tolist()]
         return [bag.tolist() for bag in self.logits], labels
 
@@ -38,7 +38,7 @@ def random_batch(sizes, classes=2, *, scale=2.0, shift=0.0, positives=0.5, unkno
 
 
 def near_threshold(batch: Batch, delta_l: float, rescale: bool = True) -> bool:
-    """Whether a theta lies so close to a threshold that rounding decides: there the loss jumps."""
+    """Whether rounding decides on which side of a threshold a theta lies. The loss is discontinuous there."""
     for bag in batch.logits:
         if bag.shape[1] == 0:
             continue
@@ -53,16 +53,16 @@ def near_threshold(batch: Batch, delta_l: float, rescale: bool = True) -> bool:
 
 
 def settled(logits: Tensor, delta_l: float = 0.3) -> Tensor:
-    """Dense logits (…, L) in which no theta lies close to a threshold: an instance that does becomes the smallest."""
+    """Dense logits (…, L) with no theta close to a threshold: such an instance is set to the smallest logit."""
     p = torch.sigmoid(logits.double())
     low, high = p.amin(-1, keepdim=True), p.amax(-1, keepdim=True)
-    theta = (p - low) / (high - low)  # NaN where all are alike: nothing to settle
+    theta = (p - low) / (high - low)  # NaN if all logits are equal; those stay unchanged
     near = ((theta - delta_l).abs() < 1e-4) | ((theta - (1 - delta_l)).abs() < 1e-4)
     return torch.where(near, logits.amin(-1, keepdim=True), logits)
 
 
 def padded(batch: Batch, device: torch.device, dtype=torch.float64, padding=math.nan) -> tuple[Tensor, dict]:
-    """(N, C, L) with a mask; the padding holds ``padding``. Real instances lie scattered, not at the front."""
+    """(N, C, L) with a mask; padding positions hold ``padding``. Instances lie at random positions of the bag."""
     longest = max(bag.shape[1] for bag in batch.logits) + 2
     logits = torch.full((len(batch.logits), batch.labels.shape[1], longest), padding, dtype=dtype)
     mask = torch.zeros(len(batch.logits), longest, dtype=torch.bool)
@@ -81,14 +81,14 @@ def packed(batch: Batch, device: torch.device, dtype=torch.float64) -> tuple[Ten
 
 
 def bags_of(gradient: Tensor, call: dict) -> list[Tensor]:
-    """The (C, L_i) of each bag, of a gradient in the layout of padded() or packed()."""
+    """The gradient (C, L_i) of each bag, from a gradient in the layout of padded() or packed()."""
     if "offsets" in call:
         return [part.T for part in gradient.tensor_split(call["offsets"][1:-1].cpu())]
     return [gradient[i][:, call["mask"][i]] for i in range(len(gradient))]
 
 
 def run(loss, batch: Batch, device: torch.device, make=packed, dtype=torch.float64, grad_output=1.0, **call):
-    """(value, gradient by bag) of a loss module or function on a device, brought back to the CPU."""
+    """(value, list of gradients, one per bag) of a loss computed on ``device``. The results are on the CPU."""
     logits, layout = make(batch, device, dtype)
     logits.requires_grad_()
     value = loss(logits, batch.labels.to(device), **layout, **call)
@@ -97,7 +97,7 @@ def run(loss, batch: Batch, device: torch.device, make=packed, dtype=torch.float
 
 
 class ExternalPooling(GeneralizedMeanPooling):
-    """A pooling that the operators do not have: a subclass may compute anything."""
+    """A pooling without a kernel: the operators do not accept subclasses, because these may compute anything."""
 
     def __init__(self) -> None:
         super().__init__(2.0)

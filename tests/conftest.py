@@ -1,4 +1,4 @@
-"""Which sgl_ops is tested, and what every test shares."""
+"""Selects the installed sgl_ops, marks the tiers and defines the fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import ModuleType
 
 import pytest
 
-# threads of torch that wait for work leave the processor to the other workers of pytest-xdist
+# Idle torch threads sleep, so that the other workers of pytest-xdist get the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# `python -m pytest` puts the checkout on the path, where sgl_ops has no extension: what is installed is to be tested
+# Test the installed package: `python -m pytest` puts the checkout on the path, and sgl_ops there has no extension.
 elsewhere = [folder for folder in sys.path if Path(folder or os.curdir).resolve() != ROOT]
 everywhere, sys.path[:] = list(sys.path), elsewhere
 if importlib.util.find_spec("sgl_ops") is None:
@@ -34,7 +34,7 @@ NO_CUDA_KERNEL = (
     if torch.cuda.is_available()
     else "there is no GPU: torch.cuda.is_available() is False"
 )
-# without a GPU its tests do not exist, rather than being skipped by the thousand: test_cuda.py says so once
+# Without a GPU, no test is generated for it, which avoids thousands of skips. test_cuda.py reports one skip.
 DEVICES = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
@@ -52,7 +52,7 @@ LONG = {"sanitizer", "examples", "device_code", "release"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its tier. The long tiers are marked where the tests are."""
+    """Mark each test with its tier. The long tiers are marked in the test files."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         names = {value for value in parameters if isinstance(value, str)}
@@ -75,7 +75,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(params=DEVICES, ids=lambda device: device.type)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a test's tensors go. They are drawn on the CPU, so that they hold the same numbers on every device."""
+    """The device of a test's tensors. Tests draw them on the CPU, so that every device gets the same numbers."""
     return request.param
 
 
@@ -87,21 +87,21 @@ def skip_without_kernel(device: torch.device) -> None:
 
 @pytest.fixture
 def fused_device(device: torch.device) -> torch.device:
-    """A device that the fused operator has a kernel for."""
+    """A device for which the fused operator has a kernel."""
     skip_without_kernel(device)
     return device
 
 
 @pytest.fixture(scope="session")
 def emulated() -> ModuleType:
-    """The CUDA operators with their kernels on the CPU: torch.ops.sgl_ops_emulated, and what steers them."""
+    """The module that controls torch.ops.sgl_ops_emulated, the CUDA operators whose kernels run on the CPU."""
     build_module()
     return importlib.import_module("sgl_ops_emulated")
 
 
 @pytest.fixture(params=["reference", "fused", "emulated"])
 def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What to compute with. "emulated" is the kernels for CUDA on the CPU, in place of those for the CPU."""
+    """The implementation. "emulated" runs the CUDA kernels on the CPU in place of the CPU kernels."""
     if request.param == "reference":
         return "reference"
     skip_without_kernel(device)
@@ -114,15 +114,15 @@ def impl(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pyte
 
 
 def use_emulated_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the operators by those whose kernels for CUDA run on the CPU."""
+    """Replace the operators by the emulated ones, whose CUDA kernels run on the CPU."""
     names = ("sgl_forward", "sgl_forward_sums", "sgl_finalize", "sgl_backward", "pool_forward", "pool_backward")
     for name in names:
         operator = getattr(torch.ops.sgl_ops_emulated, name).default
         monkeypatch.setattr(_fused, f"_{name.removeprefix('sgl_')}", operator)
 
 
-def by_kernels_for_cuda(device: torch.device) -> bool:
-    """Whether "fused" means the kernels for CUDA, on a GPU or emulated."""
+def uses_cuda_kernels(device: torch.device) -> bool:
+    """Whether impl="fused" runs the CUDA kernels, on a GPU or emulated."""
     return device.type == "cuda" or "emulated" in _fused._forward.name()
 
 
@@ -133,7 +133,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder with real data, of the environment variable SGL_OPS_DATA."""
+    """The folder with real data, named by the environment variable SGL_OPS_DATA."""
     folder = os.environ.get("SGL_OPS_DATA")
     if folder is None:
         pytest.skip("SGL_OPS_DATA is not set: the folder that holds MNIST/raw")

@@ -1,7 +1,7 @@
-"""The losses as spec'd, one instance at a time, in 60 decimal digits: slow, literal, and sharing nothing with sgl_ops.
+"""The losses as specified, computed instance by instance with 60 decimal digits. It shares no code with sgl_ops.
 
-Bags are lists: ``logits[i][c]`` the list of numbers of the instances of bag i for class c, ``labels[i][c]`` 0, 1 or
-None for unknown. Gradients have the shape of ``logits``. Numbers stay below the 60 digits up to about |x| = 60.
+``logits[i][c]`` is the list of the logits of bag i for class c. ``labels[i][c]`` is 0, 1, or None for unknown.
+Gradients have the shape of ``logits``. 60 digits suffice for logits up to about |x| = 60.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from mpmath import diff, exp, log, mp, mpf, sqrt
 
 mp.dps = 60
-TOP_K = 8  # what the name "topk" stands for
+TOP_K = 8  # k of the pooling "topk"
 
 
 def sigmoid(x):
@@ -61,7 +61,7 @@ def pooled_loss(name, xs, target, pos_weight=1):
         ties = sum(x == extreme for x in xs)
         return loss, [slope / ties if x == extreme else mpf(0) for x in xs]
     if name == "topk":
-        # instances tied at the last place share what is left of the k places equally
+        # instances tied at the last place share the remaining places equally
         k = min(TOP_K, len(xs))
         last = sorted(xs, reverse=True)[k - 1]
         left = mpf(k - sum(x > last for x in xs)) / sum(x == last for x in xs)
@@ -76,7 +76,7 @@ def pooled_loss(name, xs, target, pos_weight=1):
 
 
 def guidance(xs, label, delta_l, rescale=True, weighted=True):
-    """(M, part, alpha, w) of a (bag, class) pair; part "none" if there is no ranking."""
+    """(M, part, alpha, w) of a (bag, class) pair. The part is "none" if all instances are equal."""
     p = [sigmoid(x) for x in xs]
     if label == 0:
         return [mpf(0)] * len(xs), ["negative"] * len(xs), mpf(1), mpf(1)
@@ -116,11 +116,11 @@ def sgl(logits, labels, *, delta_l=0.3, lam=1.0, mask_weight=0.0, pooling="max",
         weighted=True, class_weight=None, pos_weight=None):  # fmt: skip
     """(total, bag, instance, mask), gradient."""
     gradient = zeros_like(logits)
-    units = participants(logits, labels)
-    n = max(len(units), 1)
-    taught = [guidance(xs, y, delta_l, rescale, weighted) for _, _, xs, y in units]
+    pairs = participants(logits, labels)
+    n = max(len(pairs), 1)
+    guided = [guidance(xs, y, delta_l, rescale, weighted) for _, _, xs, y in pairs]
     bag = instance = mask = mpf(0)
-    for (i, c, xs, y), (targets, parts, _, weight) in zip(units, taught, strict=True):
+    for (i, c, xs, y), (targets, parts, _, weight) in zip(pairs, guided, strict=True):
         cw = mpf(1 if class_weight is None else class_weight[c])
         pw = mpf(1 if pos_weight is None else pos_weight[c])
         loss, slopes = pooled_loss(pooling, xs, y, pw)
@@ -134,7 +134,7 @@ def sgl(logits, labels, *, delta_l=0.3, lam=1.0, mask_weight=0.0, pooling="max",
             g = cw * slopes[j] / n
             if parts[j] != "none":
                 if normalize == "batch":
-                    share = mpf(1) / sum(other.count(parts[j]) for _, other, _, _ in taught)
+                    share = mpf(1) / sum(other.count(parts[j]) for _, other, _, _ in guided)
                 else:
                     share = mpf(1) / parts.count(parts[j]) / n
                 m = targets[j]
@@ -148,41 +148,41 @@ def sgl(logits, labels, *, delta_l=0.3, lam=1.0, mask_weight=0.0, pooling="max",
 
 def bag_loss(logits, labels, *, pooling="max"):
     gradient = zeros_like(logits)
-    units = participants(logits, labels)
+    pairs = participants(logits, labels)
     total = mpf(0)
-    for i, c, xs, y in units:
+    for i, c, xs, y in pairs:
         loss, slopes = pooled_loss(pooling, xs, y)
-        total += loss / len(units)
-        gradient[i][c] = [s / len(units) for s in slopes]
+        total += loss / len(pairs)
+        gradient[i][c] = [s / len(pairs) for s in slopes]
     return total, gradient
 
 
 def bil(logits, labels, *, pooling="mean"):
     gradient = zeros_like(logits)
-    units = participants(logits, labels)
+    pairs = participants(logits, labels)
     total = mpf(0)
-    for i, c, xs, y in units:
+    for i, c, xs, y in pairs:
         p = [sigmoid(x) for x in xs]
         pseudo = [1 if v > mpf(1) / 2 and y else 0 for v in p]
         r = sum(bce(v, s) for v, s in zip(p, pseudo, strict=True)) / len(xs)
         slope_r = [(v - s) / len(xs) for v, s in zip(p, pseudo, strict=True)]
         if y:
             b, slope_b = pooled_loss(pooling, xs, y)
-            total += (b + (b - r) ** 2) / len(units)
-            gradient[i][c] = [(sb - 2 * (b - r) * sr) / len(units) for sb, sr in zip(slope_b, slope_r, strict=True)]
+            total += (b + (b - r) ** 2) / len(pairs)
+            gradient[i][c] = [(sb - 2 * (b - r) * sr) / len(pairs) for sb, sr in zip(slope_b, slope_r, strict=True)]
         else:
-            total += r / len(units)
-            gradient[i][c] = [sr / len(units) for sr in slope_r]
+            total += r / len(pairs)
+            gradient[i][c] = [sr / len(pairs) for sr in slope_r]
     return total, gradient
 
 
 def mmm(logits, labels):
     gradient = zeros_like(logits)
-    units = participants(logits, labels)
+    pairs = participants(logits, labels)
     total = mpf(0)
-    for i, c, xs, y in units:
+    for i, c, xs, y in pairs:
         for pooling, target in (("max", mpf(y)), ("min", mpf(0)), ("mean", mpf(y) / 2)):
             loss, slopes = pooled_loss(pooling, xs, target)
-            total += loss / 3 / len(units)
-            gradient[i][c] = [g + s / 3 / len(units) for g, s in zip(gradient[i][c], slopes, strict=True)]
+            total += loss / 3 / len(pairs)
+            gradient[i][c] = [g + s / 3 / len(pairs) for g, s in zip(gradient[i][c], slopes, strict=True)]
     return total, gradient

@@ -1,4 +1,4 @@
-"""examples/compare_localization.py and the images that it draws: what is measured, kept, summed up and refused."""
+"""examples/compare_localization.py: its generated images, measures, table of runs, means and errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SMALL = {"size": 48, "train_images": 48, "test_images": 24, "epochs": 2, "batch_
 
 @pytest.fixture
 def small(monkeypatch):
-    """Runs of a second."""
+    """Small settings, with which a run takes a second."""
     for name, value in SMALL.items():
         monkeypatch.setitem(table.SETTINGS, name, value)
 
 
 def small_run(out, row, seed):
-    """Adds a run to the table; in this process, since a worker does not know the small settings."""
+    """Adds a run to the table, in this process because workers do not have the small settings."""
     (row,) = table.rows_of(row)
     out.mkdir(exist_ok=True)
     tables.add_run(compare.compute(table.Run(row, seed)), out / "runs.csv")
@@ -36,7 +36,7 @@ def runs_in(out):
     return {(content["row"], content["seed"]): content for content in contents}
 
 
-def test_boxes_are_where_the_lesions_are():
+def test_boxes_lie_on_the_lesions():
     data = drawn_lesions.draw(40, 96, 7)
     assert data.images.shape == (40, 96, 96)
     assert data.images.dtype == np.uint8
@@ -47,14 +47,14 @@ def test_boxes_are_where_the_lesions_are():
     x, y, w, h = boxes.T
     assert (x >= 0).all() and (y >= 0).all() and (x + w <= 96).all() and (y + h <= 96).all()
     assert boxes[:, 2:].min() >= 15 and boxes[:, 2:].max() <= 49
-    assert (boxes[:, 2:].min(1) > 17).mean() > 0.7  # larger than what a local patch sees
+    assert (boxes[:, 2:].min(1) > 17).mean() > 0.7  # larger than the receptive field of a local patch
     both = [(k, m) for k in range(len(image)) for m in range(k) if image[k] == image[m]]
     assert len(both) > 20
     assert all(bx.box_iou(boxes[k], boxes[m]) < 0.1 for k, m in both)
 
 
 @pytest.mark.parametrize("name", drawn_lesions.CLASSES)
-def test_a_box_goes_round_the_lesion(name):
+def test_box_encloses_the_lesion(name):
     image = np.zeros((96, 96))
     half = np.array([20.0, 12.0])
     x, y, w, h = drawn_lesions.add_lesion(image, name, np.array([40.0, 60.0]), half, np.random.default_rng(0))
@@ -70,7 +70,7 @@ def test_a_box_goes_round_the_lesion(name):
         assert (across > 3 * along) if name == "stripes" else (along > 3 * across)
 
 
-def test_a_seed_draws_the_same_again_and_another_one_others():
+def test_images_depend_on_the_seed_only():
     first, again, other = (drawn_lesions.draw(3, 64, seed) for seed in ((5, 1), (5, 1), (5, 2)))
     assert (first.images == again.images).all()
     np.testing.assert_array_equal(first.boxes, again.boxes)
@@ -78,10 +78,10 @@ def test_a_seed_draws_the_same_again_and_another_one_others():
 
 
 @pytest.mark.parametrize("name", table.NETWORKS)
-def test_the_receptive_field_is_that_of_the_row(name):
+def test_receptive_field_is_that_of_the_row(name):
     network = compare.make_network(name).eval()
     field = int(name.removeprefix("local").removeprefix("bagnet"))
-    for module in network.modules():  # without zeros that hide a pixel by chance
+    for module in network.modules():  # no zero weights, so that every pixel of the field has an influence
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.constant_(module.weight, 0.01)
     x = torch.rand(1, 1, 96, 96, requires_grad=True)
@@ -90,11 +90,11 @@ def test_the_receptive_field_is_that_of_the_row(name):
     logits[0, 0, 6, 6].backward()
     rows, columns = (np.flatnonzero((x.grad[0, 0] != 0).any(axis).numpy()) for axis in (1, 0))
     assert rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == field
-    for seen in (rows, columns):  # the middle of which is where the cell is drawn
+    for seen in (rows, columns):  # their middle is the centre of the cell
         assert seen.mean() + 0.5 == 48 + table.SETTINGS["cell_centre"]
 
 
-def test_rows_by_name():
+def test_rows_are_selected_by_name():
     assert len(table.rows_of("17")) == 9
     assert table.rows_of("65/softmax/mask") == [table.Row("65", "softmax", "mask")]
     (row,) = table.rows_of("17/max/sgl/lam=3/delta_l=0.2")
@@ -109,11 +109,11 @@ def test_rows_by_name():
             table.rows_of(wrong)
 
 
-def test_measures_by_hand():
-    """Maps that show the lesions to the pixel, and maps of half of each: every number by hand."""
+def test_measures_equal_a_calculation_by_hand():
+    """For maps that show the lesions exactly, and for maps of half of each lesion."""
     data = drawn_lesions.draw(30, 48, 1)
     maps = np.zeros((*data.labels.shape, 48, 48))
-    settings = table.SETTINGS | {"morphology": 1, "cell_centre": table.STRIDE / 2}  # maps of the image's size
+    settings = table.SETTINGS | {"morphology": 1, "cell_centre": table.STRIDE / 2}  # maps with the size of the image
     halves = maps.copy()
     for image, c in np.argwhere(data.labels > 0):
         x, y, w, h = data.boxes[image, c].astype(int)
@@ -132,7 +132,7 @@ def test_measures_by_hand():
     assert 0.4 < half["0.9"]["area_mean"] <= 0.5
 
 
-def test_the_instance_loss_starts_late(small, monkeypatch):
+def test_instance_loss_starts_after_the_delay(small, monkeypatch):
     seen = []
 
     class Criterion(torch.nn.Module):
@@ -148,14 +148,14 @@ def test_the_instance_loss_starts_late(small, monkeypatch):
 
 
 @pytest.mark.examples
-def test_a_run_is_repeated_to_the_bit(small):
+def test_repeated_run_is_bitwise_equal(small):
     (row,) = table.rows_of("17/max/sgl/lam_delay=0")
     first, again, other = (compare.train(row, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["1.weight"], other["1.weight"])
 
 
-def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
+def test_runs_are_averaged_and_contradictions_are_an_error(small, tmp_path, capsys):
     out = tmp_path / "out"
     for row, seed in [("17/max/bag", 1), ("17/max/bag", 2), ("17/max/sgl", 1), ("17/max/sgl", 2),
                       ("65/mean/mask", 1), ("17/max/sgl/lam=3", 1)]:  # fmt: skip
@@ -178,21 +178,21 @@ def test_runs_are_summed_up_and_contradictions_refused(small, tmp_path, capsys):
     assert f"| 17 | max | SGL | 2 | {np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f}) |" in printed
     more = [results["17/max/sgl", s]["auc"]["mean"] - results["17/max/bag", s]["auc"]["mean"] for s in (1, 2)]
     assert f"| 17 | max | SGL | 0.5 | 2 | {np.mean(more):+.3f} ({min(more):+.3f} to {max(more):+.3f}) |" in printed
-    assert "| 65 | mean | SGL, mask penalty | 0.5 |" not in printed  # there is no bag loss to compare with
+    assert "| 65 | mean | SGL, mask penalty | 0.5 |" not in printed  # without a run of the bag loss, no comparison
     assert "Best bag loss alone" in printed
 
-    table.SETTINGS["epochs"] = 3  # undone by the fixture
+    table.SETTINGS["epochs"] = 3  # the fixture restores it
     for option in ([], ["--draw-only"]):
         assert command.main(["--out", str(out), "--rows", "65/max/bag", "--seeds", "1", *option]) == 2
         assert "'epochs': 2}, not {'epochs': 3}" in capsys.readouterr().err
-    assert runs_in(out) == runs  # nothing is computed beside them
+    assert runs_in(out) == runs  # no runs with other settings are added
 
 
 def test_only_missing_runs_are_computed(small, tmp_path, monkeypatch, capsys):
     small_run(tmp_path, "17/max/bag", 1)
     there = runs_in(tmp_path)
 
-    # in this process: a worker would not know of the small settings
+    # in this process, because a worker does not have the small settings
     monkeypatch.setattr(
         command, "compute_in_workers", lambda f, runs, workers, *given: ((run, f(run, *given)) for run in runs)
     )
@@ -207,7 +207,7 @@ def test_only_missing_runs_are_computed(small, tmp_path, monkeypatch, capsys):
     assert all(again[key] == there["17/max/bag", 1][key] for key in ("result", "shown"))
 
 
-def test_an_empty_folder_is_an_error(tmp_path, capsys):
+def test_empty_folder_is_an_error(tmp_path, capsys):
     assert command.main(["--out", str(tmp_path), "--draw-only"]) == 2
     assert "there is no run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -217,13 +217,13 @@ def test_an_empty_folder_is_an_error(tmp_path, capsys):
 
 @pytest.mark.parametrize("folder", [".", "other_settings", "other_seeds", "networks"])
 def test_committed_runs_have_the_current_settings(folder):
-    """The committed runs have the committed settings, and the committed tables of means are computed from them."""
+    """The committed tables of means are computed from the committed runs."""
     out = command.Path(command.__file__).parent / "results" / "localization" / folder
     found = tables.collect(out / "runs.csv")
     assert (out / "localization.md").read_text() == tables.tables_of(found) + "\n"
 
 
-def test_the_page_shows_the_table_that_was_drawn():
+def test_page_shows_the_committed_table():
     results = command.Path(command.__file__).parent / "results"
     drawn = (results / "localization" / "localization.md").read_text().split("\n\n")[1]
     assert drawn.count("\n") == 28 and drawn in (results / "README.md").read_text()

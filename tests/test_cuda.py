@@ -1,6 +1,6 @@
-"""What only a GPU can get wrong: streams, graphs, synchronization, launches, memory, sizes.
+"""Tests that need a GPU: streams, graphs, synchronization, launches, memory, sizes.
 
-Values, guarantees, layouts and the dispatcher's checks are the same on every device and tested in the other files.
+The other files test values, guarantees, layouts and the dispatcher's checks on every device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if NO_CUDA_KERNEL:
 GPU = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 NAMES = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or"]
-SLOW = 10**9  # cycles: half a second of a GPU's time
+SLOW = 10**9  # GPU cycles: about half a second
 
 
 def test_every_pooling_of_the_operator_is_tested():
@@ -42,7 +42,7 @@ def problem(shape=(6, 5, 777), dtype=torch.float32, seed=0):
 
 
 def layouts(logits, targets):
-    """The same dense (N, C, L) bags as (logits, targets, call), with the instances of their gradient as (N, C, L)."""
+    """Dense (N, C, L) bags in each layout: (name, logits, targets, call, function from gradient to (N, C, L))."""
     n, classes, length = logits.shape
     yield "dense", logits, targets, {}, lambda grad: grad
     rows = logits.transpose(1, 2).reshape(-1, classes)
@@ -67,12 +67,12 @@ def same_bits(got, expected):
 
 
 def exact(logits, targets, **options):
-    """Of dense bags, in float64 on the CPU."""
+    """Value and gradient of dense bags, from the reference in float64 on the CPU."""
     return value_and_gradient(SGLLoss(impl="reference", **options), logits.cpu().double(), targets.cpu())
 
 
 def assert_exact(got, expected, dtype, units=UNITS):
-    """Within the rounding of the arithmetic, as test_values.py has it, for whole tensors (…, L)."""
+    """Compare whole tensors (…, L) with the tolerance of test_values.py."""
     eps, limits = units * working_eps(dtype), torch.finfo(dtype)
     value, gradient = (t.double().cpu() for t in got)
     assert abs(value - expected[0]) <= eps * abs(expected[0])
@@ -82,13 +82,13 @@ def assert_exact(got, expected, dtype, units=UNITS):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sizes, alignments
+# Sizes and alignments
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": "softmax", "mask_weight": 0.5}], ids=["max", "softmax"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 1000, 4096, 4097, 8193, 100_000, 1_000_000])
-def test_sizes_of_bags(size, dtype, options):
+def test_every_bag_size_gives_the_reference(size, dtype, options):
     logits = settled((torch.randn(2, 2, size) * 3).to(dtype))
     targets = torch.tensor([[1, 0], [0, 1]])
     expected = exact(logits, targets, **options)
@@ -102,18 +102,18 @@ def test_sizes_of_bags(size, dtype, options):
 
 @pytest.mark.parametrize("normalize", ["batch", "bag"])
 @pytest.mark.parametrize("shape", [(5, 1, 77), (3, 1000, 77), (300, 1000, 3), (1, 1000, 1), (200_000, 1, 2)])
-def test_numbers_of_bags_and_classes(shape, normalize):
+def test_every_number_of_bags_and_classes_gives_the_reference(shape, normalize):
     logits, targets = settled(torch.randn(shape) * 3), torch.randint(0, 2, shape[:2])
     options = {"normalize": normalize, "mask_weight": 0.5}
     got = value_and_gradient(SGLLoss(impl="fused", **options), logits.to(GPU), targets.to(GPU))
-    # among so many small bag-classes are some in which p - M cancels at every instance
+    # In a few of so many small pairs (bag, class), p - M cancels at every instance.
     assert_exact(got, exact(logits, targets, **options), torch.float32, units=8 * UNITS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [64, 67, 1024, 5001])
-def test_rows_that_start_anywhere(dtype, length):
-    """Several instances are read at once where the address allows it."""
+def test_rows_at_any_alignment_give_the_reference(dtype, length):
+    """The kernels read several instances at once if the address is aligned."""
     loss = SGLLoss(impl="fused")
     logits = settled((torch.randn(2, 3, length) * 3).to(dtype))
     targets = torch.tensor([[1, 0, 1], [0, 1, 1]])
@@ -148,7 +148,7 @@ def test_cpu_and_gpu_agree(sizes, classes, seed, scale, shift, pooling, normaliz
     value, gradient = run(loss, batch, torch.device("cpu"), make, dtype)
     value2, gradient2 = run(loss, batch, GPU, make, dtype)
     assert value.isfinite()
-    # each of them may be off by what test_values.py allows, and is rounded once
+    # both results have the tolerance of test_values.py, and both are rounded once
     eps, limits = 2 * UNITS * working_eps(dtype), torch.finfo(dtype)
     assert abs(value2 - value) <= eps * abs(value)
     for one, two in zip(gradient, gradient2, strict=True):
@@ -158,8 +158,8 @@ def test_cpu_and_gpu_agree(sizes, classes, seed, scale, shift, pooling, normaliz
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
-def test_more_elements_than_32_bits_count(layout):
-    """Beside calls for a tenth of the bags each: with normalize="bag" only the number of participants ties bags."""
+def test_more_than_2_to_31_elements_equal_ten_smaller_calls(layout):
+    """With normalize="bag", the gradient depends on the other bags only by the number of participants."""
     if torch.cuda.mem_get_info(GPU)[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of free GPU memory")
     bags, classes, length = 70_000, 4, 8192
@@ -170,7 +170,7 @@ def test_more_elements_than_32_bits_count(layout):
     targets = torch.randint(0, 2, (bags, classes), device=GPU)
     offsets = torch.arange(0, bags * length + 1, length, device=GPU)
     value = loss(x, targets, offsets=offsets if layout == "packed" else None)
-    # by the number of participants, so that the gradients do not depend on it
+    # grad_output is the number of participants, so that the gradients do not depend on it
     (gradient,) = torch.autograd.grad(value, x, torch.tensor(float(bags * classes), device=GPU))
     few = bags // 10
     values = []
@@ -189,8 +189,8 @@ def test_more_elements_than_32_bits_count(layout):
 # Streams and graphs
 
 
-def test_a_side_stream_behind_slow_work():
-    """The kernels wait for what their stream has to do before, and the host does not wait for them."""
+def test_kernels_on_a_side_stream_wait_for_its_work():
+    """The kernels wait for the earlier work of their stream. The host does not wait."""
     loss = SGLLoss(impl="fused")
     logits, targets = problem()
     expected = value_and_gradient(loss, logits, targets)
@@ -207,8 +207,8 @@ def test_a_side_stream_behind_slow_work():
     assert same_bits((value.detach(), late.grad), expected)
 
 
-def test_two_streams_at_once():
-    """More launches than the ring of counters by which blocks find out who is last has places."""
+def test_concurrent_streams_change_no_bit():
+    """More launches than the ring has counters. A block learns from its counter whether it is the last one."""
     loss = SGLLoss(impl="fused", pooling="softmax")
     problems = [problem((16, 14, 64), seed=1), problem((3, 5, 6000), torch.bfloat16, seed=2)]
     expected = [value_and_gradient(loss, *p) for p in problems]
@@ -225,10 +225,10 @@ def test_two_streams_at_once():
 
 
 def captured(step, stream):
-    """(graph, what ``step`` returned: tensors that every replay fills anew)."""
+    """(graph, the tensors that ``step`` returned; every replay overwrites them)."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # what is set up at the first call cannot be set up under capture
+        step()  # the first call allocates resources that cannot be allocated during capture
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -238,7 +238,7 @@ def captured(step, stream):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["dense", "packed", "masked"])
-def test_graph_with_changing_inputs(layout, dtype):
+def test_graph_replay_with_changed_inputs_gives_their_loss(layout, dtype):
     loss = SGLLoss(impl="fused", mask_weight=0.5)
     makers = [next(p for p in layouts(*problem(dtype=dtype, seed=seed)) if p[0] == layout) for seed in range(4)]
     _, logits, targets, call, _ = makers[0]
@@ -266,7 +266,7 @@ def test_graph_with_changing_inputs(layout, dtype):
         assert same_bits(results, expected)
 
 
-def test_two_graphs_at_once():
+def test_concurrent_graphs_change_no_bit():
     loss = SGLLoss(impl="fused")
     problems = [problem((16, 14, 64), seed=1), problem((3, 5, 6000), seed=2)]
     expected = [value_and_gradient(loss, *p) for p in problems]
@@ -286,7 +286,7 @@ def test_two_graphs_at_once():
     assert [int(bad) for bad in wrong] == [0, 0]
 
 
-def test_compiled_into_cuda_graphs():
+def test_compiled_cuda_graphs_give_the_eager_loss():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     loss = SGLLoss(impl="fused")
@@ -295,7 +295,7 @@ def test_compiled_into_cuda_graphs():
         return loss(x * 1.5, y)
 
     compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
-    for seed in range(6):  # warmed up, recorded, replayed
+    for seed in range(6):  # warm-up, recording, replays
         logits, targets = problem(seed=seed)
         torch.compiler.cudagraph_mark_step_begin()
         got = value_and_gradient(compiled, logits, targets)
@@ -305,7 +305,7 @@ def test_compiled_into_cuda_graphs():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Promises
+# Guarantees
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed", "masked"])
@@ -327,7 +327,7 @@ def test_no_host_synchronization(make, layout):
 
 @pytest.mark.parametrize("layout", ["dense", "packed", "masked"])
 @pytest.mark.parametrize("shape", [(64, 20, 100), (3, 2, 70_001)])
-def test_twenty_runs_in_deterministic_mode(shape, layout):
+def test_twenty_runs_in_deterministic_mode_are_bitwise_equal(shape, layout):
     _, logits, targets, call, _ = next(p for p in layouts(*problem(shape)) if p[0] == layout)
     loss = SGLLoss(impl="fused", pooling="softmax", mask_weight=0.5)
     torch.use_deterministic_algorithms(True)
@@ -339,7 +339,7 @@ def test_twenty_runs_in_deterministic_mode(shape, layout):
         torch.use_deterministic_algorithms(False)
 
 
-def test_autocast_and_a_scale_that_overflows():
+def test_gradient_scaler_recovers_from_a_scale_that_overflows():
     model = torch.nn.Conv2d(1, 2, 3).to(GPU)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, backoff_factor=2.0**-8)
@@ -358,13 +358,13 @@ def test_autocast_and_a_scale_that_overflows():
         scaler.step(optimizer)
         scaler.update()
         steps_taken.append(not torch.equal(model.weight, before["weight"]))
-    assert not steps_taken[0]  # a gradient times 2^40 is infinite in float16
+    assert not steps_taken[0]  # in float16, a gradient times 2^40 is infinite
     assert steps_taken[-1]
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 def gpu_work(step):
-    """Names of the kernels, fills and copies that ``step`` starts."""
+    """Names of the kernels, memsets and copies that ``step`` starts."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
@@ -373,8 +373,8 @@ def gpu_work(step):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["dense", "packed", "masked"])
-def test_two_launches(layout, dtype):
-    """Forward and backward, given grad_output: of its own accord torch makes one, which is a launch."""
+def test_forward_and_backward_are_one_launch_each(layout, dtype):
+    """grad_output is given, because torch needs another launch to create it."""
     _, logits, targets, call, _ = next(p for p in layouts(*problem((32, 14, 256), dtype)) if p[0] == layout)
     logits.requires_grad_()
     loss = SGLLoss(impl="fused")
@@ -386,12 +386,12 @@ def test_two_launches(layout, dtype):
 
     step()
     if not gpu_work(lambda: one + 1):
-        pytest.skip("the profiler sees nothing of this GPU")
+        pytest.skip("the profiler records no events of this GPU")
     work = gpu_work(step)
     assert 1 <= len(work) <= 2, work
 
 
-def test_memory_is_one_gradient():
+def test_peak_memory_is_one_gradient():
     logits, targets = problem((256, 14, 4096))
     logits.requires_grad_()
     loss = SGLLoss(impl="fused")
@@ -406,7 +406,7 @@ def test_memory_is_one_gradient():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_second_gpu_while_the_first_is_current():
+def test_loss_on_the_second_gpu_while_the_first_is_current():
     loss = SGLLoss(impl="fused")
     logits, targets = problem()
     expected = value_and_gradient(loss, logits, targets)
@@ -414,12 +414,12 @@ def test_second_gpu_while_the_first_is_current():
         got = value_and_gradient(loss, logits.to("cuda:1"), targets.to("cuda:1"))
         assert torch.cuda.current_device() == 0
     assert all(t.device == torch.device("cuda", 1) for t in got)
-    for one, two in zip(got, expected, strict=True):  # two models of GPU may share out the work differently
+    for one, two in zip(got, expected, strict=True):  # two GPU models may distribute the work differently
         torch.testing.assert_close(one.to(GPU), two, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
-def test_tensors_of_the_wrong_device(impl):
+def test_tensors_on_another_device_raise_value_error(impl):
     logits, targets = problem((3, 2, 5))
     loss = SGLLoss(impl=impl)
     with pytest.raises(ValueError, match=r"targets.*cuda:0.*cpu"):
@@ -440,7 +440,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("offsets", GARBAGE, ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_offsets_that_lie_reach_no_other_memory(offsets, index):
+def test_wrong_offsets_read_no_memory_outside_the_logits(offsets, index):
     limits = torch.iinfo(index)
     offsets = torch.tensor([min(max(v, limits.min), limits.max) for v in offsets], dtype=index, device=GPU)
     around = torch.full((150, 2), torch.nan, device=GPU)

@@ -1,4 +1,4 @@
-"""ChestX-ray14: tables, layouts, images, cache and the synthetic data set. What does not fit is refused, by line."""
+"""ChestX-ray14: tables, folder layouts, images, cache and the synthetic data set. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def copy(drawn, tmp_path):
-    """One that may be changed."""
+    """A copy that a test may change."""
     return shutil.copytree(drawn, tmp_path / "copy")
 
 
 def flatten(folder, suffix=".png"):
-    """All images of the twelve folders into the root."""
+    """Moves the images of the twelve folders into the root folder."""
     for path in sorted(folder.glob("images_*/images/*.png")):
         path.rename(folder / (path.stem + suffix))
 
@@ -49,13 +49,13 @@ def flatten(folder, suffix=".png"):
 # the tables
 
 
-def test_the_classes_are_the_papers():
+def test_classes_are_those_of_the_paper():
     assert len(CLASSES) == 14
     assert list(CLASSES) == sorted(CLASSES)
     assert "Infiltration" in CLASSES
 
 
-def test_genuine_tables(data_dir):
+def test_real_tables_are_read(data_dir):
     folder = data_dir / "chestxray14"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
@@ -85,7 +85,7 @@ def test_genuine_tables(data_dir):
         dataset.refuse_missing(folder, index.missing, 112_120)
 
 
-def test_the_index_says_what_was_drawn(drawn):
+def test_index_holds_the_generated_labels_and_boxes(drawn):
     plans = {plan.name: plan for plan in synthetic_set.plan_images(40, 0)}
     index = nih.load_index(drawn)
     assert set(index.names) == set(plans)
@@ -101,7 +101,7 @@ def test_the_index_says_what_was_drawn(drawn):
     assert not index.missing
 
 
-def test_the_older_table_reads_the_same(drawn, copy):
+def test_older_table_gives_the_same_index(drawn, copy):
     path = copy / "Data_Entry_2017_v2020.csv"
     header, *rows = path.read_text().splitlines()
     rows = [row.split(",") for row in rows]
@@ -115,7 +115,7 @@ def test_the_older_table_reads_the_same(drawn, copy):
 
 
 def change(path, line, function):
-    """Lines count from 1."""
+    """Replaces a line, counted from 1, by ``function(line)``."""
     lines = path.read_text().split("\n")
     lines[line - 1] = function(lines[line - 1])
     path.write_text("\n".join(lines))
@@ -154,7 +154,7 @@ ENTRY, BOX = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
         ("test_list.txt", 2, lambda x: "00000001_000.png", "line 2: 00000001_000.png is listed before"),
     ],
 )  # fmt: skip
-def test_a_wrong_line_is_named(copy, file, line, function, message):
+def test_error_names_the_line(copy, file, line, function, message):
     change(copy / file, line, function)
     with pytest.raises(ValueError, match=message) as error:
         nih.load_index(copy)
@@ -163,10 +163,10 @@ def test_a_wrong_line_is_named(copy, file, line, function, message):
 
 
 @pytest.mark.parametrize("file", [ENTRY, BOX, "test_list.txt", "train_val_list.txt"])
-def test_a_truncated_table_is_refused_wherever_it_ends(copy, file):
+def test_truncated_table_is_an_error(copy, file):
     whole = (copy / file).read_bytes()
     cuts = set(np.random.default_rng(0).integers(0, len(whole) - 1, 40)) | {0, 1, len(whole) // 2}
-    # of a box list the end of a line may be its end, and of entries only what follows the last comma may be lost
+    # A box list may end after any line. An entry table may lose the text after its last comma.
     harmless = {len(whole[: k + 1]) for k in range(len(whole)) if file == BOX and whole[k : k + 1] == b"\n"}
     if file == ENTRY:
         harmless = set(range(whole.rindex(b",") + 2, len(whole)))
@@ -176,7 +176,7 @@ def test_a_truncated_table_is_refused_wherever_it_ends(copy, file):
             nih.load_index(copy)
 
 
-def test_what_is_not_the_official_split_or_list_of_boxes_is_refused(copy, monkeypatch):
+def test_unofficial_splits_and_box_lists_are_an_error(copy, monkeypatch):
     entries, test, boxes = nih.read_tables(copy)
     count = sum(map(len, boxes.values()))
     monkeypatch.setattr(nih, "OFFICIAL_IMAGES", len(test))
@@ -191,7 +191,7 @@ def test_what_is_not_the_official_split_or_list_of_boxes_is_refused(copy, monkey
         nih.read_tables(copy)
 
 
-def test_absent_tables_and_folders(copy, tmp_path):
+def test_missing_tables_and_folders_are_an_error(copy, tmp_path):
     for file in (BOX, "test_list.txt"):
         content = (copy / file).read_text()
         (copy / file).unlink()
@@ -205,7 +205,7 @@ def test_absent_tables_and_folders(copy, tmp_path):
         nih.load_index(tmp_path / "nowhere")
 
 
-def test_a_patient_in_both_lists_is_refused(copy):
+def test_patient_in_both_lists_is_an_error(copy):
     index = nih.load_index(copy)
     several = next(p for p in index.patients[~index.test] if (index.patients == p).sum() > 1)
     moved = index.names[int(np.flatnonzero(index.patients == several)[0])]
@@ -220,7 +220,7 @@ def test_a_patient_in_both_lists_is_refused(copy):
 # the images
 
 
-def test_all_three_layouts_and_resized_jpegs(drawn, tmp_path):
+def test_all_folder_layouts_and_resized_jpegs_give_the_same_index(drawn, tmp_path):
     expected = nih.load_index(drawn)
     flat = shutil.copytree(drawn, tmp_path / "flat")
     flatten(flat)
@@ -235,7 +235,7 @@ def test_all_three_layouts_and_resized_jpegs(drawn, tmp_path):
         index = nih.load_index(folder, tables=tables)
         assert index.names == expected.names
         assert np.array_equal(index.labels, expected.labels)
-        assert index.boxes == expected.boxes  # whatever the size of the images
+        assert index.boxes == expected.boxes  # the size of the images does not matter
         assert check_cxr.main(["--data-dir", str(folder), "--tables", str(tables or folder), "--decode"]) == 0
     assert pixels.load_image(index.paths[0], 32).shape == (32, 32)
     shutil.copy(flat / expected.names[0], flat / "images_001")
@@ -243,7 +243,7 @@ def test_all_three_layouts_and_resized_jpegs(drawn, tmp_path):
         nih.load_index(flat)
 
 
-def test_missing_images(copy, capsys):
+def test_missing_images_are_an_error_or_left_out(copy, capsys):
     gone = [copy / "images_001" / "images" / "00000001_000.png", *(copy / "images_007" / "images").iterdir()]
     for path in gone:
         path.unlink()
@@ -276,9 +276,9 @@ def grey(side=40):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "I;16"])
-def test_every_kind_of_pixel_is_the_same_grey(tmp_path, mode):
+def test_every_image_mode_gives_the_same_grey(tmp_path, mode):
     image = Image.fromarray(grey().astype(np.uint16) * 256 + 7 if mode == "I;16" else grey())
-    if mode == "P":  # an order of its own
+    if mode == "P":  # a palette in reverse order
         image = Image.fromarray(255 - grey())
         image.putpalette([255 - k // 3 for k in range(768)])
     elif mode == "LA":
@@ -291,12 +291,12 @@ def test_every_kind_of_pixel_is_the_same_grey(tmp_path, mode):
     assert pixels.load_image(tmp_path / "x.png", 20).shape == (20, 20)
 
 
-def test_one_bit_is_black_and_white(tmp_path):
+def test_one_bit_images_are_black_and_white(tmp_path):
     Image.fromarray(grey() > 100).save(tmp_path / "x.png")
     assert np.array_equal(pixels.load_image(tmp_path / "x.png", 40), 255 * (grey() > 100))
 
 
-def test_what_a_check_says_of_the_files(copy, capsys):
+def test_check_reports_the_formats_of_files(copy, capsys):
     paths = nih.load_index(copy).paths
     for path in paths:
         Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path)
@@ -315,7 +315,7 @@ def test_what_a_check_says_of_the_files(copy, capsys):
     assert f"{paths[4]}: the file is empty\n" in shown
 
 
-def test_home_folders(monkeypatch):
+def test_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert str(options.path_of("~/x")) == "/somewhere/x"
     assert str(options.path_of("x")) == "x"
@@ -329,7 +329,7 @@ def break_image(path, how):
         path.write_bytes(b"")
     elif how == "a page":
         path.write_text("<html>not found</html>")
-    elif how == "flipped":  # the ends are whole: only decoding tells
+    elif how == "flipped":  # the start and the end are intact: only decoding finds it
         middle = len(content) // 2
         path.write_bytes(
             content[:middle] + bytes(255 - b for b in content[middle : middle + 40]) + content[middle + 40 :]
@@ -339,7 +339,7 @@ def break_image(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "a page", "flipped", "oblong"])
-def test_a_broken_image_is_named(copy, tmp_path, how, capsys):
+def test_error_names_the_broken_image(copy, tmp_path, how, capsys):
     path = nih.load_index(copy).paths[7]
     break_image(path, how)
     with pytest.raises(ValueError, match=path.name):
@@ -349,12 +349,12 @@ def test_a_broken_image_is_named(copy, tmp_path, how, capsys):
     assert str(path) in shown
     with pytest.raises(ValueError, match=path.name):
         cache.open_cache(tmp_path / "cache", nih.load_index(copy).paths, 16, workers=1)
-    if how in ("truncated", "empty", "a page"):  # which a look at the files shows
+    if how in ("truncated", "empty", "a page"):  # found without decoding
         with pytest.raises(ValueError, match=path.name):
             checked_index(data_options(copy))
 
 
-def test_what_a_network_is_given():
+def test_input_of_the_network_is_normalized():
     x = pixels.to_input(np.array([[[0, 255]]], dtype=np.uint8))
     assert x.shape == (1, 3, 1, 2)
     assert x.dtype == torch.float32
@@ -365,7 +365,7 @@ def test_what_a_network_is_given():
 # splits, cache, data set
 
 
-def test_validation_is_by_patient(drawn):
+def test_validation_split_is_by_patient(drawn):
     index = nih.load_index(drawn)
     patients = batches.validation_patients(index, 0.25, 3)
     everyone = np.unique(index.patients[~index.test])
@@ -375,7 +375,7 @@ def test_validation_is_by_patient(drawn):
     assert not np.array_equal(patients, batches.validation_patients(index, 0.25, 4))
 
 
-def test_the_cache_goes_on_where_it_was_killed(drawn, tmp_path, monkeypatch):
+def test_interrupted_cache_continues(drawn, tmp_path, monkeypatch):
     paths = nih.load_index(drawn).paths * 4
     expected = np.stack([pixels.load_image(path, 16) for path in paths])
     seen = []
@@ -398,28 +398,28 @@ def test_the_cache_goes_on_where_it_was_killed(drawn, tmp_path, monkeypatch):
     assert np.array_equal(cache.open_cache(tmp_path, paths, 16, workers=2), expected)
     assert len(seen) == 1000 + len(paths) - 64
     assert not list(tmp_path.glob("*.part"))
-    monkeypatch.setattr(cache, "load_image", None)  # all is there
+    monkeypatch.setattr(cache, "load_image", None)  # nothing is decoded again
     cached = cache.open_cache(tmp_path, paths, 16)
     assert np.array_equal(cached, expected)
     with pytest.raises(TypeError):
-        cache.open_cache(tmp_path, paths[:-1], 16)  # another selection, another file
+        cache.open_cache(tmp_path, paths[:-1], 16)  # another selection of images needs another cache file
 
 
-def test_an_image_that_was_replaced_is_decoded_anew(drawn, tmp_path):
+def test_replaced_image_is_decoded_again(drawn, tmp_path):
     data = shutil.copytree(drawn, tmp_path / "data")
     path = next(path for path in nih.load_index(data).paths if path.suffix == ".png")
-    Image.fromarray(np.full((32, 32), 200, np.uint8)).save(path, compress_level=0)  # of one length, whatever is in it
+    Image.fromarray(np.full((32, 32), 200, np.uint8)).save(path, compress_level=0)  # the file size is constant
     known, folder = path.stat(), tmp_path / "cache"
     assert (cache.open_cache(folder, [path], 32, workers=1) == 200).all()
     Image.fromarray(np.full((32, 32), 100, np.uint8)).save(path, compress_level=0)
     assert path.stat().st_size == known.st_size
-    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns + 10**9))  # however coarse the clock of the disk is
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns + 10**9))  # a second later
     assert (cache.open_cache(folder, [path], 32, workers=1) == 100).all()
     cache.open_cache(folder, [path], 32, workers=1)
     assert len(list(folder.glob("*.u8"))) == 2
 
 
-def test_of_two_that_want_a_cache_one_builds_it(drawn, tmp_path, monkeypatch):
+def test_only_one_of_two_threads_builds_the_cache(drawn, tmp_path, monkeypatch):
     paths = nih.load_index(drawn).paths
     seen = []
 
@@ -435,13 +435,13 @@ def test_of_two_that_want_a_cache_one_builds_it(drawn, tmp_path, monkeypatch):
     assert sorted(seen) == sorted(paths)
 
 
-def test_a_cache_that_does_not_fit_says_so(drawn, tmp_path, monkeypatch):
+def test_cache_that_exceeds_the_disk_is_an_error(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ValueError, match=r"the cache needs 0\.0 GB more"):
         cache.open_cache(tmp_path, nih.load_index(drawn).paths, 16)
 
 
-def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
+def test_crops_depend_on_seed_epoch_and_image_only(drawn, tmp_path):
     index = nih.load_index(drawn)
     cached = cache.open_cache(tmp_path, index.paths, 32, workers=1)
     from_files = items.LabelledImages(index.paths, index.labels, 32, 28, 5, index.names)
@@ -463,7 +463,7 @@ def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
             assert len(places) == 1
             corners |= set(places)
     assert len(corners) > 2
-    later = items.LabelledImages(cached[3:], index.labels[3:], 32, 28, 5, index.names[3:])  # the first are gone
+    later = items.LabelledImages(cached[3:], index.labels[3:], 32, 28, 5, index.names[3:])  # without the first three
     assert torch.equal(later[1, 2][0], from_cache[1, 5][0])
     with pytest.raises(ValueError, match="names: expected one for each"):
         items.LabelledImages(cached, index.labels, 32, 28, 5)
@@ -471,12 +471,12 @@ def test_crops_depend_on_seed_epoch_and_image_alone(drawn, tmp_path):
     assert np.array_equal(whole.numpy(), cached[3])
 
 
-# what is drawn
+# generated images
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_finding_changes_its_box_and_little_else(name):
-    """The same image with and without it: what differs by half of the most lies in the box, and reaches its sides."""
+def test_finding_changes_mainly_the_pixels_of_its_box(name):
+    """Compares an image with and without the finding: the largest differences lie in the box."""
     for patient in (3, 4):
         without, none = synthetic.draw_image(128, 0, patient, 0, [], False)
         image, boxes = synthetic.draw_image(128, 0, patient, 0, [name], False)
@@ -491,17 +491,17 @@ def test_a_finding_changes_its_box_and_little_else(name):
         assert (change > 0.5 * change.max())[~inside].sum() < 0.2 * (change > 0.5 * change.max()).sum()
 
 
-def test_boxes_hold_their_pixels():
+def test_boxes_contain_the_pixels_of_their_finding():
     where = np.zeros((6, 8), bool)
     where[2:4, 5] = where[3, 3] = True
     assert synthetic.box_of(where, 2.0) == (6, 4, 6, 4)
-    # a small copy has the boxes of the large one, but for the width of its pixels
+    # a small copy has the boxes of the large one, up to the size of a pixel
     for name in nih.BOXED:
         large, small = (synthetic.draw_image(size, 0, 7, 0, [name], True)[1][name] for size in (256, 64))
         assert np.abs(np.array(large) - small).max() <= 2 * 16
 
 
-def test_the_plan_of_the_data_set():
+def test_plan_has_the_expected_patients_and_label_shares():
     plans = synthetic_set.plan_images(4000, 1)
     assert 4000 <= len(plans) < 4008
     assert plans == synthetic_set.plan_images(4007, 1)[: len(plans)]
@@ -518,7 +518,7 @@ def test_the_plan_of_the_data_set():
     assert np.mean(several) > 0.2
 
 
-def test_some_findings_more_often():
+def test_selected_findings_are_drawn_more_often():
     few = synthetic_set.plan_images(1000, 1, ("Mass", "Effusion"), 3.0)
     counts = {name: np.mean([name in plan.findings for plan in few]) for name in CLASSES}
     assert {name for name, share in counts.items() if share} == {"Mass", "Effusion"}
@@ -527,7 +527,7 @@ def test_some_findings_more_often():
         assert 2 < counts[name] / np.mean([name in plan.findings for plan in usual]) < 4
 
 
-def test_only_into_an_empty_folder(drawn, tmp_path, capsys):
+def test_synthetic_set_needs_an_empty_folder(drawn, tmp_path, capsys):
     assert make_synthetic_cxr.main(["--out", str(drawn)]) == 2
     assert "expected an empty folder" in capsys.readouterr().err
     options = ["--images", "3", "--size", "32", "--layout", "flat", "--seed", "4"]

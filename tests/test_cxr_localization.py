@@ -1,4 +1,4 @@
-"""The evaluation of a run: a network whose maps are known gives hits that are known, and all that is written of it."""
+"""The evaluation of a run and its output files, with networks whose maps and hits are known."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ DRAW = figure.draw
 UNIT = 1024 // 8  # a cell of an 8 x 8 map, in pixels of the table
 
 
-class Known(torch.nn.Module):
-    """A logit per cell of 8 x 8 pixels: the first two classes that matter are painted into the image.
+class KnownMaps(torch.nn.Module):
+    """A network that reads its map from the brightness of the image, in cells of 8 x 8 pixels.
 
-    Bright cells are Mass at p = 0.9, dim ones Nodule at p = 0.4; everything else is at 0.1.
+    Bright cells give Mass p = 0.9, dim cells give Nodule p = 0.4. All other probabilities are 0.1.
     """
 
     grid = Grid(4.0, 8)
@@ -57,8 +57,8 @@ class Known(torch.nn.Module):
         return torch.logit(probability)
 
 
-class KnownFromTheEdge(Known):
-    """The same, but that a cell reads pixels 0, 8, 16 ... and is centred there, as strides of a ResNet have it."""
+class KnownMapsFromTheEdge(KnownMaps):
+    """KnownMaps whose cells read, and are centred on, pixels 0, 8, 16 and so on, as those of a ResNet."""
 
     grid = Grid(0.5, 8)
 
@@ -66,8 +66,8 @@ class KnownFromTheEdge(Known):
         return x[:, ::8, ::8]
 
 
-class Contrary(Known):
-    """What is there is not, and what is not is."""
+class InvertedMaps(KnownMaps):
+    """KnownMaps with inverted probabilities."""
 
     def forward(self, x):
         return -super().forward(x)
@@ -75,9 +75,9 @@ class Contrary(Known):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Five test images, two of training and validation, and a run that knows."""
+    """A folder with five test images and two others, its index, and a run with KnownMaps."""
     rows = {
-        # name: patient, test, classes, (first cell, cells, value) painted, boxes
+        # name: patient, test, classes, (first cell, cells, value) of the painted area, boxes
         "00000001_000.png": (1, True, [MASS], ((2, 1, 2, 2), 255), [(MASS, 2, 1, 2, 2)]),  # met exactly
         "00000001_001.png": (1, True, [MASS], ((2, 1, 2, 2), 255), [(MASS, 2, 1, 4, 2)]),  # IoU 1/2
         "00000002_000.png": (2, True, [MASS], ((0, 0, 1, 1), 255), [(MASS, 4, 4, 2, 2)]),  # elsewhere
@@ -111,7 +111,7 @@ def data(tmp_path, monkeypatch):
     )
     trained = {name for name, row in rows.items() if not row[1]}
     monkeypatch.setattr(nih, "load_index", lambda *_, **__: index)
-    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownMaps(), dict(CONFIG), WHICH))
     monkeypatch.setattr(provenance, "trained_names", lambda run: trained)
     monkeypatch.setattr(figure, "draw", lambda *_: None)  # slow
     return tmp_path, index, trained
@@ -128,7 +128,7 @@ def evaluate(folder, *more):
     return json.loads((out / "metrics.json").read_text()), out
 
 
-def test_one_run_replaces_two(data):
+def test_report_of_one_run_replaces_that_of_two(data):
     folder, *_ = data
     one, other, out = (str(folder / name) for name in ("run", "other", "out"))
     common = ["--data-dir", str(folder), "--out", out, "--device", "cpu", "--draws", "5"]
@@ -138,8 +138,8 @@ def test_one_run_replaces_two(data):
     assert not (folder / "out" / "baseline").exists()
 
 
-def test_what_others_wrote_stays(data, capsys):
-    """A run, or the report of one, that lies where the tables of a second run would."""
+def test_foreign_files_are_not_deleted(data, capsys):
+    """The folder for the tables of a second run contains a run, or its report."""
     folder, *_ = data
     one, other, beside = str(folder / "run"), str(folder / "other"), folder / "out" / "baseline"
     common = ["--data-dir", str(folder), "--out", str(folder / "out"), "--device", "cpu", "--draws", "5"]
@@ -158,10 +158,10 @@ def test_what_others_wrote_stays(data, capsys):
     assert [path.read_text() for path in beside.iterdir()] == ["mine"]
 
 
-def test_runs_of_one_kind_are_told_apart(data, monkeypatch, capsys):
+def test_runs_with_the_same_settings_get_different_names(data, monkeypatch, capsys):
     folder, *_ = data
     monkeypatch.setattr(evaluation, "load_network", lambda run, *_: (
-        Known() if run.parent.name == "s0" else Contrary(), dict(CONFIG), WHICH
+        KnownMaps() if run.parent.name == "s0" else InvertedMaps(), dict(CONFIG), WHICH
     ))  # fmt: skip
     runs = [folder / "s0" / "run", folder / "s1" / "run"]
     out = folder / "out"
@@ -181,7 +181,7 @@ def test_runs_of_one_kind_are_told_apart(data, monkeypatch, capsys):
     assert "twice" in capsys.readouterr().err
 
 
-def test_mistakes_and_interruptions_end_in_a_line(data, monkeypatch, capsys):
+def test_errors_and_interruptions_print_one_line(data, monkeypatch, capsys):
     folder, *_ = data
     (folder / "file").write_text("")
     base = ["--run", str(folder / "run"), "--data-dir", str(folder), "--draws", "5"]
@@ -195,10 +195,10 @@ def test_mistakes_and_interruptions_end_in_a_line(data, monkeypatch, capsys):
     (folder / "00000002_000.png").write_bytes((folder / "00000002_000.png").read_bytes()[:60])
     for workers in ("0", "1"):
         assert localize_cxr.main([*base, "--device", "cpu", "--out", str(folder / "b"), "--workers", workers]) == 2
-        told = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line and "batch" not in line]
-        assert len(told) == 1, told
-        assert told[0].startswith("error: ")
-        assert "00000002_000.png" in told[0]
+        message = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line and "batch" not in line]
+        assert len(message) == 1, message
+        assert message[0].startswith("error: ")
+        assert "00000002_000.png" in message[0]
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -208,7 +208,7 @@ def test_mistakes_and_interruptions_end_in_a_line(data, monkeypatch, capsys):
     assert capsys.readouterr().err == "\nstopped\n"
 
 
-def test_the_papers_rows_stand_beside_the_official_split_alone(data, monkeypatch):
+def test_rows_of_the_paper_are_shown_for_the_official_split_only(data, monkeypatch):
     folder, index, _ = data
     for official in (True, False):
         monkeypatch.setattr(nih, "load_index", lambda *_, o=official, **__: index._replace(official=o))
@@ -216,12 +216,12 @@ def test_the_papers_rows_stand_beside_the_official_split_alone(data, monkeypatch
         assert ("Tables 1 and 2 of Seibold" in (out / "report.html").read_text()) == official
 
 
-def test_known_maps_give_known_hits(data):
+def test_known_maps_give_the_expected_hits(data):
     folder, *_ = data
     metrics, _ = evaluate(folder)
     assert metrics["images"] == 5
     assert metrics["boxes"] == 4
-    # Mass: IoU 1, 1/2, 0; Nodule is seen at 0.4 and so not at T_p = 0.5
+    # Mass: IoU 1, 1/2, 0. Nodule has p = 0.4, below T_p = 0.5.
     assert metrics["localization_ungated"] == {
         "0.1": {"Mass": pytest.approx(2 / 3), "Nodule": 0, "mean": pytest.approx(1 / 3)},
         "0.3": {"Mass": pytest.approx(2 / 3), "Nodule": 0, "mean": pytest.approx(1 / 3)},
@@ -230,7 +230,7 @@ def test_known_maps_give_known_hits(data):
     }
     assert metrics["localization"] == metrics["localization_ungated"]  # Mass is predicted at 0.9
     assert metrics["pointing_game"] == {"Mass": pytest.approx(2 / 3), "Nodule": 1, "mean": pytest.approx(5 / 6)}
-    # scaled, the nodule's map is as good as any
+    # scaled to its maximum, the map of the nodule gives its box
     assert metrics["max_box_acc"]["0.7"]["Nodule"] == 1
     assert metrics["auc"]["Mass"] == 1
     assert metrics["auc"]["Edema"] is None
@@ -238,8 +238,8 @@ def test_known_maps_give_known_hits(data):
     assert metrics["baselines"]["whole image"]["0.1"]["mean"] == pytest.approx((1 / 3) / 2)  # 8 of 64 cells
 
 
-def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monkeypatch):
-    """Of a network whose cells begin at the image's edge: half a cell to the upper left of where they would fill it."""
+def test_boxes_peaks_pictures_and_ceiling_use_the_centre_of_the_cells(data, monkeypatch):
+    """For cells that are centred on the edge of the image: everything moves up and left by half a cell."""
     folder, index, _ = data
     pixels = np.full((SIZE, SIZE), 30, np.uint8)
     pixels[12:20, 20:36] = 255  # pixels 16 along y; 24 and 32 along x: row 2, columns 3 and 4
@@ -250,8 +250,8 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
     drawn = []
     monkeypatch.setattr(figure, "draw", DRAW)
     monkeypatch.setattr(Axes, "imshow", lambda self, picture, **more: drawn.append(picture))
-    for grid, exact in ((KnownFromTheEdge.grid, True), (Known.grid, False)):
-        network = KnownFromTheEdge()
+    for grid, exact in ((KnownMapsFromTheEdge.grid, True), (KnownMaps.grid, False)):
+        network = KnownMapsFromTheEdge()
         network.grid = grid
         monkeypatch.setattr(evaluation, "load_network", lambda *_, network=network: (network, dict(CONFIG), WHICH))
         metrics, out = evaluate(folder)
@@ -260,12 +260,12 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
             ("ceiling", metrics["baselines"]["ceiling of the grid"]),
         ):  # fmt: skip
             assert (accuracy["0.7"]["Mass"] == 1) == exact, name
-        # drawn in 512 pixels the borders, half-way between centres, are half a pixel of the network's 64 further right
-        # than where a box of whole pixels ends
+        # The figure has 512 pixels, the network 64. Cell borders lie half a network pixel right of the edges of
+        # the boxes, because boxes consist of whole pixels.
         found = drawn[-1][..., 3] > 0.5 * 255 * page.OPACITY / 100
         edges = [np.flatnonzero(np.diff(found.any(axis), prepend=False, append=False)) for axis in (0, 1)]
         assert (np.abs(np.subtract(edges, [[8 * 20, 8 * 36], [8 * 12, 8 * 20]])) <= 4).all() == exact
-        # the gallery's picture of the map is placed by what the browser does with it
+        # the HTML gallery places and scales the picture of the map
         place = next(a for tag, a in alone((out / "report.html").read_text()).found if a.get("class") == "map fixed")
         left, width = float(place["x"]), float(place["width"])
         with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
@@ -274,7 +274,7 @@ def test_boxes_peaks_pictures_and_the_ceiling_are_where_the_cells_are(data, monk
         assert (np.abs(edges - 16 * np.array([20, 36])) <= 8).all() == exact
 
 
-def test_the_gate_and_the_threshold_are_two_things(data):
+def test_gate_and_threshold_are_separate_options(data):
     folder, *_ = data
     below, _ = evaluate(folder, "--threshold", "0.3")
     assert below["localization_ungated"]["0.7"]["Nodule"] == 1
@@ -292,7 +292,7 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
     assert chosen["localization"]["0.7"]["Nodule"] == 1
     details = json.loads((out / "details.json").read_text())
     assert details["threshold_of_class"]["Nodule"] == pytest.approx(0.25)  # between 0.1 and 0.4
-    assert details["threshold_of_class"]["Edema"] == 0.5  # nothing to choose by
+    assert details["threshold_of_class"]["Edema"] == 0.5  # no validation labels to choose from
     assert details["validation_images"] == 2
     assert details["classes_at_0.5"] == [name for name in CLASSES if name not in ("Mass", "Nodule")]
     assert "of 2 validation images, 0.5 for Atelectasis" in (out / "report.html").read_text()
@@ -300,16 +300,16 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
     assert "best, of epoch 7" in (out / "report.html").read_text()
     assert "warning" not in capsys.readouterr().err
     config = CONFIG | {"val_patients": [90, 91, 92]}
-    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), config, WHICH))
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownMaps(), config, WHICH))
     evaluate(folder, "--threshold", "validation")
     assert "of the run's 3 validation patients 1 are in the data" in capsys.readouterr().err
-    # of a mean over the map the probability of the image is another than that of its greatest patch
-    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), CONFIG | {"pooling": "mean"}, WHICH))
+    # with mean pooling, the probability of the image differs from the maximum of its map
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownMaps(), CONFIG | {"pooling": "mean"}, WHICH))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")
     details = json.loads((out / "details.json").read_text())
     assert details["threshold_of_class"]["Nodule"] == pytest.approx(0.25)
     assert details["gate_of_class"]["Nodule"] == pytest.approx(0.1 + 0.3 * 4 / 64 / 2)
-    # the boxes have no part in it
+    # the boxes have no influence on the thresholds
     other = {name: [(c, 0.0, 0.0, 8.0, 8.0) for c, *_ in boxes] for name, boxes in index.boxes.items()}
     monkeypatch.setattr(nih, "load_index", lambda *_, **__: index._replace(boxes=other))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")
@@ -322,7 +322,7 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
     ("extra", "named"),
     [("00000002_000.png", "1 images of the official test list, 1 of them"), ("00000004_001.png", "patients")],
 )
-def test_what_was_trained_on_is_refused(data, monkeypatch, capsys, extra, named):
+def test_training_images_in_the_test_list_are_an_error(data, monkeypatch, capsys, extra, named):
     folder, index, trained = data
     if extra not in index.names:  # another image of a patient of the test list
         index = index._replace(
@@ -337,7 +337,7 @@ def test_what_was_trained_on_is_refused(data, monkeypatch, capsys, extra, named)
     assert not out.exists()
 
 
-def test_the_schema(data):
+def test_metrics_match_the_schema(data):
     folder, *_ = data
     metrics, out = evaluate(folder)
     assert list(metrics) == [
@@ -355,7 +355,7 @@ def test_the_schema(data):
     assert low <= metrics["localization_ungated"]["0.5"]["Mass"] <= high
 
 
-def test_the_tables(data):
+def test_tables_hold_every_box_and_image(data):
     folder, index, _ = data
     _, out = evaluate(folder)
     with (out / "predictions.csv").open() as file:
@@ -367,13 +367,13 @@ def test_the_tables(data):
     with (out / "boxes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["iou"] for row in rows] == ["1.0000", "0.5000", "0.0000", "0.0000"]
-    # in pixels of the table, whatever the network's image
+    # in pixels of the box table, independent of the input size of the network
     assert [float(rows[1][f"found_{s}"]) for s in "xywh"] == [256, 128, 256, 256]
     assert rows[3]["found_x"] == ""
 
 
-def test_a_run_of_train_cxr(tmp_path, capsys, monkeypatch):
-    """From drawn images to the report; then the same run, asked about images that it was trained on."""
+def test_run_of_train_cxr_is_evaluated(tmp_path, capsys, monkeypatch):
+    """From generated images to the report. Then an evaluation on training images, which is an error."""
     monkeypatch.setattr(progress, "EVERY", 0.0)
     data, run = tmp_path / "data", tmp_path / "run"
     write_dataset(data, images=40, size=32, seed=1)
@@ -382,7 +382,7 @@ def test_a_run_of_train_cxr(tmp_path, capsys, monkeypatch):
     assert train_cxr.main([*common, *small, "--out", str(run), "--val-fraction", "0.3"]) == 0
     evaluation = ["--run", str(run), "--draws", "5", "--threshold", "validation", "--gate", "validation"]
     assert localize_cxr.main([*common, *evaluation]) == 0
-    # the output is no terminal: progress in lines
+    # the output is not a terminal: progress is printed in lines
     lines = capsys.readouterr().err
     assert "\nepoch 1: step 1 of " in lines and "\nSGL, softmax pooling: batch 1 of " in lines
     metrics = json.loads((run / "localization" / "metrics.json").read_text())
@@ -390,7 +390,7 @@ def test_a_run_of_train_cxr(tmp_path, capsys, monkeypatch):
     assert metrics["images"] == index.test.sum()
     assert metrics["boxes"] == sum(len(boxes) for boxes in index.boxes.values()) > 0
     assert metrics["baselines"]["ceiling of the grid"]["0.1"]["mean"] > 0.5
-    # the lists exchanged: a split that is not the one it was trained with
+    # with the two lists exchanged, the split differs from that of the training
     lists = data / nih.TRAIN_VAL_LIST, data / nih.TEST_LIST
     train, test = (path.read_bytes() for path in lists)
     lists[0].write_bytes(test)
@@ -399,11 +399,11 @@ def test_a_run_of_train_cxr(tmp_path, capsys, monkeypatch):
     assert f"trained or validated on {(~index.test).sum()} images of the official test list" in capsys.readouterr().err
 
 
-def test_genuine_images_with_boxes(data_dir, tmp_path, monkeypatch):
+def test_real_images_with_boxes_are_evaluated(data_dir, tmp_path, monkeypatch):
     images, tables = data_dir / "chestxray14_256", data_dir / "chestxray14"
     if not (images / "images").is_dir() or not tables.is_dir():
         pytest.skip(f"there is no {images} or {tables}")
-    monkeypatch.setattr(evaluation, "load_network", lambda *_: (Known(), dict(CONFIG), WHICH))
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownMaps(), dict(CONFIG), WHICH))
     monkeypatch.setattr(provenance, "trained_names", lambda run: set())
     more = ["--tables", str(tables), "--allow-missing", "--gallery", "0", "--out", str(tmp_path)]
     monkeypatch.setattr(figure, "draw", lambda *_: None)  # slow
@@ -437,7 +437,7 @@ class Elements(HTMLParser):
 
 
 def alone(text):
-    """The elements of a page that asks for nothing from elsewhere."""
+    """The elements of a page that loads nothing from other files or hosts."""
     page = Elements(text)
     assert not page.open
     assert "http" not in text.replace("http-equiv", "")
@@ -448,7 +448,7 @@ def alone(text):
     return page
 
 
-def test_the_report_holds_everything_and_asks_for_nothing(data, monkeypatch):
+def test_report_is_self_contained(data, monkeypatch):
     folder, *_ = data
     monkeypatch.setattr(figure, "draw", DRAW)
     _, out = evaluate(folder)
@@ -457,7 +457,7 @@ def test_the_report_holds_everything_and_asks_for_nothing(data, monkeypatch):
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
     cards = [attributes for tag, attributes in page.found if attributes.get("class") == "card"]
-    # the best two, the worst two, then all
+    # the gallery of the best two and worst two images, and that of all
     assert [card["data-group"] for card in cards] == [
         "Mass",
         "Mass",
@@ -472,24 +472,24 @@ def test_the_report_holds_everything_and_asks_for_nothing(data, monkeypatch):
     frames = [attributes["class"] for tag, attributes in page.found if tag == "rect"]
     assert frames.count("true") == 8
     assert frames.count("found") == 6
-    assert text.count(">no box</text>") == 2  # of the nodule, in both galleries
+    assert text.count(">no box</text>") == 2  # of the nodule in both galleries
     assert text.count('<span class="key-none">no box</span>') == 2  # their legends
     for shown in ("0.33", "SGL, max pooling", "MaxBoxAcc", "centre box", "1 images of the tables"):
         assert shown in text
-    assert "Seibold" not in text  # the paper reports of other images
+    assert "Seibold" not in text  # the images differ from those of the paper
     titles = re.findall("<h2>(.*?)</h2>", text)
     assert titles == ["Verdict", "Best and worst", "Classification", "Localization", "Curves", "Gallery", "Settings"]
-    assert '<th scope="row">Edema</th>' not in text.split("<h2>Localization")[0]  # nobody has it
+    assert '<th scope="row">Edema</th>' not in text.split("<h2>Localization")[0]  # no image has this label
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text.lower())
     with Image.open(out / "localization.png") as picture:
         assert picture.width > 300
 
 
-def test_two_runs_beside_each_other(data, monkeypatch):
+def test_two_runs_are_compared(data, monkeypatch):
     folder, *_ = data
 
     def load_network(run, *_):
-        return Known(), CONFIG | ({"loss": "bag", "pooling": "mean"} if run.name == "other" else {}), WHICH
+        return KnownMaps(), CONFIG | ({"loss": "bag", "pooling": "mean"} if run.name == "other" else {}), WHICH
 
     monkeypatch.setattr(evaluation, "load_network", load_network)
     status = localize_cxr.main(["--run", str(folder / "one"), str(folder / "other"), "--data-dir", str(folder),
@@ -508,7 +508,7 @@ def test_two_runs_beside_each_other(data, monkeypatch):
     assert "gallery smooth" in text
 
 
-def test_no_boxes_is_no_error(data, monkeypatch):
+def test_data_without_boxes_are_evaluated(data, monkeypatch):
     folder, index, _ = data
     monkeypatch.setattr(nih, "load_index", lambda *_, **__: index._replace(boxes={}))
     metrics, out = evaluate(folder, "--threshold", "validation")
@@ -517,7 +517,7 @@ def test_no_boxes_is_no_error(data, monkeypatch):
     assert "None of these images has a box" in (out / "report.html").read_text()
 
 
-def test_the_cache_gives_the_same(data):
+def test_cache_does_not_change_the_metrics(data):
     folder, *_ = data
     plain, _ = evaluate(folder)
     cached, _ = evaluate(folder, "--cache", str(folder / "cache"))
@@ -528,15 +528,15 @@ def test_the_cache_gives_the_same(data):
     "option",
     [("--morphology", "4"), ("--threshold", "1"), ("--gate", "test"), ("--draws", "0"), ("--run", "a", "b", "c")],
 )
-def test_options_that_make_no_sense(option, capsys):
+def test_contradictory_options_are_errors(option, capsys):
     with pytest.raises(SystemExit):
         localize_cxr.main(["--run", "r", "--data-dir", "d", *option])
     assert option[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", [0.5, 0.0625, 1.8125, -0.75])
-def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
-    """What a browser makes of the picture's place and size: at every pixel what upsampling has there."""
+def test_gallery_shows_the_upsampled_map(first):
+    """Scaled by the browser, the picture equals the upsampled map at every pixel."""
     heatmap = np.arange(9).reshape(3, 3) / 8
     card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array([NO_BOX]),
                         [gallery.View("", heatmap, np.array(NO_BOX), "", first)], 0.0)  # fmt: skip
@@ -557,7 +557,7 @@ def test_the_gallery_shows_the_map_where_boxes_are_sought(first):
         assert (shown == overlay(heatmap, (24, 24), first=first, limits=limits, opacity=1.0)).all()
 
 
-def test_a_map_of_one_value_is_shown():
+def test_constant_map_is_shown():
     card = gallery.Card("", "", np.zeros((24, 24), np.uint8), 24, np.array([NO_BOX]),
                         [gallery.View("", np.full((3, 3), 0.05), np.array(NO_BOX), "")], 0.0)  # fmt: skip
     images = [a for tag, a in Elements(gallery.gallery([card], False, "all")).found if "map" in a.get("class", "")]
@@ -569,7 +569,7 @@ def test_a_map_of_one_value_is_shown():
     assert (opacities["map own"] == 0).all()  # its range is empty
 
 
-def test_curves_leave_out_what_is_not_defined():
+def test_curves_omit_undefined_values():
     svg = page.chart([page.Line("a <b>", [0, 0.5, 1], [0, math.nan, 1], 0)], "title", "x", "y")
     assert svg.count("344.0,") == 0 or "nan" not in svg
     assert "a &lt;b&gt;" in svg
@@ -583,10 +583,10 @@ def test_text_is_escaped_once():
     assert "<td>&lt;b&gt;</td>" in page.table(["", "x"], [["a", "<b>"]])
 
 
-def test_thresholds_relative_to_the_maximum_have_rows_of_their_own(data, capsys):
+def test_relative_thresholds_have_separate_rows(data, capsys):
     folder, *_ = data
     metrics, out = evaluate(folder)
-    # the nodule is seen at 0.4, which is more than half of 0.4 and less than T_p
+    # the nodule has p = 0.4: above half of the maximum 0.4, but below T_p
     assert metrics["localization_ungated"]["0.7"]["Nodule"] == 0
     assert metrics["localization_relative_ungated"]["0.7"]["Nodule"] == 1
     assert metrics["localization_relative"]["0.7"]["Nodule"] == 0  # it is not predicted
@@ -602,8 +602,8 @@ def test_thresholds_relative_to_the_maximum_have_rows_of_their_own(data, capsys)
     assert higher["localization_ungated"]["0.7"]["Nodule"] == 1
 
 
-def test_an_even_raster(data, monkeypatch):
-    """A network whose cells begin at the edge, evaluated as if its cells divided the image evenly."""
+def test_even_grid_ignores_the_centre_of_the_cells(data, monkeypatch):
+    """A network whose cells are centred on the edge, with and without the assumption of an even grid."""
     folder, index, _ = data
     pixels = np.full((SIZE, SIZE), 30, np.uint8)
     pixels[12:20, 20:36] = 255
@@ -611,7 +611,7 @@ def test_an_even_raster(data, monkeypatch):
     one = index.test & (np.array(index.names) == index.names[0])
     boxes = {index.names[0]: [(MASS, *(1024 / SIZE * v for v in (20, 12, 16, 8)))]}
     monkeypatch.setattr(nih, "load_index", lambda *_, **__: index._replace(test=one, boxes=boxes))
-    monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownFromTheEdge(), dict(CONFIG), WHICH))
+    monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownMapsFromTheEdge(), dict(CONFIG), WHICH))
     for raster, found, first in (("network", (20, 12, 16, 8), 0.0625), ("even", (24, 16, 16, 8), 0.5)):
         _, out = evaluate(folder, "--raster", raster)
         with (out / "boxes.csv").open() as file:
@@ -622,7 +622,7 @@ def test_an_even_raster(data, monkeypatch):
         assert f"{raster} raster" in (out / "report.html").read_text()
 
 
-def test_best_and_worst(data):
+def test_best_and_worst_images_are_ranked(data):
     _, index, _ = data
     found = truth.truth_of(index)
     probability = np.full((5, len(CLASSES)), 0.1)
@@ -631,11 +631,11 @@ def test_best_and_worst(data):
         "run", {}, prediction.Predictions(probability, probability, [], 0.5, np.zeros((0, 4), int), SIZE),
         np.zeros((4, 4)), np.array([0.2, 0.7, 0.0, 0.0]), np.ones(4, bool), {}, {},
     )  # fmt: skip
-    assert report.best_and_worst(run, found, 4) == ([1, 0], [2, 3])  # the miss at p = 0.9 is worse than that at 0.1
+    assert report.best_and_worst(run, found, 4) == ([1, 0], [2, 3])  # a miss at p = 0.9 is worse than one at 0.1
     assert report.best_and_worst(run, found, 1) == ([1], [2])
 
 
-def test_the_order_of_boxes_is_that_of_images(data):
+def test_boxes_have_the_order_of_the_images(data):
     _, index, _ = data
     found = truth.truth_of(index)
     assert found.image.tolist() == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""AUC with intervals over patients, against scikit-learn and by hand."""
+"""AUC and its confidence intervals over patients, compared with scikit-learn and with calculations by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def drawn(n=400, classes=3, patients=120, seed=0):
     return scores, labels, rng.integers(0, patients, n)
 
 
-def test_auc_by_hand():
+def test_auc_equals_a_calculation_by_hand():
     scores = np.array([[0.1, 0.3], [0.4, 0.2], [0.35, 0.9], [0.8, 0.1]])
     labels = np.array([[0, 0], [0, 0], [1, 0], [1, 0]])
     values = m.auc_per_class(scores, labels, ["a", "b"])
@@ -30,7 +30,7 @@ def test_auc_by_hand():
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12))
-def test_weighted_auc_is_scikit_learns(rows):
+def test_weighted_auc_equals_scikit_learn(rows):
     scores, positive, weight = (np.array(column) for column in zip(*rows, strict=True))
     value = m._weighted_auc(scores.astype(float), positive)(weight)
     if not weight[positive].sum() or not weight[~positive].sum():
@@ -39,7 +39,7 @@ def test_weighted_auc_is_scikit_learns(rows):
         assert value == pytest.approx(roc_auc_score(positive, scores, sample_weight=weight))
 
 
-def test_patients_are_drawn_whole():
+def test_bootstrap_draws_whole_patients():
     patients = np.array([5, 9, 5, 7, 9, 5])
     for weight in m.draws_of_patients(patients, np.zeros(6, bool), 20, (1,)):
         assert weight[0] == weight[2] == weight[5]
@@ -47,7 +47,7 @@ def test_patients_are_drawn_whole():
         assert weight[0] + weight[1] + weight[3] == 3
 
 
-def test_a_class_that_few_patients_show_does_not_vanish():
+def test_rare_class_keeps_its_interval():
     scores, labels, patients = drawn()
     few = labels[:, 2] > 0
     count = len(np.unique(patients[few]))
@@ -64,17 +64,17 @@ def test_a_class_that_few_patients_show_does_not_vanish():
     assert 0 < low < high <= 1
 
 
-def test_a_class_that_is_missing_from_a_draw_does_not_move_the_mean():
-    """One patient shows b, at 1; where that patient is not drawn the mean moves by a's change alone."""
+def test_class_missing_from_a_draw_does_not_change_the_mean():
+    """One patient has class b, with value 1. In draws without this patient, only class a changes the mean."""
     values = np.array([1.0, 0.0, 1.0, 0.0, 1.0])
     classes = np.array([0, 0, 0, 0, 1])
     low, high = m.mean_intervals(values, classes, np.arange(5), ["a", "b"], draws=400)["mean"]
-    assert low >= 0.75 - 0.5 and high <= 0.75 + 0.5  # a alone would have moved it to 0.5 - 0.5
+    assert low >= 0.75 - 0.5 and high <= 0.75 + 0.5  # with class a alone, the mean would reach 0.5 - 0.5
     assert low < 0.75 < high
 
 
-def test_no_interval_of_a_share_leaves_its_range():
-    """Where classes are missing from draws the others move the mean, here by more than it is."""
+def test_intervals_of_fractions_stay_in_their_range():
+    """If classes are missing from a draw, the others change the mean, here by more than its value."""
     values, classes = np.array([1.0, 0.0, 0.0, 0.0, 0.0, 0.0]), np.array([0, 0, 1, 2, 3, 4])
     low, high = m.mean_intervals(values, classes, np.arange(6), list("abcde"), draws=400)["mean"]
     assert 0 == low < high < 1
@@ -82,7 +82,7 @@ def test_no_interval_of_a_share_leaves_its_range():
     assert 0 < low < high == 1
 
 
-def test_intervals_hold_the_value_and_are_seeded():
+def test_intervals_contain_the_value_and_are_seeded():
     scores, labels, patients = drawn()
     names = ["a", "b", "c"]
     values = m.auc_per_class(scores, labels, names)
@@ -92,14 +92,14 @@ def test_intervals_hold_the_value_and_are_seeded():
         assert low < values[name] < high
     assert intervals == m.auc_intervals(scores, labels, patients, names, draws=300, seed=3)
     assert intervals != m.auc_intervals(scores, labels, patients, names, draws=300, seed=4)
-    again = np.repeat(np.arange(len(scores)), 4)  # four images of a patient that are alike tell no more than one
+    again = np.repeat(np.arange(len(scores)), 4)  # four equal images of a patient carry the information of one
     wide = m.auc_intervals(scores[again], labels[again], patients[again], names, draws=300, seed=3)
     assert wide["a"] == pytest.approx(intervals["a"])
     assert wide["mean"] == pytest.approx(intervals["mean"])
 
 
-def test_interval_of_a_share_is_the_binomials():
-    """Of 400 patients with a box each and a share of 0.3: 1.96 sqrt(0.3 0.7 / 400) = 0.045 to either side."""
+def test_interval_of_a_fraction_equals_the_binomial_interval():
+    """For 400 patients with one box each and a fraction of 0.3: +- 1.96 sqrt(0.3 0.7 / 400) = 0.045."""
     hits = np.arange(400) % 10 < 3
     low, high = m.mean_intervals(hits, np.zeros(400, int), np.arange(400), ["a", "b"], draws=2000)["a"]
     assert 0.3 - low == pytest.approx(0.045, abs=0.006)
@@ -108,7 +108,7 @@ def test_interval_of_a_share_is_the_binomials():
     assert all(math.isnan(v) for v in none["mean"])
 
 
-def test_threshold_by_hand():
+def test_threshold_equals_a_calculation_by_hand():
     scores = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
     # above 0.25: sensitivity 1, specificity 2/3
     assert m.best_threshold(scores, np.array([0, 0, 1, 0, 1])) == pytest.approx(0.25)

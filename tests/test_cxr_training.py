@@ -1,4 +1,4 @@
-"""Training on ChestX-ray14: networks, order, what is written, and that an end at any moment changes nothing."""
+"""Training on ChestX-ray14: networks, batches, output files, and resuming after an interruption at any moment."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(drawn, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("cxr") / "whole"
     assert run(drawn, out) == 0
     return out
@@ -64,7 +64,7 @@ def run(data, out, *options):
 
 
 def assert_same_run(one, other):
-    """To the bit, all that is kept, but for how fast it was."""
+    """The checkpoints and histories of two runs are bitwise equal, except for their speed."""
     for name in ("last.pt", "best.pt"):
         states = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
         for state in states:
@@ -82,12 +82,12 @@ def assert_same_run(one, other):
     assert histories[0] == histories[1]
 
 
-# the networks
+# networks
 
 
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("name", [name for name in models.BACKBONES if name.startswith("local")] + ["bagnet9"])
-def test_local_patches_see_what_they_should(name, stride):
+def test_receptive_field_of_local_patch_networks(name, stride):
     field = int("".join(filter(str.isdigit, name)))
     if stride > field:
         with pytest.raises(ValueError, match=f"a local backbone of {field} pixels has 8"):
@@ -105,7 +105,7 @@ def test_local_patches_see_what_they_should(name, stride):
         (where,) = seen.any(along).nonzero(as_tuple=True)
         first, last = int(where[0]), int(where[-1])
         assert last - first + 1 == field
-        # the cell is in its middle
+        # the cell lies in the middle of its receptive field
         before, after = cell * stride - first, last - ((cell + 1) * stride - 1)
         assert after - before in (0, 1)
 
@@ -113,23 +113,23 @@ def test_local_patches_see_what_they_should(name, stride):
 @pytest.mark.parametrize(
     ("name", "stride", "centre"),
     [
-        # conv1 stands on pixels 0, 2, 4 ..., and every stride after it takes the first of two again
+        # conv1 is centred on pixels 0, 2, 4, and so on; every later stride keeps the first of two positions
         *(pytest.param(name, stride, 0.5, marks=needs_torchvision)
           for name, stride in (("resnet18", 32), ("resnet18", 16), ("resnet50", 32))),
-        # the same, but for three means of two that lie 4, 8 and 16 pixels apart: 2 + 4 + 8 further
+        # the same, plus 2 + 4 + 8 pixels: three average poolings of two positions, 4, 8 and 16 pixels apart
         pytest.param("densenet121", 16, 14.5, marks=needs_torchvision),
-        # 17 pixels in the middle of which are 8: 4 to the left of the cell, 5 to the right; of 33, 8 and 9 beside 16
+        # a field of 17 pixels with the 8 pixels of the cell: 4 pixels left of it, 5 right; a field of 33: 16, 8 and 9
         ("local17", 8, 4.5), ("local33", 16, 8.5), ("bagnet9", 8, 4.5),
     ],
 )  # fmt: skip
-def test_cells_lie_where_the_network_looks(name, stride, centre):
-    """What moves a cell's logit lies about where the map is drawn over the image."""
+def test_cells_lie_at_the_centre_of_their_receptive_field(name, stride, centre):
+    """The pixels that influence a cell's logit lie where the overlay shows the cell."""
     model = PatchClassifier(name, stride, 1).eval().requires_grad_(False)
     assert model.grid == (centre, stride)
     for weight in (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
-        weight.fill_(1 / weight[0].numel())  # what a window reads counts alike, and no ReLU shuts anything out
+        weight.fill_(1 / weight[0].numel())  # equal positive weights: no ReLU is inactive
     side = 448 if name in models.TORCHVISION else 96
-    x = torch.rand(1, 3, side, side, requires_grad=True)  # maxima wander within their window, evenly on the whole
+    x = torch.rand(1, 3, side, side, requires_grad=True)  # random, so that the maxima lie anywhere in their windows
     cells, row, column = side // stride, side // stride // 2, side // stride // 2 + 1
     model(x)[:, 0, row, column].sum().backward()
     heat = np.zeros((cells, cells))
@@ -138,20 +138,20 @@ def test_cells_lie_where_the_network_looks(name, stride, centre):
     seen = x.grad.sum((0, 1)).numpy()
     pixels = np.arange(side) + 0.5
     for axis, cell in ((0, row), (1, column)):
-        looked, shown = (float(pixels @ a.sum(1 - axis) / a.sum()) for a in (seen, drawn))
-        assert looked == pytest.approx(centre + cell * stride, abs=0.75)
-        assert shown == pytest.approx(centre + cell * stride, abs=0.5)  # the cell's border is that of a pixel
+        influenced, shown = (float(pixels @ a.sum(1 - axis) / a.sum()) for a in (seen, drawn))
+        assert influenced == pytest.approx(centre + cell * stride, abs=0.75)
+        assert shown == pytest.approx(centre + cell * stride, abs=0.5)  # cells begin at whole pixels
     x_of_peak, y_of_peak = boxes.heatmap_to_point(heat, (side, side), model.grid.centre / stride)
     assert (x_of_peak, y_of_peak) == (centre + column * stride, centre + row * stride)
 
 
 @needs_torchvision
 @pytest.mark.parametrize("name", models.TORCHVISION)
-def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
-    """Taking out strides and dilating instead leaves the weights' meaning as it was."""
+def test_finer_stride_gives_the_logits_of_the_coarse_stride_at_its_cells(name):
+    """Dilation replaces the removed strides, so the same weights compute the same logits."""
     x = torch.randn(1, 3, 64, 64)
     coarse = PatchClassifier(name, 32, 14).eval()
-    for module in coarse.modules():  # else nearly all is 0 or the bias
+    for module in coarse.modules():  # otherwise nearly all outputs are 0 or the bias
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.fill_(0.5)
     with torch.inference_mode():
@@ -168,13 +168,13 @@ def test_a_finer_stride_says_the_same_where_the_coarse_one_spoke(name):
 
 
 @needs_torchvision
-def test_weights_of_a_file(tmp_path, monkeypatch):
+def test_weights_from_a_file_are_loaded(tmp_path, monkeypatch):
     import_torchvision()
     from torchvision import models as theirs
 
     for name in ("resnet18", "densenet121"):
         state = getattr(theirs, name)().state_dict()
-        if name == "densenet121":  # as torchvision's own file has it
+        if name == "densenet121":  # the key names of torchvision's file
             state = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in k else k: v
                      for k, v in state.items()}  # fmt: skip
         torch.save(state, tmp_path / f"{name}.pth")
@@ -206,10 +206,10 @@ def test_weights_of_a_file(tmp_path, monkeypatch):
             models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
 
 
-# settings and order
+# settings and batches
 
 
-def test_the_papers_settings():
+def test_defaults_are_the_settings_of_the_paper():
     config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y"]))
     expected = {
         "backbone": "resnet50", "weights": "imagenet", "image_size": 512, "loss": "sgl", "pooling": "softmax",
@@ -229,13 +229,13 @@ def test_the_papers_settings():
     ("delay", "warmup", "expected"),
     [(0, 0, [20, 20, 20, 20, 20]), (0, 2, [0, 5, 10, 20, 20]), (1, 0, [0, 0, 20, 20, 20]), (1, 2, [0, 0, 0, 10, 20])],
 )
-def test_lam_starts_and_rises_when_it_should(delay, warmup, expected):
+def test_lam_rises_after_the_delay_during_the_warmup(delay, warmup, expected):
     config = {"lam": 20.0, "lam_delay": float(delay), "lam_warmup": float(warmup)}
     assert [losses.lam_at(config, at) for at in (0, 0.5, 1, 2, 7)] == expected
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_processes_share_every_pass_of_the_same_order(accumulate):
+def test_processes_split_the_batches_of_one_order(accumulate):
     config = {"batch_size": 12, "accumulate": accumulate, "seed": 4}
     numbers = np.arange(100, 150)
     alone = batches.batches_of(numbers, config, 3, 0, 1)
@@ -250,7 +250,7 @@ def test_processes_share_every_pass_of_the_same_order(accumulate):
     assert {n for _, n in batches.batches_of(numbers, config, 4, 0, 1)[0]} != {n for _, n in alone[0]}
 
 
-def test_a_share_that_validates_has_to_leave_some(drawn, tmp_path, capsys):
+def test_validation_share_must_leave_training_images(drawn, tmp_path, capsys):
     assert run(drawn, tmp_path / "all", "--val-fraction", "0.999") == 2
     assert "val-fraction: 0.999 leaves no image to train on" in capsys.readouterr().err
     assert run(drawn, tmp_path / "none", "--val-fraction", "0.001", "--epochs", "1") == 0
@@ -266,14 +266,14 @@ def test_a_share_that_validates_has_to_leave_some(drawn, tmp_path, capsys):
         ["--synthetic"], ["--device", "nowhere"],
     ],
 )  # fmt: skip
-def test_bad_options(options, capsys):
+def test_invalid_options_are_errors(options, capsys):
     given = ["--data-dir", "x", "--out", "y"] if options and options[0] not in ("--out", "--data-dir") else []
     with pytest.raises(SystemExit):
         settings.parse([*given, *options])
     assert "error" in capsys.readouterr().err
 
 
-def test_the_prior_is_what_an_untrained_patch_says():
+def test_untrained_network_predicts_the_prior():
     base = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
     alone = Processes(0, 1, torch.device("cpu"), None)
     images = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
@@ -285,10 +285,10 @@ def test_the_prior_is_what_an_untrained_patch_says():
     torch.testing.assert_close(logits[1], logits[0] + torch.logit(torch.tensor(0.02)))
 
 
-# a run
+# runs
 
 
-def test_what_a_run_leaves(drawn, whole):
+def test_run_folder_has_its_files_and_log(drawn, whole):
     config = json.loads((whole / "config.json").read_text())
     rows = list(csv.DictReader((whole / "history.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -315,11 +315,11 @@ def test_what_a_run_leaves(drawn, whole):
         assert list((whole / "tensorboard").glob("events*"))
 
 
-def test_the_best_is_of_the_highest_validation_auc(drawn, whole):
+def test_best_checkpoint_has_the_highest_validation_auc(drawn, whole):
     rows = list(csv.DictReader((whole / "history.csv").open()))
     best = max(rows, key=lambda row: float(row["val_auc"]))
     assert torch.load(whole / "best.pt", weights_only=True)["epoch"] == int(best["epoch"])
-    # what it says of the validation images is what was written then
+    # the checkpoint gives the validation AUC of the history
     from sklearn.metrics import roc_auc_score
 
     model, config = load_run(whole, "cpu", "best")
@@ -334,7 +334,7 @@ def test_the_best_is_of_the_highest_validation_auc(drawn, whole):
     assert 3 <= len(values) == sum(best[f"val_auc_{name}"] != "nan" for name in CLASSES)
 
 
-def test_a_changed_list_of_trained_images_is_noticed(whole, tmp_path):
+def test_changed_list_of_trained_images_is_an_error(whole, tmp_path):
     other = shutil.copytree(whole, tmp_path / "run")
     lines = (other / "split.csv").read_text().splitlines()
     (other / "split.csv").write_text("\n".join(lines[:-1]) + "\n")
@@ -347,8 +347,8 @@ def test_a_changed_list_of_trained_images_is_noticed(whole, tmp_path):
         load_run(tmp_path, "cpu")
 
 
-def test_what_the_weights_have_seen_the_run_has_seen(drawn, whole, tmp_path, capsys):
-    """A network that goes on from another run's weights knows the images of that run, too, and so does a third."""
+def test_run_from_weights_keeps_their_list_of_trained_images(drawn, whole, tmp_path, capsys):
+    """A run that starts from the weights of another run lists its training images, too, also through a third run."""
     some = ["--allow-missing", "--epochs", "1"]
     other = shutil.copytree(drawn, tmp_path / "data")
     gone = sorted(provenance.trained_names(whole))[0]
@@ -381,12 +381,12 @@ def test_what_the_weights_have_seen_the_run_has_seen(drawn, whole, tmp_path, cap
     finally:
         (whole / "copied.pt").unlink()
     assert "is not of the run beside it" in capsys.readouterr().err
-    torch.save(files.load_state(whole / "last.pt")["model"], tmp_path / "plain.pt")  # of somebody else, who knows
+    torch.save(files.load_state(whole / "last.pt")["model"], tmp_path / "plain.pt")  # a file of unknown origin
     assert provenance.names_of_weights(str(tmp_path / "plain.pt")) == provenance.names_of_weights("imagenet") == []
 
 
-def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
-    """As if as many had been asked for at once; fewer than there were are refused."""
+def test_resume_with_more_epochs_equals_one_longer_run(drawn, whole, tmp_path, capsys):
+    """Resuming with fewer epochs than trained is an error."""
     longer, at_once = shutil.copytree(whole, tmp_path / "longer"), tmp_path / "at_once"
     assert run(drawn, longer, "--resume") == 0
     assert "is trained, all 2 epochs" in capsys.readouterr().out
@@ -401,7 +401,7 @@ def test_more_epochs_go_on_from_the_last(drawn, whole, tmp_path, capsys):
     assert load_run(longer, "cpu", "last")[1]["epochs"] == 3
 
 
-#: Keys of a configuration that the versions before them did not write, in the order in which they came.
+#: Keys of a configuration that older versions did not write, in the order in which they were added.
 CAME_LATER = (
     "prior", "lam_delay", "train_labels_digest", "train_files_digest", "cut", "dataset", "title", "classes", "channels",
     "fit",
@@ -409,8 +409,8 @@ CAME_LATER = (
 
 
 @pytest.mark.parametrize("first", range(len(CAME_LATER)), ids=CAME_LATER)
-def test_runs_of_older_versions_go_on(drawn, whole, tmp_path, first):
-    """What such a version did not write is what it did."""
+def test_runs_of_older_versions_can_be_resumed(drawn, whole, tmp_path, first):
+    """A missing key gets the value that the older version used."""
     state = torch.load(whole / "last.pt", weights_only=True)
     assert (state["config"]["prior"], state["config"]["lam_delay"], state["config"]["cut"]) == (0.5, 0.0, None)
     older = {key: value for key, value in state["config"].items() if key not in CAME_LATER[first:]}
@@ -423,20 +423,20 @@ def test_runs_of_older_versions_go_on(drawn, whole, tmp_path, first):
     resumed.restore(tmp_path / "last.pt")
     assert resumed.epoch == state["epoch"]
     assert resumed.best_score == state["merit"]
-    # and they can be evaluated
+    # the run can be evaluated
     model, config = load_run(tmp_path, "cpu", "last")
     assert set(CAME_LATER) - {"train_labels_digest", "train_files_digest"} <= set(config)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state["model"].values(), strict=True))
 
 
-def test_a_folder_of_another_name_is_the_same_data(whole, tmp_path):
+def test_name_of_the_data_folder_does_not_matter(whole, tmp_path):
     state = torch.load(whole / "last.pt", weights_only=True)
     config = state["config"] | {"title": "another name"}
     training.Training(config, Processes(0, 1, torch.device("cpu"), None), False).restore(whole / "last.pt")
 
 
-def test_nothing_in_an_epoch_can_read_how_many_epochs_follow():
-    """Resuming with more epochs relies on it."""
+def test_training_of_an_epoch_does_not_read_the_number_of_epochs():
+    """Resuming with more epochs depends on this."""
     config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
     config = OLDER | config
     state = training.Training(config, Processes(0, 1, torch.device("cpu"), None), False)
@@ -449,13 +449,13 @@ def test_nothing_in_an_epoch_can_read_how_many_epochs_follow():
 
 @pytest.mark.parametrize("step", [1, 2], ids=["in the epoch", "at its end"])
 @pytest.mark.parametrize("where", ["loss", "parameters"])
-def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, where, step):
-    """The checkpoint before it stays, and can be gone on with."""
+def test_nonfinite_weights_are_not_saved(drawn, tmp_path, monkeypatch, capsys, where, step):
+    """The last finite checkpoint stays, and the run can be resumed from it."""
     take_step = example.take_step
 
     def spoiled(self, passes, progress):
         take_step(self, passes, progress)
-        if self.epoch == 0 and self.step == step:  # of three
+        if self.epoch == 0 and self.step == step:  # of three steps
             with torch.no_grad():
                 self.network.head.bias[3] = torch.nan
             if where == "loss":
@@ -472,11 +472,11 @@ def test_what_is_not_finite_is_not_kept(drawn, tmp_path, monkeypatch, capsys, wh
 
 
 class Killed(BaseException):
-    """Nothing catches it."""
+    """Raised in place of a kill signal. No code catches it."""
 
 
 @pytest.mark.parametrize("when", ["first step", "second step", "epoch's last step", "best kept", "last history"])
-def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path, monkeypatch, when):
+def test_run_killed_at_any_moment_resumes_to_the_same_bits(drawn, whole, tmp_path, monkeypatch, when):
     options = ["--save-every", "1", "--cache", str(tmp_path / "cache")]
     steps = []
     with monkeypatch.context() as patch:
@@ -504,13 +504,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(drawn, whole, tmp_path
             run(drawn, tmp_path / "cut", *options)
     if when == "epoch's last step":
         state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
-        assert (state["epoch"], state["step"]) == (0, 2)  # of three
+        assert (state["epoch"], state["step"]) == (0, 2)  # of three steps
     assert run(drawn, tmp_path / "cut", *options, "--resume") == 0
     assert_same_run(whole, tmp_path / "cut")
 
 
 class Tiny(torch.nn.Module):
-    """A network of two layers with everything that goes on from one step to the next: statistics, and what it drops."""
+    """A network of two layers with state between steps: batch-norm statistics and the random numbers of dropout."""
 
     def description(self, image_size):
         return "two layers"
@@ -527,16 +527,16 @@ class Tiny(torch.nn.Module):
 
 
 @pytest.mark.parametrize("last", [2, 3, 4, 6, 9])
-def test_all_that_has_a_state_goes_on(drawn, tmp_path, monkeypatch, last):
-    """Learning rate, loss scale, what is drawn at random: a run that ends in the last of ``last`` of 3 x 3 steps.
+def test_resume_restores_every_state(drawn, tmp_path, monkeypatch, last):
+    """Learning rate, loss scale and random numbers, for a run that is killed in step ``last`` of 3 x 3.
 
-    Between the two another program draws numbers of its own from all generators.
+    Before the run is resumed, all random generators are reseeded, as in another process.
     """
     monkeypatch.setattr(training, "make_model", lambda config: Tiny())
     scales, original = [], example.take_step
 
     class Scaler(torch.amp.GradScaler):
-        """Soon too large, and so steps are left out, and then larger again every second step."""
+        """A scaler whose scale overflows at first, so that steps are skipped, and then grows every second step."""
 
         def __init__(self, device, enabled):
             super().__init__(device, init_scale=2.0**16, growth_interval=2, enabled=enabled)
@@ -568,11 +568,11 @@ def test_all_that_has_a_state_goes_on(drawn, tmp_path, monkeypatch, last):
 
 
 @pytest.mark.examples
-def test_a_process_that_is_killed(drawn, whole, tmp_path):
-    """Without warning, in the middle of an epoch, while images are being loaded by another process."""
+def test_killed_process_resumes_to_the_same_bits(drawn, whole, tmp_path):
+    """SIGKILL in the middle of an epoch, while another process loads images."""
     out = tmp_path / "cut"
     options = ["--data-dir", drawn, "--out", out, *SMALL, "--save-every", "1", "--workers", "1"]
-    # as many threads as here, where the rest is computed: convolutions add up in an order that depends on their number
+    # The number of threads of this process, because the order of the sums in convolutions depends on it.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }  # fmt: skip
@@ -591,14 +591,14 @@ def test_a_process_that_is_killed(drawn, whole, tmp_path):
     assert_same_run(whole, out)
 
 
-def test_what_is_there_is_not_overwritten_nor_continued_otherwise(drawn, whole, capsys):
+def test_existing_run_is_not_overwritten_or_resumed_with_other_settings(drawn, whole, capsys):
     assert run(drawn, whole) == 2
     assert "holds a run" in capsys.readouterr().err
     assert run(drawn, whole, "--resume", "--lam", "3", "--seed", "1") == 2
     assert "was trained with another lam, seed, val_patients" in capsys.readouterr().err
 
 
-def test_what_is_kept_without_its_checkpoint_is_not_overwritten(drawn, whole, tmp_path, capsys):
+def test_files_of_a_run_without_checkpoint_are_not_overwritten(drawn, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "run")
     (out / "last.pt").unlink()
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -611,7 +611,7 @@ def test_what_is_kept_without_its_checkpoint_is_not_overwritten(drawn, whole, tm
 
 
 @pytest.mark.examples
-def test_two_trainings_into_one_folder_are_refused(drawn, tmp_path, capsys):
+def test_second_training_into_the_same_folder_is_an_error(drawn, tmp_path, capsys):
     out = tmp_path / "out"
     code = (
         "import sys, pathlib, images.run_folder\n"
@@ -631,7 +631,7 @@ def test_two_trainings_into_one_folder_are_refused(drawn, tmp_path, capsys):
     assert run(drawn, out, "--epochs", "1") == 0
 
 
-def test_images_that_were_replaced_are_noticed(drawn, whole, tmp_path, capsys):
+def test_resume_with_replaced_images_is_an_error(drawn, whole, tmp_path, capsys):
     data, out = shutil.copytree(drawn, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
     index = nih.load_index(data)
     for test, status in ((True, 0), (False, 2)):
@@ -642,7 +642,7 @@ def test_images_that_were_replaced_are_noticed(drawn, whole, tmp_path, capsys):
     assert "was trained with another content of its images" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_is_an_error_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     files.save_atomically({"a": torch.zeros(3)}, tmp_path / "last.pt")
 
     def full(_):
@@ -650,14 +650,14 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatc
 
     for error, kind in ((full, OSError), (lambda _: (_ for _ in ()).throw(KeyboardInterrupt), KeyboardInterrupt)):
         monkeypatch.setattr(os, "fsync", error)
-        with pytest.raises(kind) as told:
+        with pytest.raises(kind) as message:
             files.save_atomically({"a": torch.ones(3)}, tmp_path / "last.pt")
-        assert kind is not OSError or str(told.value).endswith(f"No space left on device: '{tmp_path / 'last.pt'}'")
+        assert kind is not OSError or str(message.value).endswith(f"No space left on device: '{tmp_path / 'last.pt'}'")
         assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
         assert (files.load_state(tmp_path / "last.pt")["a"] == 0).all()
 
 
-def test_variables_of_job_systems(monkeypatch):
+def test_ranks_are_read_from_variables_of_job_systems(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
@@ -669,7 +669,7 @@ def test_variables_of_job_systems(monkeypatch):
         pass
 
 
-def test_weights_are_the_same_from_any_folder(whole, tmp_path, monkeypatch):
+def test_existing_weights_are_stored_as_an_absolute_path(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(whole)
     one = settings.parse(["--data-dir", ".", "--out", "x", "--weights", "best.pt"])
     monkeypatch.chdir(tmp_path)
@@ -677,7 +677,7 @@ def test_weights_are_the_same_from_any_folder(whole, tmp_path, monkeypatch):
     assert settings.parse(["--data-dir", ".", "--out", "x", "--weights", "nothing.pt"]).weights == "nothing.pt"
 
 
-def test_labels_that_were_changed_are_noticed(drawn, whole, tmp_path, capsys):
+def test_resume_with_changed_labels_is_an_error(drawn, whole, tmp_path, capsys):
     data, out = shutil.copytree(drawn, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
     path = data / nih.ENTRIES[0]
     index = nih.load_index(data)
@@ -691,40 +691,40 @@ def test_labels_that_were_changed_are_noticed(drawn, whole, tmp_path, capsys):
         path.write_text("\n".join(lines) + "\n")
         assert run(data, out, "--resume") == status
     assert "was trained with another entry table (the labels of its images have changed" in capsys.readouterr().err
-    # other images are told as such, and not as other labels
+    # the message for other images differs from that for other labels
     lists = data / nih.TRAIN_VAL_LIST, data / nih.TEST_LIST
     train, test = (some.read_bytes() for some in lists)
     lists[0].write_bytes(test)
     lists[1].write_bytes(train)
     assert run(data, out, "--resume", "--val-fraction", "0", "--batch-size", "4") == 2
-    told = capsys.readouterr().err
-    assert "choice of images" in told
-    assert "have changed" not in told
+    message = capsys.readouterr().err
+    assert "choice of images" in message
+    assert "have changed" not in message
 
 
 @pytest.mark.examples
-def test_stopped_by_a_key(drawn, tmp_path):
-    """A signal as a terminal sends it."""
+def test_interrupted_run_can_be_resumed(drawn, tmp_path):
+    """The process gets SIGINT, as by Ctrl-C in a terminal."""
     out = tmp_path / "out"
     options = ["--data-dir", drawn, "--out", out, *SMALL, "--epochs", "1000", "--save-every", "1"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "examples" / "train_cxr.py", *map(str, options)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # started in the background it may be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit an ignored SIGINT
     )  # fmt: skip
     end = time.monotonic() + 300
     while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=300)[1]
-    assert process.returncode == 130, told
-    assert told.endswith("stopped; the same command with --resume continues after the last checkpoint\n")
-    assert "Traceback" not in told
+    message = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, message
+    assert message.endswith("stopped; the same command with --resume continues after the last checkpoint\n")
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("a process that loads images is gone")])
-def test_an_interruption_that_was_dropped_still_stops_it(drawn, tmp_path, monkeypatch, capsys, error):
+def test_interruption_that_a_library_suppresses_still_stops_the_run(drawn, tmp_path, monkeypatch, capsys, error):
     steps = []
 
     def take_step(self, *arguments, take_step=example.take_step):
@@ -746,7 +746,7 @@ def test_an_interruption_that_was_dropped_still_stops_it(drawn, tmp_path, monkey
     assert "stopped; the same command with --resume" in capsys.readouterr().err
 
 
-def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
+def test_wrong_data_is_an_error_before_training(drawn, tmp_path, capsys):
     other = shutil.copytree(drawn, tmp_path / "data")
     path = next(path for path in nih.load_index(other).paths if "images_003" in str(path))
     path.write_bytes(path.read_bytes()[:-30])
@@ -758,7 +758,7 @@ def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert run(other, tmp_path / "out", "--allow-missing", "--epochs", "1") == 0
     assert path.name in (tmp_path / "out" / "data.txt").read_text()
-    assert not (tmp_path / "out" / "missing.txt").exists()  # with a part of the data it would have 100,000 lines
+    assert not (tmp_path / "out" / "missing.txt").exists()  # with a part of the real data it would have 100,000 lines
     assert path.name not in provenance.trained_names(tmp_path / "out")
     assert run(other, tmp_path / "more", "--allow-missing", "--batch-size", "64") == 2
     assert "batch-size: 64 is more than the" in capsys.readouterr().err
@@ -771,7 +771,7 @@ def test_wrong_data_ends_it_before_it_starts(drawn, tmp_path, capsys):
         ["--batch-norm", "frozen", "--accumulate", "2"], ["--lam-warmup", "3"], ["--val-fraction", "0"],
     ],
 )  # fmt: skip
-def test_dry_run_of_the_options(drawn, tmp_path, monkeypatch, capsys, options):
+def test_dry_run_prints_a_loss_and_writes_nothing(drawn, tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
     assert example.main(["--data-dir", str(drawn), *SMALL, *options, "--dry-run"]) == 0
     loss = float(capsys.readouterr().out.split("loss of one step ")[1].split(";")[0])
@@ -787,13 +787,13 @@ def step_of(config, passes, **changed):
     return torch.cat([p.detach().flatten() for p in some.network.parameters()]), some
 
 
-def test_two_passes_are_one_step(drawn):
-    """With the bag loss, which is a mean over images, and with statistics that do not depend on the others."""
+def test_two_accumulated_passes_equal_one_step(drawn):
+    """For the bag loss, which is a mean over images, and frozen batch norm, which does not depend on the batch."""
     base = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL, "--loss", "bag"]))
     index = nih.load_index(drawn)
     data = items.LabelledImages(index.paths, index.labels, 64)
     batch = torch.utils.data.default_collate([data[0, n] for n in range(8)])[:3]
-    # plain steps, that a gradient near 0 does not turn round as Adam's do
+    # Compare the moments, not Adam's steps: rounding may change the sign of a step if a gradient is near 0.
     one, a = step_of(base | {"batch_norm": "frozen"}, [batch])
     two, b = step_of(base | {"batch_norm": "frozen"}, [[x[:4] for x in batch], [x[4:] for x in batch]])
     momenta = [torch.cat([s["exp_avg"].flatten() for s in x.optimizer.state_dict()["state"].values()]) for x in (a, b)]
@@ -806,7 +806,7 @@ def test_two_passes_are_one_step(drawn):
 
 
 def run_two(*command):
-    """A script in two processes that share the batches; how they ended."""
+    """Runs a script in two processes that share the batches. Returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -825,7 +825,7 @@ def run_two(*command):
 
 
 @pytest.mark.examples
-def test_two_processes_are_one(drawn, tmp_path):
+def test_two_processes_equal_one(drawn, tmp_path):
     options = ["--loss", "sgl", "--batch-norm", "frozen", "--epochs", "1", "--pooling", "max"]
     assert run(drawn, tmp_path / "one", *options) == 0
     command = [ROOT / "examples" / "train_cxr.py", "--data-dir", drawn, "--out", tmp_path / "two", *SMALL, *options]
@@ -839,8 +839,8 @@ def test_two_processes_are_one(drawn, tmp_path):
     assert json.loads((tmp_path / "two" / "config.json").read_text()) == one["config"]
 
 
-#: What each of two processes does: a whole run, one that ends before its third step, and how that one goes on.
-END_AND_GO_ON = """
+#: The program of each of two processes: an uninterrupted run, and a run that stops before its third step and resumes.
+INTERRUPT_AND_RESUME = """
 import sys
 import train_cxr as example
 from common.processes import joined
@@ -849,7 +849,7 @@ from images import options as settings
 class Killed(BaseException):
     pass
 
-def until_the_third(self, *arguments, take_step=example.take_step):
+def stop_before_third_step(self, *arguments, take_step=example.take_step):
     if self.step == 2:
         raise Killed
     take_step(self, *arguments)
@@ -860,7 +860,7 @@ with joined("cpu") as processes:
         example.train(args, settings.config_of(args), processes)
 
     run("whole")
-    original, example.take_step = example.take_step, until_the_third
+    original, example.take_step = example.take_step, stop_before_third_step
     try:
         run("cut")
     except Killed:
@@ -871,10 +871,10 @@ with joined("cpu") as processes:
 
 @pytest.mark.examples
 @pytest.mark.parametrize("loss", ["bag", "bil", "mmm"])
-def test_two_processes_that_end_go_on_to_the_same_log(drawn, tmp_path, loss):
-    """The losses of the steps before the end are those of both processes, one of which wrote them down."""
+def test_two_interrupted_processes_resume_to_the_same_log(drawn, tmp_path, loss):
+    """Rank 0 writes the log. The losses in it include those of both processes, also before the interruption."""
     program = tmp_path / "program.py"
-    program.write_text(END_AND_GO_ON)
+    program.write_text(INTERRUPT_AND_RESUME)
     options = ["--data-dir", drawn, *SMALL, "--loss", loss, "--epochs", "1", "--save-every", "1"]
     assert run_two(program, tmp_path, *options) == [0, 0]
     (row,) = csv.DictReader((tmp_path / "cut" / "history.csv").open())
@@ -882,19 +882,19 @@ def test_two_processes_that_end_go_on_to_the_same_log(drawn, tmp_path, loss):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_the_demonstration(tmp_path, monkeypatch):
-    """Two runs on what it drew, and both are handed to the report."""
-    handed = []
-    stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0, __spec__="found")
+def test_demonstration_trains_two_runs_and_reports_both(tmp_path, monkeypatch):
+    """Two runs on the generated images, and the report gets both."""
+    reported = []
+    stub = types.SimpleNamespace(main=lambda options: reported.append(options) or 0, __spec__="found")
     monkeypatch.setitem(sys.modules, "localize_cxr", stub)
     monkeypatch.setattr(settings, "DEMO", settings.DEMO | {"epochs": 1, "image_size": 32})
     monkeypatch.setattr(demo, "DEMO_DATA", settings.DEMO_DATA | {"images": 40, "size": 32})
-    out = tmp_path / "tour"
+    out = tmp_path / "demo"
     assert example.main(["--synthetic", "--out", str(out)]) == 0
     configs = [load_run(out / name, "cpu")[1] for name in ("sgl", "bag")]
     assert [config["loss"] for config in configs] == ["sgl", "bag"]
     assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"loss"}
-    ((_, sgl, bag, _, data, *_),) = handed
+    ((_, sgl, bag, _, data, *_),) = reported
     assert (sgl, bag, data) == (str(out / "sgl"), str(out / "bag"), str(out / "data"))
     labels = nih.load_index(out / "data").labels
     assert {CLASSES[c] for c in np.flatnonzero(labels.any(0))} == set(settings.DEMO_DATA["findings"])
@@ -902,17 +902,17 @@ def test_the_demonstration(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["drawing", "first run", "second run", "report"])
-def test_a_stopped_demonstration_continues(tmp_path, monkeypatch, capsys, where):
+def test_interrupted_demonstration_continues(tmp_path, monkeypatch, capsys, where):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    handed = []
-    stub = types.SimpleNamespace(main=lambda options: handed.append(options) or 0, __spec__="found")
+    reported = []
+    stub = types.SimpleNamespace(main=lambda options: reported.append(options) or 0, __spec__="found")
     monkeypatch.setitem(sys.modules, "localize_cxr", stub)
     monkeypatch.setattr(settings, "DEMO", settings.DEMO | {"epochs": 1, "image_size": 32})
     monkeypatch.setattr(demo, "DEMO_DATA", settings.DEMO_DATA | {"images": 40, "size": 32})
     monkeypatch.setattr(training, "make_model", lambda config: Tiny())
-    command = ["--synthetic", "--out", str(tmp_path / "tour")]
+    command = ["--synthetic", "--out", str(tmp_path / "demo")]
     with monkeypatch.context() as patch:
         if where == "drawing":
             patch.setattr(synthetic_set, "write_tables", stop)
@@ -932,15 +932,15 @@ def test_a_stopped_demonstration_continues(tmp_path, monkeypatch, capsys, where)
     if where != "drawing":
         assert example.main(command) == 2
         assert "holds a demonstration; continue it with --resume" in capsys.readouterr().err
-    assert handed == []
+    assert reported == []
     assert example.main([*command, "--resume"]) == 0
-    assert len(handed) == 1
+    assert len(reported) == 1
     for name in ("sgl", "bag"):
-        assert torch.load(tmp_path / "tour" / name / "last.pt", weights_only=True)["epoch"] == 1
-    assert not (tmp_path / "tour" / "data.part").exists()
+        assert torch.load(tmp_path / "demo" / name / "last.pt", weights_only=True)["epoch"] == 1
+    assert not (tmp_path / "demo" / "data.part").exists()
 
 
-def test_genuine_images(data_dir, tmp_path):
+def test_training_on_real_images(data_dir, tmp_path):
     folder = data_dir / "chestxray14"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")

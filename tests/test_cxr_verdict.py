@@ -1,4 +1,4 @@
-"""The verdict of a report, the paper's tables beside it, and the intervals of differences."""
+"""The verdict of a report, the tables of the paper, and confidence intervals of differences."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sgl_ops import localization
 MASS, NODULE = CLASSES.index("Mass"), CLASSES.index("Nodule")
 
 
-def test_names_for_options_are_those_of_the_library():
+def test_option_names_are_those_of_the_library():
     assert UPSAMPLING == localization.UPSAMPLING
 
 
-def test_the_papers_means_are_those_of_its_rows():
-    """But for one mean, which the module names."""
+def test_means_of_the_paper_are_those_of_its_rows():
+    """The module documents the one exception."""
     rows = {("AUC", name): row for name, row in paper.AUC.items()}
     rows |= {(t, name): row for name, table in paper.LOCALIZATION.items() for t, row in table.items()}
     assert len(rows) == 4 + 16
@@ -41,7 +41,7 @@ def test_the_papers_means_are_those_of_its_rows():
     ]  # fmt: skip
 
 
-def test_thresholds_of_the_command_line():
+def test_thresholds_are_parsed():
     assert thresholds.map_threshold("0.25") == 0.25
     assert not isinstance(thresholds.map_threshold("0.25"), thresholds.Relative)
     half = thresholds.map_threshold("0.50max")
@@ -56,27 +56,27 @@ def test_thresholds_of_the_command_line():
         thresholds.probability("0.5max")
 
 
-def test_the_interval_of_a_difference_by_hand():
-    """Each patient has one box, and 30 of 40 are found by one side alone."""
+def test_interval_of_a_difference_equals_a_calculation_by_hand():
+    """Each patient has one box, and only one of the two methods finds 30 of the 40 boxes."""
     patients = np.arange(40)
     values = np.repeat([1.0, 0.0], [30, 10])[:, None] * [[1, 0, -1]]
     above, none, below = difference_intervals(values, np.zeros(40, int), patients, 2000, 0)
     assert 0.55 < above.low < 0.75 < above.high < 0.95
     assert none == (0, 0)
     assert below == pytest.approx((-above.high, -above.low))
-    # as the interval of a share, where it is one
+    # if one method finds nothing, it is the interval of a fraction
     names = ["a"]
     share = mean_intervals(values[:, 0], np.zeros(40, int), patients, names, 2000, 1)["mean"]
     assert share == pytest.approx(above, abs=0.03)
-    # patients are drawn whole: ten of the same boxes in each of four patients say less
+    # the bootstrap draws whole patients: ten equal boxes in each of four patients give a wider interval
     wide = difference_intervals(values, np.zeros(40, int), patients // 10, 2000, 0)[0]
     assert wide.high - wide.low > 1.5 * (above.high - above.low)
-    # a class that is missing from a draw moves as the others do: no draw is lost
+    # a class that is missing from a draw changes as the others do, so that every draw counts
     rare = np.where(patients == 0, 1, 0)
     assert not math.isnan(difference_intervals(values, rare, patients, 200, 0)[0].low)
 
 
-def test_the_interval_of_a_difference_of_aucs():
+def test_interval_of_a_difference_of_aucs_is_paired():
     rng = np.random.default_rng(0)
     labels = (rng.random((300, 2)) < 0.4).astype(float)
     good, bad = labels + rng.normal(size=(300, 2)), labels / 4 + rng.normal(size=(300, 2))
@@ -86,7 +86,7 @@ def test_the_interval_of_a_difference_of_aucs():
     assert 0 < ahead.low < mean[0] - mean[1] < ahead.high
     assert auc_difference_interval(bad, good, labels, patients, 200, 0) == pytest.approx((-ahead.high, -ahead.low))
     assert auc_difference_interval(good, good, labels, patients, 200, 0) == (0, 0)
-    # paired: narrower than what two independent intervals give
+    # paired, so narrower than from two independent intervals
     width = sum(high - low for low, high in (
         auc_intervals(scores, labels, patients, ["a", "b"], 200, 0)["mean"] for scores in (good, bad)
     ))  # fmt: skip
@@ -94,7 +94,7 @@ def test_the_interval_of_a_difference_of_aucs():
 
 
 def truth_with(boxes: np.ndarray) -> truth_module.Truth:
-    """One image and one patient for each box, of Mass and Nodule by turns."""
+    """One image and one patient per box; the classes Mass and Nodule alternate."""
     count = len(boxes)
     classes = np.tile([MASS, NODULE], count)[:count]
     labels = np.zeros((count, len(CLASSES)))
@@ -108,7 +108,7 @@ def truth_with(boxes: np.ndarray) -> truth_module.Truth:
 
 
 def run_with(name: str, truth: truth_module.Truth, found: np.ndarray, score: np.ndarray) -> evaluation.Evaluated:
-    """A run that finds the boxes ``found`` (k, 4), with ``score`` (n, C) as probabilities."""
+    """A run with the predicted boxes ``found`` (k, 4) and the probabilities ``score`` (n, C)."""
     overlaps = truth.overlaps(found)
     count = len(truth.boxes)
     predictions = prediction.Predictions(
@@ -130,7 +130,7 @@ def sentences_of(runs, truth):
     return verdict.verdict(runs, truth, verdict.compare_boxes(runs, truth, 200, 0), 200, 0)
 
 
-def test_verdict_where_a_run_finds_everything():
+def test_verdict_if_a_run_finds_everything():
     rng = np.random.default_rng(0)
     boxes = np.concatenate([rng.uniform(0, 900, (60, 2)), rng.uniform(40, 120, (60, 2))], axis=1)
     truth = truth_with(boxes)
@@ -148,8 +148,8 @@ def test_verdict_where_a_run_finds_everything():
     assert sentences[-1] == "There are only 60 boxes: the intervals are wide."
 
 
-def test_verdict_where_the_centre_box_is_not_beaten():
-    """The boxes are in the centre, and the run finds none of them."""
+def test_verdict_if_the_centre_box_is_better():
+    """All boxes are in the centre, and the run finds none of them."""
     boxes = np.tile([256.0, 256, 512, 512], (120, 1)) + np.random.default_rng(0).uniform(-9, 9, (120, 4))
     truth = truth_with(boxes)
     scores = np.random.default_rng(1).random((120, len(CLASSES)))
@@ -158,11 +158,11 @@ def test_verdict_where_the_centre_box_is_not_beaten():
     assert "Blind beats no box that needs no network." in sentences
     (line,) = [line for line in sentences if "does not beat" in line]
     assert "the centre box (at every IoU, clearly worse at every IoU)" in line
-    assert "the whole image (at every IoU, clearly worse at IoU > 0.1)" in line  # IoU 1/4: beyond that both find none
+    assert "the whole image (at every IoU, clearly worse at IoU > 0.1)" in line  # above IoU 1/4, both find none
     assert not [line for line in sentences if "only" in line]
 
 
-def test_verdict_of_two_runs():
+def test_verdict_compares_two_runs():
     rng = np.random.default_rng(0)
     boxes = np.concatenate([rng.uniform(0, 700, (120, 2)), rng.uniform(150, 250, (120, 2))], axis=1)
     truth = truth_with(boxes)
@@ -190,7 +190,7 @@ def test_verdict_without_boxes():
     assert len(verdict.verdict([run], truth, [], 20, 0)) == 1
 
 
-def test_verdict_where_all_images_have_one_label():
+def test_verdict_if_all_images_have_the_same_label():
     truth = truth_with(np.zeros((0, 4)))._replace(
         labels=np.ones((9, len(CLASSES))), patients=np.arange(9), rows=np.arange(9)
     )

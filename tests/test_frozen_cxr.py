@@ -21,7 +21,7 @@ pytest.importorskip("PIL.Image")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A drawn data set with its own tables, and features in which the labels can be seen at one place."""
+    """A generated data set with its tables, and features that show each label at one position."""
     folder = tmp_path_factory.mktemp("films")
     write_dataset(folder / "data", images=240, size=64, seed=2)
     index = load_index(folder / "data", allow_missing=True)
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
         file.write("image_index,split,class,xmin,ymin,xmax,ymax\n")
         for name, labels in zip(index.names, index.labels, strict=True):
             file.write(f"{name},x,,,,,\n{name},x,Fracture,1,1,9,9\n")
-            for kind in np.flatnonzero(labels):  # the cells 5 to 8 and 2 to 5 of a map that begins half a cell late
+            for kind in np.flatnonzero(labels):  # cells 5 to 8 and 2 to 5; the first cell is half a cell inside
                 file.write(f"{name},x,{CLASSES[kind]},560,250,970,660\n")
     assert kinds
     return folder
@@ -49,7 +49,7 @@ def run(data, out, *options):
     return example.main([str(o) for o in (*given, "--out", out, "--components", 30, *options)])
 
 
-def test_from_the_runs_to_the_table(data, tmp_path, capsys):
+def test_runs_are_summarized_in_the_table(data, tmp_path, capsys):
     methods = ["softmax bag", "softmax sgl 3 mask 1"]
     assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *methods) == 0
     runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
@@ -60,9 +60,9 @@ def test_from_the_runs_to_the_table(data, tmp_path, capsys):
     films = read_films(data / "data", None, data / "det10.csv", data / "features")
     half = by_method["softmax sgl 3 mask 1"]["boxes"]["det10"]["half"]
     assert len(half["hits"]) == sum(bool(films.test[image]) for image, _ in films.boxes["det10"])
-    assert half["pointing"] > 0.5  # by chance 0.1
+    assert half["pointing"] > 0.5  # 0.1 by chance
     before = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
-    assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *methods) == 0  # nothing is made again
+    assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *methods) == 0  # no run is repeated
     assert before == {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
     assert example.main(["table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "films.csv")]) == 0
     with (tmp_path / "films.csv").open() as file:
@@ -76,7 +76,7 @@ def test_from_the_runs_to_the_table(data, tmp_path, capsys):
     assert low <= float(row["iou_0.1"]) + 0.005 and float(row["iou_0.1"]) <= high + 0.005
 
 
-def test_validation_keeps_the_test_list_out(data):
+def test_validation_excludes_the_test_list(data):
     films = read_films(data / "data", None, None, data / "features")
     train, held = films.split(validate=True)
     assert not films.test[train].any() and not films.test[held].any()
@@ -85,7 +85,7 @@ def test_validation_keeps_the_test_list_out(data):
     assert films.test[test].all() and not set(films.patients[train]) & set(films.patients[test])
 
 
-def test_validation_runs_have_a_table_without_the_boxes_of_the_test_list(data, tmp_path):
+def test_table_of_validation_runs_has_no_boxes_of_the_test_list(data, tmp_path):
     assert run(data, tmp_path / "runs", "--seeds", 0, "--methods", "softmax sgl 20 at once", "--validate") == 0
     (path,) = (tmp_path / "runs").glob("*.json")
     result = json.loads(path.read_text())
@@ -96,7 +96,7 @@ def test_validation_runs_have_a_table_without_the_boxes_of_the_test_list(data, t
     assert run(data, tmp_path / "runs", "--methods", "none") == 2
 
 
-def test_components_are_those_of_the_training_list(data):
+def test_components_are_computed_from_the_training_list(data):
     films = read_films(data / "data", None, None, data / "features")
     changed = np.array(films.features)
     changed[films.test] = 7.0
@@ -105,15 +105,15 @@ def test_components_are_those_of_the_training_list(data):
     torch.testing.assert_close(cells[kept] / cells[kept].std(), others[kept] / others[kept].std(), rtol=1e-3, atol=1e-3)
 
 
-def test_the_interval_is_over_patients():
-    """Forty values of two patients: the interval is as wide as that of two values."""
+def test_interval_is_over_patients():
+    """Forty values of two patients give the interval of two values."""
     values, patients = np.repeat([0.0, 1.0], 20), np.repeat([1, 2], 20)
     assert frozen_runs.interval_over_patients(values, patients) == (0.0, 1.0)
     low, high = frozen_runs.interval_over_patients(values, np.arange(40))
     assert 0.3 < low < 0.4 and 0.6 < high < 0.7
 
 
-def test_extraction(data, tmp_path):
+def test_extraction_writes_the_features(data, tmp_path):
     if importlib.util.find_spec("torchvision") is not None:
         import_torchvision()
     timm = pytest.importorskip("timm")

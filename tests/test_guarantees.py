@@ -1,6 +1,6 @@
-"""The guarantees of every loss: finite from finite logits, NaN from a NaN, repeatable, correct with autograd.
+"""The guarantees of every loss: finite for finite logits, NaN for a NaN, deterministic, correct with autograd.
 
-A test loops over its cases, and its message names the case. That is several times faster than one test for each.
+Each test loops over its cases, and its message names the case. This is several times faster than one test per case.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOSSES = {
 
 @pytest.fixture(params=LOSSES)
 def make(request, device):
-    """Every loss, as a function of its pooling."""
+    """A function of the pooling that returns the loss, for every loss."""
     if "fused" in request.param:
         skip_without_kernel(device)
     return LOSSES[request.param]
@@ -51,12 +51,12 @@ def value_and_gradient(loss, logits, targets, **call):
 
 
 def poolings_of(make):
-    """The poolings that change the loss: MMM has its own."""
+    """The poolings to test. MMM has a fixed pooling, so that one suffices."""
     return ["mean"] if isinstance(make("mean"), MMMLoss) else POOLINGS
 
 
 def extreme_bags(limit):
-    """(10, 9): constant bags, bags from one end of the range to the other, and narrow ones."""
+    """Ten bags of 9 instances: constant bags, bags from -limit to limit, and bags of nearly equal logits."""
     return torch.stack(
         [
             torch.full((9,), limit),
@@ -80,8 +80,8 @@ def assert_finite(loss, logits, labels, case):
     return value, gradient
 
 
-def test_finite_from_finite_logits(make, device):
-    """Every pooling and dtype, whole batches of each kind of labels; and every bag, and one instance of it, alone."""
+def test_finite_logits_give_a_finite_loss_and_gradient(make, device):
+    """For every pooling and dtype: batches with each kind of labels, single bags, and single instances."""
     kinds = {
         "1": torch.ones(10),
         "0": torch.zeros(10),
@@ -98,7 +98,7 @@ def test_finite_from_finite_logits(make, device):
                 if name == "NaN":
                     assert value == 0, case
                     assert (gradient == 0).all(), case
-        # a bag alone has empty parts; half precision is computed in float32
+        # Some parts of a single bag are empty. One dtype suffices: float16 and bfloat16 are computed in float32.
         bags = extreme_bags(LIMIT[torch.float32]).to(device)
         for i in range(10):
             for label in (0.0, 1.0, NAN):
@@ -109,7 +109,7 @@ def test_finite_from_finite_logits(make, device):
                     )
 
 
-def test_finite_from_logits_up_to_1e15(make, device):
+def test_logits_up_to_1e15_give_a_finite_loss_and_gradient(make, device):
     for pooling in poolings_of(make):
         loss = make(pooling)
         for limit in (1e8, 1e12, 1e15):
@@ -123,7 +123,7 @@ def test_finite_from_logits_up_to_1e15(make, device):
 
 
 def test_confident_mistakes_have_the_full_gradient(make, device):
-    """No epsilon and no clamp cuts the gradient of a confident mistake."""
+    """No epsilon or clamp reduces the gradient of a confident mistake."""
     certain = torch.full((1, 1), 1e4, device=device)
     value, gradient = value_and_gradient(make("max"), -certain, torch.tensor([1], device=device))
     if "MMM" not in type(make("max")).__name__:
@@ -134,7 +134,7 @@ def test_confident_mistakes_have_the_full_gradient(make, device):
     assert gradient.sum() >= 0.5
 
 
-def test_empty_bags_and_empty_batches_of_instances(make, device):
+def test_empty_bags_contribute_nothing(make, device):
     loss, ones = make("mean"), torch.ones(3, 2, device=device)
     offsets = torch.tensor([0, 0, 3, 3], device=device)
     value, gradient = value_and_gradient(loss, torch.randn(3, 2).to(device), ones, offsets=offsets)
@@ -148,8 +148,8 @@ def test_empty_bags_and_empty_batches_of_instances(make, device):
     assert value == 0
 
 
-def test_a_nonfinite_logit_is_never_hidden(make, device):
-    """The loss is NaN, and so is the gradient of the pair. Every other gradient stays finite."""
+def test_nonfinite_logit_makes_the_loss_and_the_gradient_of_its_pair_nan(make, device):
+    """The gradients of all other pairs stay finite."""
     wanted = {"max", "mean", "topk", "generalized_mean"}
     for pooling in [name for name in poolings_of(make) if name in wanted]:
         loss = make(pooling)
@@ -171,7 +171,7 @@ def test_a_nonfinite_logit_is_never_hidden(make, device):
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("normalize", ["batch", "bag"])
 @pytest.mark.parametrize("size", [1, 3, 300])
-def test_a_nan_logit_is_in_both_terms(impl, device, label, normalize, size):
+def test_nan_logit_makes_both_terms_nan(impl, device, label, normalize, size):
     logits = torch.randn(2, 1, size).to(device)
     logits[1, 0, size // 2] = NAN
     terms = SGLLoss(impl=impl, normalize=normalize).terms(logits, torch.tensor([[1], [label]], device=device))
@@ -180,8 +180,8 @@ def test_a_nan_logit_is_in_both_terms(impl, device, label, normalize, size):
     assert terms.instance.isnan()
 
 
-def test_a_bag_with_nan_keeps_its_place_in_the_denominators(impl, device):
-    """The gradients of the others are those of a batch in which it is negative (y = 0) or ambiguous (y = 1)."""
+def test_bag_with_nan_is_counted_in_the_denominators(impl, device):
+    """The gradients of the other bags are those of the batch without the NaN."""
     batch = random_batch([5, 8], classes=1, positives=0.0)
     loss = SGLLoss(impl=impl)
     _, expected = run(loss, batch, device)
@@ -190,7 +190,7 @@ def test_a_bag_with_nan_keeps_its_place_in_the_denominators(impl, device):
     torch.testing.assert_close(got[0], expected[0])
 
 
-def test_the_input_is_not_written_to(impl, device):
+def test_the_loss_does_not_modify_its_arguments(impl, device):
     batch = random_batch([5, 8, 1], classes=2)
     logits, call = packed(batch, device)
     labels, offsets = batch.labels.to(device), call["offsets"]
@@ -200,7 +200,7 @@ def test_the_input_is_not_written_to(impl, device):
         assert torch.equal(one, two)
 
 
-def test_backward_twice_and_any_grad_output(impl, device):
+def test_backward_is_repeatable_and_linear_in_grad_output(impl, device):
     logits = torch.randn(4, 3, 33).to(device).requires_grad_()
     loss = SGLLoss(impl=impl, pooling="softmax", mask_weight=0.1)(logits, torch.randint(0, 2, (4, 3)).to(device))
     (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
@@ -213,8 +213,8 @@ def test_backward_twice_and_any_grad_output(impl, device):
     torch.testing.assert_close(logits.grad, 3 * once)
 
 
-def test_half_gradients_are_scaled_before_they_are_rounded(impl, device):
-    """The gradients of a big batch underflow in float16; scaled by a grad scaler's 65536 they do not."""
+def test_float16_gradients_are_scaled_before_they_are_rounded(impl, device):
+    """The gradients of a large batch underflow in float16. Scaled by 65536, as a GradScaler does, they do not."""
     logits = (torch.randn(8, 4, 4096) - 4).half().to(device).requires_grad_()
     targets = torch.zeros(8, 4, device=device)
     loss = SGLLoss(impl=impl, lam=1.0)(logits, targets)
@@ -225,7 +225,7 @@ def test_half_gradients_are_scaled_before_they_are_rounded(impl, device):
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2**-10, atol=1e-7)
 
 
-def test_second_derivative_is_refused_by_the_fused_path_only(device):
+def test_reference_has_second_derivatives(device):
     logits = torch.randn(2, 1, 5, dtype=torch.float64, device=device, requires_grad=True)
     targets = torch.tensor([[1], [0]], device=device)
     (gradient,) = torch.autograd.grad(SGLLoss(impl="reference")(logits, targets), logits, create_graph=True)
@@ -233,20 +233,20 @@ def test_second_derivative_is_refused_by_the_fused_path_only(device):
     torch.autograd.grad(gradient.sum(), logits)
 
 
-def test_second_derivative_of_the_fused_path_is_an_error(fused_device):
+def test_second_derivative_of_the_fused_operator_raises_an_error(fused_device):
     logits = torch.randn(2, 1, 5, dtype=torch.float64, device=fused_device, requires_grad=True)
     loss = SGLLoss(impl="fused")(logits, torch.tensor([[1], [0]], device=fused_device))
     (expected,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     assert torch.equal(gradient, expected)
-    # a gradient penalty must not be ignored without an error
+    # a gradient penalty must not be ignored silently
     with pytest.raises(RuntimeError, match=r"second derivative.*impl='reference'"):
         (loss + gradient.square().sum()).backward()
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_bitwise_repeatable_in_deterministic_mode(impl, device, layout):
-    """An operation that has no deterministic kernel raises here, as torch.median along a dimension would on CUDA."""
+    """Operations without a deterministic kernel raise an error in this mode, for example torch.median on CUDA."""
     logits, targets = torch.randn(6, 5, 777).to(device), torch.randint(0, 2, (6, 5)).to(device)
     call = {}
     if layout == "packed":
@@ -267,8 +267,8 @@ def test_bitwise_repeatable_in_deterministic_mode(impl, device, layout):
 @needs_kernel
 @pytest.mark.parametrize("pooling", ["max", "softmax", "linear_softmax"])
 @pytest.mark.parametrize("layout", ["long", "longest", "short", "masked", "packed"])
-def test_the_number_of_threads_changes_nothing(layout, pooling):
-    """Many short bags, and few long ones: all threads work together on a bag that is long enough."""
+def test_the_number_of_threads_changes_no_bit(layout, pooling):
+    """For many short bags and for few long bags: all threads share the work on a long bag."""
     shape = {"long": (3, 2, 40000), "short": (500, 7, 30)}.get(layout, (1, 1, 150_001))
     logits, targets, call = torch.randn(shape), torch.randint(0, 2, shape[:2]), {}
     targets[0, 0] = 1
@@ -289,15 +289,15 @@ def test_the_number_of_threads_changes_nothing(layout, pooling):
     for value, gradient in results[1:]:
         assert torch.equal(value, results[0][0])
         assert torch.equal(gradient, results[0][1])
-    # rounded as the fused operator's is, the gradient is the reference's in float64
+    # and the results equal the reference in float64
     exact = SGLLoss(impl="reference", pooling=pooling, mask_weight=0.5)
     value, gradient = value_and_gradient(exact, logits.double(), targets, **call)
     torch.testing.assert_close(results[0][0].double(), value, rtol=1e-5, atol=0)
     torch.testing.assert_close(results[0][1].double(), gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_gradcheck(impl, device):
-    """Numeric against analytic where M and w are constant anyway: bag loss and negative bags; terms of one sign."""
+def test_gradient_equals_the_numerical_gradient(impl, device):
+    """M and w must be constant: the bag loss alone (lam = 0), then a batch of negative bags."""
     logits = torch.randn(3, 2, 6, dtype=torch.float64).to(device).requires_grad_()
     targets = torch.tensor([[1, 0], [0, 1], [1, 1]], device=device)
     for pooling in POOLINGS:
@@ -308,7 +308,7 @@ def test_gradcheck(impl, device):
         assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, torch.zeros_like(targets)), logits)
 
 
-def test_without_gradient(impl, device):
+def test_loss_without_gradient_has_the_same_value(impl, device):
     logits, targets = torch.randn(3, 2, 9).to(device), torch.randint(0, 2, (3, 2)).to(device)
     loss = SGLLoss(impl=impl)
     wanted = loss(logits.clone().requires_grad_(), targets)

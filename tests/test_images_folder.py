@@ -1,4 +1,4 @@
-"""Data sets of own images: labels.csv in both forms, the split, boxes, CheXpert, and the whole pipeline on a folder."""
+"""Data sets of your own images: labels.csv in both forms, the split, boxes, CheXpert, and the whole pipeline."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_with(data, *more):
 
 @pytest.fixture
 def images(tmp_path):
-    """Eight small colour photos of several sizes, in folders."""
+    """Eight small colour photos of several sizes in subfolders."""
     data = tmp_path / "photos"
     (data / "a" / "b").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def names_of(data):
 # labels.csv
 
 
-def test_labels_in_a_list(images):
+def test_labels_in_one_column_are_read(images):
     names = names_of(images)
     labels = ["cat", "dog|cat", "", "dog", "", "", "cat", "bird"]
     write_csv(images / "labels.csv", ["image", "labels"], *zip(names, labels, strict=True))
@@ -80,7 +80,7 @@ def test_labels_in_a_list(images):
     assert index.patients.tolist() == names
 
 
-def test_labels_in_columns_and_unknown_ones(images):
+def test_labels_in_columns_may_be_unknown(images):
     values = ["1", "0", "", "-1", "NaN", "nan", "1.0", "-1.0"]
     rows = [[name, value, "1"] for name, value in zip(names_of(images), values, strict=True)]
     write_csv(images / "labels.csv", ["image", "cat", "dog"], *rows)
@@ -90,7 +90,7 @@ def test_labels_in_columns_and_unknown_ones(images):
     np.testing.assert_array_equal(index.labels[:, 0], np.array(expected, np.float32))
 
 
-def test_files_are_named_with_their_folder_or_alone(images):
+def test_files_may_be_named_with_or_without_folder(images):
     (images / "c").mkdir()
     (images / "c" / "0.png").write_bytes((images / "a" / "b" / "0.png").read_bytes())
     write_csv(images / "labels.csv", ["image", "cat"], ["0.png", "1"])
@@ -123,13 +123,13 @@ def test_files_are_named_with_their_folder_or_alone(images):
         ),
     ],
 )
-def test_mistakes_in_the_table_are_named(images, rows, message):
+def test_error_names_the_mistake_in_labels_csv(images, rows, message):
     write_csv(images / "labels.csv", *rows)
     with pytest.raises(ValueError, match=message):
         open_with(images)
 
 
-def test_missing_images_can_be_left_out(images):
+def test_missing_images_may_be_left_out(images):
     write_csv(images / "labels.csv", ["image", "cat", "split"], ["9.png", "1", "train"], ["0.png", "1", "test"])
     index = folder.load_folder(images, allow_missing=True)
     assert (index.names, index.missing, index.test.tolist()) == (["0.png"], ["9.png"], [True])
@@ -138,7 +138,7 @@ def test_missing_images_can_be_left_out(images):
 # the split
 
 
-def test_the_split_is_by_patient_seeded_and_written_down(images):
+def test_split_is_by_patient_seeded_and_saved(images):
     patients = np.array([f"p{k // 2}" for k in range(200)])
     parts = folder.draw_split(patients, 0)
     assert [int((parts == part).sum()) for part in folder.PARTS] == [140, 20, 40]
@@ -158,7 +158,7 @@ def test_the_split_is_by_patient_seeded_and_written_down(images):
     assert {name for name, part in written.items() if part == "val"} == {
         name for name, val in zip(names, index.val, strict=True) if val
     }
-    again = open_with(images, "--split-seed", "4")  # what is written down stays
+    again = open_with(images, "--split-seed", "4")  # the saved split does not change
     assert (again.test == index.test).all()
     write_csv(images / "split.csv", ["image", "split"], *([name, "train"] for name in names[1:]))
     with pytest.raises(ValueError, match=r"1 images of labels\.csv have no split there"):
@@ -168,19 +168,19 @@ def test_the_split_is_by_patient_seeded_and_written_down(images):
 # boxes.csv
 
 
-def test_boxes_in_pixels_of_the_file(images):
+def test_boxes_are_in_pixels_of_the_file(images):
     names = names_of(images)
     write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, "test", "1"] for name in names))
     boxes = [["0.png", "cat", 3, 2, 6, 4], ["0.png", "cat", 20, 10, 10, 10], ["3.png", "cat", 0, 0, 40, 10]]
     write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], *boxes)
     found = truth.truth_of(open_with(images))
     assert (found.image.tolist(), found.classes.tolist(), found.box_count) == ([0, 3], [0, 0], 3)
-    # 30x20 fills 1024x683 of the square, from row 170 on
+    # an image of 30x20 pixels fills 1024x683 pixels of the square, starting at row 170
     expected = [3 * 1024 / 30, 170 + 2 * 683 / 20, 6 * 1024 / 30, 4 * 683 / 20]
     np.testing.assert_allclose(found.boxes[0][0], expected)
     np.testing.assert_allclose(found.in_pixels(np.array([found.boxes[0][1], found.boxes[1][0]])),
                                [[20, 10, 10, 10], [0, 0, 40, 10]])  # fmt: skip
-    # a hit is the best of the boxes
+    # the best of several boxes counts
     assert found.overlaps(np.array([found.boxes[0][1], found.boxes[1][0]])).tolist() == pytest.approx([1, 1])
     squeezed = truth.truth_of(open_with(images, "--fit", "squeeze"))
     np.testing.assert_allclose(squeezed.boxes[0][0], np.array([3 / 30, 2 / 20, 6 / 30, 4 / 20]) * 1024)
@@ -196,7 +196,7 @@ def test_boxes_in_pixels_of_the_file(images):
         (["0.png", "cat", 25, 0, 6, 1], r"the box 25, 0, 6, 1 leaves 0\.png, which is 30x20 as it is shown"),
     ],
 )
-def test_mistakes_in_the_boxes_are_named(images, row, message):
+def test_error_names_the_mistake_in_boxes_csv(images, row, message):
     write_csv(images / "labels.csv", ["image", "cat"], *([name, "1"] for name in names_of(images)))
     write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], row)
     with pytest.raises(ValueError, match=message):
@@ -206,7 +206,7 @@ def test_mistakes_in_the_boxes_are_named(images, row, message):
 # kinds of data sets
 
 
-def test_the_kind_is_seen_by_the_tables(images, tmp_path):
+def test_kind_of_data_set_is_recognized_by_its_tables(images, tmp_path):
     with pytest.raises(ValueError, match=r"expected Data_Entry_2017_v2020\.csv .*--tables names their folder"):
         open_with(images)
     write_csv(images / "labels.csv", ["image", "cat"], *([name, "1"] for name in names_of(images)))
@@ -247,7 +247,7 @@ def chexpert_data(tmp_path):
 
 
 @pytest.mark.parametrize(("uncertain", "value"), [("unknown", math.nan), ("0", 0), ("1", 1)])
-def test_chexpert_as_it_is_published(chexpert_data, uncertain, value):
+def test_chexpert_in_its_published_layout_is_read(chexpert_data, uncertain, value):
     index = open_with(chexpert_data, "--uncertain", uncertain)
     assert index.about.kind == "chexpert"
     assert index.classes == ("Cardiomegaly", "Edema", "Pleural Effusion")
@@ -260,11 +260,11 @@ def test_chexpert_as_it_is_published(chexpert_data, uncertain, value):
 
 
 @pytest.mark.parametrize(("view", "count"), [("frontal", 4), ("lateral", 1), ("AP", 3), ("PA", 1)])
-def test_views_of_chexpert(chexpert_data, view, count):
+def test_views_of_chexpert_can_be_selected(chexpert_data, view, count):
     assert len(open_with(chexpert_data, "--view", view).names) == count
 
 
-def test_mistakes_in_chexpert_are_named(chexpert_data):
+def test_error_names_the_mistake_in_chexpert(chexpert_data):
     path = chexpert_data / "valid.csv"
     content = path.read_text()
     path.write_text(content.replace("1.0,0.0,1.0", "7,0.0,1.0"))
@@ -280,7 +280,7 @@ def test_mistakes_in_chexpert_are_named(chexpert_data):
     assert len(chexpert.load_chexpert(chexpert_data, allow_missing=True).names) == 4
 
 
-def test_views_and_patient_sex_of_the_nih(tmp_path):
+def test_views_and_patient_sex_of_chestxray14_are_read(tmp_path):
     data = tmp_path / "data"
     write_dataset(data, images=20, size=32, seed=1)
     path = data / nih.ENTRIES[0]
@@ -295,7 +295,7 @@ def test_views_and_patient_sex_of_the_nih(tmp_path):
     assert open_with(data).about == nih.DESCRIPTION
 
 
-def test_which_tables_are_official(tmp_path, monkeypatch):
+def test_only_the_published_tables_are_official(tmp_path, monkeypatch):
     data = tmp_path / "data"
     write_dataset(data, images=40, size=32, seed=1)
     index = nih.load_index(data)
@@ -305,7 +305,7 @@ def test_which_tables_are_official(tmp_path, monkeypatch):
     monkeypatch.setattr(nih, "OFFICIAL_TEST_IMAGES", counts[0])
     monkeypatch.setattr(nih, "OFFICIAL_BOXES", sum(map(len, index.boxes.values())))
     assert nih.load_index(data).official
-    lists = data / nih.TRAIN_VAL_LIST, data / nih.TEST_LIST  # images with boxes go to training
+    lists = data / nih.TRAIN_VAL_LIST, data / nih.TEST_LIST  # images with boxes are moved to the training list
     train, test = (path.read_bytes() for path in lists)
     lists[0].write_bytes(test)
     lists[1].write_bytes(train)
@@ -313,7 +313,7 @@ def test_which_tables_are_official(tmp_path, monkeypatch):
     assert not nih.load_index(data).official
 
 
-def test_a_network_brings_its_classes(images):
+def test_checkpoint_contains_its_classes(images):
     names = names_of(images)
     write_csv(images / "labels.csv", ["image", "split", "cat", "dog", "bird"], *([n, "test", 1, 0, ""] for n in names))
     write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], ["0.png", "cat", 1, 1, 2, 2],
@@ -326,10 +326,10 @@ def test_a_network_brings_its_classes(images):
         with_classes(open_with(images), ["fish", "cat"], "run: R")
 
 
-# images of one value
+# constant images
 
 
-def test_images_of_one_value_are_told(images, capsys):
+def test_constant_images_are_reported(images, capsys):
     names = names_of(images)
     parts = ["train"] * 6 + ["test"] * 2
     write_csv(images / "labels.csv", ["image", "split", "cat"],
@@ -343,7 +343,7 @@ def test_images_of_one_value_are_told(images, capsys):
     assert "1 images to train or validate on have one value only" in capsys.readouterr().err
 
 
-def test_check_warns_of_what_cannot_be_learnt(images, capsys):
+def test_check_warns_of_data_that_cannot_be_learned(images, capsys):
     names = names_of(images)
     write_csv(images / "labels.csv", ["image", "split", "cat", "dog", "bird"],
               *([name, "test" if k > 5 else "train", k % 2, 1, ""] for k, name in enumerate(names)))  # fmt: skip
@@ -360,8 +360,8 @@ def test_check_warns_of_what_cannot_be_learnt(images, capsys):
     assert capsys.readouterr().out.endswith("wrong: there is no image to train on\n")
 
 
-def test_check_decodes_all_images_of_a_set_of_usual_size(tmp_path, capsys, monkeypatch):
-    """300 images, and the one of a single value is none of those that a training decodes before its start."""
+def test_check_decodes_all_images_of_a_small_set(tmp_path, capsys, monkeypatch):
+    """Among 300 images, a training does not decode the constant image before it starts; the check finds it."""
     names = [f"{k}.png" for k in range(300)]
     rng = np.random.default_rng(0)
     for name in names:
@@ -376,7 +376,7 @@ def test_check_decodes_all_images_of_a_set_of_usual_size(tmp_path, capsys, monke
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / names[row])
     assert check_cxr.main(given) == 1
     assert capsys.readouterr().out.endswith("wrong: 1 images outside the test part have one value only\n")
-    # of a larger set, the last line says how many were decoded
+    # for a larger set, the last line says how many images were decoded
     monkeypatch.setattr(check, "CHECKED", check.SAMPLE)
     assert check_cxr.main(given) == 0
     printed = capsys.readouterr().out
@@ -388,8 +388,8 @@ def test_check_decodes_all_images_of_a_set_of_usual_size(tmp_path, capsys, monke
 # padding
 
 
-def test_padding_has_no_part_in_the_loss_and_the_pooling(tmp_path):
-    """Whatever stands in the padding's cells, the loss is the same, and it gets no gradient."""
+def test_padding_changes_neither_loss_nor_pooling(tmp_path):
+    """The values of padded cells change no loss, and padded cells get no gradient."""
     config = OLDER | settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
     state = training.Training(
         config | {"fit": "pad", "classes": ["a", "b"]}, Processes(0, 1, torch.device("cpu"), None), False
@@ -410,7 +410,7 @@ def test_padding_has_no_part_in_the_loss_and_the_pooling(tmp_path):
     assert state.mask_of(frame, logits) is None
 
 
-def test_the_frame_moves_with_the_crop(tmp_path):
+def test_frame_moves_with_the_crop(tmp_path):
     Image.fromarray(np.full((16, 64), 200, np.uint8)).save(tmp_path / "x.png")
     data = items.LabelledImages([tmp_path / "x.png"], np.zeros((1, 1), np.float32), 64, 56, 0, ["x"],
                                 sizes=np.array([[64, 16]]), fit="pad")  # fmt: skip
@@ -424,11 +424,11 @@ def test_the_frame_moves_with_the_crop(tmp_path):
         items.LabelledImages([tmp_path / "x.png"], np.zeros((1, 1), np.float32), 64, fit="pad")
 
 
-# all of it
+# the whole pipeline
 
 
 def draw_photos(data, count, seed=0):
-    """Photos with red and green squares: sizes and folders vary, some have two of a kind, some labels are unknown."""
+    """Photos with red and green squares, of several sizes. Some have two boxes of a class, some unknown labels."""
     rng = np.random.default_rng(seed)
     data.mkdir()
     rows, boxes = [["image", "patient", "red", "green"]], [["image", "label", "x", "y", "w", "h"]]
@@ -453,7 +453,7 @@ def draw_photos(data, count, seed=0):
 
 
 @pytest.mark.parametrize("fit", ["pad", "squeeze"])
-def test_the_whole_pipeline_on_a_folder(tmp_path, capsys, fit):
+def test_whole_pipeline_runs_on_a_folder(tmp_path, capsys, fit):
     data, run = tmp_path / "photos", tmp_path / "run"
     draw_photos(data, 48)
     assert check_cxr.main(["--data-dir", str(data)]) == 0
@@ -490,7 +490,7 @@ def test_the_whole_pipeline_on_a_folder(tmp_path, capsys, fit):
     }
     assert "of the pairs of an image and a class with boxes" in report
     assert "patients with it" in report and "over draws of patients" in report and "of other patients;" in report
-    # without patients, images are what intervals are over
+    # without patients, the intervals are over images
     with (data / "labels.csv").open(newline="") as file:
         rows = [{key: cell for key, cell in row.items() if key != "patient"} for row in csv.DictReader(file)]
     whole_table = (data / "labels.csv").read_bytes()
@@ -503,7 +503,7 @@ def test_the_whole_pipeline_on_a_folder(tmp_path, capsys, fit):
     report = (run / "localization" / "report.html").read_text()
     assert "images with it" in report and "over draws of images" in report and "patients" not in report
     (data / "labels.csv").write_bytes(whole_table)
-    # another fit than that of the network, and a split that it was not trained with
+    # another --fit than in training, and a split that differs from that of the training
     other = "squeeze" if fit == "pad" else "pad"
     assert localize_cxr.main([*base, "--fit", other]) == 2
     assert f"was trained with {fit}, got {other}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""images/pixels.py: orientation, 16 bits, colours, padding and DICOM; check_cxr.py on images of one value."""
+"""images/pixels.py: orientation, 16 bits, colours, padding and DICOM; check_cxr.py on constant images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Image = pytest.importorskip("PIL.Image")
 
 
 def write_png16(path, values):
-    """A PNG of 16 bits per colour, which Pillow cannot write: values (h, w, 3) uint16."""
+    """Writes ``values`` (h, w, 3) uint16 as a PNG of 16 bits per colour, which Pillow cannot do."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -31,8 +31,8 @@ def random_image(*shape):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_of_a_photo_is_applied(tmp_path, orientation):
-    """The corner that is marked in the file is where the tag says it is to be shown."""
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    """The marked corner of the file is shown where the EXIF tag places it."""
     stored = np.zeros((20, 40), np.uint8)
     stored[:8, :8] = 255
     exif = Image.Exif()
@@ -42,13 +42,13 @@ def test_the_orientation_of_a_photo_is_applied(tmp_path, orientation):
     assert pixels.read_header(tmp_path / "x.png") == (*size, False)
     shown = np.asarray(pixels.read_image(tmp_path / "x.png"))
     assert shown.shape == size[::-1]
-    # of EXIF: which side of what is shown the first row and the first column of the file are
+    # EXIF tag: the sides of the displayed image that the first row and the first column of the file are on
     bottom, right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     assert (shown[-1 if bottom else 0, -1 if right else 0], shown.astype(int).sum()) == (255, 64 * 255)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-def test_grey_of_16_bits_is_scaled_by_the_bits_that_are_used(tmp_path, bits):
+def test_grey_of_16_bits_is_scaled_by_the_used_bits(tmp_path, bits):
     values = random_image(30, 30).astype(np.uint16) << (bits - 8)
     values[0, 0] = 2**bits - 1
     Image.fromarray(values).save(tmp_path / "x.png")
@@ -57,7 +57,7 @@ def test_grey_of_16_bits_is_scaled_by_the_bits_that_are_used(tmp_path, bits):
     assert np.array_equal(np.asarray(pixels.read_image(tmp_path / "x.png")), expected)
 
 
-def test_colours_of_16_bits_are_scaled_or_refused(tmp_path):
+def test_colours_of_16_bits_are_scaled_or_an_error(tmp_path):
     values = random_image(10, 12, 3)
     write_png16(tmp_path / "x.png", values.astype(np.uint16) * 257)
     assert np.array_equal(np.asarray(pixels.read_image(tmp_path / "x.png")), values)
@@ -66,14 +66,14 @@ def test_colours_of_16_bits_are_scaled_or_refused(tmp_path):
         pixels.read_image(tmp_path / "x.png")
 
 
-def test_floating_point_is_refused(tmp_path):
+def test_floating_point_images_are_an_error(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "x.tiff")
     with pytest.raises(ValueError, match="expected 8 or 16 bits, got floating point"):
         pixels.read_image(tmp_path / "x.tiff")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L"])
-def test_colours_and_grey(tmp_path, mode):
+def test_colour_and_grey_images_are_converted(tmp_path, mode):
     Image.fromarray(random_image(16, 16, 3)).convert(mode).save(tmp_path / "x.tiff")
     colour = pixels.load_image(tmp_path / "x.tiff", 16, channels=3)
     assert colour.shape == (16, 16, 3)
@@ -82,19 +82,19 @@ def test_colours_and_grey(tmp_path, mode):
     assert pixels.read_header(tmp_path / "x.tiff") == (16, 16, mode != "L")
 
 
-def test_an_oblong_image_is_padded_squeezed_or_refused(tmp_path):
+def test_oblong_image_is_padded_squeezed_or_an_error(tmp_path):
     Image.fromarray(np.full((20, 40, 3), (255, 0, 0), np.uint8)).save(tmp_path / "x.png")
     padded = pixels.load_image(tmp_path / "x.png", 32, 3, "pad")
     assert (padded[8:24] == (255, 0, 0)).all()
     assert (padded[:8] == pixels.PADDING).all()
     assert (padded[24:] == pixels.PADDING).all()
-    assert abs(pixels.to_input(padded[None])[0, :, 0, 0]).max() < 0.01  # a network sees 0
+    assert abs(pixels.to_input(padded[None])[0, :, 0, 0]).max() < 0.01  # the network gets 0
     assert (pixels.load_image(tmp_path / "x.png", 32, 3, "squeeze") == (255, 0, 0)).all()
     with pytest.raises(ValueError, match="expected a square image, got 40x20"):
         pixels.load_image(tmp_path / "x.png", 32)
 
 
-def test_the_input_of_a_network_keeps_the_colours():
+def test_input_of_the_network_keeps_the_colours():
     x = pixels.to_input(np.array([[[[255, 0, 0]]]], np.uint8))
     assert x.shape == (1, 3, 1, 1)
     np.testing.assert_allclose(x.flatten(), [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
@@ -124,7 +124,7 @@ VALUES = np.array([[0, 100, 200], [300, 400, 500]], np.uint16)
         ({}, [0, 51, 102, 153, 204, 255]),  # no window: the range of the image
         ({"PhotometricInterpretation": "MONOCHROME1"}, [255, 204, 153, 102, 51, 0]),
         ({"WindowCenter": 250.5, "WindowWidth": 201}, [0, 0, 64, 191, 255, 255]),
-        ({"WindowCenter": [250.5, 7], "WindowWidth": [201, 7]}, [0, 0, 64, 191, 255, 255]),  # the first of two
+        ({"WindowCenter": [250.5, 7], "WindowWidth": [201, 7]}, [0, 0, 64, 191, 255, 255]),  # the first window is used
         ({"WindowCenter": 250, "WindowWidth": 200, "VOILUTFunction": "LINEAR_EXACT"}, [0, 0, 64, 191, 255, 255]),
         ({"WindowCenter": 200, "WindowWidth": 400, "VOILUTFunction": "SIGMOID"}, [30, 69, 128, 186, 225, 243]),
         # the window is in rescaled values
@@ -135,14 +135,14 @@ VALUES = np.array([[0, 100, 200], [300, 400, 500]], np.uint16)
         ({"RescaleSlope": -1, "RescaleIntercept": 0}, [255, 204, 153, 102, 51, 0]),
     ],
 )  # fmt: skip
-def test_dicom(tmp_path, tags, expected):
+def test_dicom_is_windowed_to_8_bits(tmp_path, tags, expected):
     write_dicom(tmp_path / "x.dcm", VALUES, **tags)
     assert pixels.read_header(tmp_path / "x.dcm") == (3, 2, False)
     shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten().astype(int)
     assert np.abs(shown - expected).max() <= 1
 
 
-def test_a_dicom_file_that_cannot_be_read_is_named(tmp_path):
+def test_error_names_the_unreadable_dicom_file(tmp_path):
     write_dicom(tmp_path / "x.dcm", VALUES)
     (tmp_path / "x.dcm").write_bytes((tmp_path / "x.dcm").read_bytes()[:-6])
     with pytest.raises(ValueError, match=r"x\.dcm: its pixels cannot be read"):

@@ -1,11 +1,11 @@
-"""One loss, whatever the layout: value and gradient do not depend on how the bags lie in memory."""
+"""The layout of the bags in memory changes neither the value nor the gradient of a loss."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from batches import external_pooling, packed, padded, random_batch, run
-from conftest import by_kernels_for_cuda
+from conftest import uses_cuda_kernels
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
 from sgl_ops.functional import self_guidance
@@ -21,7 +21,8 @@ def value_and_gradient(loss, logits, targets, **call):
 
 
 def compare(impl, got, expected):
-    # the fused operator brings every layout into the same rows: the same bits; the reference sums in another order
+    # The fused operator copies every layout into the same rows, so its results are bitwise equal. The order of the
+    # reference's sums depends on the layout.
     if impl == "fused":
         assert torch.equal(got, expected)
     else:
@@ -31,16 +32,16 @@ def compare(impl, got, expected):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pooling", ["max", "softmax", "lse", "topk", "generalized_mean", "external"])
-def test_padded_and_packed(impl, device, dtype, pooling):
+def test_padded_and_packed_bags_give_the_same_loss(impl, device, dtype, pooling):
     if pooling == "external":
         if impl == "fused":
-            pytest.skip("a pooling outside of the operator sums in the order of the layout")
+            pytest.skip("an external pooling sums in the order of the layout")
         pooling = external_pooling()
     batch = random_batch([3, 17, 0, 1, 40], classes=3, unknown=0.2).to(dtype)
     loss = SGLLoss(impl=impl, pooling=pooling, mask_weight=0.3)
     value, gradient = run(loss, batch, device, packed, dtype)
     value2, gradient2 = run(loss, batch, device, padded, dtype)
-    if impl == "fused" and by_kernels_for_cuda(device):  # between padding other threads meet an instance
+    if impl == "fused" and uses_cuda_kernels(device):  # padding moves an instance to another thread
         impl = "reference"
     compare(impl, value2, value)
     for one, two in zip(gradient, gradient2, strict=True):
@@ -50,7 +51,7 @@ def test_padded_and_packed(impl, device, dtype, pooling):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides_are_read_in_place(impl, device, dtype):
+def test_strides_do_not_change_the_loss(impl, device, dtype):
     logits = torch.randn(3, 4, 6, 8).to(device, dtype)
     targets = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]], device=device)
     loss = SGLLoss(impl=impl, mask_weight=0.3, pooling="mean")
@@ -75,7 +76,7 @@ def test_strides_are_read_in_place(impl, device, dtype):
         assert torch.equal(variant, before), name
 
 
-def test_expanded_logits(impl, device):
+def test_expanded_logits_give_the_loss_of_repeated_logits(impl, device):
     row = torch.randn(1, 3, 10).to(device)
     loss = SGLLoss(impl=impl)
     targets = torch.tensor([[1, 0, 1], [0, 1, 1]], device=device)
@@ -84,7 +85,7 @@ def test_expanded_logits(impl, device):
         compare(impl, got, want)
 
 
-def test_masked_map(impl, device):
+def test_masked_map_gives_the_loss_of_masked_rows(impl, device):
     logits, mask = torch.randn(2, 3, 5, 7).to(device), (torch.rand(2, 5, 7) < 0.5).to(device)
     targets = torch.tensor([[1, 0, 1], [1, 1, 0]], device=device)
     loss = SGLLoss(impl=impl)
@@ -98,7 +99,7 @@ def test_masked_map(impl, device):
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_one_class(impl, device, index):
+def test_shapes_with_and_without_a_class_dimension_give_the_same_loss(impl, device, index):
     logits = torch.randn(3, 8).to(device)
     targets = torch.tensor([1, 0, 1], device=device)
     loss = SGLLoss(impl=impl)
@@ -116,7 +117,7 @@ def test_one_class(impl, device, index):
         compare(impl, gradient2.reshape(3, 1, 8), gradient)
 
 
-def test_nested(impl, device):
+def test_nested_tensors_give_the_loss_of_packed_bags(impl, device):
     batch = random_batch([3, 7, 2], classes=2, positives=0.6)
     rows = [bag.T.contiguous() for bag in batch.logits]
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged, device=device, requires_grad=True)
@@ -129,7 +130,7 @@ def test_nested(impl, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float16, torch.float64])
-def test_targets_of_any_dtype(impl, device, dtype):
+def test_dtype_of_targets_does_not_change_the_loss(impl, device, dtype):
     logits = torch.randn(3, 2, 5).to(device)
     targets = torch.tensor([[1, 0], [0, 1], [1, 1]], device=device)
     loss = SGLLoss(impl=impl)
@@ -138,7 +139,7 @@ def test_targets_of_any_dtype(impl, device, dtype):
     assert torch.equal(loss(logits, across), loss(logits, targets.float()))
 
 
-def test_order_of_instances(impl, device):
+def test_order_of_instances_does_not_change_the_loss(impl, device):
     logits = torch.randn(3, 2, 70, dtype=torch.float64).to(device)
     targets = torch.tensor([[1, 0], [0, 1], [1, 1]], device=device)
     loss = SGLLoss(impl=impl, pooling="softmax", mask_weight=0.5)
@@ -168,30 +169,30 @@ def test_ignored_instances_may_have_any_value(make_loss, device, garbage):
     assert got[0][:, call["mask"][0]].isfinite().all()
 
 
-def test_guidance_lies_as_the_logits_do(device):
+def test_self_guidance_has_the_layout_of_the_logits(device):
     batch = random_batch([3, 6, 0], classes=2, positives=1.0)
     labels = batch.labels.to(device)
     flat, call = packed(batch, device)
-    by_row = self_guidance(flat, labels, **call)
+    from_packed = self_guidance(flat, labels, **call)
     logits, call = padded(batch, device)
-    by_bag = self_guidance(logits, labels, **call)
+    from_padded = self_guidance(logits, labels, **call)
     for name in ("targets", "part"):
-        dense = getattr(by_bag, name)
+        dense = getattr(from_padded, name)
         assert dense.shape == logits.shape
-        assert torch.equal(torch.cat([dense[i][:, call["mask"][i]].T for i in range(3)]), getattr(by_row, name))
+        assert torch.equal(torch.cat([dense[i][:, call["mask"][i]].T for i in range(3)]), getattr(from_packed, name))
         assert (dense.movedim(1, 2)[~call["mask"]] == (0 if name == "targets" else -1)).all()
-    torch.testing.assert_close(by_bag.alpha, by_row.alpha, equal_nan=True)
-    torch.testing.assert_close(by_bag.weight, by_row.weight, equal_nan=True)
-    assert by_bag.alpha[2].isnan().all()
+    torch.testing.assert_close(from_padded.alpha, from_packed.alpha, equal_nan=True)
+    torch.testing.assert_close(from_padded.weight, from_packed.weight, equal_nan=True)
+    assert from_padded.alpha[2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [7, 8, 37])
-def test_classes_side_by_side(fused_device, dtype, classes):
-    """Where classes lie side by side, rows are filled several at once: the gradient is that of single rows.
+def test_adjacent_classes_give_the_gradient_of_single_rows(fused_device, dtype, classes):
+    """The kernel gathers several rows in one pass if the classes of an instance are adjacent in memory.
 
-    Bags longer and shorter than what is read at once, so many instances that chunks end within a bag; classes that take
-    no part, and one that holds a NaN, among them.
+    The bags are longer and shorter than such a pass, and some chunks end within a bag. Some labels are unknown, and one
+    pair holds a NaN.
     """
     lengths = torch.tensor([3, 0, 40, 1500, 16, 1, 7000])
     total, bags = int(lengths.sum()), len(lengths)
@@ -208,10 +209,10 @@ def test_classes_side_by_side(fused_device, dtype, classes):
 
     together = gradient(rows, offsets=offsets)
     assert together[3:43, classes - 2].isnan().all()
-    # a step between classes: no longer side by side
+    # a stride of 2 between classes: no longer adjacent
     apart = torch.stack([rows, torch.full_like(rows, 7.0)], 2).flatten(1)[:, ::2]
     torch.testing.assert_close(together, gradient(apart, offsets=offsets), rtol=0, atol=0, equal_nan=True)
-    # padded: the same instances, with others in between
+    # padded: the same instances, with excluded instances in between
     mask = torch.zeros(bags, 7100, dtype=torch.bool)
     for bag, length in enumerate(lengths):
         mask[bag, torch.randperm(7100)[:length]] = True
@@ -220,6 +221,6 @@ def test_classes_side_by_side(fused_device, dtype, classes):
     wide[mask] = rows
     masked = gradient(wide.transpose(1, 2), mask=mask).transpose(1, 2)
     assert (masked[~mask] == 0).all()
-    if by_kernels_for_cuda(fused_device):  # between padding other threads meet an instance
+    if uses_cuda_kernels(fused_device):  # padding moves an instance to another thread
         return
     torch.testing.assert_close(masked[mask], together, rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""The modules and functions as a user meets them: settings, errors, state, logging."""
+"""The public loss modules and functions: settings, errors, state, terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, SGLTerms, _fused, functi
 from sgl_ops.pooling import AutoPooling, MaxPooling
 
 EVERY = [SGLLoss, BagLoss, BILLoss, MMMLoss]
-# on the CPU: what is refused, and how, is the same everywhere
+# On the CPU: errors do not depend on the device.
 X, Y = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 0], [0, 1], [1, 1]])
 FLAT = X.transpose(1, 2).reshape(15, 2)
 
@@ -26,7 +26,7 @@ FLAT = X.transpose(1, 2).reshape(15, 2)
         ("impl", "fast"),
     ],
 )  # fmt: skip
-def test_bad_settings(setting, value):
+def test_invalid_settings_raise_value_error(setting, value):
     with pytest.raises(ValueError, match=f"{setting}.*{value}"):
         SGLLoss(**{setting: value})(X, Y)
     with pytest.raises(ValueError, match=f"{setting}.*{value}"):
@@ -34,7 +34,7 @@ def test_bad_settings(setting, value):
 
 
 @pytest.mark.parametrize("setting", ["delta_l", "lam", "mask_weight"])
-def test_settings_are_numbers(setting):
+def test_settings_that_are_no_numbers_raise_type_error(setting):
     for call in (lambda **s: SGLLoss(**s), lambda **s: functional.sgl_loss(X, Y, **s)):
         with pytest.raises(TypeError, match=f"{setting}: expected a number, got '1'"):
             call(**{setting: "1"})
@@ -75,21 +75,21 @@ CALLS = {
 
 @pytest.mark.parametrize("make", EVERY)
 @pytest.mark.parametrize("call", CALLS)
-def test_bad_calls(make, call):
+def test_invalid_arguments_raise_an_error(make, call):
     kind, message, run = CALLS[call]
     with pytest.raises(kind, match=message):
         run(make())
 
 
 @pytest.mark.parametrize("call", [name for name, (_, message, _) in CALLS.items() if "offsets" not in message])
-def test_bad_calls_of_self_guidance(call):
+def test_invalid_arguments_of_self_guidance_raise_an_error(call):
     kind, message, run = CALLS[call]
     with pytest.raises(kind, match=message):
         run(functional.self_guidance)
 
 
 @pytest.mark.parametrize("make", EVERY)
-def test_values_are_looked_at_where_that_waits_for_nothing(make, device):
+def test_values_are_checked_by_default_on_the_cpu_only(make, device):
     x, y, flat = X.to(device), Y.to(device), FLAT.to(device)
     for check in (None, False, True):
         looks = check or (check is None and device.type == "cpu")
@@ -100,13 +100,13 @@ def test_values_are_looked_at_where_that_waits_for_nothing(make, device):
             torch.testing.assert_close(make(check=check)(x, y * 2), make(check=check)(x, y))
     with pytest.raises(ValueError, match="offsets"):
         make(check=True)(flat, y, offsets=torch.tensor([0, 9, 5, 15], device=device))
-    # and offsets that lie are no danger to memory
+    # wrong offsets cause no invalid memory access
     for offsets in ([5, 3, 900, 2**40], [-7, -3, 4, 15]):
         if make is SGLLoss and not _fused.unavailable(device):
             make(check=False)(flat, y, offsets=torch.tensor(offsets, device=device))
 
 
-def test_class_vectors():
+def test_invalid_class_vectors_raise_an_error():
     for name in ("class_weight", "pos_weight"):
         for value, kind in (
             (torch.ones(3), ValueError),
@@ -121,7 +121,7 @@ def test_class_vectors():
         for value in ("ab", ["a", "b"], torch.ones(2, dtype=torch.complex64)):
             with pytest.raises(TypeError, match=name):
                 SGLLoss(**{name: value})
-        # the values of a call's own, where they are looked at
+        # the functions check the values of each call
         for call in (functional.sgl_loss, functional.sgl_terms, functional.bag_loss):
             for value in ([1.0, -1.0], [math.nan, 1.0]):
                 with pytest.raises(ValueError, match=f"{name}.*{value[1] if value[0] == 1 else value[0]}"):
@@ -134,7 +134,7 @@ def test_class_vectors():
     assert SGLLoss(class_weight=torch.tensor([0.0, 0.0]))(X, Y) == 0
 
 
-def test_state(impl, device):
+def test_copy_pickle_and_state_dict_keep_the_loss(impl, device):
     x, y = X.to(device), Y.to(device)
     criterion = SGLLoss(class_weight=torch.tensor([1.0, 2.0]), pooling=AutoPooling(2), impl=impl).to(device)
     assert criterion.double().class_weight.dtype == torch.float64
@@ -151,7 +151,7 @@ def test_state(impl, device):
     assert isinstance(SGLLoss().pooling, MaxPooling)
 
 
-def test_terms(impl, device):
+def test_terms_add_up_and_only_the_total_has_a_gradient(impl, device):
     x, y = X.to(device, copy=True).requires_grad_(), Y.to(device)
     criterion = SGLLoss(lam=20.0, mask_weight=0.5, impl=impl)
     terms = criterion.terms(x, y)
@@ -165,7 +165,7 @@ def test_terms(impl, device):
     torch.testing.assert_close(functional.sgl_terms(x, y, lam=20.0, mask_weight=0.5, impl=impl).total, terms.total)
 
 
-def test_settings_may_change_between_steps(impl, device):
+def test_changed_settings_apply_to_the_next_call(impl, device):
     x, y = X.to(device), Y.to(device)
     criterion = SGLLoss(impl=impl)
     for lam in (0.0, 1.0, 20.0):
@@ -176,13 +176,13 @@ def test_settings_may_change_between_steps(impl, device):
     torch.testing.assert_close(criterion(x, y), SGLLoss(lam=20.0, impl=impl)(x, y))
 
 
-def test_settings_are_by_keyword():
+def test_settings_are_keyword_only():
     for make in EVERY:
         with pytest.raises(TypeError):
             make(0.3)
 
 
-def test_impl(device):
+def test_unavailable_implementation_raises_value_error(device):
     x, y = X.to(device), Y.to(device)
     torch.testing.assert_close(SGLLoss(impl="auto")(x, y), SGLLoss(impl="reference")(x, y))
     reason = "only for" if _fused.DEVICES else "not built"
@@ -190,13 +190,13 @@ def test_impl(device):
         SGLLoss(impl="fused")(X.to("meta"), Y.to("meta"))
 
 
-def test_auto_is_fused_where_there_is_a_kernel(fused_device):
+def test_impl_auto_uses_the_kernel_of_the_device(fused_device):
     x, y = X.to(fused_device, copy=True).requires_grad_(), Y.to(fused_device)
     assert "FusedSGL" in type(SGLLoss()(x, y).grad_fn).__name__
     assert "FusedSGL" not in type(SGLLoss(impl="reference")(x, y).grad_fn).__name__
 
 
-def test_poolings_of_users(impl, device):
+def test_custom_pooling_gives_the_loss_of_the_same_formula(impl, device):
     class Middle(torch.nn.Module):
         def forward(self, logits, *, mask=None, offsets=None, features=None):
             return logits.flatten(2).mean(2)
@@ -205,7 +205,7 @@ def test_poolings_of_users(impl, device):
     torch.testing.assert_close(SGLLoss(pooling=Middle(), impl=impl)(x, y), SGLLoss(pooling="mean_logits")(x, y))
 
 
-def test_a_pooling_of_another_shape_is_refused(impl, device):
+def test_pooling_with_a_wrong_output_shape_raises_value_error(impl, device):
     class Each(torch.nn.Module):
         def forward(self, logits, *, mask=None, offsets=None, features=None):
             return logits
@@ -218,19 +218,19 @@ def test_hooks_of_a_pooling_are_called(impl, device):
     x, y = X.to(device).requires_grad_(), Y.to(device)
     loss = SGLLoss(impl=impl)
     plain = loss(x, y)
-    heard = []
+    calls = []
     for name in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
-        handle = getattr(loss.pooling, f"register_{name}")(lambda *_, name=name: heard.append(name))
+        handle = getattr(loss.pooling, f"register_{name}")(lambda *_, name=name: calls.append(name))
         total = loss(x, y)
         total.backward()
         torch.testing.assert_close(total, plain)
-        assert heard == [name]
+        assert calls == [name]
         handle.remove()
-        heard.clear()
+        calls.clear()
 
 
-def test_it_teaches(device):
-    """A linear network that is trained with bag labels finds the bright instances."""
+def test_training_with_bag_labels_finds_the_positive_instances(device):
+    """A linear network learns from bag labels which instances are bright."""
     torch.manual_seed(0)
     x = torch.randn(64, 20, 4)
     bright = torch.rand(64, 20) < 0.1

@@ -1,4 +1,4 @@
-"""The pooling modules: every layout, extremes, learned parameters. Their values are in test_values.py and here."""
+"""The pooling modules: values, layouts, extreme logits, learned parameters."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from sgl_ops.pooling import (
 NAMES = list(POOLINGS)
 
 
-def by(impl, pooling):
-    """The pooling as a function, computed by ``impl``."""
+def with_impl(impl, pooling):
+    """``pooling`` as a function that uses the implementation ``impl``."""
     if impl == "reference":
         return pooling.reference
     assert _fused.code_of(pooling)[0] != _fused.EXTERNAL
@@ -36,10 +36,10 @@ def by(impl, pooling):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values(name, impl, device):
+def test_bag_logits_equal_the_oracle(name, impl, device):
     batch = random_batch([1, 4, 9], classes=2, scale=4.0)
     logits, call = packed(batch, device)
-    z = by(impl, make_pooling(name))(logits, **call)
+    z = with_impl(impl, make_pooling(name))(logits, **call)
     for i, bag in enumerate(batch.logits):
         for c, xs in enumerate(bag.tolist()):
             p = oracle.pooled(name, [oracle.mpf(x) for x in xs])
@@ -47,13 +47,13 @@ def test_values(name, impl, device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layouts_and_empty_bags(name, impl, device):
+def test_layouts_agree_and_empty_bags_give_nan(name, impl, device):
     batch = random_batch([3, 0, 7], classes=2)
     flat, offsets = packed(batch, device)
     dense, mask = padded(batch, device)
     flat.requires_grad_()
     dense.requires_grad_()
-    pooling = by(impl, make_pooling(name))
+    pooling = with_impl(impl, make_pooling(name))
     one, two = pooling(flat, **offsets), pooling(dense, **mask)
     assert one.shape == (3, 2)
     assert one[1].isnan().all()
@@ -69,11 +69,11 @@ def test_layouts_and_empty_bags(name, impl, device):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_extremes_are_finite(name, impl, device, dtype):
+def test_extreme_logits_give_finite_bag_logits(name, impl, device, dtype):
     limit = 6e4 if dtype == torch.float16 else 1e4
     rows = [[limit] * 3, [-limit] * 3, [limit, -limit, 0.0], [-90.0, -100.0, -95.0], [40.0, 50.0, 45.0], [0.0] * 3]
     x = torch.tensor(rows).to(device, dtype).requires_grad_()
-    z = by(impl, make_pooling(name))(x)
+    z = with_impl(impl, make_pooling(name))(x)
     assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert z.isfinite().all()
     z.sum().backward()
@@ -82,7 +82,7 @@ def test_extremes_are_finite(name, impl, device, dtype):
     assert (x.grad.float().abs().sum(1) > 0).all()
 
 
-def test_names_are_the_modules():
+def test_make_pooling_returns_the_module_of_each_name():
     assert set(NAMES) == set(POOLINGS)
     for name in NAMES:
         assert isinstance(make_pooling(name), POOLINGS[name])
@@ -91,7 +91,7 @@ def test_names_are_the_modules():
 
 
 @pytest.mark.parametrize("r", [0.01, 1.0, 10.0, 200.0])
-def test_lse_by_sharpness(r, impl, device):
+def test_lse_equals_its_formula_for_every_r(r, impl, device):
     x = torch.tensor([[-3.0, 0.5, 2.0]], dtype=torch.float64, device=device)
     p = torch.sigmoid(x)
     expected = torch.logit(torch.log(torch.exp(r * p).mean(1)) / r)
@@ -101,12 +101,12 @@ def test_lse_by_sharpness(r, impl, device):
 
 
 @pytest.mark.parametrize("r", [1.0, 10.0, 30.0, 1e3, 1e6, 1e8])
-def test_lse_in_float32_is_that_of_float64(r, device):
-    """Also where P is close to 1, and 1 - P has to be found without subtracting."""
+def test_lse_in_float32_equals_float64(r, device):
+    """Also if P is close to 1, where 1 - P must be computed without subtraction."""
     x = (torch.randn(400, 1, 1) * 6 + torch.randn(400, 1, 7) * 2).to(device).requires_grad_()
     exact = x.detach().double().requires_grad_()
     z, expected = LSEPooling(r)(x), LSEPooling(r)(exact)
-    tolerance = 2e-6 if r < 1e7 else 4e-6  # P and r are divided as logarithms, where P is small
+    tolerance = 2e-6 if r < 1e7 else 4e-6  # for small P, the quotient is computed from logarithms
     torch.testing.assert_close(z.double(), expected, rtol=tolerance, atol=tolerance)
     z.sum().backward()
     expected.sum().backward()
@@ -114,7 +114,7 @@ def test_lse_in_float32_is_that_of_float64(r, device):
 
 
 @pytest.mark.parametrize("r", [1.0, 30.0, 1e3])
-def test_lse_where_instances_are_certain(r, device):
+def test_lse_of_confident_instances_equals_its_formula(r, device):
     for xs in ([4.0, 5.0, 3.0], [9.0, 8.0, 2.0], [1.0, 12.0, 12.0]):
         z = float(LSEPooling(r)(torch.tensor([xs], device=device)))
         q = [1 / (1 + oracle.exp(oracle.mpf(x))) for x in xs]
@@ -123,7 +123,7 @@ def test_lse_where_instances_are_certain(r, device):
 
 
 def topk_by_sorting(xs, k):
-    """Bag logit of the k largest of a list, and its gradient with ties sharing the last place, in 60 digits."""
+    """Bag logit of the k largest of ``xs`` and its gradient, with 60 digits. Ties share the last place equally."""
     k = min(k, len(xs))
     p = [oracle.sigmoid(oracle.mpf(x)) for x in xs]
     mean = sum(sorted(p, reverse=True)[:k]) / k
@@ -148,9 +148,9 @@ def topk_by_sorting(xs, k):
         [4.0],
     ],
 )
-def test_topk_values_ties_and_small_bags(impl, device, k, xs):
+def test_topk_equals_sorting_for_ties_and_small_bags(impl, device, k, xs):
     x = torch.tensor([xs], dtype=torch.float64, device=device, requires_grad=True)
-    z = by(impl, TopKPooling(k))(x)
+    z = with_impl(impl, TopKPooling(k))(x)
     z.backward()
     expected, slopes = topk_by_sorting(xs, k)
     assert z.item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
@@ -161,23 +161,23 @@ def test_topk_values_ties_and_small_bags(impl, device, k, xs):
     ("fraction", "size", "k"),
     [(0.5, 4, 2), (0.5, 5, 3), (0.07, 100, 7), (0.1, 30, 3), (0.1, 31, 4), (1e-12, 6, 1), (0.999, 3, 3), (0.3, 1, 1)],
 )
-def test_topk_by_fraction(impl, device, fraction, size, k):
+def test_topk_of_a_fraction_equals_topk_of_its_k(impl, device, fraction, size, k):
     batch = random_batch([size, 2, 0], classes=2)
     for make in (packed, padded):
         logits, call = make(batch, device)
-        z = by(impl, TopKPooling(fraction))(logits, **call)
+        z = with_impl(impl, TopKPooling(fraction))(logits, **call)
         torch.testing.assert_close(z[0], TopKPooling(k).reference(logits, **call)[0])
         assert z[2].isnan().all()
 
 
-def test_topk_between_max_and_mean(device):
+def test_topk_of_one_is_max_and_of_all_is_mean(device):
     x = torch.randn(4, 3, 20, dtype=torch.float64).to(device)
     torch.testing.assert_close(TopKPooling(1)(x), MaxPooling()(x))
     torch.testing.assert_close(TopKPooling(20)(x), MeanPooling()(x))
     torch.testing.assert_close(TopKPooling(500)(x), MeanPooling()(x))
 
 
-def test_topk_gradients(device):
+def test_topk_gradients_equal_numerical_gradients(device):
     x = torch.randn(2, 3, 12, dtype=torch.float64).to(device).requires_grad_()
     for k in (1, 5, 0.3):
         assert torch.autograd.gradcheck(TopKPooling(k).reference, (x,))
@@ -186,14 +186,14 @@ def test_topk_gradients(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("limit", [1e8, 1e15])
-def test_topk_of_large_logits(impl, device, limit, dtype):
+def test_topk_of_large_logits_is_exact(impl, device, limit, dtype):
     rows = [[limit, limit / 2, 0.0], [-limit, -limit / 2, -limit], [limit, -limit, 0.0], [-limit, -limit, 1.0]]
     x = torch.tensor(rows, dtype=dtype, device=device, requires_grad=True)
-    z = by(impl, TopKPooling(2))(x)
+    z = with_impl(impl, TopKPooling(2))(x)
     assert z.isfinite().all()
     z.sum().backward()
     assert x.grad.isfinite().all()
-    # the largest two: q = e^-limit/2 and 0; p = e^-limit/2 and 0; p = 1 and 1/2; p = 0.73 and 0
+    # the two largest of each row: q = e^-limit/2 and 0; p = e^-limit/2 and 0; p = 1 and 1/2; p = 0.73 and 0
     p = torch.sigmoid(torch.ones(1)).item() / 2
     expected = [limit / 2 + math.log(2), -limit / 2 - math.log(2), math.log(3), math.log(p / (1 - p))]
     assert z.tolist() == pytest.approx(expected, rel=1e-6)
@@ -203,13 +203,13 @@ def test_topk_of_large_logits(impl, device, limit, dtype):
     ("k", "error"), [(0, ValueError), (-3, ValueError), (0.0, ValueError), (1.0, ValueError), (2.5, ValueError),
                      (math.nan, ValueError), (True, ValueError), ("3", TypeError), (None, TypeError)]
 )  # fmt: skip
-def test_topk_refuses(k, error):
+def test_topk_rejects_invalid_k(k, error):
     with pytest.raises(error, match="k: expected"):
         TopKPooling(k)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_bad_parameters(value):
+def test_invalid_r_raises_value_error(value):
     for make in (LSEPooling, GeneralizedMeanPooling):
         with pytest.raises(ValueError, match="r:"):
             make(value)
@@ -217,7 +217,7 @@ def test_bad_parameters(value):
             make("1")
 
 
-def test_learned_poolings_learn(device):
+def test_learned_poolings_equal_their_formula_and_get_a_gradient(device):
     batch = random_batch([5, 8], classes=3, positives=1.0)
     logits, call = packed(batch, device)
     p = [torch.sigmoid(bag) for bag in batch.logits]
@@ -240,21 +240,21 @@ def test_learned_poolings_learn(device):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_attention(gated, impl, device):
+def test_attention_pooling_of_equal_features_is_the_mean(gated, impl, device):
     torch.manual_seed(1)
     pooling = AttentionPooling(6, 4, gated=gated).double().to(device)
     batch = random_batch([3, 5], classes=2, positives=1.0)
     logits, call = packed(batch, device)
     features = torch.randn(8, 6, dtype=torch.float64).to(device).requires_grad_()
     z = pooling(logits, features=features, **call)
-    # the weights are a softmax within the bag: equal features pool to the mean
+    # the weights are a softmax within the bag, so equal features give the mean
     same = torch.ones_like(features)
     expected = torch.stack([torch.logit(torch.sigmoid(bag).mean(1)) for bag in batch.logits]).to(device)
     torch.testing.assert_close(pooling(logits, features=same, **call), expected)
     dense, mask = padded(batch, device)
-    spread = torch.full((2, dense.shape[2], 6), math.nan, dtype=torch.float64, device=device)
-    spread[mask["mask"]] = features.detach()
-    torch.testing.assert_close(pooling(dense, features=spread, **mask), z)
+    padded_features = torch.full((2, dense.shape[2], 6), math.nan, dtype=torch.float64, device=device)
+    padded_features[mask["mask"]] = features.detach()
+    torch.testing.assert_close(pooling(dense, features=padded_features, **mask), z)
     loss = SGLLoss(pooling=pooling, impl=impl)(logits, batch.labels.to(device), features=features, **call)
     loss.backward()
     assert features.grad.abs().sum() > 0
@@ -265,7 +265,7 @@ def test_attention(gated, impl, device):
         pooling(logits, features=[1.0], **call)
 
 
-def test_attention_of_nested_features(impl, device):
+def test_attention_of_nested_features_equals_packed_features(impl, device):
     def nested(values, *offsets):
         return torch.nested.nested_tensor_from_jagged(values, torch.tensor(offsets, device=device))
 
@@ -298,8 +298,8 @@ POOLINGS_WITH_PARAMETERS = [
 
 
 @needs_kernel
-def test_the_operators_have_every_named_pooling():
-    """The list of the documentation, the names in Python and the structs of csrc/pooling.h are the same."""
+def test_operators_python_and_documentation_list_the_same_poolings():
+    """The table of docs/choosing-settings.md, the names in Python and the structs of csrc/pooling.h agree."""
     operators = [name for name in _fused.CODE_OF_NAME if name != "none"]
     assert sorted(operators) == sorted(POOLINGS)
     for kind in POOLINGS.values():
@@ -312,7 +312,7 @@ def test_the_operators_have_every_named_pooling():
 
 @needs_kernel
 @pytest.mark.parametrize("code", [-1, 99])
-def test_unknown_codes_are_refused(emulated, code):
+def test_operators_reject_unknown_codes(emulated, code):
     x, y, z = torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 1)
     saved = torch.zeros(3, _fused.CONSTANTS["saved_columns"])
     settings = (0.3, 1.0, 0.0, code, 1.0, False, True, True, 0)
@@ -334,10 +334,10 @@ def test_unknown_codes_are_refused(emulated, code):
 @pytest.mark.parametrize("pooling", POOLINGS_WITH_PARAMETERS, ids=str)
 @pytest.mark.parametrize("layout", [packed, padded])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_operators_are_the_reference(impl, device, pooling, layout, dtype):
-    """Bag logits and their gradient against the reference in float64, with ties, at several scales."""
+def test_operators_equal_the_reference(impl, device, pooling, layout, dtype):
+    """Bag logits and gradients against the reference in float64, with tied logits, at several scales."""
     if impl == "reference":
-        pytest.skip("compared with itself")
+        pytest.skip("the reference is not compared with itself")
     working = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for scale, shift in ((2.0, 0.0), (1.0, -60.0), (1.0, 60.0), (20.0, 0.0)):
         batch = random_batch([1, 40, 0, 7], classes=3, scale=scale, shift=shift).to(dtype)
@@ -362,11 +362,11 @@ def test_operators_are_the_reference(impl, device, pooling, layout, dtype):
 
 
 @needs_kernel
-def test_an_excluded_instance_may_hold_anything_and_a_nan_is_never_hidden(impl, device):
+def test_excluded_instances_are_ignored_and_nan_gives_nan(impl, device):
     mask = torch.tensor([[True, True, False], [True, False, True]], device=device)
     for name in NAMES:
         x = torch.tensor([[[1.0, -1.0, math.nan]], [[math.inf, 7.0, 0.0]]], device=device, requires_grad=True)
-        z = by(impl, make_pooling(name))(x, mask=mask)
+        z = with_impl(impl, make_pooling(name))(x, mask=mask)
         (z[0] + 0 * z[1]).sum().backward()
         assert z[0].isfinite().all()
         assert z[1].isnan().all()
@@ -376,7 +376,7 @@ def test_an_excluded_instance_may_hold_anything_and_a_nan_is_never_hidden(impl, 
 
 
 @needs_kernel
-def test_second_derivatives_are_an_error_or_those_of_the_reference(fused_device):
+def test_second_derivative_raises_an_error_except_in_torch_func(fused_device):
     x = torch.randn(2, 3, 5, dtype=torch.float64, device=fused_device, requires_grad=True)
     pooling = make_pooling("softmax")
     (grad,) = torch.autograd.grad(pooling(x).sum(), x, create_graph=True)
@@ -388,7 +388,7 @@ def test_second_derivatives_are_an_error_or_those_of_the_reference(fused_device)
 
 
 @needs_kernel
-def test_hooks_and_subclasses_leave_the_operators(fused_device):
+def test_poolings_with_hooks_subclasses_and_learned_parameters_are_external(fused_device):
     x = torch.randn(2, 3, 5, device=fused_device)
     assert torch.equal(external_pooling()(x), external_pooling().reference(x))
     pooling, calls = make_pooling("max"), []

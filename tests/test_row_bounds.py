@@ -1,4 +1,4 @@
-"""The CPU kernels do not read beyond a row: a page without access follows the last instance."""
+"""The CPU kernels do not read beyond a row: a page without read access follows the last instance."""
 
 import os
 import signal
@@ -8,9 +8,11 @@ import sys
 import pytest
 from conftest import needs_kernel
 
+from sgl_ops._fused import CPU_LEVELS
+
 pytestmark = [
     needs_kernel,
-    pytest.mark.skipif(sys.platform != "linux", reason="pages are forbidden by Linux's mprotect"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect of Linux"),
 ]
 
 PROGRAM = """
@@ -28,7 +30,7 @@ page = mmap.PAGESIZE
 
 
 def between_forbidden_pages(size):
-    # (size) bytes with a page before and one behind that end the process when they are read
+    # memory of at least `size` bytes between two pages; reading these pages terminates the process
     inside = -(-size // page) * page
     memory = mmap.mmap(-1, inside + 2 * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -41,7 +43,7 @@ room, memory = between_forbidden_pages(8 * 40_000)
 
 
 def at_an_end(values, end):
-    # a copy of values that touches the forbidden page on that side
+    # a copy of `values` next to the forbidden page at this end
     size = values.numel() * values.element_size()
     spare = len(room) - size
     place = room[spare:] if end == "last" else room[:size]
@@ -51,7 +53,7 @@ def at_an_end(values, end):
 
 
 if where == "beyond":
-    # what would be seen if a kernel read one instance too many
+    # reads one instance too many, as a wrong kernel would
     tensor = room.view(torch.float32)
     beyond = torch.frombuffer((ctypes.c_float * 1).from_address(tensor.data_ptr() + len(room)), dtype=torch.float32)
     print(float(beyond[0]))
@@ -89,7 +91,7 @@ def run(level, where, folder):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", CPU_LEVELS)
 def test_no_level_reads_beyond_a_row(level, tmp_path):
     done = run(level, "rows", tmp_path)
     if done.returncode == 77:
@@ -98,5 +100,5 @@ def test_no_level_reads_beyond_a_row(level, tmp_path):
     assert done.stdout == "clean\n"
 
 
-def test_reading_beyond_ends_the_process(tmp_path):
+def test_reading_beyond_a_row_terminates_the_process(tmp_path):
     assert run("baseline", "beyond", tmp_path).returncode == -signal.SIGSEGV

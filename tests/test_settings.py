@@ -1,4 +1,4 @@
-"""Settings that change from step to step, and weights that are learned."""
+"""Settings that change between steps, and learned weights of the loss terms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, functional
 from sgl_ops.pooling import GeneralizedMeanPooling, LSEPooling
 
 NAMES = [field.name for field in fields(SGLSettings)]
-#: Twenty values of everything that may change from step to step, all at once.
+#: Twenty steps. Every setting that may change between steps has another value in each.
 STEPS = [
     {"lam": 0.1 * i + 0.05, "mask_weight": 0.05 * i + 0.1, "delta_l": 0.02 * i + 0.011, "r": 1.0 + 0.7 * i}
     for i in range(20)
@@ -35,18 +35,18 @@ def batch(device: torch.device, dtype: torch.dtype = torch.float64):
 
 
 def gradients(loss, x, y, *others):
-    """Value and gradients by x and ``others``."""
+    """The value, and its gradients with respect to x and ``others``."""
     x = x.clone().requires_grad_()
     value = loss(x, y)
     return value.detach(), *torch.autograd.grad(value, (x, *others))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One object
+# SGLSettings
 
 
-def test_a_setting_is_named_once():
-    """Everything that takes settings derives their names from the fields of SGLSettings."""
+def test_names_and_defaults_of_settings_come_from_sgl_settings():
+    """The modules and functions have the fields of SGLSettings as their settings, with the same defaults."""
     for function in (SGLLoss, functional.sgl_loss, functional.sgl_terms, functional.self_guidance):
         parameters = inspect.signature(function).parameters
         for field in fields(SGLSettings):
@@ -57,7 +57,7 @@ def test_a_setting_is_named_once():
     assert criterion.settings.__dataclass_params__.frozen
 
 
-def test_settings_as_an_object(device):
+def test_settings_object_equals_separate_settings(device):
     x, y = batch(device)
     settings = SGLSettings(lam=3.0, delta_l=0.2, mask_weight=0.5, normalize="bag")
     expected = functional.sgl_loss(x, y, lam=3.0, delta_l=0.2, mask_weight=0.5, normalize="bag")
@@ -76,11 +76,11 @@ def test_settings_as_an_object(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Twenty values, two graphs, right values
+# Settings that change under torch.compile
 
 
 def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
-    """(a function of a step's values and x and y, which is compiled, and the counter of its graphs)."""
+    """(compiled function of x, y and the settings of a step, counter of its graphs)."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     criterion = SGLLoss(pooling=pooling, impl=impl)
@@ -97,7 +97,7 @@ def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
         setattr(pooling, "r" if isinstance(pooling, LSEPooling) else "start", r)
         if functional_call:
             return call(x, y, **values)
-        # the values reach the compiled function by the module alone
+        # the compiled function gets the settings from the module; it ignores these zeros
         for name, value in values.items():
             setattr(criterion, name, value)
         return call(x, y, 0.0, 0.0, 0.0)
@@ -110,7 +110,7 @@ def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
 @pytest.mark.parametrize("kind", [LSEPooling, GeneralizedMeanPooling])
 def test_twenty_values_need_two_graphs(impl, device, kind, functional_call):
     if impl == "emulated" or (kind is GeneralizedMeanPooling and functional_call):
-        pytest.skip("no case of its own")
+        pytest.skip("covered by the other cases")
     step, counter = compiled_steps(impl, kind(), functional_call)
     x, y = batch(device)
     seen = set()
@@ -126,7 +126,7 @@ def test_twenty_values_need_two_graphs(impl, device, kind, functional_call):
 
 
 @pytest.mark.no_cover
-def test_a_bad_value_is_refused_by_the_compiled_function(impl, device):
+def test_compiled_function_rejects_an_invalid_value(impl, device):
     torch._dynamo.reset()
     x, y = batch(device)
     compiled = torch.compile(lambda lam: functional.sgl_loss(x, y, lam=lam, impl=impl), backend="eager")
@@ -140,8 +140,8 @@ def test_a_bad_value_is_refused_by_the_compiled_function(impl, device):
 # Learned weights
 
 
-def by_hand(x, y, lam, mask_weight, **options):
-    """Value and gradients by x, lam and mask_weight, from the terms of the reference."""
+def expected_gradients(x, y, lam, mask_weight, **options):
+    """The value and its gradients with respect to x, lam and mask_weight, from the terms of the reference."""
     x = x.clone().double().requires_grad_()
     terms = functional.sgl_terms(x, y, lam=lam, mask_weight=mask_weight, impl="reference", **options)
     terms.total.backward()
@@ -150,11 +150,11 @@ def by_hand(x, y, lam, mask_weight, **options):
 
 @pytest.mark.parametrize("options", [{}, {"pooling": external_pooling()}, {"normalize": "bag", "pooling": "softmax"}])
 @pytest.mark.parametrize("how", ["eager", "compiled"])
-def test_learned_weights(impl, device, how, options):
+def test_gradients_of_learned_weights_equal_the_terms(impl, device, how, options):
     if how == "compiled" and (options or "emulated" in _fused._forward.name()):
-        pytest.skip("no case of its own")
+        pytest.skip("covered by the other cases")
     x, y = batch(device)
-    expected = by_hand(x, y, 2.0, 0.5, **options)
+    expected = expected_gradients(x, y, 2.0, 0.5, **options)
     lam, mask_weight = (torch.tensor(v, dtype=torch.float32, device=device, requires_grad=True) for v in (2.0, 0.5))
 
     def loss(x, y, lam, mask_weight):
@@ -166,13 +166,13 @@ def test_learned_weights(impl, device, how, options):
     assert found[0].dtype == torch.float64
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close([g.double() for g in found[2:]], list(expected[2:]), rtol=1e-6, atol=0)
-    # one of them alone, and logits without a gradient
+    # one learned weight, and logits without a gradient
     found = torch.autograd.grad(loss(x, y, lam, 0.5), lam)
     torch.testing.assert_close(found[0].double(), expected[2], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_learned_weight_changes_neither_dtype_nor_gradient(impl, device, dtype):
+def test_learned_weight_changes_neither_dtype_nor_gradient(impl, device, dtype):
     x, y = batch(device, dtype)
     plain = gradients(SGLLoss(lam=3.0, mask_weight=0.5, impl=impl), x, y)
     lam = torch.tensor([3.0], dtype=torch.float64, device=device, requires_grad=True)
@@ -180,13 +180,13 @@ def test_a_learned_weight_changes_neither_dtype_nor_gradient(impl, device, dtype
     assert value.dtype == torch.float32
     assert value.shape == ()
     torch.testing.assert_close((value, grad), plain, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-7)
-    # a gradient of float16 is scaled before it is rounded
+    # a float16 gradient is scaled before it is rounded
     scaled = (SGLLoss(lam=lam, impl=impl)(x.requires_grad_(), y) * 2.0**14).backward()
     assert scaled is None
     assert x.grad.isfinite().all()
 
 
-def test_a_parameter_belongs_to_the_module(impl, device):
+def test_learned_lam_is_a_parameter_of_the_module(impl, device):
     x, y = batch(device)
     criterion = SGLLoss(lam=nn.Parameter(torch.tensor(2.0)), impl=impl).to(device)
     assert [name for name, _ in criterion.named_parameters()] == ["lam"]
@@ -202,13 +202,13 @@ def test_a_parameter_belongs_to_the_module(impl, device):
     other.lam = 1.0
     assert not list(other.parameters())
     torch.testing.assert_close(other(x, y), SGLLoss(impl=impl)(x, y))
-    # of more than one term
+    # a learned weight of the mask penalty
     other.mask_weight = nn.Parameter(torch.tensor(0.3, device=device))
     other(x, y).backward()
     torch.testing.assert_close(other.mask_weight.grad.double(), terms.mask)
 
 
-def test_second_derivatives_of_a_learned_weight_are_refused_by_the_operator(fused_device):
+def test_second_derivative_with_a_learned_weight_raises_an_error(fused_device):
     x, y = batch(fused_device)
     lam = torch.tensor(2.0, requires_grad=True)
     x.requires_grad_()
@@ -218,7 +218,7 @@ def test_second_derivatives_of_a_learned_weight_are_refused_by_the_operator(fuse
 
 
 @pytest.mark.parametrize("name", ["class_weight", "pos_weight"])
-def test_constants_that_require_a_gradient_are_refused(device, name):
+def test_class_vectors_that_require_a_gradient_raise_value_error(device, name):
     x, y = batch(device)
     vector = torch.ones(2, dtype=torch.float64, device=device, requires_grad=True)
     message = f"{name}: expected a constant, got a tensor that requires a gradient"
@@ -236,7 +236,7 @@ def test_constants_that_require_a_gradient_are_refused(device, name):
             torch.func.jvp(lambda v, f=function: f(x, y, **{name: v}), (vector.detach(),), (vector.detach(),))
 
 
-def test_a_threshold_that_requires_a_gradient_is_refused(device):
+def test_delta_l_that_requires_a_gradient_raises_value_error(device):
     with pytest.raises(ValueError, match="delta_l: expected a constant"):
         SGLLoss(delta_l=torch.tensor(0.3, requires_grad=True))
     assert SGLLoss(delta_l=torch.tensor(0.25)).delta_l == 0.25
@@ -251,7 +251,7 @@ def test_a_threshold_that_requires_a_gradient_is_refused(device):
         (torch.tensor(torch.nan), ValueError, "lam: expected finite and >= 0, got nan"),
     ],
 )
-def test_bad_tensor_weights(value, kind, message):
+def test_invalid_tensor_weights_raise_an_error(value, kind, message):
     with pytest.raises(kind, match=message):
         SGLLoss(lam=value)
     if "finite" in message:
@@ -263,7 +263,7 @@ def test_bad_tensor_weights(value, kind, message):
 
 
 class Learned(nn.Module):
-    """A network and its criterion, so that DistributedDataParallel averages the gradient of the weights, too."""
+    """A network that contains its criterion, so that DistributedDataParallel averages the gradients of the weights."""
 
     def __init__(self, impl: str, group):
         super().__init__()
@@ -299,7 +299,7 @@ def learn(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-def test_learned_weights_of_two_processes(tmp_path):
+def test_learned_weights_of_two_processes_get_the_gradient_of_one(tmp_path):
     torch.multiprocessing.spawn(learn, (os.fspath(tmp_path),), nprocs=2)
     model = Learned("reference", None)
     model(*batch(torch.device("cpu"))).backward()

@@ -13,7 +13,7 @@ from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
 from sgl_ops.pooling import POOLINGS as NAMED
 
 POOLINGS = list(NAMED)
-# what the loss and its gradient may be off, in units of the rounding of the arithmetic; float64 has 2e-16
+# tolerance of the loss and its gradient, in units of the arithmetic's epsilon (2e-16 for float64)
 UNITS = 64
 
 
@@ -28,7 +28,7 @@ def assert_equal(value, gradient, expected_value, expected_gradient, dtype, unit
     for got, want in zip(gradient, expected_gradient, strict=True):
         want = torch.tensor([[float(v) for v in row] for row in want], dtype=torch.float64).reshape(got.shape)
         rounding = (limits.eps * want.abs() + limits.smallest_normal * limits.eps) / 2
-        # p - M cancels: the error is relative to the largest gradient of the (bag, class) pair
+        # p - M cancels: the tolerance is relative to the largest gradient of the (bag, class) pair
         size = want.abs().amax(1, keepdim=True) if want.shape[1] else want
         assert ((got - want).abs() <= rounding + eps * size).all(), (got - want, want)
 
@@ -49,7 +49,7 @@ def check_sgl(batch: Batch, impl: str, device, dtype=torch.float64, make=packed,
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_sgl_by_pooling_and_dtype(impl, device, pooling, dtype):
+def test_sgl_equals_the_oracle_for_every_pooling_and_dtype(impl, device, pooling, dtype):
     batch = random_batch([7, 1, 18, 4], classes=3, unknown=0.2, seed=3)
     assert not near_threshold(batch.to(dtype), 0.3)
     check_sgl(batch, impl, device, dtype, pooling=pooling, mask_weight=0.5, lam=2.0)
@@ -59,7 +59,7 @@ def test_sgl_by_pooling_and_dtype(impl, device, pooling, dtype):
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("vectors", [{}, {"class_weight": [0.5, 0.0, 3.0], "pos_weight": [2.0, 0.25, 7.0]}])
-def test_sgl_by_option(impl, device, normalize, rescale, weighted, vectors):
+def test_sgl_equals_the_oracle_for_every_option(impl, device, normalize, rescale, weighted, vectors):
     batch = random_batch([5, 12, 3], classes=3, seed=5)
     assert not near_threshold(batch, 0.2, rescale)
     check_sgl(
@@ -70,12 +70,12 @@ def test_sgl_by_option(impl, device, normalize, rescale, weighted, vectors):
 
 @pytest.mark.parametrize("make", [packed, padded])
 @pytest.mark.parametrize("seed", range(4))
-def test_ragged_bags_with_empty_ones(impl, device, make, seed):
+def test_sgl_equals_the_oracle_for_bags_of_unequal_size_and_empty_bags(impl, device, make, seed):
     check_sgl(random_batch([0, 3, 1, 0, 33, 2], unknown=0.3, seed=seed), impl, device, make=make, pooling="mean")
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 15, 16, 17, 255, 256, 257, 300])
-def test_sizes_round_the_width_of_the_kernel(impl, device, size):
+def test_sgl_equals_the_oracle_for_sizes_next_to_the_width_of_the_kernel(impl, device, size):
     batch = random_batch([size], classes=1, positives=1.0, seed=size)
     if not near_threshold(batch, 0.3):
         check_sgl(batch, impl, device, torch.float32 if size % 2 else torch.float64)
@@ -83,15 +83,15 @@ def test_sizes_round_the_width_of_the_kernel(impl, device, size):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("shift", [-50.0, 50.0])
-def test_saturated_logits(impl, device, pooling, shift):
-    """Where p or 1 - p is 1e-22 the float loss still has its digits."""
+def test_saturated_logits_lose_no_precision(impl, device, pooling, shift):
+    """If p or 1 - p is 1e-22, the loss still has the precision of float32."""
     batch = random_batch([6, 9], classes=2, shift=shift, seed=2)
     with oracle.mp.workdps(300):  # noisy_or: 1 - P is e^-450
         check_sgl(batch, impl, device, torch.float32, pooling=pooling, mask_weight=0.5)
 
 
 @pytest.mark.parametrize("delta_l", [0.0, 0.5])
-def test_extreme_thresholds(impl, device, delta_l):
+def test_sgl_equals_the_oracle_for_extreme_thresholds(impl, device, delta_l):
     batch = random_batch([9, 8], classes=2, positives=1.0, seed=4)
     check_sgl(batch, impl, device, delta_l=delta_l)
 
@@ -111,7 +111,7 @@ def test_extreme_thresholds(impl, device, delta_l):
     make=st.sampled_from([packed, padded]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-def test_anything(
+def test_sgl_equals_the_oracle_for_random_settings(
     impl, device, sizes, classes, seed, scale, shift, delta_l, pooling, normalize, mask_weight, rounded, make, dtype
 ):
     batch = random_batch(sizes, classes, scale=scale, shift=shift, unknown=0.2, seed=seed)
@@ -127,7 +127,7 @@ def test_anything(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
-def test_compared_losses(impl, device, dtype, seed):
+def test_bag_bil_and_mmm_losses_equal_the_oracle(impl, device, dtype, seed):
     batch = random_batch([5, 0, 1, 12], classes=2, unknown=0.2, seed=seed).to(dtype)
     logits, labels = batch.as_lists
     for pooling in POOLINGS:
@@ -147,8 +147,8 @@ def test_tied_extremes_share_the_gradient(impl, device):
         assert x.grad[0].tolist() == pytest.approx([float(g) for g in result[1][0][0]], rel=1e-12)
 
 
-def test_plain_bce_where_nothing_is_guided(impl, device):
-    """A batch of negative bags is plain BCE against 0, over instances and over maxima."""
+def test_negative_bags_give_plain_bce(impl, device):
+    """The loss of negative bags is the BCE of the instances plus the BCE of the maxima, both against 0."""
     logits = torch.randn(4, 3, 10, dtype=torch.float64)
     loss = SGLLoss(impl=impl)(logits.to(device), torch.zeros(4, 3, device=device)).cpu()
     bce = torch.nn.functional.binary_cross_entropy_with_logits
@@ -156,7 +156,7 @@ def test_plain_bce_where_nothing_is_guided(impl, device):
     torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
 
 
-def test_worked_by_hand(impl, device):
+def test_terms_equal_a_calculation_by_hand(impl, device):
     """p = 0.1, 0.2, 0.9, positive: theta = 0, 1/8, 1, so M = 0, 0, 1; alpha = 0.9 - 0.2, w = 2^-0.3."""
     p = torch.tensor([[0.1, 0.2, 0.9]], dtype=torch.float64)
     terms = SGLLoss(mask_weight=1.0, impl=impl).terms(torch.logit(p).to(device), torch.tensor([1], device=device))
