@@ -124,7 +124,7 @@ def table_of(runs: Runs) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="NAME_SEED.json", help="metrics.json of a run")
-    parser.add_argument("--table", type=Path, help="CSV of runs, a row each; the runs of the files are added to it")
+    parser.add_argument("--table", type=Path, help="CSV with one row per run; the runs of the files are added to it")
     args = parser.parse_args(argv)
     try:
         runs = read_table(args.table) if args.table else {}

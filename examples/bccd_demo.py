@@ -1,10 +1,10 @@
-"""Blood-smear photos: a head trained with the label "has platelets" alone shows where the platelets are.
+"""Blood-smear photos: a head trained with the image label "has platelets" localizes the platelets.
 
     git clone https://github.com/Shenggan/BCCD_Dataset
     python bccd_demo.py --data BCCD_Dataset/BCCD --out bccd
 
-Computes features of the 364 photos once, trains one head without SGL and one with it, and writes bccd.png: the first
-positive test photos in alphabetical order, not a selection.
+Computes the features of the 364 photos once, trains a head with SGL and one without, and writes bccd.png. The figure
+shows the first positive test photos in alphabetical order, not a selection.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ def make_parser() -> argparse.ArgumentParser:
     demo = parser.add_argument_group("demonstration")
     files.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder BCCD of the data set")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for features and results")
-    files.add_argument("--weights", default="pretrained", metavar="FILE", help="of tf_efficientnet_lite0; a file")
-    demo.add_argument("--photos", type=int, default=4, metavar="N", help="photos in the picture (4)")
-    demo.add_argument("--repeats", type=int, default=1, metavar="R", help="seeds (1); the picture shows the first")
+    files.add_argument(
+        "--weights",
+        default="pretrained",
+        metavar="FILE",
+        help="weights of tf_efficientnet_lite0: pretrained, or a file (pretrained)",
+    )
+    demo.add_argument("--photos", type=int, default=4, metavar="N", help="number of photos in the figure (4)")
+    demo.add_argument(
+        "--repeats", type=int, default=1, metavar="R", help="number of seeds; the figure shows the first (1)"
+    )
     return parser
 
 

@@ -1,14 +1,14 @@
-"""What there is of a data set in a folder, and what is not.
+"""Checks a data set: lists its tables, splits and counts, and finds missing or broken images.
 
     python check_cxr.py --data-dir DIR                    tables, splits, counts; up to 2000 images are decoded
     python check_cxr.py --data-dir DIR --decode           the same, and every image is decoded
     python check_cxr.py --data-dir DIR --tables OTHER     resized copies, with the tables elsewhere
 
-Where there are more images, the first and last bytes of all files are looked at. The last line is "ok", with the number
-of images that were decoded where it is not all; or it says what is wrong.
+If there are more images, the check reads the first and last bytes of every file, and decodes a sample. The last line is
+"ok", or says what is wrong. After "ok" stands the number of decoded images if it is not all of them.
 
-Exit status: 0, training may start; 1, images are missing or broken, or of one value only and not in the test part; 2,
-the tables or the folder cannot be used.
+Exit status: 0 if training may start; 1 if images are missing or broken, or if images outside the test part are
+constant; 2 if the tables or the folder cannot be used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_data_options(parser, required=True)
     add = parser.add_argument_group("check").add_argument
-    add("--list-missing", action="store_true", help="name all images that are not there")
-    add("--decode", action="store_true", help="decode every image, however many there are")
+    add("--list-missing", action="store_true", help="list all missing images")
+    add("--decode", action="store_true", help="decode every image")
     return parser.parse_args(argv)
 
 

@@ -1,19 +1,19 @@
-"""When the Self-Guiding Loss gives better boxes: receptive field, pooling and loss on drawn images with known boxes.
+"""Compares the boxes of SGL and the bag loss for several receptive fields and poolings, on generated images.
 
-    python compare_localization.py                                        the whole table: an hour of one core
+    python compare_localization.py                                        the whole table: an hour on one core
     python compare_localization.py --rows 17/max --seeds 1                two minutes: a local network, max pooling
-    python compare_localization.py --rows 17/max/sgl 33/max/sgl/lam=3     single rows, and with another setting
-    python compare_localization.py --rows local17/max                     a network that train_cxr.py has
-    python compare_localization.py --draw-only                            nothing is trained
+    python compare_localization.py --rows 17/max/sgl 33/max/sgl/lam=3     single rows, one with another setting
+    python compare_localization.py --rows local17/max                     a network of train_cxr.py
+    python compare_localization.py --draw-only                            draws the tables, trains nothing
 
-A row is RECEPTIVE FIELD / POOLING / LOSS, a part of it (17, 17/max, 17/max/bag) all rows that begin so; the name of a
-local network of images/models.py may stand for the receptive field. The losses are bag (the bag loss alone), sgl, and
-mask (SGL with its penalty on the mask); settings that follow replace the SETTINGS of localization/rows.py. A seed
-draws the images (localization/drawn_lesions.py), the network's weights and the order of training. Every network is that
-of the last epoch, and boxes decide nothing: the thresholds T_p are fixed.
+A row is named RECEPTIVE FIELD / POOLING / LOSS. The start of a name (17, 17/max, 17/max/bag) selects all rows that
+begin with it. The receptive field may also be the name of a local network of images/models.py. The losses are bag (the
+bag loss alone), sgl, and mask (SGL with its mask penalty). Settings after the loss replace those of
+localization/rows.py. The seed decides the images (localization/drawn_lesions.py), the initial weights and the order of
+training. Each run evaluates the network of the last epoch. The thresholds T_p are fixed: boxes do not choose them.
 
-Every run adds one row to OUT/runs.csv, and the same command continues after an interruption. The tables and the
-picture are drawn from all rows of that file. A run with other settings is an error.
+Every run adds one row to OUT/runs.csv. After an interruption, the same command continues. The tables and the picture
+show all rows of that file. A row with other settings is an error.
 """
 
 from __future__ import annotations
@@ -31,16 +31,22 @@ from localization.rows import FIELDS, SEEDS, T_P, Run, rows_of
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("runs").add_argument
-    add("--rows", nargs="+", default=list(FIELDS), metavar="ROW", help="as above (17 33 65: all 27)")
+    add(
+        "--rows",
+        nargs="+",
+        default=list(FIELDS),
+        metavar="ROW",
+        help="rows to compute, as described above (17 33 65: all 27)",
+    )
     add("--seeds", nargs="+", type=int, default=list(SEEDS), help=f"seeds of every row ({' '.join(map(str, SEEDS))})")
-    add("--workers", type=int, default=1, help="runs at once, a core each (1)")
+    add("--workers", type=int, default=1, help="parallel runs, one core each (1)")
     add(
         "--out",
         type=Path,
         default=Path("runs", "localization"),
-        help="folder of runs.csv and tables (runs/localization)",
+        help="folder of runs.csv and the tables (runs/localization)",
     )
-    add("--draw-only", action="store_true", help="train nothing")
+    add("--draw-only", action="store_true", help="draw the tables without training")
     args = parser.parse_args(argv)
     try:
         args.rows = list(dict.fromkeys(row for name in args.rows for row in rows_of(name)))
@@ -77,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     from localization.tables import collect, draw_maps, tables_of
 
     try:
-        collect(args.out / "runs.csv")  # a run that does not fit is an error before anything is computed
+        collect(args.out / "runs.csv")  # a run with other settings is an error before the first computation
         if not args.draw_only:
             compute_all([Run(row, seed) for row in args.rows for seed in args.seeds], args)
         found = collect(args.out / "runs.csv")

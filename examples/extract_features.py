@@ -1,11 +1,12 @@
-"""Features of images by a pretrained network, computed once: the bags for train_features.py.
+"""Computes features of images with a pretrained network: the bags for train_features.py.
 
     python extract_features.py --images DIR --backbone timm/resnet18 --cut layer3 --out features
     python extract_features.py --images DIR --backbone timm/resnet50.tv_in1k --weights FILE.safetensors --out features
     python extract_features.py --images DIR --points nuclei.csv --backbone timm/resnet18 --out features
 
 A bag is an image. Its instances are the cells of the network's feature map, or the points of --points. The command
-prints the stride of the map, its grid, and how many pixels a cell sees. Interrupted, it continues where it stopped.
+prints the stride of the map, its grid, and the receptive field of a cell. After an interruption, the same command
+continues.
 """
 
 from __future__ import annotations
@@ -22,25 +23,34 @@ def make_parser() -> argparse.ArgumentParser:
     parser = options.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images; an image is a bag")
-    data.add_argument("--points", type=Path, metavar="CSV", help="columns bag (or image), x, y: an instance per point")
-    data.add_argument("--points-from-one", action="store_true", help="the first pixel's coordinates are 1, 1")
+    data.add_argument("--points", type=Path, metavar="CSV", help="columns bag (or image), x, y: one instance per point")
+    data.add_argument(
+        "--points-from-one", action="store_true", help="the coordinates of the first pixel are 1, 1 (0, 0)"
+    )
     data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the features")
     data.add_argument(
-        "--format", choices=("store", "h5"), default="store", help="one file for all bags, or one BAG.h5 each"
+        "--format",
+        choices=("store", "h5"),
+        default="store",
+        help="store: one file for all bags; h5: one BAG.h5 per bag (store)",
     )
     network = parser.add_argument_group("network")
     network.add_argument("--backbone", default="timm/resnet18", metavar="NAME", help="a model of timm (timm/resnet18)")
     network.add_argument(
         "--weights", default="pretrained", metavar="FILE", help="pretrained (timm downloads them), none, or a file"
     )
-    network.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="stages to concatenate; see --cut")
-    network.add_argument("--cut", metavar="STAGE", help="the trunk only up to this stage: its number or its name")
+    network.add_argument(
+        "--stages", nargs="+", default=[], metavar="STAGE", help="stages whose features are concatenated; see --cut"
+    )
+    network.add_argument("--cut", metavar="STAGE", help="use the network up to this stage, a number or a name")
     network.add_argument("--output-stride", type=int, metavar="N", help="dilate the network to this stride")
     view = parser.add_argument_group("view")
-    view.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the image; features are concatenated")
-    view.add_argument("--patch", type=int, metavar="PIXELS", help="with --points: a square crop per point")
-    view.add_argument("--symmetric", action="store_true", help="mean over the 8 flips and rotations")
-    view.add_argument("--threads", type=int, metavar="N", help="threads of torch")
+    view.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], help="scales of the image; the features are concatenated (1)"
+    )
+    view.add_argument("--patch", type=int, metavar="PIXELS", help="with --points: side of a square crop per point")
+    view.add_argument("--symmetric", action="store_true", help="average the features over the 8 flips and rotations")
+    view.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
     return parser
 
 

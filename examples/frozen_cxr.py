@@ -4,11 +4,11 @@
     python frozen_cxr.py train --data-dir DIR --tables DIR --det10 chestxdet10.csv --features FEATURES --out RUNS
     python frozen_cxr.py table --runs RUNS --out films.csv
 
-DIR has images of ChestX-ray14 (any size) and, or beside them in --tables, the official tables. ``extract`` computes the
-feature maps once. ``train`` trains every method of --methods with every seed on the official training list, and
-evaluates it on the official test list: AUC, and boxes against those of the NIH and of ChestX-Det10. ``table`` joins the
-runs, with intervals over patients. ``train --validate`` holds out a quarter of the training list's patients instead of
-using the test list, to choose settings.
+DIR contains images of ChestX-ray14 of any size. The official tables are in DIR or in --tables. ``extract`` computes the
+feature maps once. ``train`` trains every method of --methods with every seed on the official training list. It
+evaluates them on the official test list: the AUC, and the boxes of the NIH and of ChestX-Det10. ``table`` summarizes
+the runs with confidence intervals over patients. ``train --validate`` is for choosing settings: it evaluates on a
+quarter of the patients of the training list instead of the test list.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from common.options import make_parser, message_of, next_step
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("extract", allow_abbrev=False, help="feature maps of all images")
+    one = commands.add_parser("extract", allow_abbrev=False, help="compute the feature maps of all images")
     one.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
     one.add_argument(
-        "--weights", type=Path, required=True, help="of timm/tf_efficientnet_lite0: .safetensors, .pth or .pt"
+        "--weights", type=Path, required=True, help="weights of timm/tf_efficientnet_lite0: .safetensors, .pth or .pt"
     )
-    one.add_argument("--image-size", type=int, default=320, help="images are made this wide and high (320)")
+    one.add_argument("--image-size", type=int, default=320, help="width and height of resized images (320)")
     one.add_argument("--out", type=Path, required=True, help="folder for the feature maps")
-    two = commands.add_parser("train", allow_abbrev=False, help="heads, and their evaluation")
+    two = commands.add_parser("train", allow_abbrev=False, help="train and evaluate heads")
     two.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
-    two.add_argument("--tables", type=Path, help="folder with the official tables, where they are elsewhere")
+    two.add_argument("--tables", type=Path, help="folder with the official tables (DATA_DIR)")
     two.add_argument("--det10", type=Path, help="boxes of ChestX-Det10: csv with image_index, class, xmin, ...")
     two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
-    two.add_argument("--methods", nargs="+", metavar="METHOD", help="of METHODS in images/frozen.py (all)")
-    two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
+    two.add_argument("--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen.py (all)")
+    two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of every method (0 1 2 3 4)")
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
     two.add_argument("--validate", action="store_true", help="evaluate on held-out patients of the training list")
     two.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    three = commands.add_parser("table", allow_abbrev=False, help="joins the runs")
+    three = commands.add_parser("table", allow_abbrev=False, help="summarize the runs in a table")
     three.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
     three.add_argument("--out", type=Path, required=True, help="csv file")
     return parser.parse_args(argv)

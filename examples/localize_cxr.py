@@ -1,16 +1,16 @@
-"""Classification and localization of a trained network on the test images of a data set.
+"""Evaluates the classification and localization of a trained network on the test images of a data set.
 
-    python localize_cxr.py --run RUN --data-dir DIR                     RUN/localization/report.html and the rest
-    python localize_cxr.py --run RUN BASELINE --data-dir DIR --out OUT  the second run beside the first
+    python localize_cxr.py --run RUN --data-dir DIR                     writes into RUN/localization
+    python localize_cxr.py --run RUN BASELINE --data-dir DIR --out OUT  compares two runs
     python localize_cxr.py --run RUN --data-dir DIR --threshold validation --gate validation
 
-A map becomes a box as in section 4.4 of the paper (sgl_ops.localization.heatmap_to_box). A box is found where its IoU
-with the true one is greater than T_IoU and, behind the gate, the class is predicted. The thresholds are those of the
-options, or are chosen by the labels of the validation images; boxes choose nothing. Images that were trained on are
-refused.
+A map becomes a box as in section 4.4 of the paper (sgl_ops.localization.heatmap_to_box). A true box counts as found if
+the IoU of the predicted box with it is greater than T_IoU. With the gate, the class must also be predicted. The options
+give the thresholds, or the labels of the validation images choose them. Boxes choose nothing. Test images that the
+network was trained on are an error.
 
-Writes into --out metrics.json, details.json (settings, thresholds, intervals), predictions.csv (an image a row),
-boxes.csv (a true box a row), localization.png and report.html; of a second run the tables into OUT/baseline.
+Writes into --out metrics.json, details.json (settings, thresholds, intervals), predictions.csv (one row per image),
+boxes.csv (one row per true box), localization.png and report.html. The tables of a second run go into OUT/baseline.
 """
 
 from __future__ import annotations
@@ -27,41 +27,46 @@ from images.thresholds import RASTERS, map_threshold, probability
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = add_data_options(parser, required=True).add_argument
-    add("--cache", type=path_of, help="folder of decoded images, as of train_cxr.py")
+    add("--cache", type=path_of, help="folder of decoded images, as for train_cxr.py")
     add = parser.add_argument_group("networks").add_argument
     add(
         "--run",
         nargs="+",
         type=path_of,
         required=True,
-        help="a folder that train_cxr.py wrote, and one to compare with",
+        help="a run folder of train_cxr.py, and optionally a second one to compare with",
     )
-    add("--which", choices=("best", "last"), help="network of the runs (best, where images validated)")
-    add("--batch-size", type=int, default=16, help="images in a forward pass (16)")
-    add("--workers", type=int, default=0, help="processes that decode images (0: none beside this one)")
-    add("--device", type=device_name, help="cpu or cuda (cuda where there is a GPU)")
+    add("--which", choices=("best", "last"), help="checkpoint of the runs (best, if there are validation images)")
+    add("--batch-size", type=int, default=16, help="images per forward pass (16)")
+    add("--workers", type=int, default=0, help="additional processes that decode images (0)")
+    add("--device", type=device_name, help="cpu or cuda (cuda if there is a GPU)")
     add = parser.add_argument_group("from maps to boxes").add_argument
     add(
         "--threshold",
         type=map_threshold,
         default=0.5,
-        help="T_p: a probability; a share of the map's maximum, such as 0.5max; or validation: by labels (0.5)",
+        help="T_p: a probability, a fraction of the map's maximum such as 0.5max, or validation: from labels (0.5)",
     )
-    add("--gate", type=probability, default=0.5, help="probability that predicts a class, or validation (0.5)")
-    add("--upsampling", choices=UPSAMPLING, default="nearest", help="of the map to the image (nearest)")
+    add(
+        "--gate",
+        type=probability,
+        default=0.5,
+        help="a class is predicted above this probability; or validation: from labels (0.5)",
+    )
+    add("--upsampling", choices=UPSAMPLING, default="nearest", help="interpolation from the map to the image (nearest)")
     add(
         "--raster",
         choices=RASTERS,
         default="network",
-        help="place of the cells: network, in the middle of their receptive fields; even, as in the paper (network)",
+        help="position of the cells: network, the centres of their receptive fields; even, as in the paper (network)",
     )
-    add("--morphology", type=int, default=5, help="side of the square that opens and closes, odd; 1: none (5)")
+    add("--morphology", type=int, default=5, help="side of the square for opening and closing, odd; 1: none (5)")
     add = parser.add_argument_group("report").add_argument
-    add("--out", type=path_of, help="folder to write into (RUN/localization)")
-    add("--draws", type=int, default=1000, help="draws of patients for the intervals (1000)")
-    add("--seed", type=int, default=0, help="of these draws (0)")
-    add("--gallery", type=int, default=1000, help="boxes shown in the report at most (1000); 0: no pictures")
-    add("--gallery-size", type=int, default=320, help="side of its images in pixels (320)")
+    add("--out", type=path_of, help="folder of the results (RUN/localization)")
+    add("--draws", type=int, default=1000, help="bootstrap draws for the confidence intervals (1000)")
+    add("--seed", type=int, default=0, help="seed of these draws (0)")
+    add("--gallery", type=int, default=1000, help="largest number of boxes in the report; 0: no pictures (1000)")
+    add("--gallery-size", type=int, default=320, help="side of the images in the report, in pixels (320)")
     args = parser.parse_args(argv)
     args.device = args.device or default_device()
     if len(args.run) > 2:
@@ -93,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def localize(args: argparse.Namespace) -> None:
-    """The command.
-
+    """Evaluates the runs and writes the results.
     Raises:
         ValueError, OSError: the data or a run does not fit, or nothing can be written.
     """

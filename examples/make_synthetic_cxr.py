@@ -1,9 +1,9 @@
-"""Draws a data set in the layout and the file formats of NIH ChestX-ray14, so that everything runs without it.
+"""Generates a data set in the layout and file formats of NIH ChestX-ray14, to try the commands without the real data.
 
-    python make_synthetic_cxr.py --out DIR                                 1024x1024, as the genuine ones
-    python make_synthetic_cxr.py --out DIR --images 3000 --size 128        small copies, boxes still in 1024 pixels
+    python make_synthetic_cxr.py --out DIR                                 images of 1024x1024 pixels, as the real ones
+    python make_synthetic_cxr.py --out DIR --images 3000 --size 128        small images; boxes in 1024x1024 pixels
 
-What is drawn, and why, is in images/synthetic.py.
+images/synthetic.py describes the images.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--out", type=path_of, required=True, help="an empty folder, or one to make")
-    add("--layout", choices=("twelve", "one", "flat"), default="twelve", help="of the folders (twelve)")
-    add("--workers", type=int, default=1, help="threads (1)")
+    add("--out", type=path_of, required=True, help="an empty or new folder")
+    add("--layout", choices=("twelve", "one", "flat"), default="twelve", help="layout of the folders (twelve)")
+    add("--workers", type=int, default=1, help="number of threads (1)")
     add = parser.add_argument_group("images").add_argument
-    add("--images", type=int, default=2000, help="number of images; up to seven more are drawn (2000)")
+    add(
+        "--images",
+        type=int,
+        default=2000,
+        help="number of images, rounded up to whole patients by at most seven (2000)",
+    )
     add("--size", type=int, default=1024, help="width and height of the images in pixels (1024)")
-    add("--seed", type=int, default=0, help="another seed draws another data set (0)")
-    add("--findings", nargs="+", choices=CLASSES, default=CLASSES, help="draw only these (all 14)")
+    add("--seed", type=int, default=0, help="seed of the data set (0)")
+    add("--findings", nargs="+", choices=CLASSES, default=CLASSES, help="findings to draw (all 14)")
     add("--rate", type=float, default=1.0, help="factor of the frequency of the findings (1)")
     args = parser.parse_args(argv)
     if args.images < 1 or args.size < 32 or args.workers < 1 or args.seed < 0 or not args.rate > 0:

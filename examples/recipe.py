@@ -1,6 +1,6 @@
 """From an image classifier to bounding boxes: the recipe of docs/recipe.md as a script.
 
-    python recipe.py                                            generated images, half a minute of one core
+    python recipe.py                                            generated images, half a minute on one core
     python recipe.py --backbone timm/resnet18 --weights FILE    another network of timm, with weights of a file
     python recipe.py --backbone torchvision/resnet18 --cut -1   a whole network of torchvision
 
@@ -28,14 +28,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="timm/NAME or torchvision/NAME (timm/test_resnet)",
     )
     network.add_argument("--weights", type=Path, metavar="FILE", help="a state dict; default: random weights")
-    network.add_argument("--cut", type=int, default=0, metavar="STAGE", help="up to this stage (0); -1: the whole")
+    network.add_argument(
+        "--cut",
+        type=int,
+        default=0,
+        metavar="STAGE",
+        help="use the network up to this stage; -1: the whole network (0)",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--images", type=int, default=200, metavar="N", help="training images to generate (200)")
-    training.add_argument("--epochs", type=int, default=6, help="of the classifier; SGLLoss takes twice as many (6)")
     training.add_argument(
-        "--lam", type=float, default=1.0, help="of SGLLoss (1); 0: the bag loss alone, to compare with"
+        "--epochs", type=int, default=6, help="epochs of the classifier; SGLLoss trains for twice as many (6)"
     )
-    training.add_argument("--seed", type=int, default=0, help="of images and weights (0)")
+    training.add_argument(
+        "--lam", type=float, default=1.0, help="lam of SGLLoss; 0: the bag loss alone, for comparison (1)"
+    )
+    training.add_argument("--seed", type=int, default=0, help="seed of images and weights (0)")
     return parser.parse_args(argv)
 
 

@@ -1,18 +1,20 @@
-"""The paper's figures of bags. Computes the missing runs, and draws.
+"""Reproduces the paper's figures of bags: computes the missing runs and draws the figures.
 
-    python reproduce_figures.py --figure 4 --data-dir DIR --quick        minutes, coarse
-    python reproduce_figures.py --figure 4 --data-dir DIR                the whole of it: days of one core
+    python reproduce_figures.py --figure 4 --data-dir DIR --quick        a coarse version, in minutes
+    python reproduce_figures.py --figure 4 --data-dir DIR                the whole figure: days on one core
     python reproduce_figures.py --figure 5a --data-dir DIR --bags 50 150 --seeds 3
     python reproduce_figures.py --figure 6 --data cifar10.npz            for a GPU
     python reproduce_figures.py --figure queue --data-dir DIR --workers 1     Figure 4, Figure 5a and the control, below
 
-Figure 4: five losses on MNIST-Bags, and top-8 pooling beside them, against the number of training bags, for bags of
-10, 50 and 100. Figure 5a: what each part of SGL brings; 5b: what networks say of single bags. Figure 6: CIFAR10-Bags,
-against the number of dogs in a bag. ``control``: MMM and BIL by their formulas, and as the authors' code computes them.
-``queue`` computes all runs of 4, 5a and the control with one command, in an order that makes the figures useful early:
-first the control and SGL and max pooling with seed 0, then the other losses with seed 0, then the other seeds; cheap
-runs first. Every run leaves one small file in --out, and is continued after an interruption. A figure, its table and
-its numbers are drawn from all files in --out and all rows of --table; --collect adds files to that table.
+Figure 4: five losses, and SGL with top-8 pooling, on MNIST-Bags with 10, 50 and 100 instances per bag, over the number
+of training bags. Figure 5a: the effect of each part of SGL. Figure 5b: the predictions of networks for single bags.
+Figure 6: CIFAR10-Bags, over the number of dogs in a bag. ``control``: MMM and BIL by their formulas and by the authors'
+code. ``queue`` computes all runs of 4, 5a and the control, in an order that gives useful figures early: first the
+control, SGL and max pooling with seed 0, then the other losses with seed 0, then the other seeds. Within each of these
+groups, cheap runs come first.
+
+Every run writes one small file into --out. After an interruption, the same command continues. A figure and its table
+show all files in --out and all rows of --table. --collect adds the files to that table.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ DECIDED = {
     "--data", "--data-dir", "--bag-size", "--bags", "--epochs", "--seed", "--runs", "--device", "--positives", "--loss",
     "--pooling", "--no-rescale", "--no-weight", "--out", "--resume", "--dry-run",
 }  # fmt: skip
-#: Seconds between two checkpoints of a run: at most so much is computed twice after an interruption.
+#: Seconds between two checkpoints of a run. At most this much work is lost by an interruption.
 SAVE_EVERY = 60.0
 #: A file beside the table: the predictions of the networks of Figure 5b for single instances.
 SHOWN = "figure5b.json"
@@ -55,34 +57,34 @@ SHOWN = "figure5b.json"
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("figure").add_argument
-    add("--figure", choices=[*FIGURES, "queue"], required=True, help="what is computed and drawn")
+    add("--figure", choices=[*FIGURES, "queue"], required=True, help="the figure to compute and draw")
     add(
         "--data",
         help="mnist, digits, cifar10, or an .npz file (train_mnist_bags.py --help) (mnist; 6: cifar10)",
     )
     add("--data-dir", default="data", help="folder of MNIST or CIFAR-10")
-    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"methods of the figure, of {', '.join(METHODS)}")
     add("--sizes", nargs="+", type=int, help="instances in a bag (4: 10 50 100; 5a, 5b: 50; 6: 50 100)")
     add("--bags", nargs="+", type=int, help=f"training bags ({' '.join(map(str, BAGS))}; 5b: 150; 6: 2500)")
     add("--positives", nargs="+", type=int, help="6: instances of the target class in a positive bag (1 2 5 10 20)")
-    add("--seeds", type=int, help="runs of everything (10; 5b: 1; 6: 5)")
+    add("--seeds", type=int, help="seeds of every method and size (10; 5b: 1; 6: 5)")
     add("--epochs", type=int, help="passes over the training bags (300; 6: 50)")
-    add("--quick", action="store_true", help="a coarse version: small bags and few of them, 1 seed, few epochs")
+    add("--quick", action="store_true", help="a coarse version: few small bags, 1 seed, few epochs")
     add = parser.add_argument_group("run").add_argument
-    add("--workers", type=int, default=0, help="runs at once (a core each; on a GPU 1)")
-    add("--device", type=device_name, help="cpu or cuda (cuda where there is a GPU)")
+    add("--workers", type=int, default=0, help="parallel runs (one per core; on a GPU 1)")
+    add("--device", type=device_name, help="cpu or cuda (cuda if there is a GPU)")
     add("--out", type=Path, help="folder of the files (runs/figures, runs/figures_quick)")
-    add("--table", type=Path, help="CSV of runs, a row each; runs in it are not computed again (OUT/runs.csv)")
+    add("--table", type=Path, help="CSV with one row per run; its runs are not computed again (OUT/runs.csv)")
     add(
         "--collect", nargs="+", type=Path, metavar="FOLDER", default=[],
-        help="add the runs whose files are in these folders to --table first; the files stay",
+        help="first add the runs in these folders to --table; their files stay",
     )  # fmt: skip
-    add("--draw-only", action="store_true", help="compute nothing")
+    add("--draw-only", action="store_true", help="draw the figure without computing runs")
     add(
         "--options",
         nargs=argparse.REMAINDER,
         default=[],
-        help="last: more for the training command, as --options --stem imagenet --lr 1e-3",
+        help="more options of the training command, after all others: --options --stem imagenet --lr 1e-3",
     )
     args = parser.parse_args(argv)
     args.device = args.device or default_device()
@@ -147,7 +149,7 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
     from common.files import write_json
 
     if args.device == "cpu":
-        torch.set_num_threads(1)  # as many runs at once as there are cores
+        torch.set_num_threads(1)  # one run per core
     config = config_of(run, args)
     target, checkpoint = args.out / f"{run.name}.json", args.out / f"{run.name}.pt"
     instances = loaded(args.data, args.data_dir)
@@ -179,7 +181,7 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def loaded(data: str, data_dir: str) -> Instances:
-    """The instances; a process that computes several runs loads them once."""
+    """The instances. A process that computes several runs loads them once."""
     from bags.instances import load_instances
 
     return load_instances(data, data_dir)
@@ -201,7 +203,7 @@ def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int)
 
 
 def without_paths(options: list[str]) -> list[str]:
-    """The command as others can run it, without the folder of the data."""
+    """The command without the folder of the data, for the results."""
     named = {"--data-dir": lambda path: "DIR", "--data": lambda path: Path(path).name}
     return [named.get(before, str)(option) for before, option in zip(["", *options], options, strict=False)]
 
@@ -211,7 +213,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespace) -> None:
-    """Those that are not in ``found``: the runs of the queue in its order; else seed by seed, cheap ones first."""
+    """Computes the runs that are not in ``found``: those of the queue in its order, others by seed and cost."""
     from bags.instances import load_instances
     from common.progress import Progress
     from common.workers import compute_in_workers
@@ -223,7 +225,7 @@ def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespac
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
     if not missing:
         return
-    # loaded here first: a wrong folder is an error at once, and a download happens once
+    # Loaded before the workers start, so that a wrong folder is an error at once and data are downloaded once.
     load_instances(args.data, args.data_dir)
     unit = sum(run.cost for run in missing) / 1000
     bar = "{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}"
@@ -235,7 +237,7 @@ def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespac
 
 
 def expected_settings(run: Run, args: argparse.Namespace) -> dict[str, str]:
-    """The settings of the row of a run that is trained with the current settings."""
+    """The settings that the row of ``run`` has if it is trained by this command."""
     return settings_of({k: text_of(v) for k, v in (config_of(run, args) | {"data": Path(args.data).name}).items()})
 
 
@@ -248,7 +250,7 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
     """The results of ``runs`` in the files in --out and in the table, by run.
 
     Raises:
-        ValueError: a file is of a run that was trained otherwise. Rows of other settings are no error.
+        ValueError: a file has a run with other settings. Rows of the table with other settings are no error.
     """
     found = {}
     rows = [(row["seed"], settings_of(row), row) for row in read_table(args.table)]
@@ -304,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.collect:
             add_to_table(args.collect, args)
-        found = collect(runs, args)  # a file that does not fit is reported before anything is computed
+        found = collect(runs, args)  # a file with other settings is an error before the first computation
         if not args.draw_only:
             compute_all(runs, found, args)
         found = collect(runs, args)

@@ -1,14 +1,14 @@
 """CIFAR10-Bags: from labels such as "this bag contains a dog" a network learns which pictures are dogs.
 
-    python train_cifar10_bags.py --data-dir DIR                            SGL beside max pooling, five runs of each
+    python train_cifar10_bags.py --data-dir DIR                            SGL and max pooling, five runs of each
     python train_cifar10_bags.py --data FILE.npz --positives 10 --bag-size 100 --loss sgl
-    python train_cifar10_bags.py --data digits --bags 40 --epochs 2 --runs 1    what it does, in minutes, on a CPU
+    python train_cifar10_bags.py --data digits --bags 40 --epochs 2 --runs 1    a demonstration on a CPU, in minutes
 
-Meant for a GPU: 50 epochs of 2500 bags of 50 are 6 million pictures through a ResNet-18. --stem imagenet takes a
-fifth to an eighth of the time on a CPU, with a quarter of the resolution in each direction.
+This needs a GPU: 50 epochs of 2500 bags of 50 are 6 million pictures through a ResNet-18. On a CPU, --stem imagenet
+takes a fifth to an eighth of the time, with a quarter of the resolution in each direction.
 
-Writes into --out metrics.json, history.csv, bags.png and a checkpoint per seed; without --loss into a folder for SGL
-and one for max pooling, with comparison.png beside them.
+Writes metrics.json, history.csv, bags.png and a checkpoint per seed into --out. Without --loss, SGL and max pooling
+each get a folder in --out, and comparison.png shows both.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         runs=5,
     )
     add = parser.add_argument_group("network").add_argument
-    add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers (cifar)")
-    add("--bf16", action="store_true", help="the network in bfloat16 where autocast allows it")
+    add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers of the ResNet (cifar)")
+    add("--bf16", action="store_true", help="run the network under bfloat16 autocast")
     return check(parser, parser.parse_args(argv))
 
 

@@ -1,18 +1,19 @@
-"""A network that is given only the classes of an image learns where they are: ChestX-ray14, CheXpert, your own images.
+"""Trains a network with image labels so that it also localizes the classes: ChestX-ray14, CheXpert, your own images.
 
     python train_cxr.py --data-dir DIR --out RUN                                     the paper's settings
     torchrun --nproc-per-node 8 train_cxr.py --data-dir DIR --out RUN --amp bf16     on eight GPUs
     python train_cxr.py --data-dir DIR --out RUN --loss bag --pooling mean           the paper's baseline
-    python train_cxr.py --data-dir DIR --out RUN --backbone local33 --pooling max    patches that see 33 pixels
+    python train_cxr.py --data-dir DIR --out RUN --backbone local33 --pooling max    a receptive field of 33 pixels
     python train_cxr.py --data-dir DIR --out RUN --backbone timm/resnet50.tv_in1k    a network of timm
-    python train_cxr.py --synthetic                                                  drawn images, two minutes, a report
+    python train_cxr.py --synthetic                                                  a demonstration, two minutes
 
-DIR is checked first, as by check_cxr.py. RUN gets config.json, split.csv (which images were trained on), history.csv,
-last.pt and best.pt (of the highest validation AUC), and logs for TensorBoard where it is installed. After an
-interruption, Ctrl-C or worse, the same command with --resume continues: on the CPU, to the same bits.
+The command first checks DIR as check_cxr.py does. It writes into RUN: config.json, split.csv (the images of each part),
+history.csv, last.pt, best.pt (the epoch with the highest validation AUC), and TensorBoard logs if TensorBoard is
+installed. After an interruption or a crash, the same command with --resume continues. On the CPU, the result is bitwise
+equal to that of an uninterrupted run.
 
---cache DIR keeps the images decoded and small; it is built at the first start, and makes every later epoch as fast as
-the network. For evaluation see localize_cxr.py.
+--cache DIR stores the decoded and resized images, so that later epochs do not decode them again. For evaluation see
+localize_cxr.py.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:  # torch is imported after the options are read: --help is fas
 
 
 def take_step(training: Training, passes: list[tuple[Tensor, ...]], progress: float) -> None:
-    """One step of the optimizer on the (images, labels, frames) of its passes, ``progress`` epochs after the start."""
+    """One optimizer step over ``passes`` of (images, labels, frames), ``progress`` epochs after the start."""
     training.set_lam(progress)
     for number, (images, labels, frames) in enumerate(passes):
         with training.gradients_of_pass(last=number == len(passes) - 1):
@@ -56,10 +57,10 @@ def take_step(training: Training, passes: list[tuple[Tensor, ...]], progress: fl
 def train_epoch(
     training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace, keep: Path
 ) -> float:
-    """The rest of the epoch over the images ``numbers``, with a checkpoint into ``keep`` every ``--save-every`` steps.
+    """Trains the rest of the epoch on the images ``numbers``. Saves ``keep`` every ``--save-every`` steps.
 
     Returns:
-        images per second, of all processes.
+        images per second, summed over the processes.
     """
     from images.batches import batches_of, loader_of
 
@@ -109,10 +110,10 @@ def finish_epoch(
 
 
 def train(args: argparse.Namespace, config: Config, processes: Processes) -> None:
-    """The command for one run.
+    """Trains one run.
 
     Raises:
-        ValueError: the data, the run in ``--out`` or the settings do not fit.
+        ValueError: the data or the settings are invalid, or ``--out`` holds a run with other settings.
     """
     from images.run_folder import RunFolder, locked, refuse_existing
     from images.sources import open_sources
@@ -121,7 +122,7 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
     sources = open_sources(args, config)
     with locked(args.out) if processes.first and not args.dry_run else contextlib.nullcontext():
         last = (Path() if args.dry_run else args.out) / "last.pt"
-        if not args.dry_run and (processes.first or last.exists()):  # the first process may be removing a best.pt
+        if not args.dry_run and (processes.first or last.exists()):  # the first process may remove best.pt at this time
             refuse_existing(args.out, args.resume)
         if processes.first:
             print(sources.report, flush=True)
@@ -143,7 +144,7 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
 
 
 def following(args: argparse.Namespace) -> str:
-    """What to do after a training."""
+    """The next command after a training."""
     if args.dry_run:
         return "the same command without --dry-run"
     return f"python localize_cxr.py --run {args.out} {given_data_options(args)}"

@@ -1,12 +1,12 @@
-"""Trains a head on bags of features, and writes what it finds: in bags, instances and boxes.
+"""Trains a head on bags of features and evaluates its predictions for bags, instances and boxes.
 
     python train_features.py --features DIR --labels labels.csv --out runs/sgl
     python train_features.py --features DIR --labels labels.csv --out runs/folds --folds 10 --repeats 5
     python train_features.py --features SLIDES --labels labels.csv --out runs/slides --folds 5 --head gated
 
 --features: a folder of extract_features.py, or one with BAG.h5 (features, coords; CLAM, TRIDENT) or BAG.pt.
-labels.csv: a column bag, a column of 0 and 1 per class (an empty cell: unknown), if need be split (train, val, test)
-and patient. Bags of a patient stay on one side of a fold.
+labels.csv: a column bag, and for each class a column of 0 and 1 (empty: unknown). Optional columns: split (train, val,
+test) and patient. All bags of a patient are in the same fold.
 
 Writes metrics.json, runs.csv, bags.csv, instances.csv and report.html. An interrupted command continues with --resume.
 """
@@ -30,64 +30,93 @@ FREE = ("out", "resume", "threads", "cache_gb", "images", "overlays", "repeats",
 def make_parser() -> argparse.ArgumentParser:
     parser = options.make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--features", type=Path, required=True, metavar="DIR", help="bags of features")
+    data.add_argument("--features", type=Path, required=True, metavar="DIR", help="folder with the bags of features")
     data.add_argument("--labels", type=Path, required=True, metavar="CSV", help="labels of the bags")
-    data.add_argument("--classes", nargs="+", metavar="NAME", help="columns of the labels (all of 0 and 1)")
-    data.add_argument("--patient", default="patient", metavar="COLUMN", help="column of the labels (patient)")
+    data.add_argument("--classes", nargs="+", metavar="NAME", help="label columns to use (all columns of 0 and 1)")
+    data.add_argument(
+        "--patient", default="patient", metavar="COLUMN", help="column with the patient of a bag (patient)"
+    )
     data.add_argument("--instance-labels", type=Path, metavar="CSV", help="bag, class: one row per instance, in order")
     data.add_argument("--boxes", type=Path, metavar="CSV", help="bag, class, x, y, w, h (or xmin, ymin, xmax, ymax)")
-    data.add_argument("--images", type=Path, metavar="DIR", help="images for the report's overlays")
+    data.add_argument("--images", type=Path, metavar="DIR", help="folder of images for the overlays in the report")
     data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--folds", type=int, metavar="K", help="cross-validation; without it the column split")
-    protocol.add_argument("--repeats", type=int, default=1, metavar="R", help="of the folds, or seeds (1)")
-    protocol.add_argument("--test", choices=("test", "val"), default="test", help="val: train on train, choose on val")
-    protocol.add_argument("--resume", action="store_true", help="keep finished runs of --out")
+    protocol.add_argument(
+        "--folds", type=int, metavar="K", help="folds of cross-validation; without it, the column split is used"
+    )
+    protocol.add_argument(
+        "--repeats", type=int, default=1, metavar="R", help="repeats of the folds, or number of seeds (1)"
+    )
+    protocol.add_argument(
+        "--test", choices=("test", "val"), default="test", help="part for evaluation; val: train on train only (test)"
+    )
+    protocol.add_argument("--resume", action="store_true", help="keep the finished runs in --out")
     model = parser.add_argument_group("head")
     model.add_argument("--head", choices=HEADS, default="mlp", help="network on the features (mlp)")
     model.add_argument(
         "--components", type=int, default=0, metavar="K", help="principal components of the features (0: all features)"
     )
     model.add_argument("--hidden", type=int, default=32, help="width of the hidden layer (32)")
-    model.add_argument("--dropout", type=float, default=0.0, help="of the hidden layer (0)")
+    model.add_argument("--dropout", type=float, default=0.0, help="dropout of the hidden layer (0)")
     model.add_argument(
-        "--share", type=float, default=0.05, help="of a positive bag's instances that are positive: a guess (0.05)"
+        "--share", type=float, default=0.05, help="estimated fraction of positive instances in a positive bag (0.05)"
     )
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss", choices=LOSSES, default="sgl", help="loss of the training (sgl)")
-    loss.add_argument("--pooling", choices=POOLINGS, default="topk", help="not used by attention and by mmm")
-    loss.add_argument("--k", type=float, default=8, help="of topk: instances, or below 1 a share of the bag (8)")
+    loss.add_argument("--loss", choices=LOSSES, default="sgl", help="loss function (sgl)")
+    loss.add_argument(
+        "--pooling", choices=POOLINGS, default="topk", help="pooling; unused by attention heads and mmm (topk)"
+    )
+    loss.add_argument(
+        "--k", type=float, default=8, help="k of topk: a number of instances, or a fraction of the bag below 1 (8)"
+    )
     loss.add_argument("--lam", type=float, default=1.0, help="weight of the instance loss (1)")
     loss.add_argument("--delta-l", type=float, default=0.3, help="lower threshold of the self-guidance (0.3)")
-    loss.add_argument("--normalize", choices=("batch", "bag"), default="batch", help="what the instance loss counts")
-    loss.add_argument("--mask-weight", type=float, default=0.0, help="weight of the penalty on the mask (0)")
+    loss.add_argument(
+        "--normalize",
+        choices=("batch", "bag"),
+        default="batch",
+        help="count instances in each part over the batch or within each bag",
+    )
+    loss.add_argument("--mask-weight", type=float, default=0.0, help="weight of the mask penalty (0)")
     start = parser.add_argument_group("start of the instance loss")
     start.add_argument(
-        "--start", choices=("measured", "at_once"), default="measured", help="measured: once the bag loss has learnt"
+        "--start",
+        choices=("measured", "at_once"),
+        default="measured",
+        help="start of lam; measured: when the training AUC is high enough (measured)",
     )
-    start.add_argument("--start-auc", type=float, default=0.8, help="training AUC that has learnt (0.8)")
+    start.add_argument("--start-auc", type=float, default=0.8, help="training AUC at which lam starts to rise (0.8)")
     start.add_argument("--rise", type=int, default=100, help="steps from lam 0 to lam (100)")
     training = parser.add_argument_group("training")
     start.add_argument(
-        "--restarts", type=int, default=1, metavar="R", help="initial heads that are tried with the bag loss (1)"
+        "--restarts", type=int, default=1, metavar="R", help="number of initial heads to try with the bag loss (1)"
     )
-    start.add_argument("--trial-epochs", type=int, default=8, help="epochs of a trial; the best head goes on (8)")
+    start.add_argument(
+        "--trial-epochs", type=int, default=8, help="epochs of a trial; training continues with the best head (8)"
+    )
     start.add_argument(
         "--k-start",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="topk: trials begin with this share of a bag (0: off)",
+        help="topk: k at the start of the trials, as a fraction of the bag (0: off)",
     )
     training.add_argument("--epochs", type=int, default=60, help="passes over the training bags (60)")
     training.add_argument("--batch-size", type=int, default=32, help="bags per step (32)")
     training.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (0.003)")
-    training.add_argument("--weight-decay", type=float, default=1e-2, help="of AdamW (0.01)")
-    training.add_argument("--noise", type=float, default=0.0, help="added to features, in standard deviations (0)")
-    training.add_argument("--constant-lr", dest="cosine", action="store_false", help="instead of a cosine down to 0")
+    training.add_argument("--weight-decay", type=float, default=1e-2, help="weight decay of AdamW (0.01)")
+    training.add_argument(
+        "--noise", type=float, default=0.0, help="standard deviation of noise added to the features (0)"
+    )
+    training.add_argument(
+        "--constant-lr",
+        dest="cosine",
+        action="store_false",
+        help="constant learning rate instead of a cosine schedule to 0",
+    )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--threads", type=int, metavar="N", help="threads of torch")
-    machine.add_argument("--cache-gb", type=float, default=2.0, help="features kept in memory if they fit (2)")
+    machine.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
+    machine.add_argument("--cache-gb", type=float, default=2.0, help="keep features in memory up to this size (2)")
     machine.add_argument("--overlays", type=int, default=12, metavar="N", help="bags shown in the report (12)")
     return parser
 
@@ -151,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         names = [labels.names[i] for i in one.train]
         history: list[dict] = []
-        # another seed for every fold: repeat 0, fold 0 and repeat 1, fold 0 differ too
+        # a different seed for every repeat and fold
         seed = one.repeat * 1000 + one.fold
         model = train(reader, names, targets[torch.from_numpy(one.train)], settings, seed, history.append)
         predictions = predicted(model, reader, [labels.names[i] for i in one.test])
@@ -177,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def keep_settings(args: argparse.Namespace, parts: Path) -> None:
-    """Writes ``settings.json``; refuses a folder with other results unless --resume continues the same settings.
+    """Writes ``settings.json``. A folder with results is an error unless --resume is given and the settings are equal.
 
     Raises:
         ValueError: the folder holds runs and --resume is missing, or its settings differ.

@@ -5,8 +5,8 @@
     python train_mnist_bags.py --data mnist --data-dir DIR        the same on MNIST, 300 epochs
     python train_mnist_bags.py --data mnist --data-dir DIR --loss bil --pooling mean_logits --runs 3
 
-Writes into --out metrics.json, history.csv, bags.png and a checkpoint per seed; without --loss into a folder for SGL
-and one for max pooling, with comparison.png beside them.
+Writes metrics.json, history.csv, bags.png and a checkpoint per seed into --out. Without --loss, SGL and max pooling
+each get a folder in --out, and comparison.png shows both.
 """
 
 from __future__ import annotations

@@ -39,13 +39,13 @@ DEMO_DATA = {"images": 1200, "size": 128, "findings": ("Atelectasis", "Effusion"
 
 #: Settings that did better than the paper's on genuine images: networks from nothing, on 1317 of them.
 BETTER = "--pooling max --lam 3 --lam-delay 2 --lam-warmup 4 --normalize bag --mask-weight 0 --prior 0.3"
-EPILOG = f"""The defaults are the paper's settings. On 1317 genuine images (ResNet-18 from nothing, 128 pixels,
-12 epochs, three seeds, the network of the last epoch) SGL did better with
+EPILOG = f"""The defaults are the paper's settings. On 1317 real images (ResNet-18 with random initial weights, 128
+pixels, 12 epochs, three seeds, the network of the last epoch), SGL gave better results with
 
     {BETTER}
 
-It found 0.27 of the boxes at IoU > 0.1, with the paper's loss settings 0.16; its AUC was 0.64, with the paper's 0.62.
-The bag loss with mean pooling has 0.19 and 0.64. None of them beat a box in the centre. See "Measured" in
+It found 0.27 of the boxes at IoU > 0.1 (0.16 with the paper's loss settings), with an AUC of 0.64 (0.62). The bag loss
+with mean pooling found 0.19, with an AUC of 0.64. None of them was better than a box in the centre. See "Measured" in
 examples/README.md."""
 
 
@@ -53,14 +53,14 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = False) ->
     """Adds the options that name the data set, the same in all commands, and returns their group."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-dir", type=path_of, required=required, help="folder with the images, and the tables")
-    add("--tables", type=path_of, help="folder with the tables, where they are elsewhere")
-    add("--dataset", choices=("nih", "folder", "chexpert"), help="kind of the data set (what its tables show)")
+    add("--data-dir", type=path_of, required=required, help="folder with the images and the tables")
+    add("--tables", type=path_of, help="folder with the tables (DATA_DIR)")
+    add("--dataset", choices=("nih", "folder", "chexpert"), help="kind of data set (recognized by its tables)")
     add("--view", choices=("PA", "AP", "frontal", "lateral"), help="only images of this view (nih, chexpert; all)")
-    add("--uncertain", choices=("unknown", "0", "1"), help="what uncertain labels count as (chexpert; unknown)")
+    add("--uncertain", choices=("unknown", "0", "1"), help="value of uncertain labels (chexpert; unknown)")
     add("--fit", choices=("pad", "squeeze"), help="how an image becomes a square (folder, chexpert; pad)")
-    add("--split-seed", type=int, default=0, help="of the split of a folder that has none (0)")
-    add("--allow-missing", action="store_true", help="leave out images that are not there")
+    add("--split-seed", type=int, default=0, help="seed of the split of a folder without one (0)")
+    add("--allow-missing", action="store_true", help="leave out missing images")
     return group
 
 
@@ -88,57 +88,63 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     def switch(name: str, text: str) -> None:
         group.add_argument(f"--{name}", action="store_true", help=text)
 
-    group.add_argument("--cache", type=path_of, help="folder for the decoded images, of all runs of that size")
-    sizes = "images are made this wide and high; training crops 7/8 of it (512; of timm/NAME: what it was trained with)"
+    group.add_argument(
+        "--cache", type=path_of, help="folder for decoded images, shared by runs with the same image size"
+    )
+    sizes = "width and height of resized images; training crops 7/8 of them (512; timm/NAME: the size of its training)"
     add("image-size", None, sizes, type=int, metavar="PIXELS")
-    add("val-fraction", 0.125, "part of the training list's patients that validates")
+    add("val-fraction", 0.125, "fraction of the training patients used for validation")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=path_of, help="folder of the run")
-    switch("resume", "continue what is in --out, if there is something")
-    switch("synthetic", "a demonstration: drawn images, SGL beside the bag loss")
-    switch("dry-run", "one step of training, and write nothing")
-    add("seed", 0, "of weights, order, crops and validation patients")
-    add("save-every", 200, "steps between checkpoints, beside that at the end of an epoch")
+    switch("resume", "continue the run in --out, if there is one")
+    switch("synthetic", "demonstration: generated images, SGL and the bag loss")
+    switch("dry-run", "run one training step and write nothing")
+    add("seed", 0, "seed of weights, order, crops and validation patients")
+    add("save-every", 200, "steps between checkpoints; each epoch also ends with one")
     group = parser.add_argument_group("network")
     networks = f"network without its head: {', '.join(BACKBONES)}, or timm/NAME, any convolutional network of timm"
     add("backbone", "resnet50", networks, type=backbone_name, metavar="NAME")
-    add("weights", None, "imagenet, none, or a file with a state_dict (imagenet; of local and bagnet: none)")
+    add("weights", None, "imagenet, none, or a file with a state_dict (imagenet; local and bagnet: none)")
     add(
         "cut",
         None,
-        "with timm/NAME: only up to this stage, 0 the first; its patches see less",
+        "with timm/NAME: use the network up to this stage (0: the first), for a smaller receptive field",
         type=int,
         metavar="STAGE",
     )
-    strides = "pixels of the image per patch, 32, 16 or 8 (32; of local and bagnet: 8; of timm/NAME: its own)"
+    strides = (
+        "pixels between neighbouring patches: 32, 16 or 8 (32; local and bagnet: 8; timm/NAME: that of the network)"
+    )
     add("output-stride", None, strides, type=int, metavar="N")
-    add("prior", 0.5, "probability of a patch before training; small, where training starts from nothing")
-    norms = "statistics: own, of each process; sync, of all; frozen, as they came with the weights"
+    add("prior", 0.5, "initial probability of a patch; use a small one if training starts from random weights")
+    norms = "statistics of batch norm: own, per process; sync, over all processes; frozen, those of the weights"
     add("batch-norm", "own", norms, choices=("own", "sync", "frozen"))
     group = parser.add_argument_group("loss")
-    add("loss", "sgl", "what is minimized", choices=LOSSES)
-    add("pooling", None, "sgl: softmax; bag, bil: mean; mmm has its own", choices=POOLINGS)
+    add("loss", "sgl", "loss function", choices=LOSSES)
+    add("pooling", None, "pooling (sgl: softmax; bag, bil: mean; mmm has a fixed one)", choices=POOLINGS)
     add("delta-l", 0.3, "threshold of the ternary targets, in [0, 0.5]")
     add("lam", 20.0, "weight of the instance loss")
-    add("lam-delay", 0.0, "epochs without the instance loss: the patches of an untrained network are no guide")
-    add("lam-warmup", 0.0, "epochs after that in which lam rises from 0")
-    add("mask-weight", 1.0, "weight of the penalty on the mask, which the paper does not give")
-    add("normalize", "batch", "where instances are counted", choices=("batch", "bag"))
+    add("lam-delay", 0.0, "epochs without the instance loss, because an untrained network cannot guide itself")
+    add("lam-warmup", 0.0, "epochs after the delay in which lam rises from 0")
+    add("mask-weight", 1.0, "weight of the mask penalty; the paper does not state it")
+    add(
+        "normalize", "batch", "count instances in each part over the batch or within each bag", choices=("batch", "bag")
+    )
     switch("no-rescale", "theta = p instead of Eq. 5")
     switch("no-weight", "w = 1 instead of Eq. 7 and 8")
     group = parser.add_argument_group("optimization")
     add("epochs", 20, "passes over the training images")
-    add("batch-size", 32, "images in a step, of all processes together")
-    add("accumulate", 1, "forward passes that a step is cut into; the loss counts instances in each")
+    add("batch-size", 32, "images per step, over all processes")
+    add("accumulate", 1, "forward passes per step; the loss counts instances within each")
     add("lr", 1e-4, "learning rate of Adam")
-    add("lr-step", 10, "epochs after which it is multiplied by --lr-factor")
+    add("lr-step", 10, "epochs after which the learning rate is multiplied by --lr-factor")
     add("lr-factor", 0.1, "factor of the learning rate")
-    add("weight-decay", 1e-4, "of Adam")
+    add("weight-decay", 1e-4, "weight decay of Adam")
     group = parser.add_argument_group("machine")
     add("amp", "off", "mixed precision", choices=("off", "bf16", "fp16"))
-    switch("compile", "torch.compile")
-    add("workers", min(8, os.cpu_count() or 1), "processes that load images, per process that trains")
-    add("device", None, "cpu or cuda (cuda where there is a GPU)", type=device_name)
+    switch("compile", "compile the network with torch.compile")
+    add("workers", min(8, os.cpu_count() or 1), "image-loading processes per training process")
+    add("device", None, "cpu or cuda (cuda if there is a GPU)", type=device_name)
 
 
 def backbone_name(text: str) -> str:
