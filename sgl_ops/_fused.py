@@ -212,9 +212,18 @@ class Call(NamedTuple):
     pos_weight: Tensor | None
 
 
-def _operands(settings: SGLSettings, operation: Operation, names: list[str]) -> list[Any]:
-    """The values of ``names``, arguments of an operator."""
-    return [getattr(operation if name in Operation._fields else settings, name) for name in names]
+def _reader(names: list[str]) -> Callable[[SGLSettings, Operation], tuple[Any, ...]]:
+    """The function that gives the values of ``names``, arguments of an operator, out of settings and operation.
+
+    It is called in each step. A loop over the names takes several times as long. ``operator.attrgetter`` is as fast,
+    but torch.export cannot trace it.
+    """
+    values = "".join(f"{'operation' if name in Operation._fields else 'settings'}.{name}, " for name in names)
+    return eval(f"lambda settings, operation: ({values})")  # type: ignore[no-any-return]
+
+
+if DEVICES:
+    _operands_of_forward, _operands_of_backward = _reader(_OF_FORWARD), _reader(_OF_BACKWARD)
 
 
 def _over_ranks(
@@ -235,7 +244,7 @@ def _over_ranks(
 
 def _run_forward(call: Call, bag_sum: Tensor | None, settings: SGLSettings, operation: Operation, group: Group) -> Any:
     """(total, (bag, instance, mask), the saved tensor for backward)."""
-    operands = _operands(settings, operation, _OF_FORWARD)
+    operands = _operands_of_forward(settings, operation)
     if group is None:
         return _forward(*call, *operands)
     *_, saved, sums = _forward_sums(*call, *operands)
@@ -276,7 +285,7 @@ class _FusedSGL(torch.autograd.Function):
         if grad_total is None:
             return (None,) * 7
         kept = ctx.saved_tensors
-        arguments = (grad_total, *kept, *_operands(ctx.settings, ctx.operation, _OF_BACKWARD))
+        arguments = (grad_total, *kept, *_operands_of_backward(ctx.settings, ctx.operation))
         of_bag_sum = grad_total * kept[-1][-1, _SHARE_OF_PAIR] if ctx.needs_input_grad[1] else None
         return _linked(_backward, arguments, kept[0], grad_total), of_bag_sum, None, None, None, None, None
 
@@ -420,8 +429,8 @@ def _terms_by_numbers(
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     numbers = torch.stack([zero + value for value in values])
     others, of_backward = (
-        tuple(_operands(settings, operation, [name for name in names if name not in _NUMBERS]))
-        for names in (_OF_FORWARD, _OF_BACKWARD)
+        tuple(v for name, v in zip(names, read(settings, operation), strict=True) if name not in _NUMBERS)
+        for names, read in ((_OF_FORWARD, _operands_of_forward), (_OF_BACKWARD, _operands_of_backward))
     )
     if is_scripted() and group is None:
         # torch.jit.trace records the operator with its gradient, but not an autograd.Function with its gradient
