@@ -199,3 +199,16 @@ def test_verdict_if_all_images_have_the_same_label():
     assert verdict.verdict([run], truth, [], 20, 0) == [sentence.format("run")]
     other = run._replace(name="other")
     assert verdict.verdict([run, other], truth, [], 20, 0) == [sentence.format("run"), sentence.format("other")]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"loss": "sgl", "lam": 3.0, "mask_weight": 0.0}, "SGL, max pooling"),
+        ({"loss": "sgl", "lam": 0.0, "mask_weight": 0.5}, "SGL, max pooling"),
+        ({"loss": "sgl", "lam": 0.0, "mask_weight": 0.0}, "bag loss, max pooling"),
+        ({"loss": "bag", "lam": 3.0, "mask_weight": 0.5}, "bag loss, max pooling"),
+    ],
+)
+def test_name_of_a_run_says_which_loss_was_active(config, name):
+    assert prediction.name_of({"pooling": "max", **config}) == name

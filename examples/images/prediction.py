@@ -67,6 +67,9 @@ class Predictions(NamedTuple):
 
 
 def name_of(config: Config) -> str:
+    """The name of a run in tables and reports. SGL without instance loss and penalty is the bag loss."""
+    if config["loss"] == "sgl" and config.get("lam") == 0 and config.get("mask_weight") == 0:
+        return name_of({**config, "loss": "bag"})
     loss = {"sgl": "SGL", "bag": "bag loss", "bil": "BIL", "mmm": "MMM"}.get(config["loss"], str(config["loss"]))
     return f"{loss}, {config['pooling']} pooling"
 
