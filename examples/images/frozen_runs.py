@@ -57,10 +57,13 @@ def extract(args: argparse.Namespace) -> None:
         fine = F.avg_pool2d(F.pad(fine, (0, 1, 0, 1), mode="replicate"), 3, 2)
         return torch.cat([coarse, fine], 1)[0].numpy()
 
-    # written in order, not through a memory map: there, a disk that fills ends the process by a signal
-    with path.open("wb") as file:
+    # Written in order, not through a memory map, with which a full disk terminates the process by a signal.
+    with naming(path):
+        file = path.open("wb")
+    with file:
         header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        with naming(path):
+            np.lib.format.write_array_header_1_0(file, header)
         for i, name in enumerate(names):
             features = np.ascontiguousarray(features_of(paths[Path(name).stem]), np.float16)
             with naming(path):

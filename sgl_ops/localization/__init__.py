@@ -1,4 +1,4 @@
-"""Heat maps to bounding boxes, and figures of merit of the boxes. Needs scipy: ``pip install "sgl-ops[localization]"``.
+"""Heat maps to bounding boxes, and metrics of the boxes. Needs scipy: ``pip install "sgl-ops[localization]"``.
 
 Conventions, the same in every function:
 
