@@ -29,14 +29,13 @@ def draw_bags(
 ) -> Bags:
     """``count`` bags of the images ``pool``, half of them positive, in random order.
 
-    A bag's size is drawn from a normal distribution and rounded, at least 1. The instances of a bag are drawn at
-    random: a positive bag has ``positives`` targets, or, where that is 0, as many as chance gives, under the condition
-    that there is one; a negative bag is drawn from the other images. A bag holds an image twice only where there are
-    too few images for it.
+    The size of a bag is drawn from a normal distribution and rounded, and is at least 1. The instances of a bag are
+    drawn at random. A positive bag has ``positives`` targets. If that is 0, it has a random number of targets, at least
+    one. A negative bag is drawn from the other images. A bag holds an image twice only if there are too few images.
 
     Args:
-        pool: (n,), indices of the images that may be drawn.
-        is_target: bool, for every image that ``pool`` may name.
+        pool: (n,), indices of the images to draw from.
+        is_target: bool, for every image that ``pool`` may contain.
     """
     targets, others = pool[is_target[pool]], pool[~is_target[pool]]
     for kind, images in (("of the target class", targets), ("of another class", others)):
@@ -83,7 +82,7 @@ def _choose(images: np.ndarray, number: int, rng: np.random.Generator) -> np.nda
 
 def _at_least_one(trials: int, rate: float, rng: np.random.Generator) -> int:
     """A binomial number under the condition that it is not 0."""
-    # trial `first` is the first success, given that there is one; the later trials are independent
+    # Trial `first` is the first success, on the condition that there is one. The later trials are independent.
     u = rng.random() * -np.expm1(trials * np.log1p(-rate))
     first = min(int(np.log1p(-u) / np.log1p(-rate)) + 1, trials)
     return 1 + int(rng.binomial(trials - first, rate))

@@ -1,6 +1,6 @@
-"""Shared parts of the commands that train on bags of images: random bags, and the written results.
+"""Shared parts of the commands that train on bags of images: random bags, and the output files.
 
-Plain functions; a command adds a network, its defaults and its own options.
+A command adds a network, its defaults and its own options.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def train_method(
 
 
 def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, target: int, path: Path) -> None:
-    """Both methods on the same test bags, side by side; the twenty most probable instances of each."""
+    """Draws both methods on the same test bags, with the twenty most probable instances of each bag."""
     panels = [
         panel(models[name], images, bags, n, f"{label}, {title_of(bags, n)}")
         for n in numbers_to_show(bags, 4, 1)
@@ -155,9 +155,10 @@ def free_folder(name: str) -> Path:
 
 
 def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_model: MakeModel) -> int:
-    """The command ``name``: trains, writes and prints what ``configs`` ask for; its exit status.
+    """Runs the command ``name``: trains the methods in ``configs``, and writes and prints their results.
 
-    ``make_model(config, channels)`` is a network of images (n, channels, 32, 32) with n logits.
+    ``make_model(config, channels)`` returns a network from images (n, channels, 32, 32) to n logits. Returns the exit
+    status of the command.
     """
     try:
         instances = load_instances(args.data, args.data_dir)

@@ -26,7 +26,7 @@ FIGURES = {
     "6": ["sgl", "max", "mean", "bil"],
     "control": ["sgl", "mmm", "mmm_authors", "bil", "bil_authors"],
 }
-#: Figures whose runs are one queue.
+#: The figures whose runs form the queue.
 QUEUE = ("control", "4", "5a")
 #: Runs of the queue with up to this cost (instances in an epoch) have ten seeds, the others three.
 CHEAP = 1500
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     size: int
     bags: int
     seed: int
-    positives: int = 0  # 0: MNIST-Bags, where chance decides
+    positives: int = 0  # 0: a random number of positives (MNIST-Bags)
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
 
 def queue() -> list[Run]:
-    """All runs of the figures in QUEUE, each once, in the order in which they are computed."""
+    """All runs of the figures in QUEUE without duplicates, in the order of computation."""
     third: dict[Run, int] = {}
     for figure in QUEUE:
         settings = DEFAULTS | DEFAULTS_OF[figure]

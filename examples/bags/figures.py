@@ -34,7 +34,7 @@ def values_of(found: dict[Run, dict[str, Any]], metric: str, **point: Any) -> li
 
 
 def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """A row for each metric, a column for each size; lines are means, bands reach from the worst seed to the best."""
+    """Draws one row per metric and one column per size. Lines are means; bands show the worst and the best seed."""
     import numpy as np
     from common.files import naming
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,7 +66,7 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
             axes.set_ylabel(title)
         if row == len(METRICS) - 1:
             axes.set_xlabel(axis_title)
-    # a column may lack methods that others have
+    # a column may have fewer methods than others
     lines = {line.get_label(): line for axes in reversed(grid[0]) for line in axes.get_lines()}
     labels = [label for label in (label_of(method, args.figure) for method in args.methods) if label in lines]
     figure.legend([lines[label] for label in labels], labels, loc="outside right upper", frameon=False)

@@ -51,7 +51,7 @@ def _digits() -> tuple[np.ndarray, ...]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))  # the data set is sorted by writer
+    order = np.random.default_rng(0).permutation(len(digits.images))  # shuffle: the data set is sorted by writer
     train, test = order[: len(order) * 3 // 4], order[len(order) * 3 // 4 :]
     return digits.images[train], digits.target[train], digits.images[test], digits.target[test]
 
@@ -61,7 +61,7 @@ def _mnist(data_dir: Path) -> tuple[np.ndarray, ...]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             both = [datasets.MNIST(str(data_dir), train=train, download=True) for train in (True, False)]
-        except OSError as error:  # a read-only copy, still packed: unpacked elsewhere
+        except OSError as error:  # a read-only folder with packed files: unpack them elsewhere
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             raw = Path(scratch, "MNIST", "raw")

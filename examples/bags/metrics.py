@@ -11,9 +11,9 @@ METRICS = ("auc", "iou", "iou_pooled")
 
 
 def iou(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray) -> float:
-    """Mean intersection over union of found and truly positive instances, over the bags that have any of them.
+    """Mean over the bags of the intersection over union of the predicted and the true positive instances.
 
-    An instance found in a negative bag makes that bag count, as 0. NaN where no bag counts.
+    Bags with neither are left out. A negative bag with a predicted instance counts as 0. NaN if no bag counts.
     """
     both, either = (_per_group(x, offsets) for x in (found & positive, found | positive))
     counts = either > 0
@@ -21,7 +21,7 @@ def iou(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray) -> float:
 
 
 def iou_pooled(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray, batch_size: int = 64) -> float:
-    """Intersection over union of the instances of ``batch_size`` bags together, mean over such batches."""
+    """Intersection over union of the instances of ``batch_size`` bags together; the mean over these batches."""
     edges = np.append(offsets[:-1:batch_size], offsets[-1])
     return iou(found, positive, edges)
 

@@ -20,7 +20,7 @@ class LeNet(nn.Module):
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 1)
         )
-        # this, and the two second layers as one convolution, make the network 1.5 times as fast on a CPU
+        # With this, and with both second layers in one convolution, the network is 1.5 times as fast on a CPU.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,15 +31,15 @@ class LeNet(nn.Module):
 
 
 def pooled(x: Tensor) -> Tensor:
-    """2x2 max pooling and then ReLU: the ReLU has a quarter of the work in this order."""
+    """2x2 max pooling, then ReLU: in this order, the ReLU has a quarter of the work."""
     return F.relu(F.max_pool2d(x, 2))
 
 
 class ResNet18(nn.Module):
     """torchvision's ResNet-18 with one logit per image (n, channels, 32, 32) and random initial weights.
 
-    ``stem="cifar"``: a 3x3 convolution of stride 1 in place of the 7x7 of stride 2 and its pooling, which leave of
-    32x32 only 8x8; ``"imagenet"``: as it is. ``bf16``: the network under autocast; the logits are float32.
+    ``stem="imagenet"`` keeps the first layers of torchvision, which reduce 32x32 pixels to 8x8. ``stem="cifar"``
+    replaces them by a 3x3 convolution of stride 1. ``bf16`` runs the network under autocast; the logits are float32.
     """
 
     def __init__(self, channels: int = 3, stem: str = "cifar", bf16: bool = False):

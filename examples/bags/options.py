@@ -16,7 +16,7 @@ AUTHORS_LOSSES = ("mmm_authors", "bil_authors")
 DEFAULT_POOLING = {
     "sgl": "max", "bag": "max", "bil": "mean", "mmm": "max", "mmm_authors": "max", "bil_authors": "mean_logits",
 }  # fmt: skip
-#: The settings that decide a result. A resumed run must have the same.
+#: The settings that decide a result. They must not change when a run is resumed.
 DECISIVE = (
     "data", "target", "bag_size", "bag_std", "positives", "bags", "val_bags", "test_bags", "epochs", "batch_size", "lr",
     "weight_decay", "val_every", "loss", "pooling", "delta_l", "lam", "rescale", "weighted",
@@ -101,7 +101,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 
 
 def configs_of(args: argparse.Namespace, decisive: tuple[str, ...] = DECISIVE) -> dict[str, Config]:
-    """What to train, by name: one method, or SGL and the max-pooling baseline."""
+    """The configurations by name: of one method, or of SGL and the max-pooling baseline."""
     common = vars(args) | {"rescale": not args.no_rescale, "weighted": not args.no_weight}
     methods = {args.loss: {"loss": args.loss}} if args.loss else {"sgl": {"loss": "sgl"}, "max": {"loss": "bag"}}
     configs = {}

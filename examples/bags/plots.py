@@ -1,4 +1,4 @@
-"""Pictures of bags: every instance with its probability, the true and the found positives framed."""
+"""Pictures of bags: every instance with its probability, and frames around true and predicted positives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-TRUE, FOUND = "#0072b2", "#e69f00"  # distinguishable with every kind of colour vision
+TRUE, FOUND = "#0072b2", "#e69f00"  # colours that people with any colour vision can distinguish
 COLUMNS = 10
 
 Panel = tuple[np.ndarray, np.ndarray, np.ndarray, str]  # images, probability, positive, title

@@ -1,4 +1,4 @@
-"""The table of the runs of an experiment: a CSV with one row a run.
+"""The table of the runs of an experiment: a CSV with one row per run.
 
 A row holds the method and the seed, every setting, the results of the network of the last epoch and of the best epoch
 on validation, and where the run was computed. Runs with different settings share a table.
@@ -18,7 +18,7 @@ from bags.metrics import METRICS
 
 Row = dict[str, str]
 
-#: The columns before the settings and after them. An empty cell: unknown.
+#: The columns before and after the settings. An empty cell means unknown.
 FIRST = ("method", "seed")
 LAST = (
     *METRICS, "best_val_epoch", *(f"best_val_{name}" for name in METRICS), "training_loss", "seconds", "cpu_seconds",
@@ -29,7 +29,7 @@ WITHOUT_EFFECT = {"val_every"}
 
 
 def text_of(value: Any) -> str:
-    """A cell: a string as it is, anything else as JSON."""
+    """The text of a cell: a string unchanged, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -51,7 +51,7 @@ def settings_of(row: Row) -> Row:
 
 
 def content_of(row: Row) -> dict[str, Any]:
-    """The content of the run's JSON file, from ``row``: results as numbers, settings as text."""
+    """The content of the run's JSON file, from its row. Results are numbers, settings are text."""
     content: dict[str, Any] = {
         "config": settings_of(row),
         "result": {

@@ -1,7 +1,7 @@
 """Trains a network on bags of images with one of the losses: the loop, checkpoints, and metrics.
 
-Plain functions that the examples share. A configuration is a flat dict of what decides a result; the same
-configuration and seed give the same result bit for bit on the CPU, also over an interruption.
+A configuration is a flat dictionary of all settings that decide a result. On the CPU, the same configuration and seed
+give bitwise the same result, also after an interruption.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sgl_ops.pooling import MaxPooling, TopKPooling, make_pooling
 
 
 def make_criterion(config: Config) -> nn.Module:
-    """The loss of a configuration, which may be a loss of the authors' code."""
+    """The loss of a configuration, including the losses of the authors' code."""
     return AUTHORS_LOSSES[config["loss"]]() if config["loss"] in AUTHORS_LOSSES else make_common_criterion(config)
 
 
@@ -40,8 +40,9 @@ def has_batch_norm(model: nn.Module) -> bool:
 def forward(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
     """Logits (T,) of the images ``index`` (T,).
 
-    On the CPU a few at a time: activations that fit into the cache, and into memory that need not be mapped anew in
-    every step, make a small network nearly twice as fast. All at once where they are normalized together.
+    On the CPU, the images are processed in small groups, whose activations fit into the cache and into memory that is
+    reused in every step. This makes a small network nearly twice as fast. A network with batch normalization gets all
+    images at once, because it normalizes them together.
     """
     some = 256 if images.device.type == "cpu" else 4096
     if model.training and has_batch_norm(model):
@@ -50,14 +51,14 @@ def forward(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
 
 
 def instance_logits(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
-    """Logits (T,) of the images ``index`` (T,), without gradient; every image goes through the network once."""
+    """Logits (T,) of the images ``index`` (T,), without gradient. The network computes each distinct image once."""
     unique, where = index.unique(return_inverse=True)
     with torch.inference_mode():
         return forward(model, images, unique)[where]
 
 
 def measure(logits: Tensor, bags: Bags, pooling: str) -> dict[str, float]:
-    """AUC of the bags and the two IoUs of their instances at p > 0.5, of instance logits (T,)."""
+    """AUC of the bags and both IoUs of their instances at p > 0.5, from instance logits (T,)."""
     scores = make_pooling(pooling)(logits, offsets=bags.offsets)
     found, positive, offsets = (x.cpu().numpy() for x in (logits > 0, bags.positive, bags.offsets))
     return {
@@ -76,7 +77,7 @@ def train_epoch(
     batch_size: int,
     order: Tensor,
 ) -> float:
-    """One pass over the bags in ``order``; the mean loss of a bag."""
+    """Trains one epoch over the bags in ``order``. Returns the mean loss of a bag."""
     total = 0.0
     for which in order.split(batch_size):
         optimizer.zero_grad()
@@ -87,11 +88,11 @@ def train_epoch(
 
 
 def backward(model: nn.Module, criterion: nn.Module, images: Tensor, batch: Bags) -> float:
-    """Adds the gradient of the loss of ``batch`` to the parameters; returns the loss.
+    """Adds the gradient of the loss of ``batch`` to the parameters. Returns the loss.
 
-    A network without batch normalization sees every image of the batch once. With max or top-k pooling the bag loss
-    has a gradient at a few instances of a bag only: the network sees all images without gradient, and those few once
-    more with it.
+    A network without batch normalization computes every distinct image of the batch once. With max or top-k pooling,
+    the bag loss has a gradient for a few instances of a bag only. The network then computes all images without
+    gradient, and these few a second time with gradient.
     """
     if has_batch_norm(model):
         loss = criterion(forward(model, images, batch.index), batch.labels, offsets=batch.offsets)
@@ -128,15 +129,16 @@ def train_run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
     """Trains one network and tests it.
 
-    ``images`` and ``bags`` have the keys train, val and test. The test bags are looked at twice, when all is over: with
-    the network of the last epoch, and with that of the epoch of the highest validation AUC (ties: the lowest loss), of
-    those that are validated: every ``val_every``-th and the last. If the two are one network, it is tested once.
+    ``images`` and ``bags`` have the keys train, val and test. After the training, two networks are evaluated on the
+    test bags: that of the last epoch, and that of the epoch with the highest validation AUC (ties: the lowest loss). If
+    both are the same epoch, it is tested once. Epochs are validated every ``val_every`` epochs, and the last one
+    always.
 
     Args:
-        save_every: seconds between two checkpoints; the last epoch is always saved. 0 saves every epoch.
+        save_every: seconds between two checkpoints; 0 saves every epoch. The last epoch is always saved.
 
     Returns:
-        its entry in metrics.json, the history (one row per epoch), and the network of the last epoch.
+        the entry in metrics.json, the history (one row per epoch), and the network of the last epoch.
     """
     torch.manual_seed(seed)
     device = bags["train"].labels.device
@@ -183,7 +185,7 @@ def train_run(
                 state["best"] = {"merit": list(best_score), "epoch": epoch, "model": weights}
             progress.set_postfix(loss=f"{loss:.3f}", val_auc=f"{validation['auc']:.3f}")
         state["history"].append(row)
-        if progress.disable and not quiet:  # the output is a file or a pipe: one line for each epoch
+        if progress.disable and not quiet:  # the output is a file or a pipe: print one line per epoch
             validated = "" if row["val_auc"] is None else f", validation AUC {row['val_auc']:.3f}"
             print(f"{description}: epoch {epoch} of {config['epochs']}, loss {loss:.3f}{validated}", flush=True)
         state |= {
@@ -213,7 +215,7 @@ def train_run(
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of the metrics of both networks over the runs, and the worst and best if there are several runs."""
+    """The mean over the runs of the metrics of both networks. With several runs, also the worst and the best."""
     kinds: dict[str, Callable[[list[float]], float]] = {"mean": lambda v: float(np.mean(v))}
     if len(runs) > 1:
         kinds |= {"worst": min, "best": max}

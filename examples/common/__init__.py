@@ -1,1 +1,1 @@
-"""What the pipelines share: losses by name, files, options, processes."""
+"""Modules that the examples share: losses by name, files, options, processes."""

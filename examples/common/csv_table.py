@@ -1,4 +1,4 @@
-"""Tables of runs: CSV files with one row a run, from nested results and back."""
+"""Tables of runs: converts nested results to CSV files with one row per run, and back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of ``path``; none if there is no such file.
 
     Raises:
-        ValueError: it is not a CSV file whose rows are as long as its heading.
+        ValueError: it is not a CSV file, or a row is not as long as the header.
     """
     if not path.exists():
         return []
@@ -69,7 +69,7 @@ def write_rows(rows: Iterable[dict[str, str]], path: Path, columns: Iterable[str
     """Writes ``rows``. After a crash the file is the old or the new one.
 
     Args:
-        columns: all of them, in order. Default: as they first occur in the rows.
+        columns: all columns in their order. Default: the order in which they first occur in the rows.
 
     Raises:
         OSError: it cannot be written; the message names it.

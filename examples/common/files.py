@@ -14,7 +14,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """For a block that writes ``path``: an OSError names the file. Without this, the error of a full disk does not."""
+    """Adds the file name to an OSError of a block that writes ``path``. The error of a full disk has no file name."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def load_state(path: Path, **options: Any) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU. Nothing in it is executed.
 
     Raises:
-        ValueError: it is not there, cut off, or something else.
+        ValueError: it does not exist, is truncated, or is not a checkpoint.
     """
     import torch
 
@@ -45,16 +45,16 @@ def load_state(path: Path, **options: Any) -> dict[str, Any]:
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Atomic: after a crash or power loss the file is either the old or the new version.
+    """Writes a checkpoint. Atomic: after a crash or power loss the file is either the old or the new version.
 
     Raises:
-        OSError: it cannot be written; nothing of it is left.
+        OSError: the file cannot be written; no partial file is left.
     """
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    # written to memory first: on a file, torch reports a full disk or Ctrl-C as an unexpected position
+    # Written to memory first: with a file, torch reports a full disk or Ctrl-C as an unexpected position.
     content = io.BytesIO()
     torch.save(state, content)
     try:

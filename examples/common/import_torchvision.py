@@ -9,10 +9,11 @@ import torch
 
 
 def import_torchvision() -> types.ModuleType:
-    """Imports torchvision, also if its operators do not fit the installed torch.
+    """Imports torchvision, also if its operators do not match the installed torch.
 
-    PyPI's torchvision beside a CPU build of torch has no operators, and its module that describes them to the compiler
-    ends the import. Data sets, transforms and models need neither: that one module is left out.
+    With a CPU build of torch, torchvision from PyPI cannot load its operators, and the import of one of its modules
+    fails: the module that registers the operators for the compiler. This function skips that module. Data sets,
+    transforms and models need neither the operators nor this module.
     """
     if torch.version.cuda is None and "torchvision" not in sys.modules:
         name = "torchvision._meta_registrations"

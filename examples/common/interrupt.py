@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Interrupt:
-    """Ctrl-C, remembered: what it raises while a process starts is dropped, and elsewhere may become an error."""
+    """Remembers Ctrl-C, because its KeyboardInterrupt may be dropped or converted to another error."""
 
     came = False
 
@@ -29,5 +29,5 @@ class Interrupt:
 
 
 def leave_interrupts(_: int) -> None:
-    """In a process that loads images: ignores Ctrl-C, which reaches every process. Ending first would be an error."""
+    """Ignores Ctrl-C in a process that loads images. Every process gets it, and the main process must end first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

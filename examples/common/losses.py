@@ -12,9 +12,9 @@ from sgl_ops.pooling import POOLINGS
 
 
 def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
-    """The loss of a configuration. With ``process_group`` it counts over all processes.
+    """The loss of a configuration. With ``process_group``, SGL counts instances over all processes.
 
-    The other losses divide by the number of bags and classes alone, which are as many in every process.
+    The other losses only divide by the number of bags and classes, which is the same in every process.
     """
     pooling = config["pooling"]
     if pooling not in POOLINGS:
@@ -40,7 +40,7 @@ def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
 
 
 def lam_at(config: Config, progress: float) -> float:
-    """The weight of the instance loss after ``progress`` epochs: 0 at first, then rising, then ``lam``."""
+    """The weight of the instance loss after ``progress`` epochs: first 0, then rising to ``lam``, then ``lam``."""
     begun = progress - config["lam_delay"]
     warmup = config["lam_warmup"]
     return config["lam"] * min(max(begun / warmup if warmup else float(begun >= 0), 0.0), 1.0)

@@ -27,7 +27,7 @@ def path_of(text: str) -> Path:
 
 
 def device_name(text: str) -> str:
-    """For argparse: an available device of torch. Does not allocate on it, because each process has its own."""
+    """For argparse: an available device of torch. Does not allocate on it, because each process uses another one."""
     import torch
 
     try:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 class Processes(NamedTuple):
-    """This process among those that torchrun started; alone without it."""
+    """This process and the number of processes that torchrun started; one process without torchrun."""
 
     rank: int
     count: int
@@ -26,7 +26,7 @@ class Processes(NamedTuple):
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """The processes of torchrun: gloo on the CPU, nccl on GPUs, one each."""
+    """Joins the processes of torchrun: gloo on the CPU, nccl with one GPU per process."""
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     if len(given) < 5:  # some job schedulers set some of them
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

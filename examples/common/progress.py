@@ -7,13 +7,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-#: Seconds between two lines where the output is a file. A shorter loop writes no line.
+#: Seconds between two lines if the output is a file. A shorter loop writes no line.
 EVERY = 30.0
 LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go{postfix}"
 
 
 class Progress(tqdm):
-    """tqdm, to stderr. Where stderr is no terminal: a line every EVERY seconds, and one at the end of a longer loop."""
+    """tqdm on stderr. Without a terminal, it writes a line every EVERY seconds and at the end of a long loop."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.lines = not sys.stderr.isatty()
@@ -30,7 +30,7 @@ class Progress(tqdm):
 
     def close(self) -> None:
         if self.lines and not self.disable:
-            if self.last_print_t > self.start_t and self.n > self.last_print_n:  # there are lines, and not of the end
+            if self.last_print_t > self.start_t and self.n > self.last_print_n:  # the last line is not yet written
                 self.display()
             self.disable = True
         super().close()

@@ -1,4 +1,4 @@
-"""Runs of an experiment in several processes at once."""
+"""Computes the runs of an experiment in parallel processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 def compute_in_workers(
     compute: Callable[..., Result], runs: Iterable[Run], workers: int, *given: Any
 ) -> Iterator[tuple[Run, Result]]:
-    """(run, ``compute(run, *given)``), in the order of completion, with ``workers`` processes at once.
+    """Yields (run, ``compute(run, *given)``) in the order of completion, with ``workers`` parallel processes.
 
-    An interruption of the caller ends the current runs. If this process ends for any reason, so do its workers.
+    An interruption of the caller stops the current runs. The workers end when this process ends for any reason.
     """
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:

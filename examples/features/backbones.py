@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 class Geometry(NamedTuple):
-    """Where the cells of a feature map look, in pixels of the network's input.
+    """The position and the receptive field of the cells of a feature map, in pixels of the network's input.
 
     Attributes:
         stride: the distance between the centres of neighbouring cells.
         centre: the centre of the first cell from the edge of the image; the first pixel covers 0 to 1.
-        field: the side of the square that a cell sees (its receptive field). None: a cell sees the whole image.
+        field: the side of the receptive field of a cell. None: a cell depends on the whole image.
     """
 
     stride: int
@@ -34,13 +34,13 @@ class Backbone(nn.Module):
     averaged or interpolated bilinearly so that all features of a cell have the same centre in the image.
 
     Args:
-        network: the network; it is put into evaluation mode, and its parameters need no gradient.
+        network: the network. It is set to evaluation mode, and its parameters require no gradient.
         stages: names of submodules, as ``network.named_modules()`` gives them. The first one decides the grid. Nothing
             after the last stage is computed.
         mean, std: of the normalization of images in [0, 1], per channel.
         size: side in pixels of the images that the network was trained with.
         tokens: side of a patch in pixels where the stages give tokens (N, 1 + h w, D), as vision transformers do.
-        trained: whether the weights are those of a training; cells are then placed by :func:`effective_centre`.
+        trained: whether the weights are trained. If so, :func:`effective_centre` gives the positions of the cells.
     """
 
     mean: Tensor
@@ -48,7 +48,7 @@ class Backbone(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
-        """The grid of the maps, and the widest field of the stages."""
+        """The grid of the maps, and the largest receptive field of the stages."""
         fields = [geometry.field for geometry in self.geometries]
         return self.geometries[0]._replace(field=None if None in fields else max(fields))
 
@@ -105,12 +105,12 @@ def _as_map(output: Tensor, x: Tensor, tokens: int | None) -> Tensor:
 
 
 class _AllFoundError(Exception):
-    """Ends a forward pass once the last stage has been computed."""
+    """Raised to end a forward pass after the last stage."""
 
 
 @contextlib.contextmanager
 def _outputs(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of submodules by name, filled while the network runs; the pass ends when all are there."""
+    """The outputs of submodules by name, filled during a forward pass. The pass ends after the last of them."""
     found: dict[str, Tensor] = {}
     modules = dict(network.named_modules())
 
@@ -131,7 +131,7 @@ def _outputs(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def _aligned(maps: Tensor, own: Geometry, grid: Geometry, size: torch.Size) -> Tensor:
-    """``maps`` with the geometry ``own``, at the cells of ``grid``: (N, D, *size)."""
+    """``maps`` with the geometry ``own``, resampled at the cells of ``grid``: (N, D, *size)."""
     if (own.stride, own.centre) == (grid.stride, grid.centre) and maps.shape[2:] == size:
         return maps
     blocks = max(grid.stride // own.stride, 1)
@@ -163,7 +163,7 @@ def load_backbone(
             state dict of the network, without its classifier if need be. Half precision is converted to float32.
         stages: the stages whose outputs are concatenated: numbers in the list of the network's stages (0 = the first),
             or names of its submodules. Default: the last stage.
-        cut: the same as one stage: the trunk only up to there. Not together with ``stages``.
+        cut: a single stage, after which the network ends. Cannot be combined with ``stages``.
         output_stride: 8, 16 or 32, for networks that timm can dilate.
 
     Raises:
@@ -204,7 +204,7 @@ def load_backbone(
 
 
 def import_timm():
-    """timm, also where torchvision's operators do not fit the installed torch."""
+    """Imports timm, also if the operators of torchvision do not match the installed torch."""
     from common.import_torchvision import import_torchvision
 
     import_torchvision()
@@ -224,7 +224,7 @@ def stage_names(network: nn.Module) -> list[str]:
 
 
 def stage_of(network: nn.Module, stage: str) -> str:
-    """The submodule that a number among the stages, or a name, stands for."""
+    """The name of the submodule for a stage, given as a number or a name."""
     names = stage_names(network)
     if stage.isdigit() and int(stage) < len(names):
         return names[int(stage)]
@@ -236,7 +236,7 @@ def stage_of(network: nn.Module, stage: str) -> str:
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """A state dict of a file into ``network``; the classifier, and the last convolution before it, may be missing."""
+    """Loads a state dict into ``network``. The classifier, and the last convolution before it, may be missing."""
     if not path.is_file():
         raise ValueError(f"weights: expected 'pretrained', 'none' or a file, got {str(path)!r}")
     if path.suffix == ".safetensors":
@@ -262,11 +262,12 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def geometry_of(network: nn.Module, stage: str, size: int, tokens: int | None = None) -> Geometry:
-    """Where the cells of the map of ``stage`` look, measured by gradients.
+    """The geometry of the map of ``stage``, measured by gradients.
 
-    A copy of the network computes with small positive weights, averages in place of maxima and neutral normalization,
-    in float64. The gradient of a cell with respect to an input pixel is then positive if the cell sees the pixel, and
-    exactly 0 if not. The image is a narrow strip, which is enough for one direction.
+    A copy of the network computes in float64 with small positive weights, averages instead of maxima and neutral
+    normalization. The gradient of a cell with respect to an input pixel is then positive if the pixel is in the
+    receptive field of the cell, and exactly 0 otherwise. The image is a narrow strip, which is enough for one
+    direction.
 
     Args:
         size: side in pixels of the images that the network was trained with. The strip is up to eight times as long.
@@ -282,17 +283,16 @@ def geometry_of(network: nn.Module, stage: str, size: int, tokens: int | None = 
 
 
 def effective_centre(network: nn.Module, stage: str, size: int, stride: int, draws: int = 16) -> float:
-    """Where a trained network's cells look on average: the centre of the first cell from the edge of the image.
+    """The centre of the effective receptive field of the first cell, in pixels from the edge of the image.
 
-    The mean place of the squared gradient of a cell's features, in random directions, with respect to an image of
-    noise: the centre of the effective receptive field. It may be far from the middle of the receptive field. With the
-    uneven padding of TensorFlow, for example, that middle is at 15.5 pixels of a stride of 16, and the weights of
-    EfficientNet-Lite0 look at 10.
+    It is the mean position of the squared gradient of a cell's features, in random directions, with respect to an image
+    of noise. It may be far from the middle of the receptive field. An example is EfficientNet-Lite0 with the uneven
+    padding of TensorFlow at a stride of 16: the middle is at 15.5 pixels, the effective centre at 10.
 
     Args:
-        size: side in pixels of the images that the network was trained with; the noise is twice as large.
-        stride: of the map.
-        draws: pairs of a cell, within the middle third of the map, and a direction.
+        size: side in pixels of the images that the network was trained with. The image of noise is twice as large.
+        stride: the stride of the map.
+        draws: number of random pairs of a direction and a cell in the middle third of the map.
     """
     generator = torch.Generator().manual_seed(0)
     side = 2 * size
@@ -315,7 +315,7 @@ def effective_centre(network: nn.Module, stage: str, size: int, stride: int, dra
 
 
 def _measured(probe: nn.Module, stage: str, side: int, tokens: int | None) -> Geometry:
-    """The geometry along a strip of ``side`` pixels; ``field`` None if a cell in the middle sees an end of it."""
+    """The geometry along a strip of ``side`` pixels. ``field`` is None if that of a middle cell reaches an end."""
     strip = torch.ones(1, 3, side, 64, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         (cells,) = stage_maps(probe, [stage], strip, tokens)

@@ -26,7 +26,7 @@ def prepare(data: Path, out: Path) -> Path:
         the folder of the images.
 
     Raises:
-        ValueError: the data are not there; the message says how to get them.
+        ValueError: the data are missing. The message says how to get them.
     """
     if (data / "boxes.csv").is_file():
         with (data / "boxes.csv").open(newline="") as file:

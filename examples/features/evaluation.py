@@ -1,4 +1,4 @@
-"""What a trained head finds: in bags, in their instances, and as boxes."""
+"""Metrics of the predictions of a trained head: for bags, instances and boxes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T_IOU = (0.1, 0.3, 0.5)
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve of scores (n,) and labels (n,), NaN = unknown; NaN where one kind only is known."""
+    """Area under the ROC curve of scores (n,) and labels (n,), NaN = unknown. NaN if all known labels are equal."""
     known = ~np.isnan(labels)
     return metrics.auc(scores[known], labels[known])
 
@@ -31,7 +31,7 @@ def bootstrap(
 
 
 def bag_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Of one class: AUC of the bags (n,), and its bootstrap interval over bags."""
+    """AUC of the bags (n,) for one class, and its bootstrap interval over bags."""
     low, high = bootstrap(lambda rows: auc(scores[rows], labels[rows]), len(scores))
     return {"auc": auc(scores, labels), "auc_low": low, "auc_high": high}
 
@@ -39,10 +39,10 @@ def bag_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def instance_metrics(
     found: Sequence[np.ndarray], truth: Sequence[np.ndarray], positive: Sequence[bool]
 ) -> dict[str, float]:
-    """Of one class, from probabilities ``found`` and labels ``truth`` of the instances (L_i,) of each bag.
+    """Metrics of the instances for one class, from probabilities ``found`` and labels ``truth`` (L_i,) of each bag.
 
-    ``auc_all``: AUC of all instances. ``auc`` and ``ap``: of the instances of positive bags, put together. ``iou``:
-    mean over the positive bags of the intersection over union of the instances with p > 0.5 and the positive ones.
+    ``auc_all`` is the AUC of all instances. ``auc`` and ``ap`` are over the instances of all positive bags together.
+    ``iou`` is the mean over the positive bags of the IoU of the instances with p > 0.5 and the positive instances.
     """
     everything = np.concatenate(found), np.concatenate(truth)
     inside = [i for i, is_positive in enumerate(positive) if is_positive]
@@ -65,17 +65,17 @@ def instance_metrics(
 
 
 def box_of(heatmap: np.ndarray, size: tuple[int, int], first: float) -> np.ndarray:
-    """The box (4,) of a map (h, w): bilinear, p > 0.5, the component of the maximum, no opening and closing."""
+    """The box (4,) of a map (h, w): bilinear, p > 0.5, component of the maximum, without opening and closing."""
     return heatmap_to_box(heatmap, size, 0.5, "bilinear", 1, first)
 
 
 def box_metrics(
     maps: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], truth: Mapping[str, np.ndarray], first: float
 ) -> dict[str, float]:
-    """Of the bags with true boxes: shares of them that are found, with one box and one point per bag.
+    """Fractions of the bags with true boxes that are found, with one predicted box and one point per bag.
 
-    A bag counts as found at T if the box has an IoU greater than T with any of its true boxes. ``pointing``: the centre
-    of the map's greatest cell lies in one of them.
+    A bag counts as found at T if the predicted box has an IoU greater than T with any of its true boxes. For
+    ``pointing``, the centre of the cell with the largest value must lie in one of them.
     """
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Features of images: a map's cells, or the places round given points."""
+"""Features of images: the cells of a feature map, or given points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find_images(folder: Path) -> dict[str, Path]:
     """The image files of a folder, by their names without ending.
 
     Raises:
-        ValueError: there are none, or two of one name.
+        ValueError: there are no images, or two have the same name.
     """
     if not folder.is_dir():
         raise ValueError(f"images: expected a folder, got {str(folder)!r}")
@@ -48,7 +48,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_points(path: Path) -> dict[str, np.ndarray]:
-    """x, y (n, 2) in pixels by bag, of a csv with the columns bag (or image), x and y; rows keep their order."""
+    """Points x, y (n, 2) in pixels by bag, in row order, from a CSV with the columns bag (or image), x and y."""
     if not path.is_file():
         raise ValueError(f"points: expected a csv file, got {str(path)!r}")
     points: dict[str, list[tuple[float, float]]] = {}
@@ -68,7 +68,7 @@ def map_of(backbone: Backbone, image: Tensor, scales: Sequence[float], symmetric
     """The feature map (D, h, w) of an image (1, 3, H, W), concatenated over ``scales`` of the image.
 
     Args:
-        symmetric: the mean over the eight flips and rotations by 90 degrees, each turned back.
+        symmetric: return the mean over the eight flips and rotations by 90 degrees, each transformed back.
     """
     maps = []
     for scale in scales:
@@ -94,11 +94,11 @@ def _symmetric(network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 
 def map_bag(backbone: Backbone, geometry: Geometry, image: Tensor, scales: Sequence[float], symmetric: bool) -> Bag:
-    """The cells of an image's feature map as a bag; ``coords`` are the centres of the cells."""
+    """The cells of the feature map of an image as a bag. ``coords`` are the centres of the cells."""
     features = map_of(backbone, image, scales, symmetric)
     step, centre = geometry.stride / scales[0], geometry.centre / scales[0]
     if symmetric:
-        centre = step / 2  # the mean over flips is symmetric to the middle of the image
+        centre = step / 2  # the mean over flips is symmetric about the middle of the image
     h, w = features.shape[1:]
     y, x = np.mgrid[:h, :w]
     coords = np.stack([x.ravel(), y.ravel()], 1) * step + centre

@@ -19,7 +19,7 @@ class Head(nn.Module):
         features: D.
         classes: C.
         hidden: width H of the hidden layer; 0 = a linear head.
-        dropout: of the hidden layer.
+        dropout: dropout probability of the hidden layer.
     """
 
     def __init__(self, features: int, classes: int, hidden: int, dropout: float):
@@ -29,7 +29,7 @@ class Head(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (L, C), and what attention looks at: the hidden layer (L, H), or the features (L, D)."""
+        """Logits (L, C), and the input of attention: the hidden layer (L, H), or the features (L, D)."""
         out = self.first(x)
         if self.last is None:
             return out, x
@@ -43,9 +43,9 @@ class Head(nn.Module):
 
 
 class Candidates(nn.Module):
-    """Several heads at once: logits (L, R C) of features (L, D), one after the other.
+    """R heads that are computed together: logits (L, R C) of features (L, D), head after head.
 
-    They share one matrix product, and as classes of a bag loss they do not touch each other.
+    They share one matrix product. The bag loss treats them as separate classes, so they do not influence each other.
     """
 
     def __init__(self, heads: list[Head]):
@@ -65,7 +65,7 @@ class Candidates(nn.Module):
 
     @torch.no_grad()
     def copy_to(self, head: Head, number: int) -> None:
-        """Puts the weights of candidate ``number`` into ``head``."""
+        """Copies the weights of candidate ``number`` to ``head``."""
         rows = slice(number * len(head.first.bias), (number + 1) * len(head.first.bias))
         head.first.weight.copy_(self.weight[rows])
         head.first.bias.copy_(self.bias[rows])
@@ -74,11 +74,11 @@ class Candidates(nn.Module):
 
 
 def make_head_pooling(head: str, pooling: str, k: float, width: int) -> nn.Module:
-    """The pooling of a head: attention for ``attention`` and ``gated``, else the one named ``pooling``.
+    """The pooling of a head: attention for the heads ``attention`` and ``gated``, otherwise ``pooling``.
 
     Args:
-        k: of ``topk``: a number of instances, or below 1 a share of the bag.
-        width: of what attention looks at.
+        k: k of ``topk``: a number of instances, or a fraction of the bag if below 1.
+        width: width of the input of attention.
     """
     if head in ("attention", "gated"):
         return AttentionPooling(width, gated=head == "gated")

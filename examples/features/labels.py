@@ -1,4 +1,4 @@
-"""Labels of bags, of instances, and boxes: csv files; and the division of bags into training and test."""
+"""Reads labels of bags and instances, and boxes, from CSV files. Divides bags into training and test."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Labels(NamedTuple):
     """Labels of bags.
 
     Attributes:
-        names: of the N bags.
+        names: names of the N bags.
         classes: names of the C classes.
         values: (N, C) float32: 0, 1, or NaN = unknown.
-        split: (N,) of ``SPLITS``; None without such a column.
-        groups: (N,) patients; the bags' names without such a column.
+        split: (N,) names of ``SPLITS``; None without such a column.
+        groups: (N,) patients; without such a column, the names of the bags.
     """
 
     names: list[str]
@@ -34,11 +34,11 @@ def read_labels(path: Path, classes: Sequence[str] | None, group: str) -> Labels
     """Labels of a csv file: a column ``bag``, one column per class, and if need be ``split`` and ``group``.
 
     Args:
-        classes: which columns; None: all that hold nothing but 0, 1 and empty cells.
-        group: the column of patients.
+        classes: the label columns; None: all columns that contain only 0, 1 and empty cells.
+        group: the column with the patients.
 
     Raises:
-        ValueError: a missing file or column, a bag twice, other values.
+        ValueError: a file or column is missing, a bag occurs twice, or a label is not 0, 1 or empty.
     """
     table = _read_csv(path, "labels", ["bag"])
     table["bag"] = table["bag"].astype(str)
@@ -84,7 +84,7 @@ def read_instance_labels(path: Path, classes: Sequence[str]) -> dict[str, np.nda
 
 
 def read_boxes(path: Path, classes: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Boxes (n, 4) x, y, w, h by class and bag, of columns bag (or image), class and x, y, w, h or xmin … ymax."""
+    """Boxes (n, 4) x, y, w, h by class and bag. Columns: bag (or image), class, and x, y, w, h or xmin … ymax."""
     table = _read_csv(path, "boxes", ["class"])
     key = _bag_column(table, path)
     if "xmin" in table:
@@ -100,7 +100,7 @@ def read_boxes(path: Path, classes: Sequence[str]) -> dict[str, dict[str, np.nda
 
 
 def folds(labels: Labels, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (training, test) of indices of bags: ``count`` folds, no group in both, stratified by the first class."""
+    """``count`` folds as pairs (training, test) of bag indices. Groups stay together; stratified by the first class."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     if count > len(set(labels.groups)):
@@ -124,7 +124,7 @@ def _read_csv(path: Path, what: str, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _bag_column(table: pd.DataFrame, path: Path) -> str:
-    """The column with the bag: ``bag``, or ``image`` with the ending of a file removed."""
+    """The column with the bag: ``bag``, or ``image`` without the suffixes of the files."""
     if "bag" not in table and "image" not in table:
         raise ValueError(f"expected the column bag or image in {path}, found {', '.join(table)}")
     key = "bag" if "bag" in table else "image"

@@ -1,4 +1,4 @@
-"""A page with the metrics of a run, and what it finds in some of the test bags."""
+"""A page with the metrics of a run, and its predictions for some of the test bags."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_report(
 
     Args:
         parts: predictions of the first repeat.
-        images: folder of the images that the bags were made from; None: places without an image.
+        images: folder of the images of the bags; None: draw the positions without an image.
     """
     shown = [(key, title) for key, title in COLUMNS if any(key in values for values in result.values())]
     rows = "".join(
@@ -115,7 +115,7 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
 
 
 def draw_map(axes, heatmap: np.ndarray, size: tuple[int, int], first: float) -> None:
-    """A map (h, w) of probabilities over an image of ``size``, opaque where p is high, and the box that is found."""
+    """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and the predicted box."""
     axes.imshow(overlay(heatmap, size, "bilinear", first))
     draw_box(axes, box_of(heatmap, size, first), FOUND)
 

@@ -1,4 +1,4 @@
-"""Runs of train_features.py: what is trained and tested on what, files of finished runs, and their summary."""
+"""Runs of train_features.py: their training and test bags, the files of finished runs, and their summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from features.store import FeatureBags
 
 
 class Run(NamedTuple):
-    """One training: ``repeat`` (of the folds, or the seed), ``fold`` (0 with a given split), indices of bags."""
+    """One training: number of the repeat (or seed), number of the fold (0 with a given split), indices of bags."""
 
     repeat: int
     fold: int
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a run says of its test bags: ``names``, ``bags`` (N, C), ``instances`` (T, C), ``offsets`` (N + 1,)."""
+    """Predictions for the test bags: ``names``, ``bags`` (N, C), ``instances`` (T, C), ``offsets`` (N + 1,)."""
 
     names: np.ndarray
     bags: np.ndarray
@@ -41,7 +41,7 @@ class Predictions(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """What predictions are compared with; ``instances`` and ``boxes`` may be empty."""
+    """The true labels and boxes that predictions are compared with. ``instances`` and ``boxes`` may be empty."""
 
     labels: Labels
     instances: Mapping[str, np.ndarray]
@@ -49,11 +49,11 @@ class Truth(NamedTuple):
 
 
 def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator[Run]:
-    """The runs: ``repeats`` times ``count`` folds, or with the given split, ``repeats`` seeds.
+    """The runs: ``repeats`` times ``count`` folds, or ``repeats`` seeds with the given split.
 
     Args:
-        count: number of folds; None: the column ``split``. ``test`` = ``"test"`` trains on train and val and tests on
-            test; ``"val"`` trains on train and tests on val, without a look at the test bags.
+        count: number of folds; None: use the column ``split``. ``test`` = ``"test"`` trains on train and val and tests
+            on test. ``"val"`` trains on train and tests on val; it does not read the test bags.
     """
     if count is None:
         if labels.split is None:
@@ -71,7 +71,7 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:
-    """Atomic: after a crash the file is whole or not there."""
+    """Writes the predictions. Atomic: after a crash the file is complete or missing."""
     beside = path.with_suffix(".tmp")
     with naming(path):
         with beside.open("wb") as file:
@@ -94,7 +94,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
 def metrics_of(
     predictions: Predictions, truth: Truth, bags: FeatureBags, with_intervals: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Metrics by class: of bags, and where there is a truth, of instances and of boxes."""
+    """Metrics by class, of bags; with labels of instances or boxes, also of these."""
     rows = {name: i for i, name in enumerate(truth.labels.names)}
     labels = truth.labels.values[[rows[str(name)] for name in predictions.names]]
     per_bag = np.split(predictions.instances, predictions.offsets[1:-1])
@@ -119,7 +119,7 @@ def metrics_of(
 def maps_of(
     predictions: Predictions, bags: FeatureBags, c: int
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
-    """Maps (h, w) of class ``c`` and sizes of the images, of the bags that are maps."""
+    """Maps (h, w) of class ``c`` and sizes of the images, for the bags that are maps."""
     maps, sizes = {}, {}
     for i, name in enumerate(predictions.names.tolist()):
         bag = bags.shape(name)
@@ -131,17 +131,18 @@ def maps_of(
 
 
 def first_of(bags: FeatureBags) -> float:
-    """The centre of the first cell in cells from the edge of the image; 0.5 where the extraction is unknown."""
+    """The centre of the first cell, in cells from the edge of the image. 0.5 if the extraction is unknown."""
     settings = bags.settings
     return settings["centre"] / settings["stride"] if settings.get("stride") else 0.5
 
 
 def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: FeatureBags) -> tuple[dict, list[dict]]:
-    """Metrics over all repeats (a list of folds each): a dict by class, and a row per repeat and class.
+    """Metrics over all repeats (each a list of folds): a dictionary by class, and one row per repeat and class.
 
-    A repeat's metrics are those of its folds' test bags together. Of each metric: mean, worst and best over the
-    repeats. ``auc_low`` and ``auc_high`` are the 95 % interval, over bags, of the AUC of the mean score of the repeats.
-    ``auc_of_folds`` and ``auc_of_folds_sd`` are mean and deviation of the AUC within each fold.
+    The metrics of a repeat are computed over the test bags of all its folds together. Each metric has its mean, worst
+    and best over the repeats. ``auc_low`` and ``auc_high`` are the 95 % interval over bags of the AUC of the scores
+    averaged over the repeats. ``auc_of_folds`` and ``auc_of_folds_sd`` are the mean and the standard deviation of the
+    AUC within the folds.
     """
     whole = [joined(parts) for parts in repeats]
     rows = []

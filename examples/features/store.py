@@ -1,10 +1,10 @@
-"""Bags of features on disk: written by the extraction, read bag by bag.
+"""Bags of features on disk: the extraction writes them, the training reads them bag by bag.
 
-Two forms of a folder:
+A folder has one of two forms:
 
-- One file a bag: ``BAG.h5`` with ``features`` (L, D) and ``coords`` (L, 2), as CLAM and TRIDENT write them, or
+- One file per bag: ``BAG.h5`` with ``features`` (L, D) and ``coords`` (L, 2), as CLAM and TRIDENT write them, or
   ``BAG.pt`` with a tensor (L, D) or a dict that holds one under ``features`` (and ``coords``).
-- One file for all: ``features.bin`` (L_1 + L_2 + ..., D) and ``coords.bin``, with ``bags.csv`` (one row a bag: name,
+- One file for all: ``features.bin`` (L_1 + L_2 + ..., D) and ``coords.bin``, with ``bags.csv`` (one row per bag: name,
   number of instances, height and width of the map or 0, height and width of the image) and ``store.json``.
 
 ``coords`` are x, y in pixels of the image, of the centre of an instance (CLAM: of its top left corner).
@@ -27,13 +27,13 @@ COORDS = np.dtype(np.float32)
 
 
 class Bag(NamedTuple):
-    """A bag: its features (L, D), and where its instances are.
+    """A bag: its features (L, D), and the positions of its instances.
 
     Attributes:
         features: (L, D), float16 or float32.
-        coords: (L, 2), x and y in pixels; None where the file has none.
-        grid: rows and columns where the instances are the cells of a map, row by row; else None.
-        size: height and width of the image in pixels; None where unknown.
+        coords: (L, 2), x and y in pixels; None if the file has none.
+        grid: (rows, columns) if the instances are the cells of a map, row by row; otherwise None.
+        size: (height, width) of the image in pixels; None if unknown.
     """
 
     features: np.ndarray
@@ -43,7 +43,7 @@ class Bag(NamedTuple):
 
 
 class StoreWriter:
-    """Appends bags to a folder with one file for all; a folder that exists is continued after its last whole bag.
+    """Appends bags to a folder with one file for all. An existing folder is continued after its last complete bag.
 
     Raises:
         ValueError: the folder was made with other ``settings``.
@@ -73,7 +73,7 @@ class StoreWriter:
             _write_line(folder / "bags.csv", BAGS, "w")
 
     def add(self, name: str, bag: Bag) -> None:
-        """Writes a bag; float16 on disk. A bag counts as written when its line in ``bags.csv`` is."""
+        """Writes a bag as float16. A bag counts as written when its line in ``bags.csv`` is written."""
         features = np.ascontiguousarray(bag.features, np.float16)
         if not self.features:
             self.features = features.shape[1]
@@ -94,7 +94,7 @@ class StoreWriter:
 
 
 class FileWriter:
-    """Writes one ``BAG.h5`` a bag, in CLAM's layout; files that exist are left as they are."""
+    """Writes one ``BAG.h5`` per bag in the layout of CLAM. Existing files are not changed."""
 
     def __init__(self, folder: Path, settings: dict):
         self.folder = folder
@@ -123,15 +123,15 @@ class FileWriter:
 
 
 class FeatureBags:
-    """The bags of a folder, in either form, read from disk when they are asked for.
+    """The bags of a folder in either form. Each access to a bag reads it from disk.
 
     Attributes:
-        names: of the bags, sorted.
-        features: D.
-        settings: of the extraction; empty where unknown.
+        names: sorted names of the bags.
+        features: the number of features D.
+        settings: settings of the extraction; empty if unknown.
 
     Raises:
-        ValueError: the folder holds no bags, or broken ones.
+        ValueError: the folder contains no bags, or a broken file.
     """
 
     def __init__(self, folder: Path):
@@ -178,7 +178,7 @@ class FeatureBags:
         return self._read_store(name, with_features=False).coords if self._rows else self[name].coords
 
     def shape(self, name: str) -> Bag:
-        """A bag without its features: ``grid`` and ``size``."""
+        """``grid`` and ``size`` of a bag, without reading its features."""
         return self._read_store(name, with_features=False) if self._rows else self[name]
 
     def __getitem__(self, name: str) -> Bag:
@@ -201,7 +201,7 @@ class FeatureBags:
             raise ValueError(f"{self.folder}: there is no bag {name!r}")
         row = self._rows[name]
         n, d = row["instances"], self.features
-        # read, not mapped: pages of a mapped file would count as this process's memory
+        # Read, not memory-mapped: the pages of a mapped file would count as memory of this process.
         features = np.zeros((0, d), np.float16)
         if with_features:
             features = np.fromfile(self.folder / "features.bin", np.float16, n * d, offset=row["start"] * d * 2)
@@ -231,7 +231,7 @@ def _read_pt(path: Path) -> Bag:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # reading something else ends in many ways
+    except Exception as error:  # reading another kind of file raises many types
         raise ValueError(f"{path}: not a readable file of tensors ({type(error).__name__})") from None
     content = content if isinstance(content, dict) else {"features": content}
     if not isinstance(content.get("features"), torch.Tensor):
@@ -246,7 +246,7 @@ def _read_pt(path: Path) -> Bag:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of ``bags.csv``; a last line that was cut off is dropped from the file."""
+    """Rows of ``bags.csv``. An incomplete last line is removed from the file."""
     text = path.read_text() if path.exists() else ""
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]

@@ -20,7 +20,7 @@ from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, TopKSchedul
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a result besides the data and the seed; the options of train_features.py."""
+    """All settings that decide a result, apart from the data and the seed: the options of train_features.py."""
 
     loss: str = "sgl"
     pooling: str = "topk"
@@ -49,7 +49,7 @@ class Settings:
 
 
 class Batch(NamedTuple):
-    """Bags of a step: packed features (T, D) float32, ``offsets`` (N + 1,), labels (N, C)."""
+    """The bags of a step: packed features (T, D) float32, ``offsets`` (N + 1,), labels (N, C)."""
 
     features: Tensor
     offsets: Tensor
@@ -57,12 +57,12 @@ class Batch(NamedTuple):
 
 
 class BagReader:
-    """Reads bags of features as float32 tensors, transformed, and keeps them in memory while they fit.
+    """Reads bags of features as transformed float32 tensors, and keeps them in memory if they fit.
 
     Args:
         bags: the bags on disk.
-        names: those that are read.
-        cache_bytes: kept in memory if all of ``names`` take at most as many.
+        names: names of the bags to read.
+        cache_bytes: keep the bags in memory if all of ``names`` take at most this many bytes.
     """
 
     def __init__(self, bags: FeatureBags, names: Sequence[str], cache_bytes: float):
@@ -74,7 +74,7 @@ class BagReader:
         self.transform: Transform | None = None
 
     def fit(self, names: Sequence[str], components: int) -> Transform:
-        """The transform of the training bags ``names``, which all later reads apply; ``components`` 0 keeps all."""
+        """Fits the transform on the training bags ``names``. Later reads apply it. ``components`` 0 keeps all features."""
         if self.transform is None or self.fitted != tuple(names):
             self.fitted, self.transform, self.cache = tuple(names), None, None
             self.transform = fit_transform((self.read(name) for name in names), components)
@@ -83,7 +83,7 @@ class BagReader:
         return self.transform
 
     def read(self, name: str) -> Tensor:
-        """Features (L, D) as they are on disk, float32."""
+        """Features (L, D) without the transform, float32."""
         features = torch.from_numpy(np.asarray(self.bags[name].features, np.float32))
         if not torch.isfinite(features).all():
             raise ValueError(f"{name}: expected finite features")
@@ -112,10 +112,10 @@ class Transform(NamedTuple):
 
 
 def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
-    """Standardization of all instances of ``bags`` (L_i, D), read once, and their principal components.
+    """Fits the transform on all instances of ``bags`` (L_i, D), in one pass: standardization and principal components.
 
-    Every feature is standardized. With ``components`` K > 0 the result is the K first principal components of the
-    standardized features, each divided by its own deviation.
+    Every feature is standardized. With ``components`` K > 0, the result is the first K principal components of the
+    standardized features, each divided by its standard deviation.
 
     Raises:
         ValueError: there are no instances, or more components than features.
@@ -126,7 +126,7 @@ def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
     for x in bags:
         if not len(x):
             continue
-        origin = x.mean(0) if origin is None else origin  # near the mean: products lose no digits
+        origin = x.mean(0) if origin is None else origin  # a point near the mean, so that the products do not lose precision
         x = x - origin
         count += len(x)
         total = total + x.sum(0).double()
@@ -147,7 +147,7 @@ def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
 
 
 def batches(reader: BagReader, names: Sequence[str], labels: Tensor, size: int, order: Tensor) -> Iterator[Batch]:
-    """The bags ``names`` with ``labels`` (N, C), ``size`` at a time, in ``order``."""
+    """Yields batches of ``size`` of the bags ``names`` with ``labels`` (N, C), in ``order``."""
     for chosen in order.split(size):
         parts = [reader(names[i]) for i in chosen.tolist()]
         offsets = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
@@ -155,7 +155,7 @@ def batches(reader: BagReader, names: Sequence[str], labels: Tensor, size: int, 
 
 
 def make_loss(settings: Settings, width: int) -> nn.Module:
-    """The loss that ``settings`` name; ``width`` of what attention looks at."""
+    """The loss of ``settings``. ``width`` is the width of the input of attention."""
     pooling = make_head_pooling(settings.head, settings.pooling, settings.k, width)
     if settings.loss == "sgl":
         return SGLLoss(
@@ -180,7 +180,7 @@ def make_model(settings: Settings, features: int, classes: int, seed: int) -> nn
 
 
 def bag_logits(model: nn.ModuleDict, logits: Tensor, batch: Batch, hidden: Tensor) -> Tensor:
-    """Bag logits (N, C); the maximum for MMM, which has no pooling of its own."""
+    """Bag logits (N, C). For MMM, which has no pooling, the maximum."""
     pooling = getattr(model["loss"], "pooling", None)
     if pooling is None:
         pooling = make_head_pooling("mlp", "max", 1, 0)
@@ -188,7 +188,7 @@ def bag_logits(model: nn.ModuleDict, logits: Tensor, batch: Batch, hidden: Tenso
 
 
 def loss_arguments(logits: Tensor, batch: Batch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and keyword arguments of a loss. Bags of one size are a plain batch, which is faster than packed bags."""
+    """Logits and keyword arguments of a loss. Bags of equal size form a dense batch, which is faster than packed bags."""
     sizes = batch.offsets.diff()
     size = int(sizes[0])
     if size and bool((sizes == size).all()):
@@ -205,10 +205,10 @@ def train(
     seed: int,
     log: Callable[[dict], None] = lambda _: None,
 ) -> nn.ModuleDict:
-    """A head trained on the bags ``names`` with ``labels`` (N, C); NaN = unknown.
+    """Trains a head on the bags ``names`` with ``labels`` (N, C), NaN = unknown, and returns it.
 
     Args:
-        log: called after each epoch with the epoch's number, loss, lam and training AUC per class.
+        log: called after each epoch with the number of the epoch, loss, lam and training AUC per class.
     """
     transform = reader.fit(names, settings.components)
     model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
@@ -254,15 +254,14 @@ def train(
 def choose_start(
     model: nn.ModuleDict, reader: BagReader, names: Sequence[str], labels: Tensor, settings: Settings, seed: int
 ) -> None:
-    """Trains ``restarts`` heads with the bag loss for ``trial_epochs``, and puts the best into ``model``.
+    """Trains ``restarts`` heads with the bag loss for ``trial_epochs``, and copies the best one into ``model``.
 
-    With ``k_start`` top-k pooling begins with that share of the largest training bag, and k falls to ``k`` during the
-    trials. The best head is the one with the least bag loss of the last trial epoch, on the training bags. From some
-    initial weights top-k pooling of large bags ends in a minimum that has nothing to do with the object; its loss stays
-    higher.
+    With ``k_start``, top-k pooling begins with this fraction of the largest training bag, and k falls to ``k`` during the
+    trials. The best head has the lowest bag loss on the training bags in the last trial epoch. With some initial weights,
+    top-k pooling of large bags converges to a minimum unrelated to the object. The loss of this minimum is higher.
 
     Raises:
-        ValueError: the head has attention, which the candidates cannot share.
+        ValueError: the head has attention, which candidates do not support.
     """
     if settings.head in ("attention", "gated"):
         raise ValueError(f"restarts: expected the head linear or mlp, got {settings.head}")
@@ -273,7 +272,7 @@ def choose_start(
     ]
     for other in heads:
         other.start(labels, settings.share)
-    # the model's own initial weights are a candidate, too
+    # the initial weights of the model are also a candidate
     own = Head(head.first.in_features, classes, 0 if head.last is None else settings.hidden, 0.0)
     own.load_state_dict(head.state_dict())
     candidates = Candidates([own, *heads])
@@ -303,7 +302,7 @@ def choose_start(
 
 
 def falling_k(reader: BagReader, names: Sequence[str], settings: Settings) -> TopKSchedule | None:
-    """The k of each step of the trials but for those of the last epoch, which have ``k``; None without ``k_start``."""
+    """The k of each trial step before the last epoch. In the last epoch, it is ``k``. None without ``k_start``."""
     if not settings.k_start or settings.pooling != "topk":
         return None
     k = settings.k if settings.k < 1 else int(settings.k)
@@ -314,7 +313,7 @@ def falling_k(reader: BagReader, names: Sequence[str], settings: Settings) -> To
 
 @torch.no_grad()
 def predicted(model: nn.ModuleDict, reader: BagReader, names: Sequence[str]) -> Predictions:
-    """Probabilities of the bags ``names`` and of their instances, computed one bag at a time."""
+    """Probabilities of the bags ``names`` and of their instances, computed bag by bag."""
     bags, instances = [], []
     for name in names:
         x = reader(name)
