@@ -8,7 +8,7 @@ help:
 
 setup:        ## install the package in editable mode, with everything for tests, style and docs
 	$(PYTHON) -m pip install -r tools/requirements-dev.txt
-	SGL_OPS_CUDA=0 SGL_OPS_BUILD=1 $(PYTHON) -m pip install --no-build-isolation -e ".[test,docs]"
+	SGL_OPS_CUDA=0 SGL_OPS_BUILD=1 $(PYTHON) -m pip install --no-build-isolation -e ".[test,docs,device-code]"
 
 build:        ## compile the extension again after a change in csrc/; unchanged files are not compiled
 	SGL_OPS_CUDA=0 SGL_OPS_BUILD=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
@@ -36,7 +36,7 @@ all: test emulated sanitizer examples device-code  ## every tier
 style:        ## formatting, lint, types
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.cpp')
+	clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.cpp' 'tests/device_code/*.h' 'tests/device_code/*.cpp')
 	mypy
 
 docs:         ## the documentation site, in docs/_build/html

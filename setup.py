@@ -9,8 +9,6 @@ SGL_OPS_CUDA=auto   with kernels for CUDA where there is a toolkit and torch was
 SGL_OPS_CUDA=1      with them; that there is no toolkit, or a failure, is an error
 SGL_OPS_CUDA=0      without them
 
-SGL_OPS_EXCHANGE=1  with csrc/cuda/exchange.cuh, which only benchmarks/bench_gpu.py calls
-
 CUDA_HOME, TORCH_CUDA_ARCH_LIST: the toolkit, and what to compile for, as torch understands them
 """
 
@@ -44,7 +42,6 @@ def choice(name: str) -> str:
 
 
 BUILD, CUDA = choice("SGL_OPS_BUILD"), choice("SGL_OPS_CUDA")
-EXCHANGE = ["SGL_WITH_EXCHANGE"] if os.environ.get("SGL_OPS_EXCHANGE") == "1" else []
 
 # Free-threaded Pythons have no limited API.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -110,9 +107,7 @@ class BuildExtension(build_ext):
         try:
             folder, flags = link_flags(toolkit)
             host_flags = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}=."]
-            command = compile_command(
-                toolkit, source, str(target), host_flags, ["SGL_WITH_EXCHANGE"] if EXCHANGE else []
-            )
+            command = compile_command(toolkit, source, str(target), host_flags)
             self.run_unless_done(command, target, [source, *glob("csrc/cuda/*.cuh"), *extension.depends])
         except (OSError, StopIteration, subprocess.CalledProcessError) as error:
             if CUDA == "1":
@@ -120,7 +115,7 @@ class BuildExtension(build_ext):
             print(f"sgl-ops: no kernels for CUDA, as they could not be compiled ({error})", file=sys.stderr)
             return
         extension.sources += ["csrc/cuda/ops.cpp"]
-        extension.define_macros += [(name, None) for name in ["SGL_WITH_CUDA", *EXCHANGE]]
+        extension.define_macros += [("SGL_WITH_CUDA", None)]
         names = " ".join(architectures(toolkit / "bin" / "nvcc"))
         extension.define_macros += [("SGL_CUDA_ARCHITECTURES", f'"{names}"')]
         extension.extra_objects += [str(target)]

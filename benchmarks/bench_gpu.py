@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exchange
 import torch
 from baselines import Packed, bce_all_instances, eager_sgl
 from measuring import Loss, commit, draw, figures, ratio, step, timed
@@ -30,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sgl_ops import SGLLoss, _fused
 
-OURS, EXCHANGED, COPY = "sgl_ops", "exchanged", "copy"
+OURS, COPY = "sgl_ops", "copy"
 # what the baselines are compiled with; the fastest is kept
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -160,9 +159,6 @@ class Problem:
         self.logits = logits.to(dtype).requires_grad_()
         self.copy = torch.empty_like(self.logits, requires_grad=False)
         criterion = SGLLoss()
-        self.exchanged: Loss | None = None
-        if not case.spread and exchange.available(self.logits):
-            self.exchanged = exchange.ExchangedLoss(criterion)
         if case.spread:
             packed = Packed(case.sizes, device)
             offsets = torch.tensor([0, *case.sizes]).cumsum(0).to(device)
@@ -267,11 +263,6 @@ def measure(
         "reference": problem.reference,
         "bce": problem.bce,
     }
-    if problem.exchanged is not None:
-        losses[EXCHANGED] = problem.exchanged
-        torch.testing.assert_close(
-            problem.exchanged(problem.logits, problem.targets), problem.ours(problem.logits, problem.targets)
-        )
     for name in ("compiled", "compiled bce"):
         if compiled[name]["loss"] is not None:
             losses[name] = compiled[name]["loss"]
@@ -295,7 +286,7 @@ def measure(
     steps[COPY] = problem.copy_step
     problem.copy_step()
     if machine.is_gpu:
-        for name in (OURS, EXCHANGED, "eager", "bce"):
+        for name in (OURS, "eager", "bce"):
             if name not in steps:
                 continue
             try:
@@ -357,15 +348,15 @@ def measure(
     }
 
 
-COLUMNS = ["eager", "compiled", "reference", "bce", "compiled bce", EXCHANGED, COPY]
+COLUMNS = ["eager", "compiled", "reference", "bce", "compiled bce", COPY]
 
 
 def print_head() -> None:
-    ratios = " ".join(f"{short:>7}" for short in ("eager", "comp.", "ref.", "bce", "bce c.", "exch.", "copy"))
+    ratios = " ".join(f"{short:>7}" for short in ("eager", "comp.", "ref.", "bce", "bce c.", "copy"))
     print(f"\n{'':16} {'':12} | ours: device and host us, GB/s, launches, memory | times ours, < 1 is faster")
     print(
         f"{'(N, C, L)':>16} {'dtype':>8} {'pos':>3} | {'us':>8} {'iqr':>6} {'host':>6} {'GB/s':>5} {'run':>3} "
-        f"{'mem':>6} | {ratios} | as graphs: {'us':>8} {'exch.':>7} {'eager':>7} {'bce':>7}"
+        f"{'mem':>6} | {ratios} | as graphs: {'us':>8} {'eager':>7} {'bce':>7}"
     )
 
 
@@ -374,9 +365,7 @@ def print_row(row: dict[str, Any]) -> None:
         return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
     ratios = " ".join(cell(row["ratio"].get(name), 7, 2) for name in COLUMNS)
-    graphs = " ".join(
-        cell(row["ratio_of_graphs"].get(f"graph of {name}"), 7, 2) for name in (EXCHANGED, "eager", "bce")
-    )
+    graphs = " ".join(cell(row["ratio_of_graphs"].get(f"graph of {name}"), 7, 2) for name in ("eager", "bce"))
     print(
         f"{row['shape']!s:>16} {row['dtype']:>8} {row['positives']:3.0%} | {row['median_us'][OURS]:8.1f} "
         f"{row['iqr_us'][OURS]:6.1f} {row['host_us'][OURS]:6.1f} {row['gb_per_s_of_three_passes']:5.0f} "

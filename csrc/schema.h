@@ -31,13 +31,4 @@ constexpr const char* kPoolBackwardSchema =
     "pool_backward(Tensor grad_output, Tensor logits, Tensor? mask, Tensor? offsets, Tensor saved, int pooling, "
     "float pooling_param) -> Tensor grad";
 
-// For benchmarks only (csrc/cuda/exchange.cuh): a forward that also computes the gradient for grad_output = 1, and an
-// operator that multiplies this gradient by grad_output.
-constexpr const char* kExchangeSchema =
-    "sgl_exchange(Tensor logits, Tensor targets, Tensor? mask, Tensor? class_weight, Tensor? pos_weight, float "
-    "delta_l, float lam, float mask_weight, int pooling, float pooling_param, bool per_bag, bool rescale, bool "
-    "weighted) "
-    "-> (Tensor total, Tensor parts, Tensor grad)";
-constexpr const char* kScaleSchema = "sgl_scale(Tensor grad_output, Tensor(a!) grad) -> ()";
-
 }  // namespace sgl

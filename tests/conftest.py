@@ -64,6 +64,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("quick")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-device-code", action="store_true", help="every case of tests/test_device_code.py")
+
+
 def pytest_report_header() -> list[str]:
     import sgl_ops
 

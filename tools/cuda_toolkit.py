@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 #: Every GPU from Turing on: code for one of a generation runs on the later ones of it, PTX on the generations to come.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
+
+#: Flags that change the machine code: the tests interpret what they make.
+LANGUAGE_FLAGS = ("-O3", "-std=c++17")
 
 
 def find_toolkit() -> Path | None:
@@ -55,14 +57,11 @@ def compression_flags(nvcc: Path) -> list[str]:
     return [*smallest, "-Xfatbin=-compress-all"]
 
 
-def compile_command(
-    toolkit: Path, source: str, target: str, host_flags: list[str], macros: Sequence[str] = ()
-) -> list[str]:
+def compile_command(toolkit: Path, source: str, target: str, host_flags: list[str]) -> list[str]:
     """The call of nvcc that compiles ``source``; ``host_flags`` go to the host's compiler."""
     nvcc = toolkit / "bin" / "nvcc"
     return [
-        str(nvcc), "-O3", "-std=c++17", "--threads", "0", *architecture_flags(nvcc), *compression_flags(nvcc),
-        *(f"-D{name}" for name in macros),
+        str(nvcc), *LANGUAGE_FLAGS, "--threads", "0", *architecture_flags(nvcc), *compression_flags(nvcc),
         "-Xcompiler", ",".join(host_flags), "-c", source, "-o", target,
     ]  # fmt: skip
 

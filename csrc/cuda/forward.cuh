@@ -343,9 +343,9 @@ SGL_DEVICE void finalize_one(
 }
 
 // The sums over the pairs of this block. In round r, a group processes its r-th pair.
-template <class T, class In, class RowOf>
-SGL_DEVICE BatchSums sums_of_block(
-    const Call& call, const Forward& forward, bool warp_per_bag_class, ForwardShared& shared, const RowOf& row_of) {
+template <class T, class In>
+SGL_DEVICE BatchSums
+sums_of_block(const Call& call, const Forward& forward, bool warp_per_bag_class, ForwardShared& shared) {
   const Settings& settings = call.settings;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
@@ -360,7 +360,7 @@ SGL_DEVICE BatchSums sums_of_block(
     const unsigned pair = pair_of(group, round), waiting = round % together;
     const unsigned bag = pair / call.rows.classes, cls = pair - bag * call.rows.classes;
     const Label label = forward.targets.data == nullptr ? Label::kPositive : label_of(forward.targets, bag, cls);
-    const Row<In> row = row_of(group, round, bag, cls);
+    const Row<In> row(call, place_of(call.rows, bag, cls));
     const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
     find_sums(settings, row, label, pos_weight, group, shared.sums[mine + waiting]);
     if (waiting + 1 < together && pair_of(group, round + 1) < call.rows.units) continue;
@@ -406,10 +406,7 @@ template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) forward_kernel(
     const __grid_constant__ Call call, const __grid_constant__ Forward forward, const bool warp_per_bag_class) {
   SGL_SHARED(ForwardShared, shared);
-  const auto row_of = [&](const Group&, unsigned, unsigned bag, unsigned cls) {
-    return Row<In>(call, place_of(call.rows, bag, cls));
-  };
-  const BatchSums batch = sums_of_block<T, In>(call, forward, warp_per_bag_class, shared, row_of);
+  const BatchSums batch = sums_of_block<T, In>(call, forward, warp_per_bag_class, shared);
   if (threadIdx.x == 0) {
     forward.of_block[blockIdx.x] = batch;
     __threadfence();

@@ -1,12 +1,12 @@
 // Launching the kernels: which of them, with how many threads, and the counter by which blocks find out who is last.
 #include <algorithm>
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "backward.cuh"
 #include "forward.cuh"
-#if defined(SGL_WITH_EXCHANGE)
-#include "exchange.cuh"
-#endif
 #include "launch.h"
 
 namespace sgl {
@@ -14,18 +14,56 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
+constexpr int64_t kMaxItems = (int64_t{1} << 31) - 1;  // work items of backward
 
-// Counters of finished blocks, which kernels leave as they find them, at 0. Launches that run at once must not share
-// one. A launch takes the next of a ring: that counter's turn comes again thousands of launches later, more than a GPU
-// queues at a time. A captured launch keeps its counter for good, since its graph may be replayed beside anything.
-#if defined(SGL_EMULATE)
-constexpr uint32_t kRing = 1;  // where launches wait for each other the next one sees what this one leaves
-#else
-constexpr uint32_t kRing = 1 << 13;
-#endif
-constexpr uint32_t kCaptured = 1 << 16;
-__device__ uint32_t counters[kRing + kCaptured];
-std::atomic<uint32_t> next_in_ring{0}, next_captured{0};
+// A failed runtime call leaves its error behind, and the check after the next launch would report it again.
+cudaError_t cleared(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// While it lives, this thread may load a module although a stream is captured: the first launch of a kernel does.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cleared(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cleared(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// A kernel counts its finished blocks in a counter that is 0 before and after the launch. Launches that may run at the
+// same time must not share one:
+// - The launches of a stream run one after the other, so each stream has a counter. Its key is the stream's id, which
+//   is unique in the process; a handle may be used again while old work still runs.
+// - A captured launch has a counter of its own, since its graph may be replayed beside any other launch. Graphs that
+//   are instantiated twice from one capture share it, as they share all memory of the capture: running both at the same
+//   time is an error of the caller.
+// - When no counter is left, a launch takes one in its own workspace, which costs a memset.
+constexpr uint32_t kCounters = 1 << 16;
+__device__ uint32_t counters[kCounters];
+std::atomic<uint32_t> counters_taken{0};
+
+// The index of a counter that no other launch has; kCounters where none is left.
+uint32_t take_counter() {
+  const uint32_t taken = counters_taken.fetch_add(1);
+  if (taken < kCounters) return taken;
+  counters_taken.store(kCounters);  // so that it never overflows to 0
+  return kCounters;
+}
+
+uint32_t counter_of_stream(int device, unsigned long long id) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, unsigned long long>, uint32_t> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({device, id});
+  if (found != known.end()) return found->second;
+  const uint32_t index = take_counter();
+  if (index < kCounters) known[{device, id}] = index;
+  return index;
+}
 
 cudaError_t counter_for(const Forward& forward, const Plan& plan, int device, cudaStream_t stream, uint32_t** counter) {
   static std::atomic<uint32_t*> base[kMaxDevices];
@@ -37,18 +75,21 @@ cudaError_t counter_for(const Forward& forward, const Plan& plan, int device, cu
     base[device].store(static_cast<uint32_t*>(address));
   }
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  cudaError_t error = cudaStreamIsCapturing(stream, &status);
   if (error != cudaSuccess) return error;
+  uint32_t index;
   if (status == cudaStreamCaptureStatusNone) {
-    *counter = base[device].load() + next_in_ring.fetch_add(1) % kRing;
+    unsigned long long id = 0;
+    error = cudaStreamGetId(stream, &id);
+    if (error != cudaSuccess) return error;
+    index = counter_of_stream(device, id);
+  } else {
+    index = take_counter();
+  }
+  if (index < kCounters) {
+    *counter = base[device].load() + index;
     return cudaSuccess;
   }
-  const uint32_t taken = next_captured.fetch_add(1);
-  if (taken < kCaptured) {
-    *counter = base[device].load() + kRing + taken;
-    return cudaSuccess;
-  }
-  next_captured.store(kCaptured);  // stays there, and does not start again from 0 some day
   *counter = reinterpret_cast<uint32_t*>(forward.of_block + plan.forward_blocks);
   return cudaMemsetAsync(*counter, 0, sizeof(uint32_t), stream);
 }
@@ -64,7 +105,7 @@ template <class T, class In>
 cudaError_t backward_as(const Call& call, const Backward& backward, const Plan& plan, cudaStream_t stream) {
   SGL_LAUNCH(
       (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.warp_per_bag_class,
-      plan.pieces);
+      static_cast<uint32_t>(plan.pieces));
   return cudaGetLastError();
 }
 
@@ -94,18 +135,23 @@ Plan plan_of(const Call& call, int multiprocessors) {
             (positions > 16 * plan.threads && units * plan.threads < int64_t{1024} * multiprocessors)))
       plan.threads *= 2;
   }
-  const int resident = multiprocessors * std::min(2048 / plan.threads, 32);
+  // a thread may use kRegisters of the 65536 registers of a multiprocessor
+  const int registers = call.type == Type::kDouble ? kRegisters<double> : kRegisters<float>;
+  const int resident = multiprocessors * std::min(65536 / (registers * plan.threads), 32);
   plan.forward_blocks = at_most((units + groups - 1) / groups, resident);
   const int64_t tile = int64_t{16} * (plan.warp_per_bag_class ? kWarp : plan.threads);
-  plan.pieces = at_most((positions + tile - 1) / tile, 1024);
+  // backward counts its work items, units * pieces, in 32 bits
+  plan.pieces =
+      at_most(std::min<int64_t>((positions + tile - 1) / tile, kMaxItems / std::max<int64_t>(units, 1)), 1024);
   plan.backward_blocks = at_most((units * plan.pieces + groups - 1) / groups, 1 << 20);
   return plan;
 }
 
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const RelaxedCapture relaxed;
   const cudaError_t error = counter_for(forward, plan, device, stream, &forward.blocks_done);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cleared(error);
   switch (call.type) {
     case Type::kFloat:
       return forward_as<float, float>(call, forward, plan, stream);
@@ -120,6 +166,7 @@ int launch_forward(const Call& call, Forward forward, const Plan& plan, int devi
 
 int launch_backward(const Call& call, const Backward& backward, const Plan& plan, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const RelaxedCapture relaxed;
   switch (call.type) {
     case Type::kFloat:
       return backward_as<float, float>(call, backward, plan, stream);
@@ -136,6 +183,7 @@ int launch_finalize(
     const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts,
     void* denominators, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const RelaxedCapture relaxed;
   if (is_double) {
     SGL_LAUNCH(
         finalize_kernel<double>, 1, 1, stream, sums, settings, times, static_cast<double*>(total),
@@ -148,33 +196,6 @@ int launch_finalize(
   return cudaGetLastError();
 }
 
-#if defined(SGL_WITH_EXCHANGE)
-int exchange_plan_of(const Call& call, int multiprocessors, Plan* plan) {
-  *plan = plan_of(call, multiprocessors);
-  int resident = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, exchange_kernel, plan->threads, 0);
-  plan->forward_blocks = std::min(plan->forward_blocks, std::max(1, resident * multiprocessors));
-  return error;
-}
-
-int launch_exchange(const Call& call, Forward forward, float* grad, const Plan& plan, int device, void* stream_) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const cudaError_t error = counter_for(forward, plan, device, stream, &forward.blocks_done);
-  if (error != cudaSuccess) return error;
-  return launch_together(
-      exchange_kernel, plan.forward_blocks, plan.threads, stream, call, forward, grad, plan.warp_per_bag_class);
-}
-
-int launch_scale(float* grad, int64_t n, const float* grad_output, int multiprocessors, void* stream_) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const int64_t wanted = (n + 16 * kMaxThreads - 1) / (16 * kMaxThreads), most = int64_t{8} * multiprocessors;
-  SGL_LAUNCH(
-      scale_kernel, static_cast<unsigned>(std::max<int64_t>(1, std::min(wanted, most))), kMaxThreads, stream, grad, n,
-      grad_output);
-  return cudaGetLastError();
-}
-#endif
-
 int multiprocessors_of(int device, int* count) {
   static std::atomic<int> known[kMaxDevices];
   if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
@@ -182,18 +203,12 @@ int multiprocessors_of(int device, int* count) {
   if (*count != 0) return cudaSuccess;
   const cudaError_t error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) known[device].store(*count);
-  return error;
-}
-
-int select_device(int device, int* before) {
-  const cudaError_t error = cudaGetDevice(before);
-  if (error != cudaSuccess || *before == device) return error;
-  return cudaSetDevice(device);
+  return cleared(error);
 }
 
 #if defined(SGL_EMULATE)
-// For the test of what happens when there are no more counters.
-void set_captured(uint32_t launches) { next_captured.store(launches); }
+// For tests: the next launches find so many counters taken.
+uint32_t exchange_counters_taken(uint32_t count) { return counters_taken.exchange(count); }
 #endif
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -50,7 +50,7 @@ struct Forward {
   void* bag_logits;  // one for each pair, of the loss's type; null: not wanted
   Batch* of_block;  // one for each block of the plan, and one more
   Batch* sums;  // null, or what gets the sums over the batch
-  uint32_t* blocks_done;  // set by launch_forward: 0 before the launch and after it
+  uint32_t* blocks_done;  // set by launch_forward: a counter that is 0 before and after the launch
 };
 
 struct Backward {
@@ -76,15 +76,7 @@ int launch_backward(const Call& call, const Backward& backward, const Plan& plan
 int launch_finalize(
     const Batch* sums, const Settings& settings, double times, bool is_double, void* total, void* parts,
     void* denominators, void* stream);
-#if defined(SGL_WITH_EXCHANGE)
-// exchange.cuh: forward that also writes the gradient for grad_output = 1, and what makes it that of another, in place.
-// exchange_plan_of() cuts the blocks of a plan to those that a GPU of so many multiprocessors holds at a time.
-int exchange_plan_of(const Call& call, int multiprocessors, Plan* plan);
-int launch_exchange(const Call& call, Forward forward, float* grad, const Plan& plan, int device, void* stream);
-int launch_scale(float* grad, int64_t n, const float* grad_output, int multiprocessors, void* stream);
-#endif
 int multiprocessors_of(int device, int* count);
-int select_device(int device, int* before);
 
 const char* error_text(int error);
 

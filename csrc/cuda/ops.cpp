@@ -2,10 +2,12 @@
 //
 // One library serves every torch, also those built without CUDA: what it needs of libtorch_cuda is looked up at run
 // time.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <tuple>
 
 #include "../tensors.h"
@@ -30,11 +32,17 @@ void* current_stream(int device) {
   return nullptr;
 #else
   using Getter = int32_t (*)(int32_t, void**);
-  static const Getter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  }();
+  static std::atomic<Getter> known{nullptr};
+  Getter getter = known.load();
+  if (getter == nullptr) {
+    // RTLD_DEFAULT: torch may be linked statically, or its library may have another name
+    const char* const name = "aoti_torch_get_current_cuda_stream";
+    void* address = dlsym(RTLD_DEFAULT, name);
+    void* const library = address == nullptr ? dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD) : nullptr;
+    if (library != nullptr) address = dlsym(library, name);
+    getter = reinterpret_cast<Getter>(address);
+    known.store(getter);
+  }
   STD_TORCH_CHECK(getter != nullptr, "sgl_ops: this build of torch has no CUDA");
   void* stream = nullptr;
   STD_TORCH_CHECK(getter(device, &stream) == 0, "sgl_ops: torch gave no current stream of device ", device);
@@ -52,19 +60,15 @@ int device_of(const Tensor& t) {
 
 void check(int error) { STD_TORCH_CHECK(error == 0, "sgl_ops: CUDA error: ", error_text(error)); }
 
-class SelectedDevice {
- public:
-  explicit SelectedDevice(int device) { check(select_device(device, &before_)); }
-  ~SelectedDevice() {
-    int ignored;
-    select_device(before_, &ignored);
-  }
-  SelectedDevice(const SelectedDevice&) = delete;
-  SelectedDevice& operator=(const SelectedDevice&) = delete;
-
- private:
-  int before_ = 0;
+// The current device while it lives. torch's guard restores the previous device only where that one has a context: to
+// make a context takes hundreds of megabytes of its memory.
+#if defined(SGL_EMULATE)
+struct SelectedDevice {
+  explicit SelectedDevice(int) {}
 };
+#else
+using SelectedDevice = torch::stable::accelerator::DeviceGuard;
+#endif
 
 Targets targets_of(const Tensor& targets, const Layout& layout) {
   check_targets(targets, layout);
@@ -272,40 +276,6 @@ Tensor pool_backward(
       settings_of_bag_logits(pooling, pooling_parameter));
 }
 
-#if defined(SGL_WITH_EXCHANGE)
-std::tuple<Tensor, Tensor, Tensor> sgl_exchange(
-    const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, std::optional<Tensor> class_weight,
-    std::optional<Tensor> pos_weight, double delta_l, double lam, double mask_weight, int64_t pooling,
-    double pooling_parameter, bool per_bag, bool rescale, bool weighted) {
-  STD_TORCH_CHECK(type_of(logits) == Type::kFloat, "logits: expected float32");
-  Tensor grad = torch::stable::empty_like(logits);
-  const Layout layout = layout_of(logits, mask, std::nullopt, &grad);
-  const Settings settings{delta_l, lam,     mask_weight, pooling,         pooling_parameter,
-                          per_bag, rescale, weighted,    kSelfGuidingLoss};
-  const Call call = call_of(logits, mask, std::nullopt, pos_weight, layout, settings);
-  const int device = device_of(logits);
-  const SelectedDevice selected(device);
-  Plan plan;
-  check(exchange_plan_of(call, multiprocessors_of(device), &plan));
-  Outputs out(logits, class_weight, layout, plan);
-  out.forward.targets = targets_of(targets, layout);
-  float* to = static_cast<float*>(grad.mutable_data_ptr());
-  check(launch_exchange(call, out.forward, to, plan, device, current_stream(device)));
-  return {out.total, out.parts, grad};
-}
-
-void sgl_scale(const Tensor& grad_output, Tensor grad) {
-  STD_TORCH_CHECK(
-      grad_output.numel() == 1 && type_of(grad_output) == Type::kFloat && type_of(grad) == Type::kFloat,
-      "grad_output, grad: expected a float32 scalar and what sgl_exchange gave");
-  const int device = device_of(grad);
-  const SelectedDevice selected(device);
-  check(launch_scale(
-      static_cast<float*>(grad.mutable_data_ptr()), grad.numel(),
-      static_cast<const float*>(grad_output.const_data_ptr()), multiprocessors_of(device), current_stream(device)));
-}
-#endif
-
 // one more level of macros, so that the names above are names when they arrive
 #define SGL_REGISTER(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 SGL_REGISTER(SGL_LIBRARY, SGL_DISPATCH_KEY, m) {
@@ -315,10 +285,6 @@ SGL_REGISTER(SGL_LIBRARY, SGL_DISPATCH_KEY, m) {
   m.impl("sgl_backward", TORCH_BOX(&sgl_backward));
   m.impl("pool_forward", TORCH_BOX(&pool_forward));
   m.impl("pool_backward", TORCH_BOX(&pool_backward));
-#if defined(SGL_WITH_EXCHANGE)
-  m.impl("sgl_exchange", TORCH_BOX(&sgl_exchange));
-  m.impl("sgl_scale", TORCH_BOX(&sgl_scale));
-#endif
 }
 
 }  // namespace

@@ -8,13 +8,6 @@
 #include <cuda_runtime.h>
 #define SGL_SHARED(Type, name) __shared__ Type name
 #define SGL_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
-
-// A launch whose blocks are all resident, or an error: they may wait for one another.
-template <class... A>
-cudaError_t launch_together(void (*kernel)(A...), int blocks, int threads, cudaStream_t stream, A... arguments) {
-  void* pointers[] = {&arguments...};
-  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), pointers, 0, stream);
-}
 #endif
 
 #include "../batch.h"

@@ -96,7 +96,8 @@ SGL_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
 SGL_DEVICE Place place_of(const Rows& rows, int64_t bag, int64_t cls) {
   int64_t first = bag, positions = rows.positions;
   if (rows.offsets != nullptr) {
-    // clamped: unchecked offsets may name rows that are not there
+    // Clamped, so that unchecked offsets never address other memory. Where they fall, bags overlap, and the gradient of a
+    // shared row is that of one of them; which one is undefined.
     first = clamped(offset_at(rows, bag), 0, rows.positions);
     positions = clamped(offset_at(rows, bag + 1), first, rows.positions) - first;
   }

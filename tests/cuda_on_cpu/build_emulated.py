@@ -14,7 +14,7 @@ from build_cache import cached_build, compiler_version, sources_below
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-EMULATE = ["-DSGL_EMULATE", "-DSGL_WITH_EXCHANGE"]
+EMULATE = ["-DSGL_EMULATE"]
 UNOPTIMIZED = ["-O0", "-g1", *EMULATE]
 
 
@@ -86,15 +86,3 @@ def build_comparison(sanitizer: list[str], root: Path = ROOT) -> Path:
         link([*objects_beside_kernels(tuple(sanitizer)), kernels], folder / "compare", sanitizer)
 
     return cached_build("compare", emulator_sources(root), [flags, compiler_version(compiler())], make) / "compare"
-
-
-def build_traffic() -> Path:
-    """The program of traffic.cpp. The kernels call its counters as they would call a sanitizer."""
-    counted = ["-O1", *EMULATE, "-fsanitize=thread", "-U__SANITIZE_THREAD__"]
-
-    def make(folder: Path) -> None:
-        kernels = compile_one(ROOT / "csrc/cuda/launch.cu", counted, folder / "launch.o")
-        rest = compile_one(HERE / "traffic.cpp", ["-O1", *EMULATE], folder / "traffic.o")
-        link([kernels, rest], folder / "traffic", [])
-
-    return cached_build("traffic", emulator_sources(), [counted, compiler_version(compiler())], make) / "traffic"

@@ -33,7 +33,6 @@ class Case:
     sizes: list[int]  # of the bags; but for packed ones all alike
     window_rows: int  # of a window of a map, whose rows do not follow one another
     wide_offsets: bool
-    exchanges: bool  # by exchange.cuh; float and dense bags only
     mask: list[bool]  # empty: none
     labels: list[int]  # 0 unknown, 1 negative, 2 positive
     class_weight: list[float]  # empty: none
@@ -77,11 +76,11 @@ def plans(small: bool) -> st.SearchStrategy[list[int]]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, small: bool = False, exchanges: bool = False) -> Case:
+def cases(draw: st.DrawFn, small: bool = False) -> Case:
     """``small``: few threads, which are what costs ThreadSanitizer time."""
     plan = draw(plans(True) if small else st.just([]) | plans(False))
-    dtype = 0 if exchanges else draw(st.integers(0, 3))
-    layout = draw(st.integers(MAP, WINDOW if exchanges else PACKED))
+    dtype = draw(st.integers(0, 3))
+    layout = draw(st.integers(MAP, PACKED))
     classes = draw(st.integers(1, 3 if small else 5))
     most_bags = 4 if small else 30
     positions = st.integers(0, 40 if small else 80)
@@ -97,11 +96,7 @@ def cases(draw: st.DrawFn, small: bool = False, exchanges: bool = False) -> Case
         size = draw(positions) // unit * unit
         sizes = [size] * draw(st.integers(1, most_bags if size <= 80 else 4))
     mask = [] if layout == PACKED else draw(st.just([]) | st.lists(st.booleans(), min_size=1, max_size=9))
-    loss = (
-        SELF_GUIDING
-        if exchanges
-        else draw(st.sampled_from([SELF_GUIDING, SELF_GUIDING, BAG, BAG_INSTANCE, MIN_MEAN_MAX]))
-    )
+    loss = draw(st.sampled_from([SELF_GUIDING, SELF_GUIDING, BAG, BAG_INSTANCE, MIN_MEAN_MAX]))
     allowed = ["mean"] if loss == MIN_MEAN_MAX else [n for n in POOLINGS if n != "none" or loss == SELF_GUIDING]
     pooling = draw(st.sampled_from(allowed))
     delta_l = draw(st.sampled_from([0.3, 0.5, 0.123]))
@@ -120,7 +115,6 @@ def cases(draw: st.DrawFn, small: bool = False, exchanges: bool = False) -> Case
         sizes=sizes,
         window_rows=window_rows,
         wide_offsets=draw(st.booleans()),
-        exchanges=exchanges,
         mask=mask,
         labels=draw(st.lists(st.integers(0, 2), min_size=1, max_size=13)),
         class_weight=draw(st.just([]) | st.lists(st.just(0.0) | weights, min_size=1, max_size=3)),

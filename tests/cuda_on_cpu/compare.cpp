@@ -88,7 +88,7 @@ struct Problem {
   Case c;
   int64_t numel, multiprocessors;
   std::vector<double> plan;
-  bool wide_offsets, exchanges;
+  bool wide_offsets;
   std::vector<Buffer> buffers;
 
   explicit Problem(Line& line) {
@@ -102,7 +102,6 @@ struct Problem {
     const std::vector<double> sizes = line.numbers();
     lay_out(shape, sizes, line.integer());
     wide_offsets = line.flag();
-    exchanges = line.flag();
     set_mask(line.numbers());
     const std::vector<double> labels = line.numbers();
     for (int64_t k = 0; k < c.bags * c.classes; ++k)
@@ -253,23 +252,14 @@ bool run_emulated(const Problem& problem, Result& result) {
     forward.total = (*to)[0].bytes.get();
     forward.parts = (*to)[1].bytes.get();
     forward.saved = (*to)[2].bytes.get();
-    if (problem.exchanges) {
-      launch_exchange(call, forward, static_cast<float*>(result.grad), plan, 0, nullptr);
-    } else {
-      launch_forward(call, forward, plan, 0, nullptr);
-    }
+    launch_forward(call, forward, plan, 0, nullptr);
   }
   result.loss[0] = read(type, forward.total, 0);
   for (int k = 0; k < 3; ++k) result.loss[k + 1] = read(type, forward.parts, k);
 
   Buffer grad_output(working);
   write(type, grad_output.bytes.get(), 0, c.grad_output);
-  if (problem.exchanges) {
-    const float* const by = reinterpret_cast<const float*>(grad_output.bytes.get());
-    launch_scale(static_cast<float*>(result.grad), problem.numel, by, 1, nullptr);
-  } else {
-    launch_backward(call, {grad_output.bytes.get(), forward.saved, result.grad, false}, plan, nullptr);
-  }
+  launch_backward(call, {grad_output.bytes.get(), forward.saved, result.grad, false}, plan, nullptr);
   bool same = true;
   for (int k = 0; k < 3; ++k) same &= std::memcmp(out[k].bytes.get(), again[k].bytes.get(), sizes[k]) == 0;
   return same;

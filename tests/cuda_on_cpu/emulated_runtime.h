@@ -1,6 +1,8 @@
 // What csrc/cuda asks of the CUDA runtime, for kernels that run on the CPU.
 #pragma once
 
+#include <utility>
+
 #include "emulator.h"
 
 #define __grid_constant__
@@ -12,6 +14,15 @@ namespace emulated {
 
 inline int multiprocessors = 3;  // few, so that a block has several bag-classes
 inline bool capturing = false;
+inline unsigned long long stream_id = 1;
+inline cudaError_t failure = cudaSuccess;  // of the next runtime call that can fail; launches succeed
+inline cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t returned() {
+  const cudaError_t error = std::exchange(failure, cudaSuccess);
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
 
 }  // namespace emulated
 
@@ -20,28 +31,21 @@ enum cudaStreamCaptureStatus {
   cudaStreamCaptureStatusNone,
   cudaStreamCaptureStatusActive
 };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeRelaxed
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount
 };
 
-template <class... A>
-cudaError_t launch_together(void (*kernel)(A...), int blocks, int threads, cudaStream_t, A... arguments) {
-  struct Residents {
-    unsigned before = emulator::detail::residents;
-    ~Residents() { emulator::set_resident(before); }
-  } restored;
-  emulator::set_resident(static_cast<unsigned>(blocks));
-  emulator::launch(kernel, dim3(blocks), dim3(threads), arguments...);
-  return cudaSuccess;
-}
-// As one with 64 Ki registers has it, 96 for a thread, and room for four times the shared memory that needs no opting in.
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t) {
-  *blocks = std::min(4, 65536 / 96 / threads);
-  return cudaSuccess;
-}
+inline cudaError_t cudaGetLastError() { return std::exchange(emulated::last_error, cudaSuccess); }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = emulated::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return emulated::returned();
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+  *id = emulated::stream_id;
   return cudaSuccess;
 }
 template <class T>
@@ -57,9 +61,4 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = emulated::multiprocessors;
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }

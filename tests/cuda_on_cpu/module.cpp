@@ -7,7 +7,7 @@
 
 namespace sgl {
 namespace cuda {
-void set_captured(uint32_t launches);  // launch.cu
+uint32_t exchange_counters_taken(uint32_t count);  // launch.cu
 }
 }  // namespace sgl
 
@@ -18,8 +18,6 @@ STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) {
   m.def(sgl::kBackwardSchema);
   m.def(sgl::kPoolForwardSchema);
   m.def(sgl::kPoolBackwardSchema);
-  m.def(sgl::kExchangeSchema);
-  m.def(sgl::kScaleSchema);
 }
 
 PYBIND11_MODULE(sgl_ops_emulated, m) {
@@ -27,5 +25,8 @@ PYBIND11_MODULE(sgl_ops_emulated, m) {
   m.def("set_resident", &emulator::set_resident);
   m.def("set_multiprocessors", [](int n) { emulated::multiprocessors = n; });
   m.def("set_capturing", [](bool capturing) { emulated::capturing = capturing; });
-  m.def("set_captured", &sgl::cuda::set_captured);
+  m.def("exchange_counters_taken", &sgl::cuda::exchange_counters_taken);
+  m.def("set_stream_id", [](unsigned long long id) { emulated::stream_id = id; });
+  m.def("fail_next_call", [](int error) { emulated::failure = static_cast<cudaError_t>(error); });
+  m.def("last_error", [] { return static_cast<int>(cudaGetLastError()); });
 }

@@ -1,0 +1,156 @@
+"""Builds what the interpreters need: the device code of csrc/cuda and a library with its host code.
+
+build_cache.py keeps each part by a hash of its sources, its flags and its compilers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from glob import glob
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
+from build_cache import cached_build, compiler_version  # noqa: E402
+from cuda_toolkit import LANGUAGE_FLAGS, find_toolkit  # noqa: E402
+
+HOST_FLAGS = ["-O2", "-frounding-math", "-Wno-volatile", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall"]
+
+
+def find_nvdisasm() -> Path | None:
+    """The disassembler of the package nvidia-cuda-nvdisasm or of a CUDA toolkit; None where there is neither."""
+    folders = [Path(path).parent for path in glob(f"{sysconfig.get_path('purelib')}/nvidia/*/bin/nvdisasm")]
+    folders += [Path(path) / "nvidia" for path in sys.path]
+    for folder in folders:
+        for path in [folder / "nvdisasm", *folder.glob("*/bin/nvdisasm")]:
+            if path.exists():
+                return path
+    on_path = shutil.which("nvdisasm")
+    return Path(on_path) if on_path else None
+
+
+def missing() -> str:
+    """What the build needs and this machine lacks; empty where there is everything."""
+    if find_toolkit() is None:
+        return "there is no nvcc: CUDA_HOME says where the CUDA toolkit is"
+    if find_nvdisasm() is None:
+        return "there is no nvdisasm: pip install nvidia-cuda-nvdisasm"
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    return ""
+
+
+def nvcc_version() -> str:
+    """The release of nvcc, such as "13.0"; other releases make other machine code."""
+    return compiler_version(nvcc()).partition("release ")[2].partition(",")[0]
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """Paths of a build. ``code`` maps an architecture, such as "90", to its PTX and its disassembled machine code."""
+
+    library: str
+    guard: str
+    code: dict[str, dict[str, str]]
+
+    def run(self, script: Path, *arguments: str, guarded: bool = True, **options) -> subprocess.CompletedProcess[str]:
+        """Runs a Python script with SGL_DEVICE_CODE set for interpreter.py, and the memory guard preloaded."""
+        environment = {**os.environ, "SGL_DEVICE_CODE": json.dumps(asdict(self)), "OMP_NUM_THREADS": "1"}
+        if guarded:
+            environment["LD_PRELOAD"] = self.guard
+        command = [sys.executable, str(script), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+
+
+def nvcc() -> str:
+    toolkit = find_toolkit()
+    assert toolkit is not None
+    return str(toolkit / "bin" / "nvcc")
+
+
+def kernel_sources(root: Path) -> list[Path]:
+    """Every file that device code and host code of the CUDA kernels are compiled from."""
+    return sorted([*(root / "csrc").glob("*.h"), *(root / "csrc" / "cuda").iterdir()])
+
+
+def device_code(architecture: str, root: Path) -> dict[str, str]:
+    """Paths of the PTX and the disassembled machine code for an architecture such as "90"."""
+    nvdisasm = find_nvdisasm()
+    assert nvdisasm is not None
+
+    def make(folder: Path) -> None:
+        ptx, cubin = folder / "code.ptx", folder / "code.cubin"
+        arguments = [*LANGUAGE_FLAGS, f"-arch=compute_{architecture}", root / "csrc/cuda/launch.cu"]
+        subprocess.run([nvcc(), "-ptx", *arguments, "-o", ptx], check=True)
+        subprocess.run([nvcc(), "-cubin", f"-arch=sm_{architecture}", ptx, "-o", cubin], check=True)
+        with (folder / "code.sass").open("w") as file:
+            subprocess.run([nvdisasm, cubin], check=True, stdout=file)
+
+    settings = [LANGUAGE_FLAGS, architecture, compiler_version(nvcc()), compiler_version(str(nvdisasm))]
+    folder = cached_build("device-code", kernel_sources(root), settings, make)
+    return {kind: str(folder / f"code.{kind}") for kind in ("ptx", "sass")}
+
+
+def interpreter_library() -> Path:
+    """The interpreters, the runtime, and the host code of launch.cu and ops.cpp."""
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    csrc, toolkit = ROOT / "csrc", Path(nvcc()).parents[1]
+    includes = [f"-I{folder}" for folder in (torch_folder / "include", toolkit / "include", csrc)]
+    torch_flags = ["-std=c++17", *HOST_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    # PTX alone: this device code is never run, and machine code takes most of the time
+    launch = [*LANGUAGE_FLAGS, "-gencode=arch=compute_75,code=compute_75", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    interpreters = [HERE / f"{name}.cpp" for name in ("ptx", "sass", "common")]
+    header, runtime = HERE / "common.h", HERE / "runtime.cpp"
+    version = compiler_version("g++")
+
+    def compiled(source: Path, flags: Sequence[str], sources: Sequence[Path], compiler: str = "g++") -> Path:
+        def make(folder: Path) -> None:
+            command = [compiler, *flags, *(includes if compiler == "g++" else []), "-c", source]
+            subprocess.run([*command, "-o", folder / "object.o"], check=True)
+
+        settings = [flags, compiler_version(compiler), version]
+        return cached_build(f"interpreter-{source.stem}", sources, settings, make) / "object.o"
+
+    jobs = [(source, ["-std=c++20", *HOST_FLAGS], [source, header]) for source in interpreters]
+    jobs.append((runtime, torch_flags, [runtime, header, *kernel_sources(ROOT)]))
+    # in ops.cpp SGL_EMULATE chooses the name of the operators and their dispatch key, nothing else
+    jobs.append((csrc / "cuda/ops.cpp", [*torch_flags, "-DSGL_EMULATE"], kernel_sources(ROOT)))
+    jobs.append((csrc / "cuda/launch.cu", launch, kernel_sources(ROOT), nvcc()))
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda job: compiled(*job), jobs))
+    flags = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ldl", f"-Wl,-rpath,{torch_folder / 'lib'}"]
+
+    def make(folder: Path) -> None:
+        subprocess.run(["g++", *objects, *flags, "-o", folder / "library.so"], check=True)
+
+    return cached_build("interpreter", objects, [flags, version], make) / "library.so"
+
+
+def memory_guard() -> Path:
+    source, flags = HERE / "memory_guard.cpp", ["-O2", "-shared", "-fPIC"]
+
+    def make(folder: Path) -> None:
+        subprocess.run(["g++", *flags, source, "-ldl", "-o", folder / "guard.so"], check=True)
+
+    return cached_build("memory-guard", [source], [flags, compiler_version("g++")], make) / "guard.so"
+
+
+def build(architectures: Sequence[str], root: Path = ROOT) -> DeviceCode:
+    """Device code of ``root``, a checkout or a copy of its csrc with a fault, for architectures such as "90".
+
+    The host code is that of the project: a fault changes device code only.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        code = dict(zip(architectures, pool.map(lambda name: device_code(name, root), architectures), strict=True))
+    return DeviceCode(str(interpreter_library()), str(memory_guard()), code)

@@ -1,0 +1,52 @@
+"""Faults that are put into the kernels one by one, to show that the cases find them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_device_code import ROOT
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``right`` in csrc/``file`` becomes ``wrong``; the cases whose names contain ``cases`` have to fail."""
+
+    file: str
+    right: str
+    wrong: str
+    cases: str
+
+    def copy(self, folder: Path) -> Path:
+        """A copy of csrc in ``folder`` with the fault."""
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        path = folder / "csrc" / self.file
+        text = path.read_text()
+        assert text.count(self.right) >= 1, f"not in {self.file}: {self.right!r}"
+        path.write_text(text.replace(self.right, self.wrong, 1))
+        return folder
+
+
+#: Found by the quick tier.
+QUICK = {
+    "no block barrier before partial results are read": Fault(
+        "cuda/group.cuh", "    __syncthreads();\n    std::memcpy(&value, ", "    std::memcpy(&value, ", "map 4x3x4096"),
+    "a shuffle without the upper half of the warp": Fault(
+        "cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu", "map 32x14x256"),
+    "one vector too many at the end of a row": Fault(
+        "cuda/rows.cuh", "? n / Pack<In>::kSize : 0", "? (n + Pack<In>::kSize - 1) / Pack<In>::kSize : 0", "odd rows"),
+}  # fmt: skip
+
+#: Found by the whole tier, with those above.
+OTHER = {
+    "no warp barrier": Fault("cuda/group.cuh", "      __syncwarp();\n", "      ;\n", "map 32x14x256"),
+    "no alignment check": Fault("cuda/rows.cuh", " && lies_on_16_bytes(x);", ";", "storage offset"),
+    "one exchange buffer instead of two": Fault("cuda/group.cuh", "    turn_ ^= 1;\n", "", "map 4x3x4096"),
+    "a reciprocal without its numerator": Fault(
+        "vector_math.h", "const F smaller = o.u * larger;", "const F smaller = o.u;", "map 32x14x256"),
+    "ties of other threads are lost": Fault("cuda/forward.cuh", "? ties + o.ties : ties", "? ties : ties", "ties"),
+    "the last block omits a block": Fault(
+        "cuda/forward.cuh", "for (unsigned b = block.rank(); b < gridDim.x; b",
+        "for (unsigned b = block.rank() + 1; b < gridDim.x; b", "map 32x14x256"),
+}  # fmt: skip

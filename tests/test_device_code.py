@@ -1,0 +1,95 @@
+"""The machine code that nvcc makes of the CUDA kernels, run by the interpreters of tests/device_code.
+
+A tier of its own: ``pytest -m device_code``. With ``--all-device-code`` it covers every architecture that is shipped,
+PTX too, other orders of threads and every seeded fault; the release check does that.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+HERE = ROOT / "tests" / "device_code"
+sys.path += [str(HERE), str(ROOT / "tools"), str(ROOT / "benchmarks")]
+import bench_device_code  # noqa: E402
+import build_device_code  # noqa: E402
+import faults  # noqa: E402
+from cuda_toolkit import ARCHITECTURES  # noqa: E402
+
+MISSING = build_device_code.missing()
+pytestmark = [pytest.mark.device_code, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+
+QUICK = ["75", "90", "120"]
+ALL = [name.replace(".", "") for name in ARCHITECTURES]
+CASES = HERE / "device_cases.py"
+
+
+@pytest.fixture
+def whole_tier(request) -> bool:
+    return request.config.getoption("--all-device-code")
+
+
+def run_cases(code: build_device_code.DeviceCode, *arguments: str) -> str:
+    """The failed cases, one in a line; empty where all agree."""
+    result = code.run(CASES, *arguments)
+    lines = result.stdout.splitlines()
+    if result.returncode == 0:
+        assert lines[-1].endswith("M lane instructions"), result.stdout
+        return ""
+    return "\n".join(line for line in lines if line.endswith("FAILED")) or result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_machine_code_agrees_with_the_reference(architecture, whole_tier):
+    if architecture not in QUICK and not whole_tier:
+        pytest.skip("needs --all-device-code")
+    assert not run_cases(build_device_code.build([architecture]), architecture, "sass", "--quick")
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_ptx_agrees_with_the_reference(architecture, whole_tier):
+    if not whole_tier:
+        pytest.skip("needs --all-device-code")
+    assert not run_cases(build_device_code.build([architecture]), architecture, "ptx", "--quick")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ptx", "--quick", "--policy", "2", "--resident", "3"],
+        ["sass", "--quick", "--policy", "2", "--resident", "4", "--ulp", "1"],
+        ["sass", "--quick", "--policy", "1", "--multiprocessors", "16"],
+        ["sass", "--multiprocessors", "132"],
+    ],
+    ids=" ".join,
+)
+def test_other_orders_of_threads(arguments, whole_tier):
+    if not whole_tier:
+        pytest.skip("needs --all-device-code")
+    assert not run_cases(build_device_code.build(["90"]), "90", *arguments)
+
+
+@pytest.mark.parametrize("name", [*faults.QUICK, *faults.OTHER])
+def test_finds_a_fault(name, tmp_path, whole_tier):
+    if name not in faults.QUICK and not whole_tier:
+        pytest.skip("needs --all-device-code")
+    fault = (faults.QUICK | faults.OTHER)[name]
+    code = build_device_code.build(["90"], fault.copy(tmp_path))
+    failed = run_cases(code, "90", "sass", "--quick", "--only", fault.cases, "--first-failure")
+    assert "FAILED" in failed, failed
+
+
+COUNTED = json.loads(bench_device_code.COUNTS.read_text())
+
+
+@pytest.mark.parametrize("case", bench_device_code.CASES, ids=lambda case: case.name)
+def test_no_count_regresses_by_more_than_3_percent(case):
+    """After an intended change: ``bench_device_code.py --update``, and a row in the log of benchmarks/README.md."""
+    if build_device_code.nvcc_version() != COUNTED["nvcc"]:
+        pytest.skip(f"the counts are of nvcc {COUNTED['nvcc']}, this is {build_device_code.nvcc_version()}")
+    counts = bench_device_code.kept(bench_device_code.measure(case))
+    for name, before in COUNTED["cases"][case.name].items():
+        assert counts[name] <= 1.03 * before + 0.01, f"{name}: {before} before, {counts[name]} now"
