@@ -20,14 +20,21 @@ from typing import Any
 
 import interpreter
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from batches import settled
 
-from sgl_ops import SGLLoss
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
+from sgl_ops.pooling import GeneralizedMeanPooling, TopKPooling
 
-POOLINGS = ["max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or"]
+#: Every pooling of the operators, as an argument of the losses.
+POOLINGS = {
+    **{name: name for name in ("max", "mean", "mean_logits", "softmax", "linear_softmax", "lse", "noisy_or")},
+    "topk": TopKPooling(5),
+    "topk of 30%": TopKPooling(0.3),
+    "generalized_mean": GeneralizedMeanPooling(3.0),
+}
 HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 #: Errors of the loss, and of the gradient relative to its largest element, in units of the epsilon of the arithmetic.
 LOSS_BOUND, GRADIENT_BOUND = 64, 128
@@ -44,6 +51,7 @@ class Case:
     offsets: Tensor | None = None
     factor: float = 1.0
     large: bool = False
+    loss: type[nn.Module] = SGLLoss
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,7 +66,7 @@ def labels(bags: int, classes: int, share: float, unknown: float = 0.0) -> Tenso
 
 def cases() -> Iterator[Case]:
     def case(name: str, logits: Tensor, targets: Tensor, **others: Any) -> Case:
-        fields = {key: others.pop(key) for key in ("mask", "offsets", "factor", "large") if key in others}
+        fields = {key: others.pop(key) for key in ("mask", "offsets", "factor", "large", "loss") if key in others}
         return Case(name, logits, targets, **fields, settings=others)
 
     # ---- maps
@@ -96,9 +104,9 @@ def cases() -> Iterator[Case]:
     mask = torch.rand(7, 101) < 0.7
     mask[3:5] = False
     mask[4, 50] = True
-    for pooling in POOLINGS:
+    for name, pooling in POOLINGS.items():
         x, y = torch.randn(7, 3, 101), labels(7, 3, 0.5)
-        yield case(f"padded 7x3x101 {pooling}", x, y, mask=mask, pooling=pooling, mask_weight=0.5)
+        yield case(f"padded 7x3x101 {name}", x, y, mask=mask, pooling=pooling, mask_weight=0.5)
     x = torch.randn(7, 3, 101)
     x[(~mask)[:, None].expand_as(x)] = math.nan
     yield case("padded, NaN in the padding", x, labels(7, 3, 0.5), mask=mask, mask_weight=0.5)
@@ -130,17 +138,26 @@ def cases() -> Iterator[Case]:
     weights = {"class_weight": [0.5, 2.0, 0.0], "pos_weight": [3.0, 0.25, 1.0]}
     for shape in ((6, 3, 77), (2, 3, 700)):
         x, y = torch.randn(shape), labels(shape[0], 3, 0.5, 0.1)
-        for pooling in POOLINGS:
+        for name, pooling in POOLINGS.items():
             for normalize in ("batch", "bag"):
                 for rescale in (True, False):
                     settings = {"pooling": pooling, "normalize": normalize, "rescale": rescale, **weights}
                     settings |= {"weighted": rescale == (normalize == "batch"), "mask_weight": 0.5}
-                    yield case(f"{shape[0]}x3x{shape[2]} {pooling} {normalize} rescale={rescale:d}", x, y, **settings)
+                    yield case(f"{shape[0]}x3x{shape[2]} {name} {normalize} rescale={rescale:d}", x, y, **settings)
     yield case("delta 0.5", torch.randn(5, 3, 100), labels(5, 3, 0.5), delta_l=0.5)
     yield case("delta 0", torch.randn(5, 3, 100), labels(5, 3, 0.5), delta_l=0.0)
-    for pooling in POOLINGS:
+    for name, pooling in POOLINGS.items():
         x, y = torch.randn(4, 2, 100).double(), labels(4, 2, 0.5).double()
-        yield case(f"float64 {pooling}", x, y, pooling=pooling, mask_weight=0.3, factor=16)
+        yield case(f"float64 {name}", x, y, pooling=pooling, mask_weight=0.3, factor=16)
+
+    # ---- other losses
+    for shape in ((6, 3, 77), (2, 3, 700)):
+        for loss in (BagLoss, BILLoss):
+            for name in ("max", "mean", "lse", "topk"):
+                x, y, pooling = torch.randn(shape), labels(shape[0], 3, 0.5), POOLINGS[name]
+                yield case(f"{loss.__name__} {shape[0]}x3x{shape[2]} {name}", x, y, loss=loss, pooling=pooling)
+        x = torch.randint(-9, 10, shape) / 4
+        yield case(f"MMMLoss {shape[0]}x3x{shape[2]}", x, labels(shape[0], 3, 0.5), loss=MMMLoss)
 
     # ---- labels
     yield case("NaN labels", torch.randn(30, 4, 40), labels(30, 4, 0.4, 0.5), mask_weight=0.5)
@@ -152,17 +169,17 @@ def cases() -> Iterator[Case]:
     # ---- values of the logits
     constant = torch.randn(6, 2, 40)
     constant[:3] = constant[:3, :, :1]
-    for pooling in POOLINGS:
-        yield case(f"constant bags {pooling}", constant, labels(6, 2, 0.6), pooling=pooling, mask_weight=0.5)
+    for name, pooling in POOLINGS.items():
+        yield case(f"constant bags {name}", constant, labels(6, 2, 0.6), pooling=pooling, mask_weight=0.5)
     yield case("constant bags, rescale=False", constant, labels(6, 2, 0.6), rescale=False, mask_weight=0.5)
     for scale in (1e4, -1e4, 90.0, -90.0):
-        for pooling in POOLINGS:
+        for name, pooling in POOLINGS.items():
             # at 1e4 a float32 logit has three digits after the point, and sums of logits cancel
             x, y = torch.randn(4, 2, 60) + scale, labels(4, 2, 0.5)
-            yield case(f"logits near {scale:g} {pooling}", x, y, pooling=pooling, mask_weight=0.5, factor=8)
+            yield case(f"logits near {scale:g} {name}", x, y, pooling=pooling, mask_weight=0.5, factor=8)
     x = torch.randn(4, 2, 600) * 1e4
-    for pooling in POOLINGS:
-        yield case(f"logits up to 1e4 of both signs {pooling}", x, labels(4, 2, 0.5), pooling=pooling, factor=8)
+    for name, pooling in POOLINGS.items():
+        yield case(f"logits up to 1e4 of both signs {name}", x, labels(4, 2, 0.5), pooling=pooling, factor=8)
     yield case("logits up to 6e4 of both signs float16", x.half(), labels(4, 2, 0.5))
     x = torch.randn(6, 3, 50)
     x[0, 0, 3], x[1, 1, 4], x[2, 2, 5] = math.nan, math.inf, -math.inf
@@ -183,9 +200,9 @@ def check(case: Case) -> tuple[bool, str]:
     """Whether the case agrees with the reference, and what to print about it."""
     settings, inputs = case.settings, {"mask": case.mask, "offsets": case.offsets}
     exact = case.logits.detach().double().requires_grad_()
-    expected = SGLLoss(impl="reference", check=False, **settings).double()(exact, case.targets.double(), **inputs)
+    expected = case.loss(impl="reference", check=False, **settings).double()(exact, case.targets.double(), **inputs)
     (3 * expected).backward()
-    fused = SGLLoss(impl="fused", check=False, **settings)
+    fused = case.loss(impl="fused", check=False, **settings)
     if case.logits.dtype == torch.float64:
         fused = fused.double()
     try:

@@ -49,8 +49,8 @@ def set_options(policy: int = 0, resident: int = 1, seed: int = 1, races: bool =
 
 def replace_fused_kernels() -> None:
     """From here on ``impl="fused"`` on the CPU runs the interpreted kernels."""
-    operators = torch.ops.sgl_ops_emulated
-    _fused._forward, _fused._backward = operators.sgl_forward.default, operators.sgl_backward.default
+    for name in ("sgl_forward", "sgl_forward_sums", "sgl_finalize", "sgl_backward", "pool_forward", "pool_backward"):
+        setattr(_fused, f"_{name.removeprefix('sgl_')}", getattr(torch.ops.sgl_ops_emulated, name).default)
 
 
 def mark(tensor: torch.Tensor, tag: str) -> None:

@@ -310,15 +310,16 @@ void fill_table() {
                   UN("cvt.rn.f32.s64", float, int64_t, kConvert, x) UN("cvt.rn.f32.s16", float, int16_t, kConvert, x)
                       UN("cvt.rn.f32.u32", float, uint32_t, kConvert, x)
                           UN("cvt.rzi.s32.f64", int32_t, double, kConvert, (to_integer<int32_t, double>(x)))
-                              UN("cvt.rzi.s32.f32", int32_t, float, kConvert, (to_integer<int32_t, float>(x)))
-                                  UN("cvt.s64.s32", int64_t, int32_t, kConvert, x)
-                                      UN("cvt.u64.u32", uint64_t, uint32_t, kConvert, x)
-                                          UN("cvt.u64.u16", uint64_t, uint16_t, kConvert, x)
-                                              UN("cvt.u32.u64", uint32_t, uint64_t, kConvert, x)
-                                                  UN("cvt.u32.u16", uint32_t, uint16_t, kConvert, x)
-                                                      UN("cvt.u16.u32", uint16_t, uint32_t, kConvert, x)
-                                                          UN("cvt.s16.s8", int16_t, int8_t, kConvert, x)
-                                                              UN("cvta.to.global.u64", uint64_t, uint64_t, kMove, x)
+                              UN("cvt.rzi.s64.f64", int64_t, double, kConvert, (to_integer<int64_t, double>(x)))
+                                  UN("cvt.rzi.s32.f32", int32_t, float, kConvert, (to_integer<int32_t, float>(x)))
+                                      UN("cvt.s64.s32", int64_t, int32_t, kConvert, x)
+                                          UN("cvt.u64.u32", uint64_t, uint32_t, kConvert, x)
+                                              UN("cvt.u64.u16", uint64_t, uint16_t, kConvert, x)
+                                                  UN("cvt.u32.u64", uint32_t, uint64_t, kConvert, x)
+                                                      UN("cvt.u32.u16", uint32_t, uint16_t, kConvert, x)
+                                                          UN("cvt.u16.u32", uint16_t, uint32_t, kConvert, x)
+                                                              UN("cvt.s16.s8", int16_t, int8_t, kConvert, x)
+                                                                  UN("cvta.to.global.u64", uint64_t, uint64_t, kMove, x)
       // predicate logic
       DEF("and.pred", kAlu) w.P[i.d] = (w.P[i.d] & ~m) | (w.P[i.a] & w.P[i.b] & m);
   END DEF("or.pred", kAlu) w.P[i.d] = (w.P[i.d] & ~m) | ((w.P[i.a] | w.P[i.b]) & m);
@@ -425,11 +426,11 @@ Run memory_run(const std::string& type, bool is_store) {
   TYPE("u8", uint8_t)
   TYPE("s8", int8_t)
   TYPE("b8", uint8_t)
-  TYPE("u16", uint16_t) TYPE("s16", int16_t) TYPE("b16", uint16_t) TYPE("u32", uint32_t) TYPE("s32", int32_t)
-      TYPE("b32", uint32_t) TYPE("f32", uint32_t) TYPE("u64", uint64_t) TYPE("s64", int64_t) TYPE("b64", uint64_t)
-          TYPE("f64", uint64_t)
+  TYPE("u16", uint16_t)
+  TYPE("s16", int16_t) TYPE("b16", uint16_t) TYPE("u32", uint32_t) TYPE("s32", int32_t) TYPE("b32", uint32_t)
+      TYPE("f32", uint32_t) TYPE("u64", uint64_t) TYPE("s64", int64_t) TYPE("b64", uint64_t) TYPE("f64", uint64_t)
 #undef TYPE
-              fail("no type %s in memory", type.c_str());
+          fail("no type %s in memory", type.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -849,7 +849,8 @@ std::vector<std::string> split(const std::string& s, char at) {
 enum Flavor {
   kIntImm,
   kFloatImm,
-  kDoubleImm
+  kDoubleImm,
+  kUpperWordImm  // of a double
 };
 
 class Section {
@@ -945,7 +946,8 @@ class Section {
     std::string t = s;
     if ((t[0] == '-' || t[0] == '+') && (t.find("INF") != std::string::npos || t.find("QNAN") != std::string::npos)) {
       const bool negative = t[0] == '-', nan = t.find("QNAN") != std::string::npos;
-      uint32_t v = flavor == kDoubleImm ? (nan ? 0x7ff80000u : 0x7ff00000u) : (nan ? 0x7fc00000u : 0x7f800000u);
+      const bool is_double = flavor == kDoubleImm || flavor == kUpperWordImm;
+      uint32_t v = is_double ? (nan ? 0x7ff80000u : 0x7ff00000u) : (nan ? 0x7fc00000u : 0x7f800000u);
       if (negative) v |= 0x80000000u;
       o.kind = Operand::kImm;
       o.row = flavor == kDoubleImm ? immediate_row(0, v) : immediate_row(v, 0);
@@ -965,7 +967,8 @@ class Section {
       } else {
         const uint64_t v = bits<uint64_t>(std::strtod(t.c_str(), nullptr));
         if (uint32_t(v) != 0) fail("a double of more than 32 bits: %s", t.c_str());
-        o.row = immediate_row(0, uint32_t(v >> 32));
+        const uint32_t upper = uint32_t(v >> 32);
+        o.row = flavor == kDoubleImm ? immediate_row(0, upper) : immediate_row(upper, 0);
       }
       return o;
     }
@@ -1174,7 +1177,7 @@ class Section {
           kMufu);
       if (i.run == nullptr) fail("this MUFU is not supported");
       dest();
-      i.a = operand(next(), kFloatImm);
+      i.a = operand(next(), mods[1] == "RCP64H" || mods[1] == "RSQ64H" ? kUpperWordImm : kFloatImm);
       return none_left();
     }
     if (name == "DADD" || name == "DMUL" || name == "DFMA") {
