@@ -427,10 +427,18 @@ Run memory_run(const std::string& type, bool is_store) {
   TYPE("s8", int8_t)
   TYPE("b8", uint8_t)
   TYPE("u16", uint16_t)
-  TYPE("s16", int16_t) TYPE("b16", uint16_t) TYPE("u32", uint32_t) TYPE("s32", int32_t) TYPE("b32", uint32_t)
-      TYPE("f32", uint32_t) TYPE("u64", uint64_t) TYPE("s64", int64_t) TYPE("b64", uint64_t) TYPE("f64", uint64_t)
+  TYPE("s16", int16_t)
+  TYPE("b16", uint16_t)
+  TYPE("u32", uint32_t)
+  TYPE("s32", int32_t)
+  TYPE("b32", uint32_t)
+  TYPE("f32", uint32_t)
+  TYPE("u64", uint64_t)
+  TYPE("s64", int64_t)
+  TYPE("b64", uint64_t)
+  TYPE("f64", uint64_t)
 #undef TYPE
-          fail("no type %s in memory", type.c_str());
+  fail("no type %s in memory", type.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
