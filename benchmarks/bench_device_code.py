@@ -110,6 +110,11 @@ def kept(counts: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def risen(before: dict[str, float], now: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """The counts that are more than 3 % above those kept before, as (before, now). Rounding may add 0.01."""
+    return {name: (count, now[name]) for name, count in before.items() if now[name] > 1.03 * count + 0.01}
+
+
 def picoseconds(gpu: GPU, case: Case, counts: dict[str, Any]) -> dict[str, float]:
     """The model's time per element of one kernel, by what limits it: issue, the busiest pipe, memory."""
     scale = gpu.multiprocessors / case.multiprocessors
