@@ -1373,7 +1373,8 @@ class Section {
       i.c = operand(next(), kIntImm);
       i.lut = uint32_t(std::stoul(next(), nullptr, 0));
       src_pred(i.q1, i.n1);
-      if (i.p1 != kNoPredicate && !(i.n1 && (i.q1 == kPT || i.q1 == kUPT))) fail("LOP3 with a predicate");
+      // the predicate is "not 0, or the predicate operand"; with .PAND it would be "and"
+      if (has("PAND")) fail("LOP3 with .PAND");
       return none_left();
     }
     if (name == "PLOP3") {
