@@ -181,7 +181,7 @@ BUGS = {
     "the counter is not set back": ("forward.cuh", "blocks_done, gridDim.x - 1)", "blocks_done, gridDim.x)", "none"),
     "one instance too many": ("rows.cuh", "else if (j < row.n)", "else if (j <= row.n)", "memory"),
     "one pack too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + 1 :", "memory"),
-    "one gradient too many": ("backward.cuh", "kSize && j < row.n", "kSize && j <= row.n", "memory"),
+    "one gradient too many": ("backward.cuh", "first; j < n;", "first; j <= n;", "memory"),
     "the tail of a row is left out": ("rows.cuh", "p * kSize < row.n", "p * kSize + kSize <= row.n", "none"),
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
 // Backward: the gradient is computed again from the logits and the saved row of each pair (bag, class). A warp or a block
-// processes a piece of a pair, and every thread a few neighbouring instances. Threads exchange nothing.
+// processes a piece of a pair, or of several pairs whose classes lie side by side in memory. Threads exchange nothing.
 #pragma once
+
+#include <type_traits>
 
 #include "group.cuh"
 #include "rows.cuh"
@@ -8,11 +10,19 @@
 namespace sgl {
 namespace cuda {
 
-template <bool scaled, class T>
+template <class Pooling, Kind kind, bool scaled, class T>
 SGL_DEVICE T slope_of(T x, const Coefficients<T>& k) {
   const Probability<T> o = probability<scaled>(x, k.scale);
+  T g = instance_slope<kind, scaled>(x, o, k);
+  if (Pooling::kCode != NoPooling::kCode) g += Pooling::template slope<scaled>(x, o, k.pooling, k.slope1, k.slope2);
+  return g;
+}
+
+// The same for what is rare. It chooses kind and pooling for each instance, so that there is one copy of the loop.
+template <bool scaled, class T>
+SGL_DEVICE T rare_slope_of(T x, const Coefficients<T>& k) {
+  const Probability<T> o = probability<scaled>(x, k.scale);
   T g = T(0);
-  // The kind and the pooling are the same for the whole group: no warp diverges.
   if (k.kind == Kind::kNegative) g = instance_slope<Kind::kNegative, scaled>(x, o, k);
   if (k.kind == Kind::kPositive) g = instance_slope<Kind::kPositive, scaled>(x, o, k);
   if (k.kind == Kind::kRounded) g = instance_slope<Kind::kRounded, scaled>(x, o, k);
@@ -22,58 +32,55 @@ SGL_DEVICE T slope_of(T x, const Coefficients<T>& k) {
          });
 }
 
-// The gradient of pack p of the row, of the one `step` packs further on, and so on.
-template <bool scaled, class T, class In>
-SGL_DEVICE void write_gradient(const Row<In>& row, In* grad, bool in_packs, const Coefficients<T>& k, int p, int step) {
-  constexpr int kSize = Pack<In>::kSize;
-  if (in_packs && p < row.whole_packs) {
-    Pack<In> next = row.pack(p);
+// The gradient slope(x) of pack `first` of the row, of the one `step` packs further on, and so on. Then the instances
+// outside of whole packs, in the same way: neighbouring threads have neighbouring instances.
+template <class T, class In, class Slope>
+SGL_DEVICE void write_gradient(
+    const Row<In>& row, In* grad, bool in_packs, unsigned first, unsigned step, const Slope& slope) {
+  constexpr unsigned kSize = Pack<In>::kSize;
+  const unsigned packs = in_packs ? row.whole_packs : 0, n = row.n;
+  if (first < packs) {
+    Pack<In> next = row.pack(first);
 #pragma unroll 1
-    for (; p < row.whole_packs; p += step) {
+    for (unsigned p = first; p < packs; p += step) {
       Pack<In> pack = next;
       // the next one is loaded meanwhile
-      if (p + step < row.whole_packs) next = row.pack(p + step);
+      if (p + step < packs) next = row.pack(p + step);
 #pragma unroll
-      for (int v = 0; v < kSize; ++v) write_as(&pack.x[v], slope_of<scaled>(read_as(T(), pack.x[v]), k));
+      for (unsigned v = 0; v < kSize; ++v) write_as(&pack.x[v], slope(read_as(T(), pack.x[v])));
       reinterpret_cast<Pack<In>*>(grad)[p] = pack;
     }
   }
 #pragma unroll 1
-  for (; p * kSize < row.n; p += step) {
-#pragma unroll 1
-    for (int j = p * kSize; j < p * kSize + kSize && j < row.n; ++j) {
-      const Steps steps = steps_to(*row.rows, j);
-      const bool live = row.mask == nullptr || row.mask[steps.mask];
-      const T x = read_as(T(), live ? row.x[steps.logits] : filler(In()));
-      write_as(grad + steps.grad, live ? slope_of<scaled>(x, k) : T(0));
-    }
+  for (unsigned j = packs * kSize + first; j < n; j += step) {
+    const Steps steps = steps_to(*row.rows, j);
+    const bool live = row.mask == nullptr || row.mask[steps.mask];
+    const T x = read_as(T(), live ? row.x[steps.logits] : filler(In()));
+    write_as(grad + steps.grad, live ? slope(x) : T(0));
   }
 }
 
-// The same number to every instance.
+// The same number to every instance, without reading them.
 template <class T, class In>
-SGL_DEVICE void fill(const Row<In>& row, In* grad, bool in_packs, T value, int p, int step) {
-  constexpr int kSize = Pack<In>::kSize;
+SGL_DEVICE void fill(const Row<In>& row, In* grad, bool in_packs, T value, unsigned first, unsigned step) {
+  constexpr unsigned kSize = Pack<In>::kSize;
   Pack<In> pack;
 #pragma unroll
-  for (int v = 0; v < kSize; ++v) write_as(&pack.x[v], value);
-  const int whole_packs = in_packs && row.mask == nullptr ? row.n / kSize : 0;
-  for (; p < whole_packs; p += step) reinterpret_cast<Pack<In>*>(grad)[p] = pack;
+  for (unsigned v = 0; v < kSize; ++v) write_as(&pack.x[v], value);
+  const unsigned n = row.n, packs = in_packs && row.mask == nullptr ? n / kSize : 0;
+  for (unsigned p = first; p < packs; p += step) reinterpret_cast<Pack<In>*>(grad)[p] = pack;
 #pragma unroll 1
-  for (; p * kSize < row.n; p += step) {
-#pragma unroll 1
-    for (int j = p * kSize; j < p * kSize + kSize && j < row.n; ++j) {
-      const Steps steps = steps_to(*row.rows, j);
-      write_as(grad + steps.grad, row.mask == nullptr || row.mask[steps.mask] ? value : T(0));
-    }
+  for (unsigned j = packs * kSize + first; j < n; j += step) {
+    const Steps steps = steps_to(*row.rows, j);
+    write_as(grad + steps.grad, row.mask == nullptr || row.mask[steps.mask] ? value : T(0));
   }
 }
 
-// The gradient of a pair from its saved row and the denominators: of pack `first`, of the one `step` further on, and so on.
+// The gradient of a pair from its saved row and the denominators: of the packs and instances that write_gradient says.
 template <class T, class In>
 SGL_DEVICE void write_row(
     const Call& call, const Row<In>& row, In* row_grad, const T* columns, const T* denominators, T grad_output,
-    int64_t cls, int first, int step) {
+    int64_t cls, unsigned first, unsigned step) {
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
   const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, call.settings);
@@ -83,9 +90,26 @@ SGL_DEVICE void write_row(
     // No product with 0 or NaN: an excluded pair may hold anything, and a weight of 0 must not hide a NaN.
     fill(row, row_grad, in_packs, k.kind == Kind::kExcluded ? T(0) : nan_of(T()), first, step);
   } else if (k.scale.any) {
-    write_gradient<true>(row, row_grad, in_packs, k, first, step);
+    write_gradient<T>(row, row_grad, in_packs, first, step, [&](T x) { return rare_slope_of<true>(x, k); });
+  } else if (k.kind == Kind::kRounded || k.kind == Kind::kExtremes) {
+    write_gradient<T>(row, row_grad, in_packs, first, step, [&](T x) { return rare_slope_of<false>(x, k); });
   } else {
-    write_gradient<false>(row, row_grad, in_packs, k, first, step);
+    // chosen once, outside of the loop
+    with_pooling(k.pooling_code, [&](auto pooling) {
+      using P = decltype(pooling);
+      const auto write = [&](auto kind) {
+        write_gradient<T>(row, row_grad, in_packs, first, step, [&](T x) {
+          return slope_of<P, decltype(kind)::value, false>(x, k);
+        });
+      };
+      if (k.kind == Kind::kPositive) {
+        write(std::integral_constant<Kind, Kind::kPositive>());
+      } else if (k.kind == Kind::kNegative) {
+        write(std::integral_constant<Kind, Kind::kNegative>());
+      } else {
+        write(std::integral_constant<Kind, Kind::kBagOnly>());
+      }
+    });
   }
 }
 
@@ -95,7 +119,7 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     const uint32_t pieces) {
   const Rows& rows = call.rows;
   const T* saved = static_cast<const T*>(backward.saved);
-  const uint32_t classes = rows.classes, pairs = rows.units;
+  const uint32_t classes = rows.classes, pairs = rows.units, bags = static_cast<uint32_t>(rows.bags);
   const T* denominators = saved + int64_t{pairs} * kColumns;
   const T* grad_output = static_cast<const T*>(backward.grad_output);
   In* grad = static_cast<In*>(backward.grad);
@@ -103,15 +127,21 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
   // 32 bits: division takes a fraction of the instructions of 64 bits (plan_of limits the items)
   const uint32_t size = warp_per_bag_class ? kWarp : blockDim.x;
   const uint32_t groups = blockDim.x / size;
-  for (uint32_t item = blockIdx.x * groups + threadIdx.x / size; item < pairs * pieces; item += gridDim.x * groups) {
-    const uint32_t pair = item / pieces;
-    const uint32_t bag = pair / classes, cls = pair - bag * classes;
+  // Neighbouring threads have neighbouring classes, then neighbouring instances.
+  const uint32_t across = classes_across(rows, size), strips = (classes + across - 1) / across;
+  const uint32_t rank = threadIdx.x % size, lengthwise = size / across;
+  const uint32_t at = rank / across, class_at = rank - at * across;
+  for (uint32_t item = blockIdx.x * groups + threadIdx.x / size; item < bags * strips * pieces;
+       item += gridDim.x * groups) {
+    const uint32_t strip = item / pieces;
+    const uint32_t bag = strip / strips, cls = (strip - bag * strips) * across + class_at;
+    if (at >= lengthwise || cls >= classes) continue;
+    const uint32_t pair = bag * classes + cls;
     const Place place = place_of(rows, bag, cls);
     const Row<In> row(call, place);
-    const int first = static_cast<int>((item - pair * pieces) * size + threadIdx.x % size);
     write_row(
         call, row, grad + place.grad, saved + int64_t{pair} * kColumns, denominators,
-        grad_output[backward.per_pair ? pair : 0], cls, first, static_cast<int>(pieces * size));
+        grad_output[backward.per_pair ? pair : 0], cls, (item - strip * pieces) * lengthwise + at, pieces * lengthwise);
   }
 
   if (rows.offsets == nullptr) return;

@@ -139,11 +139,18 @@ Plan plan_of(const Call& call, int multiprocessors) {
   const int registers = call.type == Type::kDouble ? kRegisters<double> : kRegisters<float>;
   const int resident = multiprocessors * std::min(65536 / (registers * plan.threads), 32);
   plan.forward_blocks = at_most((units + groups - 1) / groups, resident);
-  const int64_t tile = int64_t{16} * (plan.warp_per_bag_class ? kWarp : plan.threads);
-  // backward counts its work items, units * pieces, in 32 bits
-  plan.pieces =
-      at_most(std::min<int64_t>((positions + tile - 1) / tile, kMaxItems / std::max<int64_t>(units, 1)), 1024);
-  plan.backward_blocks = at_most((units * plan.pieces + groups - 1) / groups, 1 << 20);
+  // Backward: a thread has up to 64 instances, which share the cost of what it computes of the pair, and fewer where
+  // blocks would be missing. Work items are counted in 32 bits.
+  const uint32_t size = plan.warp_per_bag_class ? kWarp : plan.threads, across = classes_across(rows, size);
+  const int64_t strips = rows.bags * ((rows.classes + across - 1) / across);
+  const auto pieces_of = [&](int64_t instances) {
+    const int64_t tile = instances * (size / across);
+    return at_most(std::min<int64_t>((positions + tile - 1) / tile, kMaxItems / std::max<int64_t>(strips, 1)), 1024);
+  };
+  int64_t instances = 64;
+  while (instances > 16 && strips * pieces_of(instances) < static_cast<int64_t>(resident) * groups) instances /= 2;
+  plan.pieces = pieces_of(instances);
+  plan.backward_blocks = at_most((strips * plan.pieces + groups - 1) / groups, 1 << 20);
   return plan;
 }
 

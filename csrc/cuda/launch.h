@@ -25,6 +25,15 @@ struct Rows {
   bool offsets_are_64_bit;
 };
 
+// How many classes neighbouring threads of a group have in backward: packed bags and channels_last maps hold the classes of
+// an instance side by side, and memory is read and written by neighbouring addresses.
+SGL_HD uint32_t classes_across(const Rows& rows, uint32_t threads) {
+  const bool side_by_side = rows.logits_class == 1 && rows.grad_class == 1;
+  if (!side_by_side || rows.classes < 2 || rows.dimension[rows.dimensions - 1].logits == 1) return 1;
+  const uint32_t strips = (rows.classes + threads - 1) / threads;
+  return (rows.classes + strips - 1) / strips;
+}
+
 // Labels of any dtype: integers are 0 or not, floating ones may be NaN.
 struct Targets {
   const void* data;  // null: the bag logits are computed, for which no label is needed
@@ -64,7 +73,7 @@ struct Backward {
 struct Plan {
   bool warp_per_bag_class;  // else a block
   int threads, forward_blocks, backward_blocks;
-  int pieces;  // backward: work items of a bag-class
+  int pieces;  // backward: work items of a bag-class, or of several side by side
 };
 
 Plan plan_of(const Call& call, int multiprocessors);
