@@ -86,7 +86,7 @@ CASES = [
 
 def measure(case: Case, code: build_device_code.DeviceCode | None = None) -> dict[str, Any]:
     """Counts per element of forward and backward, as tests/device_code/measure.py gives them."""
-    code = code or build_device_code.build([case.architecture])
+    code = code or build_device_code.build([case.architecture], two_types=case.dtype in ("float32", "bfloat16"))
     result = code.run(TESTS / "measure.py", json.dumps(asdict(case)), guarded=False)
     if result.returncode:
         raise RuntimeError(result.stdout + result.stderr)

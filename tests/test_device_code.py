@@ -1,7 +1,8 @@
 """The machine code that nvcc makes of the CUDA kernels, run by the interpreters of tests/device_code.
 
-A tier of its own: ``pytest -m device_code``. With ``--all-device-code`` it covers every architecture that is shipped,
-PTX too, other orders of threads and every seeded fault; the release check does that.
+A tier of its own: ``pytest -m device_code``. It has three architectures, the types float32 and bfloat16, three seeded
+faults and the counts. With ``--all-device-code`` it covers every type and architecture that is shipped, PTX too, other
+orders of threads and every seeded fault; the release check does that.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def run_cases(code: build_device_code.DeviceCode, *arguments: str) -> str:
 def test_machine_code_agrees_with_the_reference(architecture, whole_tier):
     if architecture not in QUICK and not whole_tier:
         pytest.skip("needs --all-device-code")
-    assert not run_cases(build_device_code.build([architecture]), architecture, "sass", "--quick")
+    code = build_device_code.build([architecture], two_types=not whole_tier)
+    assert not run_cases(code, architecture, "sass", "--quick")
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -77,7 +79,7 @@ def test_finds_a_fault(name, tmp_path, whole_tier):
     if name not in faults.QUICK and not whole_tier:
         pytest.skip("needs --all-device-code")
     fault = (faults.QUICK | faults.OTHER)[name]
-    code = build_device_code.build(["90"], fault.copy(tmp_path))
+    code = build_device_code.build(["90"], fault.copy(tmp_path), two_types=True)
     failed = run_cases(code, "90", "sass", "--quick", "--only", fault.cases, "--first-failure")
     assert "FAILED" in failed, failed
 

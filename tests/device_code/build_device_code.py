@@ -56,11 +56,15 @@ def nvcc_version() -> str:
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """Paths of a build. ``code`` maps an architecture, such as "90", to its PTX and its disassembled machine code."""
+    """Paths of a build. ``code`` maps an architecture, such as "90", to its PTX and its disassembled machine code.
+
+    ``two_types``: it has kernels for float32 and bfloat16 only.
+    """
 
     library: str
     guard: str
     code: dict[str, dict[str, str]]
+    two_types: bool
 
     def run(self, script: Path, *arguments: str, guarded: bool = True, **options) -> subprocess.CompletedProcess[str]:
         """Runs a Python script with SGL_DEVICE_CODE set for interpreter.py, and the memory guard preloaded."""
@@ -82,20 +86,21 @@ def kernel_sources(root: Path) -> list[Path]:
     return sorted([*(root / "csrc").glob("*.h"), *(root / "csrc" / "cuda").iterdir()])
 
 
-def device_code(architecture: str, root: Path) -> dict[str, str]:
+def device_code(architecture: str, root: Path, two_types: bool) -> dict[str, str]:
     """Paths of the PTX and the disassembled machine code for an architecture such as "90"."""
+    flags = [*LANGUAGE_FLAGS, *(["-DSGL_TWO_TYPES"] if two_types else [])]
     nvdisasm = find_nvdisasm()
     assert nvdisasm is not None
 
     def make(folder: Path) -> None:
         ptx, cubin = folder / "code.ptx", folder / "code.cubin"
-        arguments = [*LANGUAGE_FLAGS, f"-arch=compute_{architecture}", root / "csrc/cuda/launch.cu"]
+        arguments = [*flags, f"-arch=compute_{architecture}", root / "csrc/cuda/launch.cu"]
         subprocess.run([nvcc(), "-ptx", *arguments, "-o", ptx], check=True)
         subprocess.run([nvcc(), "-cubin", f"-arch=sm_{architecture}", ptx, "-o", cubin], check=True)
         with (folder / "code.sass").open("w") as file:
             subprocess.run([nvdisasm, cubin], check=True, stdout=file)
 
-    settings = [LANGUAGE_FLAGS, architecture, compiler_version(nvcc()), compiler_version(str(nvdisasm))]
+    settings = [flags, architecture, compiler_version(nvcc()), compiler_version(str(nvdisasm))]
     folder = cached_build("device-code", kernel_sources(root), settings, make)
     return {kind: str(folder / f"code.{kind}") for kind in ("ptx", "sass")}
 
@@ -146,11 +151,13 @@ def memory_guard() -> Path:
     return cached_build("memory-guard", [source], [flags, compiler_version("g++")], make) / "guard.so"
 
 
-def build(architectures: Sequence[str], root: Path = ROOT) -> DeviceCode:
+def build(architectures: Sequence[str], root: Path = ROOT, two_types: bool = False) -> DeviceCode:
     """Device code of ``root``, a checkout or a copy of its csrc with a fault, for architectures such as "90".
 
-    The host code is that of the project: a fault changes device code only.
+    The host code is that of the project: a fault changes device code only. ``two_types``: kernels for float32 and
+    bfloat16 only, in half the time.
     """
     with ThreadPoolExecutor(2) as pool:
-        code = dict(zip(architectures, pool.map(lambda name: device_code(name, root), architectures), strict=True))
-    return DeviceCode(str(interpreter_library()), str(memory_guard()), code)
+        built = pool.map(lambda name: device_code(name, root, two_types), architectures)
+        code = dict(zip(architectures, built, strict=True))
+    return DeviceCode(str(interpreter_library()), str(memory_guard()), code, two_types)

@@ -15,6 +15,8 @@ from sgl_ops import _fused
 PATHS = json.loads(os.environ["SGL_DEVICE_CODE"])
 torch.set_num_threads(1)
 torch.ops.load_library(PATHS["library"])
+#: The types of logits that there are kernels for.
+DTYPES = {torch.float32, torch.bfloat16} | (set() if PATHS["two_types"] else {torch.float16, torch.float64})
 _library = ctypes.CDLL(PATHS["library"])
 _library.device_code_load.restype = _library.device_code_class.restype = ctypes.c_char_p
 _library.device_code_range.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
