@@ -98,9 +98,8 @@ SGL_DEVICE void write_row(
     with_pooling(k.pooling_code, [&](auto pooling) {
       using P = decltype(pooling);
       const auto write = [&](auto kind) {
-        write_gradient<T>(row, row_grad, in_packs, first, step, [&](T x) {
-          return slope_of<P, decltype(kind)::value, false>(x, k);
-        });
+        write_gradient<T>(
+            row, row_grad, in_packs, first, step, [&](T x) { return slope_of<P, decltype(kind)::value, false>(x, k); });
       };
       if (k.kind == Kind::kPositive) {
         write(std::integral_constant<Kind, Kind::kPositive>());
