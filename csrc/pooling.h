@@ -62,6 +62,7 @@ struct BagLogit {
 //   kCountsMaxima   whether its only term is 1 for each instance equal to the largest
 //   kAddsLogits     whether its only term is the logit
 //   kParameter      whether it has a parameter; otherwise the parameter is 1
+//   kOwnLoop        whether backward on CUDA has a separate loop for it, which is faster but takes time to compile
 //   scale           powers of e that keep its sums in the range of floats
 //   settings        values of the pair that its terms and its slope need
 //   terms           the terms of an instance, which are summed over the pair
@@ -71,7 +72,7 @@ struct BagLogit {
 struct PoolingBase {
   static constexpr int kSums = 2;
   static constexpr Reference kReference = Reference::kNone;
-  static constexpr bool kCountsMaxima = false, kAddsLogits = false, kParameter = false;
+  static constexpr bool kCountsMaxima = false, kAddsLogits = false, kParameter = false, kOwnLoop = false;
 
   template <class T>
   static SGL_HD Scale<T> scale(const Extent<T>& e) {
@@ -99,6 +100,7 @@ struct WeightedMean : PoolingBase {
 struct NoPooling : PoolingBase {
   static constexpr int64_t kCode = 0;
   static constexpr const char* kName = "none";
+  static constexpr bool kOwnLoop = true;
   static constexpr int kSums = 0;
 
   template <bool scaled, class F, class T>
@@ -116,6 +118,7 @@ struct NoPooling : PoolingBase {
 struct MaxPooling : PoolingBase {
   static constexpr int64_t kCode = 1;
   static constexpr const char* kName = "max";
+  static constexpr bool kOwnLoop = true;
   static constexpr int kSums = 1;
   static constexpr bool kCountsMaxima = true;
 
@@ -170,6 +173,7 @@ struct MeanLogitsPooling : PoolingBase {
 struct SoftmaxPooling : WeightedMean {
   static constexpr int64_t kCode = 4;
   static constexpr const char* kName = "softmax";
+  static constexpr bool kOwnLoop = true;
 
   template <class T>
   static SGL_HD PoolingSettings<T> settings(const Extent<T>& e, double parameter) {
@@ -440,6 +444,10 @@ SGL_HD bool adds_logits(int64_t code) {
 
 SGL_HD bool has_sums(int64_t code) {
   return with_pooling(code, [&](auto pooling) SGL_INLINED { return decltype(pooling)::kSums > 0; });
+}
+
+SGL_HD bool has_own_loop(int64_t code) {
+  return with_pooling(code, [&](auto pooling) SGL_INLINED { return decltype(pooling)::kOwnLoop; });
 }
 
 SGL_HD BagLogit finish_pooling(int64_t code, const PooledPair& pair) {

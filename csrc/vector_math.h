@@ -60,6 +60,9 @@ SGL_HD F minus_magnitude(F x) {
   return from_bits(to_bits(x) | 0x80000000u);
 }
 SGL_HD double minus_magnitude(double x) { return -std::fabs(x); }
+#if defined(__CUDA_ARCH__)
+SGL_HD float minus_magnitude(float x) { return -fabsf(x); }  // a modifier of the instruction that reads it
+#endif
 
 // 1.5 * 2^23: adding it rounds a number to the nearest integer, which is then in the lowest bits of the sum
 constexpr float kRound = 12582912.0f;
@@ -123,16 +126,23 @@ SGL_HD float reciprocal(float x) {
 SGL_HD float exp(float x) {
   x = x < -105.0f ? -105.0f : x;  // 0
   const float scaled = x * 1.44269502f;
-  const float lost = std::fma(x, 1.92596303e-8f, std::fma(x, 1.44269502f, -scaled));
+  // its negative: nvcc would compute -scaled by a second product
+  const float gained = std::fma(x, -1.92596303e-8f, std::fma(x, -1.44269502f, scaled));
   const float result = exp2_instruction(scaled);
-  return result * (lost * 0.693147181f) + result;
+  return result * (gained * -0.693147181f) + result;
 }
+// a / b, to 2 ulp
+SGL_HD float quotient(float a, float b) { return a * reciprocal(b); }
 
 #else
 
 template <class F>
 SGL_HD F reciprocal(F x) {
   return 1.0f / x;
+}
+template <class F>
+SGL_HD F quotient(F a, F b) {
+  return a / b;
 }
 
 // x 2^n from n + kRound, for n > -190. Two factors, because 2^n may be out of the range of floats when the result is
@@ -192,7 +202,7 @@ SGL_HD F log1p_any(F e) {
   const auto n = (to_bits(z) - 0x3f3504f3u) >> 23;
   const F f = from_bits(to_bits(z) - (n << 23)) - 1.0f;
   // the float 2^23 + n has n in its lowest bits
-  return log1p_polynomial(f) + (from_bits(n + 0x4b000000u) - 8388608.0f) * 0.693147181f + lost / z;
+  return log1p_polynomial(f) + (from_bits(n + 0x4b000000u) - 8388608.0f) * 0.693147181f + quotient(lost, z);
 }
 
 SGL_HD double reciprocal(double x) { return 1.0 / x; }

@@ -173,16 +173,16 @@ BUGS = {
         "group.cuh", "    __syncthreads();\n    std::memcpy(&value", "    std::memcpy(&value", "threads"),
     "the warps' sums are overwritten at once": ("group.cuh", "    turn_ ^= 1;\n", "", "threads"),
     "no barrier before pairs are finalized": (
-        "forward.cuh", "    group.sync();\n    const", "    const", "threads"),
+        "forward.cuh", "    __syncthreads();\n    const", "    const", "threads"),
     "no fence before a block says that it is done": (
-        "forward.cuh", "] = batch;\n    __threadfence();\n", "] = batch;\n", "threads"),
+        "forward.cuh", "threadIdx.x];\n    __threadfence();\n", "threadIdx.x];\n", "threads"),
     "no fence before the last block reads the others": (
         "forward.cuh", "gridDim.x - 1;\n    __threadfence();\n", "gridDim.x - 1;\n", "threads"),
     "the counter is not set back": ("forward.cuh", "blocks_done, gridDim.x - 1)", "blocks_done, gridDim.x)", "none"),
-    "one instance too many": ("rows.cuh", "else if (j < row.n)", "else if (j <= row.n)", "memory"),
+    "one instance too many": ("rows.cuh", "live = j < n;", "live = j <= n;", "memory"),
     "one pack too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + 1 :", "memory"),
-    "one gradient too many": ("backward.cuh", "first; j < n;", "first; j <= n;", "memory"),
-    "the tail of a row is left out": ("rows.cuh", "p * kSize < row.n", "p * kSize + kSize <= row.n", "none"),
+    "one logit too many in backward": ("backward.cuh", "j + step < n)", "j + step <= n)", "memory"),
+    "the tail of a row is left out": ("rows.cuh", "p * row.width < row.n", "p * row.width + 1 < row.n", "none"),
 }  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 // processes a piece of a pair, or of several pairs whose classes lie side by side in memory. Threads exchange nothing.
 #pragma once
 
-#include <type_traits>
-
 #include "group.cuh"
 #include "rows.cuh"
 
@@ -18,9 +16,9 @@ SGL_DEVICE T slope_of(T x, const Coefficients<T>& k) {
   return g;
 }
 
-// The same for what is rare. It chooses kind and pooling for each instance, so that there is one copy of the loop.
+// The same for any kind and pooling, which it chooses for each instance.
 template <bool scaled, class T>
-SGL_DEVICE T rare_slope_of(T x, const Coefficients<T>& k) {
+SGL_DEVICE T any_slope_of(T x, const Coefficients<T>& k) {
   const Probability<T> o = probability<scaled>(x, k.scale);
   T g = T(0);
   if (k.kind == Kind::kNegative) g = instance_slope<Kind::kNegative, scaled>(x, o, k);
@@ -32,45 +30,75 @@ SGL_DEVICE T rare_slope_of(T x, const Coefficients<T>& k) {
          });
 }
 
-// The gradient slope(x) of pack `first` of the row, of the one `step` packs further on, and so on. Then the instances
-// outside of whole packs, in the same way: neighbouring threads have neighbouring instances.
+// The gradient slope(x) of a simple row: of pack `first`, of the one `step` packs further on, and so on. Then of the
+// instances after the `packs` whole packs, in the same way: neighbouring threads have neighbouring instances.
 template <class T, class In, class Slope>
 SGL_DEVICE void write_gradient(
-    const Row<In>& row, In* grad, bool in_packs, unsigned first, unsigned step, const Slope& slope) {
+    const Row<In>& row, In* grad, unsigned packs, unsigned first, unsigned step, const Slope& slope) {
   constexpr unsigned kSize = Pack<In>::kSize;
-  const unsigned packs = in_packs ? row.whole_packs : 0, n = row.n;
+  const unsigned n = row.n;
+  // in both loops the next logits are loaded before the gradient of these is computed
   if (first < packs) {
-    Pack<In> next = row.pack(first);
+    const Pack<In>* const logits = reinterpret_cast<const Pack<In>*>(row.x);
+    Pack<In> next = logits[first];
 #pragma unroll 1
     for (unsigned p = first; p < packs; p += step) {
       Pack<In> pack = next;
-      // the next one is loaded meanwhile
-      if (p + step < packs) next = row.pack(p + step);
+      if (p + step < packs) next = logits[p + step];
 #pragma unroll
       for (unsigned v = 0; v < kSize; ++v) write_as(&pack.x[v], slope(read_as(T(), pack.x[v])));
       reinterpret_cast<Pack<In>*>(grad)[p] = pack;
     }
   }
+  const unsigned begin = packs * kSize + first;
+  if (begin >= n) return;
+  const Dimension& dim = row.rows->dimension[0];
+  const In* from = row.x + begin * dim.logits;
+  In* to = grad + begin * dim.grad;
+  const int64_t from_step = step * dim.logits, to_step = step * dim.grad;
+  In next = *from;
 #pragma unroll 1
-  for (unsigned j = packs * kSize + first; j < n; j += step) {
+  for (unsigned j = begin; j < n; j += step, to += to_step) {
+    const In x = next;
+    from += from_step;
+    if (j + step < n) next = *from;
+    write_as(to, slope(read_as(T(), x)));
+  }
+}
+
+// The same for a kind and a pooling with kOwnLoop, both chosen outside of the loop.
+template <Kind kind, class T, class In>
+SGL_DEVICE void write_own_loop(
+    const Row<In>& row, In* grad, unsigned packs, unsigned first, unsigned step, const Coefficients<T>& k) {
+  with_pooling(k.pooling_code, [&](auto pooling) {
+    using P = decltype(pooling);
+    if constexpr (P::kOwnLoop)
+      write_gradient<T>(row, grad, packs, first, step, [&](T x) { return slope_of<P, kind, false>(x, k); });
+  });
+}
+
+// The same for any row, kind and pooling, instance by instance.
+template <bool scaled, class T, class In>
+SGL_DEVICE void write_general(const Row<In>& row, In* grad, unsigned first, unsigned step, const Coefficients<T>& k) {
+#pragma unroll 1
+  for (unsigned j = first; j < static_cast<unsigned>(row.n); j += step) {
     const Steps steps = steps_to(*row.rows, j);
     const bool live = row.mask == nullptr || row.mask[steps.mask];
     const T x = read_as(T(), live ? row.x[steps.logits] : filler(In()));
-    write_as(grad + steps.grad, live ? slope(x) : T(0));
+    write_as(grad + steps.grad, live ? any_slope_of<scaled>(x, k) : T(0));
   }
 }
 
 // The same number to every instance, without reading them.
 template <class T, class In>
-SGL_DEVICE void fill(const Row<In>& row, In* grad, bool in_packs, T value, unsigned first, unsigned step) {
+SGL_DEVICE void fill(const Row<In>& row, In* grad, unsigned packs, T value, unsigned first, unsigned step) {
   constexpr unsigned kSize = Pack<In>::kSize;
   Pack<In> pack;
 #pragma unroll
   for (unsigned v = 0; v < kSize; ++v) write_as(&pack.x[v], value);
-  const unsigned n = row.n, packs = in_packs && row.mask == nullptr ? n / kSize : 0;
   for (unsigned p = first; p < packs; p += step) reinterpret_cast<Pack<In>*>(grad)[p] = pack;
 #pragma unroll 1
-  for (unsigned j = packs * kSize + first; j < n; j += step) {
+  for (unsigned j = packs * kSize + first; j < static_cast<unsigned>(row.n); j += step) {
     const Steps steps = steps_to(*row.rows, j);
     write_as(grad + steps.grad, row.mask == nullptr || row.mask[steps.mask] ? value : T(0));
   }
@@ -84,31 +112,20 @@ SGL_DEVICE void write_row(
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
   const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, call.settings);
-  const Rows& rows = call.rows;
-  const bool in_packs = rows.dimensions == 1 && rows.dimension[0].grad == 1 && lies_on_16_bytes(row_grad);
+  const bool in_packs = row.is_contiguous && call.rows.dimension[0].grad == 1 && lies_on_16_bytes(row_grad);
+  const unsigned packs = in_packs ? row.n / Pack<In>::kSize : 0;
+  const bool own_loop = row.is_simple && !k.scale.any && has_own_loop(k.pooling_code);
   if (k.kind == Kind::kExcluded || k.kind == Kind::kNonFinite) {
     // No product with 0 or NaN: an excluded pair may hold anything, and a weight of 0 must not hide a NaN.
-    fill(row, row_grad, in_packs, k.kind == Kind::kExcluded ? T(0) : nan_of(T()), first, step);
+    fill(row, row_grad, packs, k.kind == Kind::kExcluded ? T(0) : nan_of(T()), first, step);
+  } else if (own_loop && k.kind == Kind::kNegative) {
+    write_own_loop<Kind::kNegative>(row, row_grad, packs, first, step, k);
+  } else if (own_loop && k.kind == Kind::kPositive) {
+    write_own_loop<Kind::kPositive>(row, row_grad, packs, first, step, k);
   } else if (k.scale.any) {
-    write_gradient<T>(row, row_grad, in_packs, first, step, [&](T x) { return rare_slope_of<true>(x, k); });
-  } else if (k.kind == Kind::kRounded || k.kind == Kind::kExtremes) {
-    write_gradient<T>(row, row_grad, in_packs, first, step, [&](T x) { return rare_slope_of<false>(x, k); });
+    write_general<true>(row, row_grad, first, step, k);
   } else {
-    // chosen once, outside of the loop
-    with_pooling(k.pooling_code, [&](auto pooling) {
-      using P = decltype(pooling);
-      const auto write = [&](auto kind) {
-        write_gradient<T>(
-            row, row_grad, in_packs, first, step, [&](T x) { return slope_of<P, decltype(kind)::value, false>(x, k); });
-      };
-      if (k.kind == Kind::kPositive) {
-        write(std::integral_constant<Kind, Kind::kPositive>());
-      } else if (k.kind == Kind::kNegative) {
-        write(std::integral_constant<Kind, Kind::kNegative>());
-      } else {
-        write(std::integral_constant<Kind, Kind::kBagOnly>());
-      }
-    });
+    write_general<false>(row, row_grad, first, step, k);
   }
 }
 
@@ -125,14 +142,20 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
 
   // 32 bits: division takes a fraction of the instructions of 64 bits (plan_of limits the items)
   const uint32_t size = warp_per_bag_class ? kWarp : blockDim.x;
-  const uint32_t groups = blockDim.x / size;
-  // Neighbouring threads have neighbouring classes, then neighbouring instances.
-  const uint32_t across = classes_across(rows, size), strips = (classes + across - 1) / across;
-  const uint32_t rank = threadIdx.x % size, lengthwise = size / across;
-  const uint32_t at = rank / across, class_at = rank - at * across;
-  for (uint32_t item = blockIdx.x * groups + threadIdx.x / size; item < bags * strips * pieces;
-       item += gridDim.x * groups) {
-    const uint32_t strip = item / pieces;
+  const uint32_t groups = warp_per_bag_class ? blockDim.x / kWarp : 1;
+  const uint32_t group = warp_per_bag_class ? threadIdx.x / kWarp : 0, rank = threadIdx.x - group * size;
+  // Neighbouring threads have neighbouring classes, then neighbouring instances. Few layouts pay for the divisions.
+  const uint32_t across = classes_across(rows, size);
+  uint32_t strips = classes, lengthwise = size, at = rank, class_at = 0;
+  if (across > 1) {
+    strips = (classes + across - 1) / across;
+    lengthwise = size / across;
+    at = rank / across;
+    class_at = rank - at * across;
+  }
+  for (uint32_t item = blockIdx.x * groups + group; item < bags * strips * pieces; item += gridDim.x * groups) {
+    uint32_t strip = item;
+    if (pieces > 1) strip = item / pieces;
     const uint32_t bag = strip / strips, cls = (strip - bag * strips) * across + class_at;
     if (at >= lengthwise || cls >= classes) continue;
     const uint32_t pair = bag * classes + cls;

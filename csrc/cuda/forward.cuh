@@ -1,9 +1,10 @@
 // Forward: a warp or a block processes one pair (bag, class) after another. The first pass loads the logits from memory, and
-// the others find them in the cache. A negative pair needs the first pass alone, unless its pooling has sums. Several
-// pairs are finalized together, one thread per pair, and the last block that ends adds up the blocks.
+// the others find them in the cache. A negative pair needs the first pass alone, unless its pooling has sums. A block
+// finalizes several pairs together, one thread per pair, and the last block that ends adds up the blocks.
 #pragma once
 
-#include "../median.h"
+#include <type_traits>
+
 #include "group.cuh"
 #include "rows.cuh"
 
@@ -13,22 +14,37 @@ namespace cuda {
 // ---------------------------------------------------------------------------------------------------------------------
 // The results of the passes
 
-template <class T>
+// `ties`: whether the instances at `high` are counted, or else the smallest magnitude is found.
+template <class T, bool ties>
 struct FirstPass {
   double loss;  // of an instance of a negative bag; NaN if a logit is NaN or infinite
-  T low, high, nearest;
-  int ties;  // at high
+  T low, high;
+  std::conditional_t<ties, int, T> more;  // instances at high, or the smallest |x|
   int n;
-  int unused;  // a whole number of 8 bytes
 
   SGL_DEVICE void merge(const FirstPass& o) {
     loss += o.loss;
-    low = o.low < low ? o.low : low;
-    nearest = o.nearest < nearest ? o.nearest : nearest;
-    ties = o.high > high ? o.ties : o.high == high ? ties + o.ties : ties;
-    high = o.high > high ? o.high : high;
+    low = smaller(low, o.low);
+    if constexpr (ties) {
+      add_ties(o.high, o.more);
+    } else {
+      more = smaller(more, o.more);
+    }
+    high = larger(high, o.high);
     n += o.n;
   }
+  // before `high` is merged
+  SGL_DEVICE void add_ties(T other_high, int others) {
+    more = other_high > high ? others : other_high == high ? more + others : more;
+  }
+};
+
+// FirstPass with either of the numbers; the other one is 0.
+template <class T>
+struct FirstFound {
+  double loss;
+  T low, high, nearest;
+  int ties, n;
 };
 
 struct GuidedPass {
@@ -67,32 +83,44 @@ template <class T>
 struct LargestPass {
   T x;
 
-  SGL_DEVICE void merge(const LargestPass& o) { x = o.x > x ? o.x : x; }
+  SGL_DEVICE void merge(const LargestPass& o) { x = larger(x, o.x); }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The passes
 
-template <class T, class In>
-SGL_DEVICE FirstPass<T> first_pass(const Row<In>& row, bool negative, Group& group) {
-  FirstPass<T> found = {0, infinity_of(T()), -infinity_of(T()), infinity_of(T()), 0, 0, 0};
+template <bool negative, bool ties, class T, class In>
+SGL_DEVICE FirstFound<T> first_pass_as(const Row<In>& row, Group& group) {
+  FirstPass<T, ties> found = {0, infinity_of(T()), -infinity_of(T()), {}, 0};
+  if (!ties) found.more = infinity_of(T());
   T not_finite = T(0), above = T(0);
   LogOfProduct<T> product;
   for_instances<kPacks<In>, T>(
       row, group,
-      [&](T x, bool live) {
-        // a dead x is a NaN, which no comparison takes
-        const T magnitude = x < T(0) ? -x : x;
-        found.low = x < found.low ? x : found.low;
-        found.nearest = magnitude < found.nearest ? magnitude : found.nearest;
-        found.ties = x > found.high ? 1 : found.ties + (x == found.high ? 1 : 0);
-        found.high = x > found.high ? x : found.high;
-        found.n += live ? 1 : 0;
-        not_finite += (live ? x : T(0)) * T(0);
-        if (negative) {
-          product.multiply_by_1_plus(live ? exp(-magnitude) : T(0));
-          above += x > T(0) ? x : T(0);
+      [&](const auto& x, bool live) {
+        constexpr int kCount = sizeof(x) / sizeof(T);
+        // A dead x is a NaN, which no comparison takes.
+        T high = -infinity_of(T());
+#pragma unroll
+        for (int v = 0; v < kCount; ++v) {
+          const T magnitude = magnitude_of(x[v]);
+          high = larger(high, x[v]);
+          found.low = smaller(found.low, x[v]);
+          if constexpr (!ties) found.more = smaller(found.more, magnitude);
+          found.n += live ? 1 : 0;
+          not_finite += (live ? x[v] : T(0)) * T(0);
+          if (negative) {
+            product.multiply_by_1_plus(live ? exp(-magnitude) : T(0));
+            above += larger(T(0), x[v]);
+          }
         }
+        if constexpr (ties) {
+          int at_high = 0;
+#pragma unroll
+          for (int v = 0; v < kCount; ++v) at_high += x[v] == high ? 1 : 0;
+          found.add_ties(high, at_high);
+        }
+        found.high = larger(found.high, high);
       },
       [&] {
         if (!negative) return;
@@ -102,7 +130,18 @@ SGL_DEVICE FirstPass<T> first_pass(const Row<In>& row, bool negative, Group& gro
         product = LogOfProduct<T>();
       });
   found.loss += static_cast<double>(not_finite);
-  return group.reduce(found);
+  found = group.reduce(found);
+  if constexpr (ties)
+    return {found.loss, found.low, found.high, T(0), found.more, found.n};
+  else
+    return {found.loss, found.low, found.high, found.more, 0, found.n};
+}
+
+// A variant for each combination: no instance pays for what its row does not need.
+template <class T, class In>
+SGL_DEVICE FirstFound<T> first_pass(const Row<In>& row, bool negative, bool ties, Group& group) {
+  if (negative) return ties ? first_pass_as<true, true, T>(row, group) : first_pass_as<true, false, T>(row, group);
+  return ties ? first_pass_as<false, true, T>(row, group) : first_pass_as<false, false, T>(row, group);
 }
 
 template <bool scaled, class T, class In>
@@ -111,8 +150,7 @@ guided_pass(const Row<In>& row, const Guide<T>& guide, const Scale<T>& scale, T 
   GuidedPass found = {};
   T negative = T(0), ambiguous = T(0), positive = T(0), square = T(0);
   for_instances<0, T>(
-      row, group,
-      [&](T x, bool live) {
+      row, group, one_by_one([&](T x, bool live) {
         x = live ? x : harmless;
         const Probability<T> o = probability<scaled>(x, scale);
         const Target<T> t = target_of(theta_of(x, o, guide), guide);
@@ -123,7 +161,7 @@ guided_pass(const Row<In>& row, const Guide<T>& guide, const Scale<T>& scale, T 
         square += live && t.m > T(0) ? o.scaled_p * o.scaled_p : T(0);
         found.negatives += live && t.negative != T(0) ? 1 : 0;
         found.positives += live && t.positive != T(0) ? 1 : 0;
-      },
+      }),
       [&] {
         found.loss[0] += static_cast<double>(negative);
         found.loss[1] += static_cast<double>(ambiguous);
@@ -140,11 +178,7 @@ SGL_DEVICE double rounded_pass(const Row<In>& row, Group& group) {
   SumPass found = {0};
   LogOfProduct<T> product;
   for_instances<0, T>(
-      row, group,
-      [&](T x, bool live) {
-        const T magnitude = x < T(0) ? -x : x;
-        product.multiply_by_1_plus(live ? exp(-magnitude) : T(0));
-      },
+      row, group, one_by_one([&](T x, bool live) { product.multiply_by_1_plus(live ? exp(-magnitude_of(x)) : T(0)); }),
       [&] {
         found.sum += static_cast<double>(product.log());
         product = LogOfProduct<T>();
@@ -159,14 +193,13 @@ pooled_pass(const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>&
   PooledPass found = {};
   T a = T(0), b = T(0), c = T(0);
   for_instances<0, T>(
-      row, group,
-      [&](T x, bool live) {
+      row, group, one_by_one([&](T x, bool live) {
         x = live ? x : settings.high;
         const PoolingTerms<T> t = Pooling::template terms<scaled>(x, probability<scaled>(x, scale), scale, settings);
         a += live ? t.a : T(0);
         if (kSums > 1) b += live ? t.b : T(0);
         if (kSums > 2) c += live ? t.c : T(0);
-      },
+      }),
       [&] {
         found.sum[0] += static_cast<double>(a);
         if (kSums > 1) found.sum[1] += static_cast<double>(b);
@@ -179,14 +212,14 @@ pooled_pass(const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>&
 template <class T, class In>
 SGL_DEVICE int64_t count_up_to(const Row<In>& row, T pivot, Group& group) {
   CountPass found = {0};
-  for_instances<1, T>(row, group, [&](T x, bool) { found.n += x <= pivot ? 1 : 0; }, [] {});
+  for_instances<1, T>(row, group, one_by_one([&](T x, bool) { found.n += x <= pivot ? 1 : 0; }), [] {});
   return group.reduce(found).n;
 }
 
 template <class T, class In>
 SGL_DEVICE int64_t count_equal(const Row<In>& row, T value, Group& group) {
   CountPass found = {0};
-  for_instances<0, T>(row, group, [&](T x, bool) { found.n += x == value ? 1 : 0; }, [] {});
+  for_instances<0, T>(row, group, one_by_one([&](T x, bool) { found.n += x == value ? 1 : 0; }), [] {});
   return group.reduce(found).n;
 }
 
@@ -198,7 +231,7 @@ SGL_DEVICE T order_statistic_of(const Row<In>& row, int n, int64_t wanted, T low
       [&](T pivot) {
         LargestPass<T> found = {low};
         for_instances<1, T>(
-            row, group, [&](T x, bool) { found.x = (x <= pivot) & (x > found.x) ? x : found.x; }, [] {});
+            row, group, one_by_one([&](T x, bool) { found.x = (x <= pivot) & (x > found.x) ? x : found.x; }), [] {});
         return group.reduce(found).x;
       });
 }
@@ -226,7 +259,8 @@ SGL_DEVICE void find_sums(
     out.square = 0;
   }
   if (label == Label::kUnknown) return;
-  const FirstPass<T> first = first_pass<T>(row, against_zero, group);
+  const bool ties = counts_maxima(settings.pooling) || settings.loss == kMinMeanMaxLoss;
+  const FirstFound<T> first = first_pass<T>(row, against_zero, ties, group);
   if (first.n == 0) return;
   const bool finite = first.loss == first.loss;
   const bool constant = positive && settings.loss == kSelfGuidingLoss && settings.rescale && first.low == first.high;
@@ -308,29 +342,41 @@ SGL_DEVICE void find_sums(
 // ---------------------------------------------------------------------------------------------------------------------
 // The kernel
 
-struct BatchSums : Batch {
-  SGL_DEVICE void merge(const BatchSums& o) { sgl::merge(*this, o); }
-};
+// Pairs that a block finalizes together, one thread per pair, at most: the arithmetic in double of one pair takes as long
+// as a pass.
+constexpr unsigned kSlots = 64;
 
-// Pairs that are finalized together, one thread per pair: so many of a block, or of each of its warps. The arithmetic in
-// double of one pair takes as long as a pass.
-constexpr int kMaxGroups = 8, kOfBlock = 32, kOfWarp = 8;
-constexpr int kWaiting = kMaxGroups * kOfWarp;
+// A Batch as numbers, integers first. Thread c adds up number c of all rows: no thread holds a whole Batch.
+using BatchRow = uint64_t[kBatchNumbers];
+
+SGL_DEVICE uint64_t plus(uint64_t a, uint64_t b, unsigned number) {
+  const uint64_t real = bits_of<uint64_t>(bits_of<double>(a) + bits_of<double>(b));
+  return number < kBatchIntegers ? a + b : real;
+}
+
+// Number c of the rows first, first + step, and so on, added to `sum`.
+SGL_DEVICE uint64_t
+add_rows(uint64_t sum, const BatchRow* rows, unsigned first, unsigned end, unsigned step, unsigned number) {
+#pragma unroll 4
+  for (unsigned k = first; k < end; k += step) sum = plus(sum, rows[k][number], number);
+  return sum;
+}
 
 struct ForwardShared {
   GroupShared group;
-  Sums sums[kWaiting];
-  BatchSums batch[kWaiting];
+  Sums sums[kSlots];
+  BatchRow batch[kSlots];
+  BatchRow total;
   bool is_last;
 };
 
-SGL_DEVICE unsigned pair_of(const Group& group, unsigned round) {
-  return (round * gridDim.x + blockIdx.x) * group.count() + group.index();
+SGL_DEVICE unsigned pair_of(const Group& group, unsigned round, unsigned index) {
+  return (round * gridDim.x + blockIdx.x) * group.count() + index;
 }
 
 template <class T>
 SGL_DEVICE void finalize_one(
-    const Call& call, const Forward& forward, const Sums& sums, unsigned pair, BatchSums& batch) {
+    const Call& call, const Forward& forward, const Sums& sums, unsigned pair, BatchRow& batch) {
   const unsigned cls = pair % call.rows.classes;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const T* class_weights = static_cast<const T*>(forward.class_weight);
@@ -339,55 +385,67 @@ SGL_DEVICE void finalize_one(
   const Pair found = finalize_pair(sums, call.settings, pos_weight);
   save_row(sums, found, call.settings, class_weight, static_cast<T*>(forward.saved) + int64_t{pair} * kColumns);
   if (forward.bag_logits != nullptr) static_cast<T*>(forward.bag_logits)[pair] = static_cast<T>(found.bag_logit);
-  add(batch, found, class_weight);
+  Batch of_pair = {};
+  add(of_pair, found, class_weight);
+  std::memcpy(batch, &of_pair, sizeof(of_pair));
 }
 
-// The sums over the pairs of this block. In round r, a group processes its r-th pair.
+// The sums over the pairs of this block, to shared.total. In round r, a group processes its r-th pair.
 template <class T, class In>
-SGL_DEVICE BatchSums
-sums_of_block(const Call& call, const Forward& forward, bool warp_per_bag_class, ForwardShared& shared) {
+SGL_DEVICE void sums_of_block(
+    const Call& call, const Forward& forward, bool warp_per_bag_class, ForwardShared& shared) {
   const Settings& settings = call.settings;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
   Group group(warp_per_bag_class, shared.group);
-  const unsigned together = warp_per_bag_class ? kOfWarp : kOfBlock;
-  // this group's part of the shared memory
-  const unsigned mine = group.index() * together;
-  if (static_cast<unsigned>(group.rank()) < together) shared.batch[mine + group.rank()] = BatchSums{};
+  // rounds whose pairs are finalized together: a slot for each pair of them, and a thread for each slot
+  const unsigned together = (blockDim.x < kSlots ? blockDim.x : kSlots) / group.count();
+  if (threadIdx.x < kBatchNumbers) shared.total[threadIdx.x] = 0;
 
-  // Recomputed each round to save registers.
-  for (unsigned round = 0; pair_of(group, round) < call.rows.units; ++round) {
-    const unsigned pair = pair_of(group, round), waiting = round % together;
-    const unsigned bag = pair / call.rows.classes, cls = pair - bag * call.rows.classes;
-    const Label label = forward.targets.data == nullptr ? Label::kPositive : label_of(forward.targets, bag, cls);
-    const Row<In> row(call, place_of(call.rows, bag, cls));
-    const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-    find_sums(settings, row, label, pos_weight, group, shared.sums[mine + waiting]);
-    if (waiting + 1 < together && pair_of(group, round + 1) < call.rows.units) continue;
-    group.sync();
-    const unsigned k = group.rank();
-    if (k <= waiting)
-      finalize_one<T>(
-          call, forward, shared.sums[mine + k], pair_of(group, round - waiting + k), shared.batch[mine + k]);
-    group.sync();
+  // Recomputed each round to save registers. The conditions of the loop are the same for the whole block.
+  for (unsigned round = 0; pair_of(group, round, 0) < call.rows.units; ++round) {
+    const unsigned pair = pair_of(group, round, group.index()), waiting = round % together;
+    if (pair < call.rows.units) {
+      const unsigned bag = pair / call.rows.classes, cls = pair - bag * call.rows.classes;
+      const Label label = forward.targets.data == nullptr ? Label::kPositive : label_of(forward.targets, bag, cls);
+      const Row<In> row(call, place_of(call.rows, bag, cls));
+      const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
+      find_sums(settings, row, label, pos_weight, group, shared.sums[waiting * group.count() + group.index()]);
+    }
+    if (waiting + 1 < together && pair_of(group, round + 1, 0) < call.rows.units) continue;
+    __syncthreads();
+    const unsigned slot = threadIdx.x, first = pair_of(group, round - waiting, 0);
+    // the pairs of a round follow one another, and those of the next one are gridDim.x blocks further on
+    const unsigned slots = (waiting + 1) * group.count();
+    if (slot < slots) {
+      const unsigned later = slot / group.count();
+      const unsigned of_slot = first + later * gridDim.x * group.count() + slot - later * group.count();
+      if (of_slot < call.rows.units) {
+        finalize_one<T>(call, forward, shared.sums[slot], of_slot, shared.batch[slot]);
+      } else {
+        for (int c = 0; c < kBatchNumbers; ++c) shared.batch[slot][c] = 0;
+      }
+    }
+    __syncthreads();
+    const unsigned c = threadIdx.x;
+    if (c < kBatchNumbers) shared.total[c] = add_rows(shared.total[c], shared.batch, 0, slots, 1, c);
   }
-  __syncthreads();
-
-  Group block(false, shared.group);
-  BatchSums batch = {};
-  for (unsigned k = block.rank(); k < group.count() * together; k += block.size()) batch.merge(shared.batch[k]);
-  return block.reduce(batch);
 }
 
 // Called by the last block that ends: adds up the blocks.
 template <class T>
 SGL_DEVICE void save_batch(const Call& call, const Forward& forward, ForwardShared& shared) {
-  Group block(false, shared.group);
-  BatchSums batch = {};
-  const BatchSums* of_block = static_cast<const BatchSums*>(forward.of_block);
-  for (unsigned b = block.rank(); b < gridDim.x; b += block.size()) batch.merge(of_block[b]);
-  batch = block.reduce(batch);
-  if (block.rank() == 0) {
+  const BatchRow* of_block = reinterpret_cast<const BatchRow*>(forward.of_block);
+  // each row of threads adds up some of the blocks
+  const unsigned rows = blockDim.x / kBatchNumbers;
+  const unsigned r = threadIdx.x / kBatchNumbers, c = threadIdx.x - r * kBatchNumbers;
+  if (r < rows) shared.batch[r][c] = add_rows(0, of_block, r, gridDim.x, rows, c);
+  __syncthreads();
+  if (threadIdx.x < kBatchNumbers) shared.total[c] = add_rows(0, shared.batch, 0, rows, 1, c);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    Batch batch;
+    std::memcpy(&batch, shared.total, sizeof(batch));
     if (forward.sums != nullptr) *forward.sums = batch;
     finalize_batch(
         batch, call.settings, 1, static_cast<T*>(forward.total), static_cast<T*>(forward.parts),
@@ -406,10 +464,13 @@ template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) forward_kernel(
     const __grid_constant__ Call call, const __grid_constant__ Forward forward, const bool warp_per_bag_class) {
   SGL_SHARED(ForwardShared, shared);
-  const BatchSums batch = sums_of_block<T, In>(call, forward, warp_per_bag_class, shared);
-  if (threadIdx.x == 0) {
-    forward.of_block[blockIdx.x] = batch;
+  sums_of_block<T, In>(call, forward, warp_per_bag_class, shared);
+  if (threadIdx.x < kBatchNumbers) {
+    reinterpret_cast<BatchRow*>(forward.of_block)[blockIdx.x][threadIdx.x] = shared.total[threadIdx.x];
     __threadfence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
     // counts up to the last block, and that one sets it back to 0
     shared.is_last = atomicInc(forward.blocks_done, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();

@@ -20,8 +20,8 @@ constexpr int kRegistersInFloat = 96;
 template <class T>
 constexpr int kRegisters = sizeof(T) == sizeof(double) ? 128 : kRegistersInFloat;
 
-// The largest thing that is reduced: Batch.
-constexpr int kMaxWords = 20;
+// The largest thing that is reduced: FirstPass<double>.
+constexpr int kMaxWords = 12;
 
 // `value` as the lane whose number differs in the bits of `lanes` has it.
 template <class R>
@@ -67,7 +67,8 @@ class Group {
   template <class R>
   SGL_DEVICE R reduce(R value) {
     static_assert(sizeof(R) <= kMaxWords * sizeof(uint32_t) && alignof(R) <= 8, "fits into GroupShared");
-#pragma unroll 1
+    // unrolled where that is little code
+#pragma unroll(sizeof(R) <= 2 * sizeof(uint32_t) ? 5 : 1)
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
     if (size() == kWarp) return value;
     if (threadIdx.x % kWarp == 0) std::memcpy(shared_.of_warp[turn_][threadIdx.x / kWarp], &value, sizeof(R));

@@ -121,11 +121,13 @@ Plan plan_of(const Call& call, int multiprocessors) {
     return static_cast<int>(std::max<int64_t>(1, std::min(n, most)));
   };
   Plan plan;
-  plan.warp_per_bag_class = positions <= 16 * kWarp;
+  // A warp agrees faster than a block. Where there are many pairs, warps keep the GPU busy, whatever the length.
+  plan.warp_per_bag_class =
+      positions <= 16 * kWarp || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors);
   int groups = 1;
   if (plan.warp_per_bag_class) {
     // as many warps to a block as leave every multiprocessor a block
-    groups = kMaxGroups;
+    groups = kMaxThreads / kWarp;
     while (groups > 1 && units < static_cast<int64_t>(groups) * multiprocessors) groups /= 2;
     plan.threads = groups * kWarp;
   } else {

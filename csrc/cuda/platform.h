@@ -12,5 +12,33 @@
 
 #include "../batch.h"
 #include "../half.h"
+#include "../median.h"
 
 #define SGL_DEVICE __device__ __forceinline__
+
+namespace sgl {
+namespace cuda {
+
+// The smaller and the larger of two numbers; -0 is smaller than 0, so that the order of the arguments changes nothing.
+// Where b is a NaN, it is a.
+template <class T>
+SGL_DEVICE T smaller(T a, T b) {
+  return b != b || order_of(a) <= order_of(b) ? a : b;
+}
+template <class T>
+SGL_DEVICE T larger(T a, T b) {
+  return b != b || order_of(a) >= order_of(b) ? a : b;
+}
+#if defined(__CUDACC__)
+// one instruction each
+SGL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+SGL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+#endif
+
+template <class T>
+SGL_DEVICE T magnitude_of(T x) {
+  return -minus_magnitude(x);
+}
+
+}  // namespace cuda
+}  // namespace sgl

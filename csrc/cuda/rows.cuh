@@ -1,8 +1,8 @@
 // Where the instances of a bag-class lie, and reading and writing them 16 bytes at a time where memory allows.
 //
-// Which thread gets which instance depends on the group alone, not on the layout: thread r of a group of s has positions
-// r V to r V + V - 1, then those s V further on, and so on, V being what 16 bytes hold. So sums are bitwise the same for
-// a map, a channels_last map and packed rows.
+// Which thread gets which instance depends on the group and the length of the row, not on the layout: thread r of a group
+// of s has positions r V to r V + V - 1, then those s V further on, and so on, V being what 16 bytes hold, or 1 in a short
+// row. So sums are bitwise the same for a map, a channels_last map and packed rows.
 #pragma once
 
 #include "group.cuh"
@@ -131,13 +131,19 @@ SGL_DEVICE Steps steps_to(const Rows& rows, int j) {
 
 SGL_DEVICE bool lies_on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Rows of at most so many positions are short.
+constexpr int kShort = 4 * kWarp;
+
 template <class In>
 struct Row {
   const In* x;
   const bool* mask;
   const Rows* rows;
   int n;  // positions
-  int whole_packs;  // that may be read as such: contiguous, aligned, every position an instance
+  bool is_simple;  // one stride, and every position is an instance
+  bool is_contiguous;  // simple, with stride 1, and packs lie on 16 bytes
+  int width;  // neighbouring positions of a thread: those of a pack, or 1 in a short row, where more threads share the work
+  int whole_packs;  // none in a short row
 
   SGL_DEVICE Row(const Call& call, const Place& place)
       : x(static_cast<const In*>(call.logits) + place.logits),
@@ -145,16 +151,59 @@ struct Row {
         rows(&call.rows),
         n(place.positions) {
     const Rows& r = call.rows;
-    const bool in_packs = r.dimensions == 1 && r.dimension[0].logits == 1 && mask == nullptr && lies_on_16_bytes(x);
-    whole_packs = in_packs ? n / Pack<In>::kSize : 0;
+    is_simple = r.dimensions == 1 && mask == nullptr;
+    is_contiguous = is_simple && r.dimension[0].logits == 1 && lies_on_16_bytes(x);
+    width = n <= kShort ? 1 : Pack<In>::kSize;
+    whole_packs = is_simple && n > kShort ? n / Pack<In>::kSize : 0;
   }
 
-  SGL_DEVICE Pack<In> pack(int p) const { return reinterpret_cast<const Pack<In>*>(x)[p]; }
+  // Packs first, first + step, ... of a simple row. One branch for all of them.
+  template <int kCount>
+  SGL_DEVICE void load(Pack<In> (&packs)[kCount], int first, int step) const {
+    if (is_contiguous) {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) packs[u] = reinterpret_cast<const Pack<In>*>(x)[first + u * step];
+    } else {
+      const int64_t stride = rows->dimension[0].logits;
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        const In* from = x + static_cast<int64_t>(first + u * step) * Pack<In>::kSize * stride;
+#pragma unroll
+        for (int v = 0; v < Pack<In>::kSize; ++v, from += stride) packs[u].x[v] = *from;
+      }
+    }
+  }
+
+  // The logit at position j, or a NaN where there is no instance.
+  SGL_DEVICE In at(int j, bool& live) const {
+    live = j < n;
+    if (!live) return filler(In());
+    if (is_simple) return x[j * rows->dimension[0].logits];
+    const Steps steps = steps_to(*rows, j);
+    live = mask == nullptr || mask[steps.mask];
+    return live ? x[steps.logits] : filler(In());
+  }
 };
 
-// Calls f(x, is an instance) for this thread's positions of the row, and flush() after every run of them. kTogether: how
-// many packs are loaded before the first is needed, a whole run, 1, or 0: then instances come one by one, which is for
-// passes that compute so much that loads do not matter, and code and registers do.
+// f(x, is an instance) for one x after another.
+template <class F>
+struct OneByOne {
+  F f;
+
+  template <class T, int kCount>
+  SGL_DEVICE void operator()(const T (&x)[kCount], bool live) const {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) f(x[v], live);
+  }
+};
+template <class F>
+SGL_DEVICE OneByOne<F> one_by_one(const F& f) {
+  return {f};
+}
+
+// Calls f(several x, are they instances) for this thread's positions of the row, and flush() after every run of them.
+// kTogether: how many packs are loaded before the first is needed and given to f, a whole run, 1, or 0: then instances
+// come one by one, which is for passes that compute so much that loads do not matter, and code and registers do.
 template <int kTogether, class T, class In, class F, class Flush>
 SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f, const Flush& flush) {
   constexpr int kSize = Pack<In>::kSize;
@@ -163,13 +212,14 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
   if constexpr (kTogether > 1) {
     for (; p + (kTogether - 1) * group.size() < row.whole_packs; p += kTogether * group.size()) {
       Pack<In> packs[kTogether];
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u) packs[u] = row.pack(p + u * group.size());
+      row.load(packs, p, group.size());
+      T x[kTogether * kSize];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
 #pragma unroll
-        for (int v = 0; v < kSize; ++v) f(read_as(T(), packs[u].x[v]), true);
+        for (int v = 0; v < kSize; ++v) x[u * kSize + v] = read_as(T(), packs[u].x[v]);
       }
+      f(x, true);
       flush();
     }
   }
@@ -183,28 +233,22 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
   if constexpr (kTogether > 0) {
 #pragma unroll 1
     for (; p < row.whole_packs; p += group.size()) {
-      const Pack<In> pack = row.pack(p);
+      Pack<In> pack[1];
+      row.load(pack, p, 0);
+      T x[kSize];
 #pragma unroll
-      for (int v = 0; v < kSize; ++v) f(read_as(T(), pack.x[v]), true);
+      for (int v = 0; v < kSize; ++v) x[v] = read_as(T(), pack[0].x[v]);
+      f(x, true);
       count_pack();
     }
   }
 #pragma unroll 1
-  for (; p * kSize < row.n; p += group.size()) {
+  for (; p * row.width < row.n; p += group.size()) {
 #pragma unroll 1
-    for (int v = 0; v < kSize; ++v) {
-      const int j = p * kSize + v;
-      In x = filler(In());
-      bool live = false;
-      if (p < row.whole_packs) {
-        x = row.x[j];
-        live = true;
-      } else if (j < row.n) {
-        const Steps steps = steps_to(*row.rows, j);
-        live = row.mask == nullptr || row.mask[steps.mask];
-        if (live) x = row.x[steps.logits];
-      }
-      f(read_as(T(), x), live);
+    for (int v = 0; v < row.width; ++v) {
+      bool live;
+      const T x[1] = {read_as(T(), row.at(p * row.width + v, live))};
+      f(x, live);
     }
     count_pack();
   }

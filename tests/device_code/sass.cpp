@@ -73,6 +73,7 @@ struct Instruction {
   int64_t offset = 0;
   int base = kRZ, base_u = kURZ;
   bool base64 = false;
+  uint32_t scale = 1;  // of the base, in an address of shared memory
   uint32_t target = 0;
   int barrier = 0;
   uint32_t pc = 0;
@@ -723,6 +724,9 @@ RUN(isetp64) {
   set_pred(w, i.p2, m, joined(i.boolean, ~v, q));
   set_pred(w, i.p1, m, joined(i.boolean, v, q));
 }
+inline uint32_t shared_address(Warp& w, const Instruction& i, int l) {
+  return uint32_t(i.offset) + w.r(i.base)[l] * i.scale + w.r(i.base_u)[l];
+}
 inline uint64_t global_address(Warp& w, const Instruction& i, int l) {
   uint64_t at = uint64_t(i.offset);
   const int high = i.base == kRZ || i.base == kURZ ? i.base : i.base + 1;
@@ -764,7 +768,7 @@ RUN(stg) {
 RUN(lds) {
   uint32_t at[32];
   for_lanes(m, [&](int l) {
-    at[l] = uint32_t(i.offset) + w.r(i.base)[l] + w.r(i.base_u)[l];
+    at[l] = shared_address(w, i, l);
     const uint8_t* from = w.block->shared.at(at[l], i.size, w.index * 32 + l, false, i.pc);
     if (i.size < 4) {
       uint32_t v = 0;
@@ -780,7 +784,7 @@ RUN(lds) {
 RUN(sts) {
   uint32_t at[32];
   for_lanes(m, [&](int l) {
-    at[l] = uint32_t(i.offset) + w.r(i.base)[l] + w.r(i.base_u)[l];
+    at[l] = shared_address(w, i, l);
     uint8_t* to = w.block->shared.at(at[l], i.size, w.index * 32 + l, true, i.pc);
     if (i.size < 4) {
       memcpy(to, w.r(i.b.reg) + l, size_t(i.size));
@@ -1030,7 +1034,9 @@ class Section {
       } else {
         i.base = reg_of(part);
         if (suffix == ".64") i.base64 = true;
-        if (suffix != "" && suffix != ".64" && suffix != ".U32")
+        const bool scaled = suffix == ".X4" || suffix == ".X8" || suffix == ".X16";  // shared memory of sm_75
+        if (scaled) i.scale = uint32_t(std::stoi(suffix.substr(2)));
+        if (suffix != "" && suffix != ".64" && suffix != ".U32" && !scaled)
           fail("cannot parse %s%s", part.c_str(), suffix.c_str());
       }
     }
@@ -1537,6 +1543,7 @@ class Section {
         address(i, next());
         i.b.reg = reg_of(next());
       }
+      if (global && i.scale != 1) fail("a scaled address of global memory is not supported");
       if (global && !i.base64 && i.base != kRZ) i.base64 = true;
       return none_left();
     }
