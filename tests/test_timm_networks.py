@@ -141,7 +141,7 @@ def test_a_run(tmp_path, capsys):
         "--val-fraction", "0.3",
     ]  # fmt: skip
     assert example.main([*options, "--epochs", "1"]) == 0
-    assert "stride 8, a grid of 8x8 patches, of which each sees" in capsys.readouterr().out
+    assert "stride 8, a grid of 8x8 patches, receptive field of a patch: " in capsys.readouterr().out
     model, config = load_run(out, "cpu")
     assert config["cut"] == 2
     with torch.no_grad():

@@ -74,7 +74,7 @@ class BagReader:
         self.transform: Transform | None = None
 
     def fit(self, names: Sequence[str], components: int) -> Transform:
-        """Fits the transform on the training bags ``names``. Later reads apply it. ``components`` 0 keeps all features."""
+        """Fits the transform that later reads apply, on the training bags ``names``. 0 ``components``: keep all."""
         if self.transform is None or self.fitted != tuple(names):
             self.fitted, self.transform, self.cache = tuple(names), None, None
             self.transform = fit_transform((self.read(name) for name in names), components)
@@ -126,7 +126,7 @@ def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
     for x in bags:
         if not len(x):
             continue
-        origin = x.mean(0) if origin is None else origin  # a point near the mean, so that the products do not lose precision
+        origin = x.mean(0) if origin is None else origin  # near the mean, for precise products
         x = x - origin
         count += len(x)
         total = total + x.sum(0).double()
@@ -188,7 +188,7 @@ def bag_logits(model: nn.ModuleDict, logits: Tensor, batch: Batch, hidden: Tenso
 
 
 def loss_arguments(logits: Tensor, batch: Batch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and keyword arguments of a loss. Bags of equal size form a dense batch, which is faster than packed bags."""
+    """Logits and keyword arguments of a loss. Bags of equal size form a dense batch, which is faster."""
     sizes = batch.offsets.diff()
     size = int(sizes[0])
     if size and bool((sizes == size).all()):
@@ -256,9 +256,10 @@ def choose_start(
 ) -> None:
     """Trains ``restarts`` heads with the bag loss for ``trial_epochs``, and copies the best one into ``model``.
 
-    With ``k_start``, top-k pooling begins with this fraction of the largest training bag, and k falls to ``k`` during the
-    trials. The best head has the lowest bag loss on the training bags in the last trial epoch. With some initial weights,
-    top-k pooling of large bags converges to a minimum unrelated to the object. The loss of this minimum is higher.
+    With ``k_start``, top-k pooling begins with this fraction of the largest training bag, and k falls to ``k`` during
+    the trials. The best head has the lowest bag loss on the training bags in the last trial epoch. With some initial
+    weights, top-k pooling of large bags converges to a minimum unrelated to the object. The loss of this minimum is
+    higher.
 
     Raises:
         ValueError: the head has attention, which candidates do not support.

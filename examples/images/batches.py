@@ -1,4 +1,4 @@
-"""Which images train and validate, and which of them each step of each process sees."""
+"""The split into training and validation images, and the images of each step and process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from images.options import crop_side
 
 
 class Split(NamedTuple):
-    """Numbers of images in the index."""
+    """Indices of the images of each part."""
 
     train: np.ndarray
     val: np.ndarray
@@ -25,9 +25,9 @@ class Split(NamedTuple):
 
 
 def validation_patients(index: Index, fraction: float, seed: int) -> np.ndarray:
-    """The patients outside the test part that validate: ``fraction`` of them, drawn by ``seed``; sorted.
+    """The validation patients, sorted: a ``fraction`` of the patients outside the test part, drawn with ``seed``.
 
-    1/8 makes of the official lists of ChestX-ray14 the paper's 70, 10 and 20 percent.
+    With 1/8, the official lists of ChestX-ray14 give the paper's 70, 10 and 20 percent.
     """
     patients = np.unique(index.patients[~index.test])
     count = round(fraction * len(patients))
@@ -35,7 +35,7 @@ def validation_patients(index: Index, fraction: float, seed: int) -> np.ndarray:
 
 
 def split_of(index: Index, config: Config) -> Split:
-    """The split of the data set; where it does not say who validates, a part of the patients is drawn."""
+    """The split of the data set. Validation patients are drawn if the data set does not define them."""
     if index.val is not None:
         return Split(
             np.flatnonzero(~index.test & ~index.val), np.flatnonzero(index.val), np.unique(index.patients[index.val])
@@ -46,10 +46,10 @@ def split_of(index: Index, config: Config) -> Split:
 
 
 def batches_of(numbers: np.ndarray, config: Config, epoch: int, rank: int, count: int) -> list[list[tuple[int, int]]]:
-    """The (epoch, number) of every image that process ``rank`` of ``count`` sees in an epoch, by forward pass.
+    """The (epoch, number) of the images of process ``rank`` of ``count`` in an epoch, one list per forward pass.
 
-    The order depends on seed and epoch alone. A step is ``batch_size`` images, of all processes, cut into
-    ``accumulate`` passes, each of which the processes share. What is left over at the end waits for another epoch.
+    The order depends on seed and epoch only. A step has ``batch_size`` images over all processes. It is divided into
+    ``accumulate`` passes, and the processes share each pass. Images that do not fill a last step are left out.
     """
     size = config["batch_size"]
     order = np.random.default_rng((config["seed"], 1 + epoch)).permutation(numbers)
@@ -70,5 +70,5 @@ def loader_of(data: LabelledImages, batches: list[list[tuple[int, int]]], args: 
         num_workers=args.workers,
         worker_init_fn=leave_interrupts,
         pin_memory=torch.device(args.device).type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # else it would take a number from the one of the training
+        generator=torch.Generator().manual_seed(0),  # otherwise it would draw from the generator of the training
     )

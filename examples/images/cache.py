@@ -31,17 +31,15 @@ def open_cache(
     channels: int = 1,
     fit: str = "square",
 ) -> np.ndarray:
-    """The images of ``paths`` as load_image gives them, (n, size, size[, 3]) uint8, memory-mapped.
+    """The images of ``paths`` as load_image returns them, (n, size, size[, 3]) uint8, memory-mapped.
 
-    They are decoded at the first time.
-
-    A file in ``folder`` that grows image by image, so that it goes on where it was killed, and gets its name when it is
-    whole. Its name depends on size, and on names, lengths and times of change of the files: another selection, or an
-    image that was replaced, is another file; the old one stays. Of several processes that ask at the same time one
-    builds, and the others wait.
+    The first call decodes them into a file in ``folder``. The file grows image by image, so an interrupted call can
+    continue. It gets its final name when it is complete. The name depends on the size, and on the names, lengths and
+    modification times of the image files. Another selection, or a replaced image, therefore gets another file; the old
+    file stays. If several processes call this at the same time, one builds the file and the others wait.
 
     Raises:
-        ValueError: an image cannot be read (all such of some hundred are named), or there is no room.
+        ValueError: images cannot be read (the message names them), or the disk has too little space.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +52,7 @@ def open_cache(
     whole = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
     if not whole.exists():
         with _locked(whole.with_suffix(".lock")):
-            if not whole.exists():  # another one may have built it meanwhile
+            if not whole.exists():  # another process may have built it
                 _build(whole, paths, math.prod(shape), workers or os.cpu_count() or 1, (size, channels, fit))
     if whole.stat().st_size != len(paths) * math.prod(shape):
         raise ValueError(f"{whole}: cut off, or not a cache; remove it, and it is built anew")
@@ -68,14 +66,14 @@ def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: t
     needed, free = (len(paths) - done) * length, disk_usage(part.parent).free
     if needed > free:
         raise ValueError(f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
-    # decoding and resizing leave the interpreter to other threads
+    # threads suffice: decoding and resizing release the global interpreter lock
     with (
         naming(part),
         ThreadPoolExecutor(workers) as pool,
         part.open("ab") as file,
         Progress(total=len(paths), initial=done, desc="cache", unit="image") as progress,
     ):
-        file.truncate(done * length)  # half an image may have been written
+        file.truncate(done * length)  # the last image may be incomplete
         for start in range(done, len(paths), 64 * workers):
             block = list(pool.map(lambda path: _image_or_error(path, *how), paths[start : start + 64 * workers]))
             errors = [image for image in block if isinstance(image, ValueError)]
@@ -98,7 +96,7 @@ def _image_or_error(path: Path, size: int, channels: int, fit: str) -> np.ndarra
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a killed one holds nothing."""
+    """A lock between processes. A killed process releases it."""
     with path.open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)

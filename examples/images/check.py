@@ -1,4 +1,4 @@
-"""What there is of a data set, and what is not: counts, splits, boxes, and whether the files look whole."""
+"""Checks a data set: counts, splits, boxes, and whether the files are complete."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from images.dataset import Index, refuse_missing, some
 from images.open_dataset import open_dataset
 from images.pixels import DICOM, bits_used, load_image, read_header, read_image
 
-#: Beginning and end of a whole file; some programs append something.
+#: First and last bytes of a complete file. Some programs append other bytes.
 WHOLE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
 WHOLE[".jpeg"] = WHOLE[".jpg"]
 
 
-#: Images that are decoded at most: by check_cxr.py without --decode, and before a training.
+#: Largest number of decoded images: by check_cxr.py without --decode, and before a training.
 CHECKED, SAMPLE = 2000, 256
 
 
 class Findings(NamedTuple):
-    """``index`` of the images that are there, ``report`` to print, and what is wrong with files: ``broken`` ones, and
-    ``constant`` ones, of one value only, that would be trained or validated on. ``decoded``: the number of images whose
-    pixels were looked at."""
+    """The results of a check.
+
+    ``index``: the images that exist. ``report``: lines to print. ``broken``: images that cannot be read. ``constant``:
+    images of the training and validation parts with a single value. ``decoded``: the number of decoded images."""
 
     index: Index
     report: str
@@ -37,13 +38,13 @@ class Findings(NamedTuple):
 
 
 def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
-    """Looks at everything: at the first and last bytes of all images, and at the pixels of ``sample`` of them.
+    """Checks the first and last bytes of all images, and the pixels of ``sample`` of them.
 
     Args:
-        sample: images to decode at most, drawn at random with a fixed seed; None: all.
+        sample: largest number of images to decode, drawn at random with a fixed seed; None: all.
 
     Raises:
-        ValueError: as open_dataset, which missing images do not make it do.
+        ValueError: as open_dataset, but not for missing images.
     """
     index = open_dataset(args, allow_missing=True)
     broken, uniform, decoded = look_at_files(index, sample)
@@ -67,10 +68,10 @@ def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
 
 
 def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
-    """The index and the report, where training may start.
+    """The index and the report, if training may start.
 
     Raises:
-        ValueError: as open_dataset, and where files are broken, or images of one value would be trained on.
+        ValueError: as open_dataset; also if files are broken, or if training images are constant.
     """
     found = inspect(args)
     if not args.allow_missing:
@@ -86,7 +87,7 @@ def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
 
 
 def look_at_files(index: Index, sample: int | None) -> tuple[list[str], list[int], int]:
-    """What is wrong with the files, a line each; the rows of images that have one value only; the number decoded."""
+    """Problems of the files, one line each; the rows of constant images; the number of decoded images."""
     chosen = np.arange(len(index.paths))
     if sample is not None and sample < len(chosen):
         chosen = np.sort(np.random.default_rng(0).choice(len(chosen), sample, replace=False))
@@ -121,11 +122,11 @@ def _unlike_an_image(path: Path) -> str:
 
 
 def _look(path: Path, fit: str) -> tuple[str, bool]:
-    """What is wrong with the pixels, and whether they have one value only."""
+    """The problem of the pixels, if any, and whether the image is constant."""
     try:
         image = read_image(path)
         if fit == "square" and image.width != image.height:
-            load_image(path, 64)  # says what is wrong
+            load_image(path, 64)  # raises the error to report
     except ValueError as error:
         return str(error), False
     extrema = image.getextrema()
@@ -162,7 +163,7 @@ def _about_files(index: Index, sample: int = 32) -> list[str]:
 
 
 def _parts(index: Index) -> list[tuple[str, np.ndarray]]:
-    """Names of the parts, and which images are in them. Where the data set does not say who validates: two parts."""
+    """Names of the parts, and their images. Two parts if the data set does not define validation images."""
     if index.val is None:
         name = "train_val" if index.about.kind == "nih" else "train"
         return [(name, ~index.test), ("test", index.test)]
@@ -185,7 +186,7 @@ def _about_splits(index: Index) -> list[str]:
         )
     if index.about.units == "images":
         return [*lines, "leaks     not known: there is no column patient, and each image counts as one of its own"]
-    return [*lines, "leaks     no patient is in two parts"]  # else there would be no index
+    return [*lines, "leaks     no patient is in two parts"]  # otherwise open_dataset raises an error
 
 
 def _about_boxes(index: Index) -> list[str]:
@@ -224,7 +225,7 @@ def _about_classes(index: Index) -> list[str]:
 
 
 def _about_learning(index: Index) -> list[str]:
-    """Classes that cannot be learnt or measured, as their images of a part all have one label; parts without images."""
+    """Classes that cannot be learned or evaluated (all labels of a part are equal), and parts without images."""
     (train, part), *_, (_, test) = _parts(index)
     lines = []
     for name, rows in ((train, part), ("test", test)):

@@ -13,7 +13,7 @@ from torch import nn
 from images import nih
 from images.models import PatchClassifier
 
-#: What configurations of older versions lack: the value that the setting had then.
+#: Settings that configurations of older versions lack, with the values that these versions used.
 OLDER = {
     "lam_delay": 0.0,
     "prior": 0.5,
@@ -34,10 +34,10 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
     """A trained network, (n, 3, H, W) to logits (n, C, h, w), in evaluation mode, and its configuration.
 
     Args:
-        which: ``"best"`` on the validation images, or ``"last"``; None: the best, where there were such images.
+        which: ``"best"`` on the validation images, or ``"last"``; None: the best one if there were validation images.
 
     Raises:
-        ValueError: there is no such run, or not yet.
+        ValueError: the run, or this checkpoint of it, does not exist.
     """
     model, config, _ = load_network(run, device, which)
     return model, config
@@ -46,7 +46,8 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
 def load_network(
     run: Path, device: str | torch.device, which: str | None = None
 ) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """The same, and which it is: "network", ``"best"`` or ``"last"``, and "epoch", after how many (whole) ones."""
+    """As load_run, and which checkpoint it is: "network", ``"best"`` or ``"last"``, and "epoch", the complete
+    epochs."""
     run = Path(run)
     which = which or ("best" if (run / "best.pt").exists() else "last")
     path = run / f"{which}.pt"

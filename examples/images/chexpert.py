@@ -1,7 +1,8 @@
-"""CheXpert as it is published: train.csv, valid.csv, and the images below the folders that their ``Path`` names.
+"""Reads CheXpert in its published layout: train.csv, valid.csv, and the images at the ``Path`` of each row.
 
-The official validation list is the test part; a part of the training patients validates. A label is 1, 0, -1
-(uncertain) or blank (not mentioned in the report, and so taken as 0, as its authors do). Frontal and lateral views.
+The official validation list is the test part. A part of the training patients is used for validation. A label is 1, 0,
+-1 (uncertain) or blank. Blank means not mentioned in the report and counts as 0, as in the publication. There are
+frontal and lateral views.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def load_chexpert(
 
     Args:
         view: only images of this view, one of VIEWS; None: all.
-        uncertain: what a label of -1 counts as, one of UNCERTAIN.
+        uncertain: the value of a label of -1, one of UNCERTAIN.
 
     Raises:
-        ValueError: a table is absent or broken, a patient is in both, or images are missing and that is not allowed.
+        ValueError: a table is missing or broken, a patient is in both tables, or images are missing without
+            ``allow_missing``.
     """
     data_dir, tables = Path(data_dir), Path(tables or data_dir)
     rows, classes = [], None
@@ -100,7 +102,7 @@ def value_of(text: str, name: str, at: str, uncertain: str) -> float:
 
 
 def file_of(data_dir: Path, name: str) -> Path | None:
-    """The file of a ``Path`` of the tables, whose first folder may be ``data_dir`` itself; None: it is not there."""
+    """The file of a ``Path`` of the tables, whose first folder may be ``data_dir`` itself. None: it is missing."""
     for place in (name, name.partition("/")[2]):
         if place and (data_dir / place).is_file():
             return data_dir / place

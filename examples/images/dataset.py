@@ -1,4 +1,4 @@
-"""A data set of images: what it is, and names, labels, patients, split and boxes of its images."""
+"""A data set of images: its description, and names, labels, patients, split and boxes of its images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Box = tuple[int, float, float, float, float]
 
 
 class Description(NamedTuple):
-    """What is true of a data set as a whole.
+    """Properties of a data set as a whole.
 
-    ``kind``: its name among the options; ``title`` of pages; ``classes``: names, in the order of the columns of the
-    labels; ``negative``: what an image without any class is called; ``test_name`` of the test part; ``fit``: how an
-    image becomes a square, a name of images.frames.FITS; ``channels``: 1 (grey) or 3; ``drawn``: the images are drawn;
-    ``units``: what a split keeps together and what an interval is over, ``"patients"``, or ``"images"`` where the data
-    set knows no patients.
+    ``kind``: name of the option value. ``title``: title of reports. ``classes``: names of the label columns, in order.
+    ``negative``: name of an image without any class. ``test_name``: name of the test part. ``fit``: how an image
+    becomes a square, a name of images.frames.FITS. ``channels``: 1 (grey) or 3. ``drawn``: whether the images are
+    generated. ``units``: the units of splits and confidence intervals, ``"patients"``, or ``"images"`` without
+    patients.
     """
 
     kind: str
@@ -37,11 +37,11 @@ class Description(NamedTuple):
 class Index(NamedTuple):
     """A data set of n images.
 
-    ``names`` as in its table; ``labels`` (n, C) float32 of 0, 1 and NaN (unknown); ``patients`` (n,); ``test`` (n,)
-    bool; ``paths`` of the files; ``boxes`` by name, x and y of the upper left corner, in pixels of an image of the
-    width and height that ``sizes`` (n, 2) has; ``missing``: names in the table without a file; ``val`` (n,) bool, where
-    the data set says which images validate; ``official``: tables and lists are those that the paper reports on;
-    ``notes``: what check_cxr.py prints of the files.
+    ``names``: as in the table. ``labels``: (n, C) float32 of 0, 1 and NaN (unknown). ``patients``: (n,). ``test``: (n,)
+    bool. ``paths``: the files. ``boxes``: by name; x and y are the upper left corner, in pixels of an image with the
+    width and height of ``sizes`` (n, 2). ``missing``: names in the table without a file. ``val``: (n,) bool, None if
+    the data set does not define validation images. ``official``: whether tables and lists are those of the paper.
+    ``notes``: lines that check_cxr.py prints.
     """
 
     about: Description
@@ -63,10 +63,10 @@ class Index(NamedTuple):
 
 
 def with_classes(index: Index, classes: Sequence[str], source: str) -> Index:
-    """The same images with the ``classes`` of a network, in their order; other classes are left out.
+    """The same images with the labels of the ``classes`` of a network, in their order. Other classes are left out.
 
     Raises:
-        ValueError: the data set lacks one; ``source`` names the network.
+        ValueError: the data set lacks one of the classes. The message names the network, ``source``.
     """
     lacking = [name for name in classes if name not in index.classes]
     if lacking:
@@ -87,7 +87,7 @@ def with_classes(index: Index, classes: Sequence[str], source: str) -> Index:
 
 
 def take(index: Index, rows: np.ndarray) -> Index:
-    """The images ``rows``, numbers or (n,) bool; boxes and missing names stay."""
+    """The images ``rows`` (indices, or (n,) bool). Boxes and missing names are unchanged."""
     numbers = np.arange(len(index.names))[rows]
     return index._replace(
         names=[index.names[n] for n in numbers],
@@ -101,7 +101,7 @@ def take(index: Index, rows: np.ndarray) -> Index:
 
 
 def refuse_missing(data_dir: Path, missing: list[str], count: int) -> None:
-    """Raises ValueError where some of ``count`` images are missing."""
+    """Raises ValueError if some of ``count`` images are missing."""
     if missing:
         raise ValueError(
             f"{data_dir}: {len(missing)} of {count} images of the tables are missing ({some(missing)}); "
@@ -110,7 +110,7 @@ def refuse_missing(data_dir: Path, missing: list[str], count: int) -> None:
 
 
 def refuse_shared_patients(patients: np.ndarray, parts: np.ndarray, where: object) -> None:
-    """Raises ValueError where a patient of ``patients`` (n,) is in two of the ``parts`` (n,)."""
+    """Raises ValueError if a patient of ``patients`` (n,) is in two of the ``parts`` (n,)."""
     pairs = np.unique(np.stack([patients.astype(str), parts.astype(str)]), axis=1)
     both, counts = np.unique(pairs[0], return_counts=True)
     if (counts > 1).any():
@@ -122,7 +122,7 @@ def refuse_shared_patients(patients: np.ndarray, parts: np.ndarray, where: objec
 
 
 def text_of(path: Path) -> str:
-    """Raises ValueError where there is no such text file."""
+    """The content of a text file. Raises ValueError if it does not exist or is not text."""
     if not path.is_file():
         raise ValueError(f"{path.parent}: no {path.name}")
     try:
@@ -132,7 +132,7 @@ def text_of(path: Path) -> str:
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of a table without its blank lines."""
+    """(line number, cells) of the rows of a table, without blank lines."""
     reader = csv.reader(text_of(path).splitlines(), strict=True)
     try:
         for cells in reader:
@@ -143,10 +143,10 @@ def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def records_of(path: Path, needed: Sequence[str]) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
-    """The header of a table, and (place for messages, cells by column) of every row.
+    """The header of a table, and (position for messages, cells by column) of every row.
 
     Raises:
-        ValueError: a column of ``needed`` is not there, two have one name, or a row has another number of cells.
+        ValueError: a column of ``needed`` is missing, a column name occurs twice, or a row has a wrong length.
     """
     rows = rows_of(path)
     line, header = next(rows, (1, []))

@@ -1,4 +1,4 @@
-"""The demonstration of train_cxr.py --synthetic: drawn images, SGL beside the bag loss, a report."""
+"""The demonstration of train_cxr.py --synthetic: generated images, runs with SGL and the bag loss, a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from images.synthetic_set import write_dataset
 
 
 def demonstrate(args: argparse.Namespace, processes: Processes, train: Callable[..., None]) -> int:
-    """Draws images, ``train``s with SGL and with the bag loss alone, and writes a report of both."""
+    """Generates images, trains with SGL and with the bag loss alone, and writes a report of both."""
     args.out = Path("runs/cxr") if args.out is None else args.out
     args.data_dir = args.out / "data"
     if processes.first and not (args.resume and args.data_dir.exists()):
@@ -25,7 +25,7 @@ def demonstrate(args: argparse.Namespace, processes: Processes, train: Callable[
             raise ValueError(
                 f"out: {args.out} holds a demonstration; continue it with --resume, or name another folder"
             )
-        beside = args.out / "data.part"  # so that what is there under its name is whole
+        beside = args.out / "data.part"  # renamed when complete
         shutil.rmtree(beside, ignore_errors=True)
         write_dataset(beside, seed=args.seed, workers=os.cpu_count() or 1, **DEMO_DATA)
         os.replace(beside, args.data_dir)

@@ -1,6 +1,6 @@
-"""The measures of a trained network on the test images.
+"""The metrics of a trained network on the test images.
 
-Thresholds are numbers that the caller gives, or are chosen by the labels of validation images; boxes choose nothing.
+The caller gives the thresholds, or the labels of the validation images choose them. Boxes choose nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sgl_ops.localization import (
 
 
 class Network(NamedTuple):
-    """A trained network, its configuration, and which it is: "network" and "epoch"."""
+    """A trained network, its configuration, and its checkpoint: "network" and "epoch"."""
 
     model: torch.nn.Module
     config: Config
@@ -43,9 +43,10 @@ class Network(NamedTuple):
 
 
 def open_networks(runs: Sequence[Path], args: argparse.Namespace) -> list[Network]:
-    """
+    """Loads the networks of the runs.
+
     Raises:
-        ValueError: there is no such run, or two have other classes, or make squares of images in another way.
+        ValueError: a run does not exist, or two runs differ in their classes or in ``fit``.
     """
     networks = []
     for run in runs:
@@ -54,13 +55,16 @@ def open_networks(runs: Sequence[Path], args: argparse.Namespace) -> list[Networ
     for run, network in zip(runs, networks, strict=True):
         for key, known in (("classes", sorted), ("fit", str)):
             if known(network.config[key]) != known(networks[0].config[key]):
-                raise ValueError(f"run: {run} has another {key} than {runs[0]}: they cannot stand beside each other")
+                raise ValueError(f"run: {run} has another {key} than {runs[0]}: they cannot be compared")
     return networks
 
 
 class Evaluated(NamedTuple):
-    """A run: its name, its settings, its predictions, per pair the box found, its best IoU, and whether the class is
-    predicted, and what is written of it."""
+    """The evaluation of a run.
+
+    Its name, settings and predictions; for each pair the predicted box, its best IoU, and whether the class is
+    predicted; and the contents of its output files.
+    """
 
     name: str
     config: Config
@@ -75,15 +79,15 @@ class Evaluated(NamedTuple):
 def thresholds_of(
     model: torch.nn.Module, config: Config, index: Index, args: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """T_p and the gate, per class (C,): a number of the options, or what separates the validation images best.
+    """T_p and the gate per class (C,): numbers of the options, or chosen with the labels of the validation images.
 
-    And, where validation images choose, how many do, and the classes where they cannot, and 0.5 is taken.
-
-    For the gate by the probability of the image; for T_p by that of its greatest patch, so that an image has a patch
-    above T_p where it is likely to have the class. Labels of images are all that is looked at.
+    The chosen threshold separates the validation images best. For the gate, it is compared with the probability of the
+    image; for T_p, with that of the largest patch, so that images that probably have the class have a patch above T_p.
+    Only the labels of images are used. Also returns the number of validation images, and the classes for which they
+    cannot choose a threshold, so that it is 0.5.
 
     Raises:
-        ValueError: they are to be chosen, and the run has no validation images, or the data lacks them.
+        ValueError: validation images are needed, but the run or the data has none.
     """
     given = (args.threshold, args.gate)
     if VALIDATION not in given:
@@ -113,7 +117,7 @@ def thresholds_of(
 
 
 def evaluate(network: Network, truth: Truth, args: argparse.Namespace) -> Evaluated:
-    """Predictions of the network, and their measures."""
+    """The predictions of the network, and their metrics."""
     model, config, which = network
     names = truth.class_names
     t_p, gate, chosen = thresholds_of(model, config, truth.index, args)
@@ -183,7 +187,7 @@ def trivial_of(truth: Truth, predictions: Predictions) -> dict[str, np.ndarray]:
 
 
 def boxes_in_network(truth: Truth, side: int) -> list[np.ndarray]:
-    """The true boxes of each pair, in the network's square of ``side`` pixels."""
+    """The true boxes of each pair, in the square of ``side`` pixels that is the network's input."""
     inside = truth.frames_at(side)
     return [
         to_square(to_image(true, truth.sizes[i], truth.frames[i]), truth.sizes[i], inside[i])
@@ -196,8 +200,8 @@ def boxes_of(
 ) -> np.ndarray:
     """The boxes (k, 4) of the maps at the ``thresholds`` (C,) of their classes, in the square of the truth.
 
-    The maps are upsampled to pixels of the network's image; padding has no part in it. ``relative``: the thresholds are
-    shares of each map's maximum.
+    The maps are upsampled to the pixels of the network's input. Padding is ignored. ``relative``: the thresholds are
+    fractions of the maximum of each map.
     """
     found = np.full((len(predictions.maps), 4), np.nan)
     for k, c in enumerate(truth.classes):
@@ -208,7 +212,7 @@ def boxes_of(
 
 
 def boxes_at(predictions: Predictions, truth: Truth, thresholds: np.ndarray, upsampling: str) -> np.ndarray:
-    """The boxes (k, s, 4) at each of the rising ``thresholds`` (s,), without opening and closing."""
+    """The boxes (k, s, 4) at each of the increasing ``thresholds`` (s,), without opening and closing."""
     found = np.full((len(predictions.maps), len(thresholds), 4), np.nan)
     for k in range(len(found)):
         heatmap, size, first = predictions.content(k, upsampling)
@@ -218,7 +222,7 @@ def boxes_at(predictions: Predictions, truth: Truth, thresholds: np.ndarray, ups
 
 
 def points_hit(predictions: Predictions, truth: Truth) -> np.ndarray:
-    """Whether the centre of the greatest cell of each map lies in a true box (k,): the pointing game."""
+    """Whether the centre of the largest cell of each map lies in a true box (k,): the pointing game."""
     side, hits = predictions.side, []
     for heatmap, boxes in zip(predictions.maps, boxes_in_network(truth, side), strict=True):
         hits.append(contains(boxes, heatmap_to_point(heatmap, (side, side), predictions.first)).any())

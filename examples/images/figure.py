@@ -22,23 +22,23 @@ from sgl_ops.localization import COLOURS, overlay
 
 
 def first_of_each_class(truth: Truth) -> list[int]:
-    """Numbers of boxes: not those that look best."""
+    """Indices of the first box of each class. They are not selected by their result."""
     return [
         int(np.flatnonzero(truth.classes == c)[0]) for c in range(len(truth.class_names)) if (truth.classes == c).any()
     ]
 
 
 def caption_of(run: Evaluated, truth: Truth, k: int) -> str:
-    """Of box ``k``: the probability of its class in the image, and how well it was met."""
+    """The caption of box ``k``: the probability of its class in the image, and the IoU."""
     iou = "no box" if np.isnan(run.found[k]).any() else f"IoU {run.overlaps[k]:.2f}"
     return f"p {run.predictions.probability[truth.image[k], truth.classes[k]]:.2f}, {iou}"
 
 
 def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -> None:
-    """The first box of each class: the radiograph, then each run's map over it, as in the paper's Fig. 7."""
+    """Draws the first box of each class: the radiograph, and the map of each run over it, as in the paper's Fig. 7."""
     shown, about = first_of_each_class(truth), truth.index.about
     columns = 1 + len(runs)
-    pairs = 2 if len(shown) > 4 else 1  # classes beside each other
+    pairs = 2 if len(shown) > 4 else 1  # classes per row
     rows = -(-len(shown) // pairs)
     figure = Figure(figsize=(2.4 * columns * pairs, 2.55 * rows + 0.9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -76,7 +76,7 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -
         for name, colour in (("true box", page.TRUE), ("found box", page.FOUND))
     ]
     frames.append(Patch(fill=False, ec="none", label='"no box": no pixel of the map is above T_p'))
-    # the legend is 6 inches wide in one line
+    # on one line, the legend is 6 inches wide
     ncols = 3 if figure.get_figwidth() > 7 else 1
     figure.legend(handles=frames, loc="outside lower center", ncols=ncols, frameon=False)
     with naming(path):

@@ -1,11 +1,11 @@
-"""How an image of any size becomes a square, and where its content, its boxes and the cells of its map then are."""
+"""Converts images of any size to squares, and gives the positions of content, boxes and map cells in the square."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: "square": images have to be square; "pad": the aspect is kept, and the shorter side is padded evenly on both sides;
-#: "squeeze": both sides are scaled to the square.
+#: "square": images must be square; "pad": keep the aspect ratio and pad the shorter side evenly on both sides;
+#: "squeeze": scale both sides to the square.
 FITS = ("square", "pad", "squeeze")
 
 
@@ -41,10 +41,10 @@ def clip_boxes(boxes: np.ndarray, frames: np.ndarray) -> np.ndarray:
 
 
 def cell_mask(frames: np.ndarray, grid: tuple[int, int], centre: float, step: float) -> np.ndarray:
-    """Which cells (n, h, w) bool of maps of ``grid`` (h, w) have their centre in the content ``frames`` (n, 4).
+    """Whether the cells of maps of ``grid`` (h, w) have their centre in the content ``frames`` (n, 4): (n, h, w) bool.
 
-    The first cell is centred at ``centre`` pixels from the edge, the next one ``step`` further. Content that holds no
-    centre has the nearest cell, so that no image is without a cell.
+    The first cell is centred at ``centre`` pixels from the edge, the next one ``step`` pixels further. If the content
+    contains no centre, it gets the nearest cell, so that every image has a cell.
     """
     inside = []
     for axis, count in ((1, grid[0]), (0, grid[1])):

@@ -23,22 +23,22 @@ SIDE = 256  # pixels of the image that boxes are measured in
 FIRST = 31.5 / 32  # centre of the first cell of EfficientNet-Lite0's last map, which pads as TensorFlow does
 T_IOU = (0.1, 0.3, 0.5)
 
-#: How a map becomes a box: title, threshold, whether of the map's maximum, and whether the map is rescaled first.
+#: Rules from map to box: title, threshold, whether relative to the maximum, and whether the map is rescaled first.
 MAPS = {"half": (0.5, True, False), "absolute": (0.5, False, False), "rescaled": (0.5, True, True)}
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained. ``hidden`` 0: a linear head, whose map is the class activation map (CAM)."""
+    """The settings of a method. ``hidden`` 0: a linear head, whose map is the class activation map (CAM)."""
 
     loss: str
     pooling: str
     lam: float = 0.0
     mask_weight: float = 0.0
-    share: float = 0.3  # of a positive bag that is positive, for the bias of the head
+    share: float = 0.3  # fraction of positive instances in a positive bag, for the bias of the head
     hidden: int = 64
     weight_decay: float = 1.0
-    at_once: bool = False  # lam from the first step on, in place of LamSchedule
+    at_once: bool = False  # lam from the first step on, without LamSchedule
 
 
 METHODS = {
@@ -60,7 +60,7 @@ METHODS = {
 
 
 class Films(NamedTuple):
-    """Images with their feature maps and what is known of them.
+    """Images with their feature maps, labels and boxes.
 
     Attributes:
         features: (n, D, h, w), on disk.
@@ -77,7 +77,8 @@ class Films(NamedTuple):
     boxes: dict[str, dict[tuple[int, int], np.ndarray]]
 
     def split(self, validate: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the images to train on, and of those to evaluate: the test list, or held-out training patients."""
+        """Indices of the training images, and of the evaluation images: the test list, or held-out training
+        patients."""
         if not validate:
             return np.flatnonzero(~self.test), np.flatnonzero(self.test)
         patients = np.unique(self.patients[~self.test])
@@ -90,7 +91,7 @@ def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features
     """The films of a folder of frozen_cxr.py extract, with the official tables and the boxes of ChestX-Det10.
 
     Raises:
-        ValueError: a file is missing, or the features are of other images.
+        ValueError: a file is missing, or the features belong to other images.
     """
     if not (features / "names.txt").is_file():
         raise ValueError(f"features: {features} holds no names.txt; frozen_cxr.py extract writes it")
@@ -125,9 +126,10 @@ def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features
 
 
 def reduce_features(films: Films, components: int) -> Tensor:
-    """The cells (n, h w, components) as principal components of those of the training list, partly whitened.
+    """Principal components (n, h w, components) of the cells, fitted on the training list and partly whitened.
 
-    A component is divided by the square root of its standard deviation, and all by their common one.
+    Each component is divided by the square root of its standard deviation. Then all are divided by their common
+    standard deviation.
     """
     maps = torch.from_numpy(np.array(films.features)).float()
     cells = maps.flatten(2).transpose(1, 2)
@@ -157,7 +159,7 @@ class Head(nn.Module):
 def train_head(
     cells: Tensor, films: Films, numbers: np.ndarray, method: Method, seed: int, epochs: int = 14, batch_size: int = 64
 ) -> tuple[Head, nn.Module, int | None]:
-    """A head trained on the images ``numbers``; its pooling; the epoch in which lam began to rise, or None."""
+    """Trains a head on the images ``numbers``. Returns it, its pooling, and the epoch in which lam began to rise."""
     torch.manual_seed(seed)
     labels = films.labels
     head = Head(cells.shape[2], method.hidden, labels.shape[1])
@@ -192,7 +194,7 @@ def train_head(
 
 @torch.no_grad()
 def evaluate(head: Head, pooling: nn.Module, cells: Tensor, films: Films, numbers: np.ndarray) -> dict[str, Any]:
-    """AUC of the images ``numbers``, and every hit of their boxes, by set of boxes and rule of MAPS."""
+    """AUC of the images ``numbers``, and the hits of their boxes by set of boxes and rule of MAPS."""
     logits = head(cells[numbers]).transpose(1, 2)
     aucs = auc_per_class(pooling(logits).numpy(), films.labels[numbers].numpy(), CLASSES)
     side = int(logits.shape[2] ** 0.5)
@@ -200,7 +202,7 @@ def evaluate(head: Head, pooling: nn.Module, cells: Tensor, films: Films, number
     return {
         "auc": float(np.nanmean([aucs[name] for name in CLASSES])),
         "auc_of_classes": aucs,
-        "boxes": {  # sets without a box on these images are left out: those of the NIH are on the test list alone
+        "boxes": {  # sets without boxes on these images are left out: the NIH boxes are all on the test list
             name: _boxes(maps, films, found) for name, found in films.boxes.items() if any(i in maps for i, _ in found)
         },
     }

@@ -1,4 +1,4 @@
-"""What frozen_cxr.py does: features of all films, runs, and the table of the runs."""
+"""The steps of frozen_cxr.py: features of all films, runs, and the table of runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ BACKBONE = "timm/tf_efficientnet_lite0"
 def extract(args: argparse.Namespace) -> None:
     """Writes the feature maps (n, D, h, w) float16 of all images, and their names.
 
-    The maps of the last two stages are joined on the grid of the last one. There, a cell of the finer map is the mean
-    of the 3x3 cells round the same pixel.
+    The maps of the last two stages are concatenated on the grid of the last one. For this, each cell of the finer map
+    is the mean of the 3x3 cells around the same pixel.
     """
     from features.backbones import import_timm
     from PIL import Image
@@ -75,7 +75,7 @@ def extract(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """One file a run: METHOD-seedSEED.json in ``args.out``; runs that are there are skipped."""
+    """Writes one file per run into ``args.out``: METHOD-seedSEED.json. Existing runs are skipped."""
     methods = args.methods or list(METHODS)
     unknown = [method for method in methods if method not in METHODS]
     if unknown:

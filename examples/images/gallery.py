@@ -1,4 +1,4 @@
-"""Galleries of a page: images with the maps, the true and the found boxes over them."""
+"""Galleries of a page: images with maps, true boxes and predicted boxes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sgl_ops.localization import overlay, seen_cells
 
 
 class View(NamedTuple):
-    """What one network says of an image: its name, the map (h, w), the box (4,) found (NaN: none), a caption.
+    """The prediction of a network for an image: its name, the map (h, w), the box (4,) (NaN: none), a caption.
 
-    ``first``: where the centre of the map's first cell is, in cells from the edge of the image.
+    ``first``: the centre of the first cell of the map, in cells from the edge of the image.
     """
 
     name: str
@@ -29,9 +29,9 @@ class View(NamedTuple):
 
 
 class Card(NamedTuple):
-    """An image of the gallery: (size, size) uint8, the true ``boxes`` (m, 4) and those found, in pixels of ``side``.
+    """An image of the gallery: (size, size) uint8, with the true ``boxes`` (m, 4) in an image of ``side`` pixels.
 
-    ``group`` and ``best``, the IoU of the first view, are what the gallery is filtered by.
+    The gallery can be filtered by ``group`` and by ``best``, the IoU of the first view.
     """
 
     title: str
@@ -44,7 +44,7 @@ class Card(NamedTuple):
 
 
 def data_uri(pixels: np.ndarray, kind: str) -> str:
-    """An image (h, w) or (h, w, 3) uint8 as an address that holds it; ``kind`` is png or jpeg."""
+    """A data URI of an image (h, w) or (h, w, 3) uint8. ``kind`` is png or jpeg."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **({"quality": 80} if kind == "jpeg" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -60,9 +60,9 @@ def _rect(box: np.ndarray, kind: str, side: int) -> str:
 
 
 def _map(view: View, side: int) -> str:
-    """The map over an image of ``side`` pixels, twice: the range 0 ... 1, and its own range, which CSS hides.
+    """The map over an image of ``side`` pixels, scaled to 0 ... 1 and to its own range. CSS shows one of the two.
 
-    The cells at the edges are continued over what the map leaves bare; the picture's frame cuts off the rest.
+    The cells at the edges are extended to the edges of the image. The frame of the picture clips the rest.
     """
     more = math.ceil(abs(view.first - 0.5))
     height, width = view.heatmap.shape
@@ -88,7 +88,7 @@ def _map(view: View, side: int) -> str:
     return "".join(layers)
 
 
-#: How opaque the maps are, and which values the colours span. Every such form of a page changes all of its maps.
+#: A form for the opacity of the maps and the range of their colours. Every such form changes all maps of the page.
 MAP_CONTROLS = Markup(
     f'<label>Opacity of the map <input class="opacity" type="range" min="0" max="100" value="{OPACITY}"></label> '
     '<label>Colours span <select class="range"><option value="fixed">0 to 1</option>'
@@ -99,8 +99,8 @@ MAP_CONTROLS = Markup(
 def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "filters") -> Markup:
     """The cards of the gallery ``name``, with a form that changes all maps of the page.
 
-    ``controls`` is "map"; or "filters", whose form also selects cards by group and by whether the first network's box
-    has an IoU > 0.3; or "" for no form.
+    ``controls`` is "map", "filters" or "" (no form). The form of "filters" also selects cards by group, and by whether
+    the box of the first network has an IoU > 0.3.
     ``smooth``: the browser interpolates the maps. Each image is stored once for all views of its card.
     """
     form = MAP_CONTROLS
@@ -138,7 +138,7 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "fil
     return Markup(f'<div class="{kinds}">{"".join(parts)}</div>')
 
 
-#: What the colours of the gallery mean.
+#: The legend of the colours of the gallery.
 KEY = Markup(
     '<p class="note"><span class="box"></span> true box &ensp; <span class="box found"></span> found box &ensp; '
     '<span class="key-none">no box</span> the map has no pixel above T_p, or opening removes them all &ensp; '

@@ -19,13 +19,13 @@ from images.pixels import load_image
 class LabelledImages(Dataset):
     """Square images with labels, for a torch DataLoader.
 
-    ``images``: an array (n, size, size[, 3]) uint8, or n paths, decoded when they are asked for, with ``channels`` and
-    ``fit``. ``labels``: (n, C). ``sizes`` (n, 2), width and height of the files: needed where ``fit`` is "pad".
+    ``images``: an array (n, size, size[, 3]) uint8, or n paths. Paths are decoded at each access, with ``channels`` and
+    ``fit``. ``labels``: (n, C). ``sizes``: (n, 2), width and height of the files, needed if ``fit`` is "pad".
 
-    An item is asked for by (epoch, number), and is (pixels (crop, crop[, 3]) uint8, labels (C,), frame (4,) int64: x,
-    y, width, height of what is not padding, number). Without ``crop`` it is the whole image. Where it is cropped
-    depends on ``seed``, epoch and its name of ``names`` (n,) alone, and so not on workers, processes, an interruption,
-    or what other images there are.
+    The index of an item is (epoch, number). The item is (pixels (crop, crop[, 3]) uint8, labels (C,), frame (4,) int64,
+    number). The frame is x, y, width, height of the content without padding. Without ``crop``, an item is the whole
+    image. The position of the crop depends only on ``seed``, the epoch and the image's name in ``names`` (n,). It does
+    not depend on workers, processes, interruptions or the other images.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LabelledImages(Dataset):
         self.sizes, self.channels, self.fit = sizes, channels, fit
 
     def __getstate__(self) -> dict[str, Any]:
-        # a process that loads images opens the file itself, instead of being sent what is in it
+        # image-loading processes open the memory-mapped file instead of receiving its contents
         state = dict(self.__dict__)
         if isinstance(self.images, np.memmap):
             state["images"] = (self.images.filename, self.images.shape)

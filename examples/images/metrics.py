@@ -1,4 +1,4 @@
-"""What is measured over the test images, with intervals over patients. Unknown labels (NaN) are left out."""
+"""Metrics over the test images, with confidence intervals over patients. Unknown labels (NaN) are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from common.metrics import auc
 from sklearn.metrics import roc_curve
 
-#: An interval from fewer patients says little.
+#: An interval from fewer patients is unreliable.
 FEW_PATIENTS = 10
 
 
@@ -22,9 +22,9 @@ class Interval(NamedTuple):
 
 
 def auc_per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """AUC of scores (n, C) and labels (n, C), 0 or 1, by the name of the class, and their "mean".
+    """AUC of scores (n, C) and labels (n, C), 0 or 1, by class name, and their "mean".
 
-    NaN for a class of which there are images of one kind only; the mean is over the others.
+    NaN for a class whose known labels are all equal. The mean is over the other classes.
     """
     known = ~np.isnan(labels)
     values = {name: auc(scores[known[:, c], c], labels[known[:, c], c]) for c, name in enumerate(names)}
@@ -37,10 +37,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def draws_of_patients(patients: np.ndarray, shown: np.ndarray, draws: int, seed: Sequence[int]) -> Iterator[np.ndarray]:
-    """How often each row (n,) is drawn, ``draws`` times: patients with replacement, all rows of a patient together.
+    """The number of times that each row (n,) is drawn, in each of ``draws`` bootstrap draws of whole patients.
 
-    Those who have a row that is ``shown`` (n,) and those who have none are drawn apart, as many of each as there are:
-    what is shown does not vanish from a draw, however few show it.
+    Patients with a row that is ``shown`` (n,) and patients without one are drawn separately, each in their own number.
+    So every draw contains such rows, even if few patients have them.
     """
     _, first, patient = np.unique(patients, return_index=True, return_inverse=True)
     shows = np.zeros(len(first), bool)
@@ -67,25 +67,26 @@ def over_patients(
     draws: int,
     seed: int,
 ) -> dict[str, Interval]:
-    """95 % intervals of the ``measures`` of classes and of their mean; a measure takes how often each row (n,) counts.
+    """95 % intervals of the ``measures`` of classes and of their mean. A measure takes the count of each row (n,).
 
-    Each class has draws of its own, in which the patients who show it (rows ``shown`` (n, classes)) keep their number:
-    it does not vanish, but an interval from a few patients says little. The mean has draws of all patients alike.
+    Each class has separate draws that keep the number of patients with the class (rows ``shown`` (n, classes)). So
+    every draw contains the class, but an interval from a few patients is unreliable. The draws for the mean are over
+    all patients.
     """
     result = {}
     for c, (name, of) in enumerate(measures.items()):
         result[name] = interval([of(weight) for weight in draws_of_patients(patients, shown[:, c], draws, (seed, c))])
     mean = _mean_over_patients(list(measures.values()), patients, draws, (seed, len(measures)))
-    # what moves as far as the others do may leave the range of a share
+    # the imputed changes may leave the range of a fraction
     return result | {"mean": Interval(*np.clip(mean, 0.0, 1.0).tolist())}
 
 
 def _mean_over_patients(
     measures: Sequence[Callable[[np.ndarray], float]], patients: np.ndarray, draws: int, seed: Sequence[int]
 ) -> Interval:
-    """The 95 % interval of the mean of the ``measures`` of classes, over draws of all patients alike.
+    """The 95 % interval of the mean of the ``measures`` of classes, over draws of all patients.
 
-    Where a class is missing from a draw, the mean moves as the other classes do.
+    If a class is missing from a draw, it is assumed to change as the other classes do on average.
     """
     whole = np.array([of(np.ones(len(patients), int)) for of in measures])
     alike = draws_of_patients(patients, np.zeros(len(patients), bool), draws, seed)
@@ -101,7 +102,7 @@ def auc_intervals(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals over patients of what ``auc_per_class`` gives."""
+    """95 % intervals over patients of the values of ``auc_per_class``."""
     measures = {name: _weighted_auc(scores[:, c], labels[:, c]) for c, name in enumerate(names)}
     return over_patients(measures, labels > 0, patients, draws, seed)
 
@@ -120,18 +121,19 @@ def auc_difference_interval(
 
 
 def _weighted_auc(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], float]:
-    """What maps weights (n,) to the AUC of the weighted images: sorted once for all draws, where scikit-learn sorts
-    again for each."""
+    """A function from weights (n,) to the AUC of the weighted images.
+
+    It sorts once for all draws; scikit-learn sorts for each draw."""
     order = np.argsort(scores, kind="stable")
     positive, negative = (labels == 1)[order], (labels == 0)[order]
-    _, starts = np.unique(scores[order], return_index=True)  # images of equal scores
+    _, starts = np.unique(scores[order], return_index=True)  # groups of images with equal scores
 
     def value(weight: np.ndarray) -> float:
         weight = weight[order]
         pro = np.add.reduceat(weight * positive, starts)
         contra = np.add.reduceat(weight * negative, starts)
         pairs = float(pro.sum()) * float(contra.sum())
-        below = np.cumsum(contra) - contra / 2  # of a pair with equal scores half
+        below = np.cumsum(contra) - contra / 2  # a pair with equal scores counts half
         return float(pro @ below) / pairs if pairs else math.nan
 
     return value
@@ -145,7 +147,8 @@ def mean_intervals(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals over patients of what ``boxes.per_class`` gives of values (n,) and class numbers (n,)."""
+    """95 % intervals over patients of the means by class (``boxes.per_class``) of values (n,) with class numbers
+    (n,)."""
     present = np.unique(classes)
     measures = {names[c]: _weighted_mean(values, classes == c) for c in present}
     return over_patients(measures, classes[:, None] == present, patients, draws, seed)
@@ -183,16 +186,16 @@ def _weighted_mean(values: np.ndarray, inside: np.ndarray) -> Callable[[np.ndarr
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """The threshold of ``scores`` (n,) with the largest sensitivity + specificity (Youden) on these labels (n,).
 
-    Halfway between the lowest score above it and the next lower one, so that p > threshold is what was measured; 0.5
-    where there are images of one kind only. For labels of validation images.
+    The threshold is halfway between the lowest score above it and the next lower one, so that p > threshold selects the
+    same images. 0.5 if all labels are equal. For labels of validation images.
     """
     known = ~np.isnan(labels)
     scores, labels = scores[known], np.asarray(labels)[known] > 0
     if labels.all() or not labels.any():
         return 0.5
     false, true, thresholds = roc_curve(labels, scores, drop_intermediate=False)
-    above = thresholds[np.argmax(true - false)]  # the lowest score that is called positive
+    above = thresholds[np.argmax(true - false)]  # the lowest score that is predicted positive
     lower = scores[scores < above]
-    if not np.isfinite(above):  # nothing beats calling nothing positive
+    if not np.isfinite(above):  # the best is to predict no positive
         return float(np.max(scores))
     return float((above + lower.max()) / 2) if len(lower) else float(np.nextafter(above, -np.inf))

@@ -1,7 +1,7 @@
-"""Networks that give a logit per class and patch: (n, 3, height, width) to (n, classes, height / s, width / s).
+"""Networks with one logit per class and patch: (n, 3, height, width) to (n, classes, height / s, width / s).
 
-torchvision's ResNets and DenseNet-121, whose patches see most of the image, and local ones, whose patches see a stated
-number of pixels and nothing else (in the manner of BagNets: Brendel & Bethge, ICLR 2019).
+The ResNets and DenseNet-121 of torchvision have large receptive fields, which cover most of the image. The local
+networks have a small receptive field of a known size (as BagNets: Brendel & Bethge, ICLR 2019).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from images.timm_networks import PREFIX, TimmFeatures, load_timm_weights, timm_g
 
 
 class Grid(NamedTuple):
-    """Where the cells of a map lie along either side, in pixels of the network's input from its edge.
+    """The positions of the cells of a map along either side, in pixels from the edge of the network's input.
 
-    ``centre`` of the first cell (that of the first pixel is 0.5), and the distance ``step`` of one to the next.
+    ``centre``: the centre of the first cell; the centre of the first pixel is 0.5. ``step``: the distance between
+    cells.
     """
 
     centre: float
@@ -33,14 +34,14 @@ class Grid(NamedTuple):
 class PatchClassifier(nn.Module):
     """A backbone and a 1x1 convolution: logits (n, classes, height / s, width / s) of images (n, 3, height, width).
 
-    ``grid``: in the middle of which pixels the cells are.
+    ``grid``: the positions of the cells.
     """
 
     def __init__(self, backbone: str, output_stride: int, classes: int, cut: int | None = None):
         super().__init__()
         self.features, channels = make_backbone(backbone, output_stride, cut)
         self.head = nn.Conv2d(channels, classes, 1)
-        self.field: int | None = None  # pixels of a square that a patch sees, where known
+        self.field: int | None = None  # side of the receptive field of a patch in pixels, if known
         if isinstance(self.features, TimmFeatures):
             geometry = timm_geometry(backbone, cut, output_stride)
             self.grid, self.field = Grid(geometry.centre, geometry.stride), geometry.field
@@ -53,23 +54,23 @@ class PatchClassifier(nn.Module):
         return self.head(self.features(x))
 
     def description(self, image_size: int) -> str:
-        """What a reader needs to know of the map of an image of ``image_size`` pixels: stride, grid, field."""
+        """The stride, the grid and the receptive field of the map of an image of ``image_size`` pixels, as text."""
         stride = int(self.grid.step)
         side = image_size // stride
-        sees = "most of the image" if self.field is None else f"{self.field} pixels"
-        return f"stride {stride}, a grid of {side}x{side} patches, of which each sees {sees}"
+        field = "most of the image" if self.field is None else f"{self.field} pixels"
+        return f"stride {stride}, a grid of {side}x{side} patches, receptive field of a patch: {field}"
 
 
 def grid_of(features: nn.Module) -> Grid:
-    """The grid of a network of layers in the order of their names, from what each of them reads.
+    """The grid of a network, computed from its layers in the order of their names.
 
-    A window of k inputs, d apart and begun p before the edge, is centred d (k - 1) / 2 - p inputs further than where it
-    stands. torchvision's networks pad their 3x3 and 7x7 evenly, and so stay with the first of the pixels that a stride
-    puts into one cell; the means of a DenseNet's transitions are between two.
+    The window of a layer with kernel size k, dilation d and padding p is centred d (k - 1) / 2 - p inputs after the
+    position of the output. With the even padding of torchvision's 3x3 and 7x7 convolutions, this offset is 0: a stride
+    keeps the centre of the first position. The 2x2 averages in a DenseNet's transitions move the centre by half a step.
     """
     centre, step = 0.5, 1
     for name, layer in features.named_modules():
-        if {"downsample", "change"} & set(name.split(".")):  # a shortcut, which leads to the same place
+        if {"downsample", "change"} & set(name.split(".")):  # a shortcut has the same geometry
             continue
         if isinstance(layer, LocalNet):
             centre -= layer.before * step
@@ -90,8 +91,8 @@ def make_backbone(name: str, output_stride: int, cut: int | None = None) -> tupl
 
     ``timm/NAME`` is a network of timm; ``cut`` keeps it up to that stage.
 
-    ``local9`` to ``local65`` are small, for training from nothing; ``bagnet9`` to ``bagnet65`` as deep and wide as a
-    ResNet-50. The number is the receptive field in pixels. Their stride is 8 or 16.
+    ``local9`` to ``local65`` are small networks for training from random weights. ``bagnet9`` to ``bagnet65`` are as
+    deep and wide as a ResNet-50. The number is the receptive field in pixels. Their stride is 8 or 16.
     """
     if name.startswith(PREFIX):
         features = TimmFeatures(name, cut, output_stride)
@@ -135,9 +136,9 @@ def make_backbone(name: str, output_stride: int, cut: int | None = None) -> tupl
 
 
 def keep_resolution(stages: list[list[nn.Module]]) -> None:
-    """Takes the stride out of each stage and dilates what comes after it, in place ("a trous").
+    """Removes the stride of each stage and dilates the following layers, in place ("a trous").
 
-    At the positions where the network had an output before, it says the same.
+    At the positions of the original outputs, the network computes the same values.
     """
     dilation = 1
     for stage in stages:
@@ -145,7 +146,7 @@ def keep_resolution(stages: list[list[nn.Module]]) -> None:
             for module in list(part.modules()):
                 if isinstance(module, nn.Conv2d):
                     if module.kernel_size == (3, 3):
-                        # the one that had the stride still reads what lies before it, the others come after it
+                        # the layer with the stride has the dilation of the layers before it, later layers twice that
                         module.dilation = (dilation if module.stride == (2, 2) else 2 * dilation,) * 2
                         module.padding = module.dilation
                     module.stride = (1, 1)
@@ -155,7 +156,8 @@ def keep_resolution(stages: list[list[nn.Module]]) -> None:
 
 
 class DilatedPool(nn.Module):
-    """Mean of 2x2 pixels that lie ``dilation`` apart, at every pixel; beyond the edge the edge goes on."""
+    """At every pixel, the mean of 2x2 pixels at a distance of ``dilation``. The edge pixels are repeated beyond the
+    edge."""
 
     def __init__(self, dilation: int):
         super().__init__()
@@ -169,11 +171,11 @@ class DilatedPool(nn.Module):
 
 
 class Plain(nn.Module):
-    """Two convolutions, of which the first may be 3x3 and have a stride, beside a shortcut."""
+    """A residual block of two convolutions. The first one may be 3x3 and have a stride."""
 
     def __init__(self, inward: int, outward: int, size: int, stride: int):
         super().__init__()
-        self.border = size // 2  # what the 3x3 takes from each side
+        self.border = size // 2  # pixels that the 3x3 removes from each side
         self.stride = stride
         self.change = nn.Conv2d(inward, outward, 1, bias=False) if inward != outward or stride > 1 else nn.Identity()
         self.convolutions = self.make(inward, outward, size, stride)
@@ -189,7 +191,7 @@ class Plain(nn.Module):
 
 
 class Bottleneck(Plain):
-    """The same with a narrow middle, as a ResNet-50 has it."""
+    """A residual block with a bottleneck, as in a ResNet-50."""
 
     @staticmethod
     def make(inward: int, outward: int, size: int, stride: int) -> nn.Sequential:
@@ -206,9 +208,10 @@ def convolution(inward: int, outward: int, size: int = 1, stride: int = 1) -> li
 
 
 class LocalNet(nn.Module):
-    """A residual network whose every output sees ``receptive_field`` pixels, in the middle of which is its cell.
+    """A residual network with a receptive field of ``receptive_field`` pixels, in whose middle the cell lies.
 
-    Nothing is padded but the image, so that a patch cannot tell where it is, but for the border of the image.
+    Only the image is padded, not the layers. So the output of a patch does not depend on its position, except at the
+    border of the image.
     """
 
     def __init__(
@@ -231,7 +234,7 @@ class LocalNet(nn.Module):
         for stage, (width, depth, threes) in enumerate(zip(widths, depths, THREES[receptive_field], strict=True)):
             for number in range(depth):
                 size = 3 if number < threes else 1
-                # the fourth halving comes last, where it leaves the receptive field as it is
+                # the fourth stride comes last, where it does not change the receptive field
                 halves = number == 0 if stage < 3 else number == depth - 1 and output_stride == 16
                 stride = 2 if halves else 1
                 layers.append(block(channels, width, size, stride))
@@ -253,7 +256,7 @@ class LocalNet(nn.Module):
 def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
     """``weights``: ``"none"``, ``"imagenet"`` (downloaded by torchvision), or a file with a state_dict.
 
-    Of a file what belongs to a classifier is left out; all else has to fit.
+    The weights of a classifier in the file are ignored. All other weights must fit.
     """
     if weights == "none":
         return
@@ -268,7 +271,7 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
 
         try:
             state = getattr(models, backbone)(weights="IMAGENET1K_V1").state_dict()
-        except Exception as error:  # reading a file that is cut off ends in many ways
+        except Exception as error:  # a truncated file raises many types
             where = Path(torch.hub.get_dir(), "checkpoints")
             raise ValueError(
                 f"weights: could not be downloaded, or are cut off in {where} ({error}); name a file, or 'none'"
@@ -281,12 +284,12 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
         state = state.get("model", state)
     found = {}
     for key, value in state.items():
-        key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])", r"\1\2", key)  # as older files have it
+        key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])", r"\1\2", key)  # key names of older files
         if not key.startswith(("fc.", "classifier.", "head.")):
             found[key.removeprefix("features.")] = value
     try:
         model.features.load_state_dict(found)
     except RuntimeError as error:
-        told = str(error).partition("\n")[2].strip()  # after the name of a class
+        told = str(error).partition("\n")[2].strip()  # without the class name
         more = " ..." if len(told) > 300 else ""
         raise ValueError(f"weights: {weights} does not fit {backbone}: {told[:300]}{more}") from None

@@ -1,8 +1,8 @@
-"""NIH ChestX-ray14 as it lies on disks: the tables, the splits and the images.
+"""Reads NIH ChestX-ray14: the tables, the splits and the images.
 
-Whatever does not fit is a ValueError that names file and line: a label is never guessed. Images are found by name, in
-the twelve folders ``images_001/images`` to ``images_012/images``, in one folder ``images``, or beside the tables.
-Copies of another size are welcome, also as JPEG. Boxes stay what the table says, in pixels of the 1024x1024 image.
+Any inconsistency is a ValueError that names the file and the line. Labels are never guessed. Images are found by name,
+in the twelve folders ``images_001/images`` to ``images_012/images``, in one folder ``images``, or in the folder of the
+tables. Resized copies and JPEG files also work. Boxes are always in pixels of the 1024x1024 image, as in the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from images.dataset import Box, Description, Index, refuse_missing, rows_of, some, text_of
 
-#: The paper's order, and that of the columns of labels.
+#: The classes in the order of the paper, which is that of the label columns.
 CLASSES = (
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
     "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax",
@@ -27,24 +27,24 @@ CLASSES = (
 BOXED = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
 NO_FINDING = "No Finding"
 DESCRIPTION = Description("nih", "ChestX-ray14", CLASSES, NO_FINDING, "official test list", "square", 1)
-#: make_synthetic_cxr.py leaves it beside the tables; pages then say that the images are drawn.
+#: A file that make_synthetic_cxr.py writes into the folder of the tables. Reports then say that images are generated.
 DRAWN = "drawn_images.txt"
 VIEWS = ("PA", "AP")
-#: Boxes are in pixels of an image of this width and height, whatever the size of the image at hand.
+#: Boxes are in pixels of an image of this width and height, for images of any size.
 BOX_SIDE = 1024
-#: What the official tables hold.
+#: The numbers of rows of the official tables.
 OFFICIAL_IMAGES, OFFICIAL_TEST_IMAGES, OFFICIAL_BOXES = 112_120, 25_596, 984
 
 ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 BOXES = "BBox_List_2017.csv"
 TRAIN_VAL_LIST, TEST_LIST = "train_val_list.txt", "test_list.txt"
 
-# "OriginalImage[Width,Height]" and the like fall apart at their commas
+# column names such as "OriginalImage[Width,Height]" are split at their commas
 ENTRY_HEADER = [
     "Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position",
     "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]",
 ]  # fmt: skip
-#: Column 6 of the table that is served today.
+#: Column 6 of the current version of the table.
 NEW_HEADER = ["Patient Sex" if name == "Patient Gender" else name for name in ENTRY_HEADER]
 BOX_HEADER = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""]
 BOX_CLASSES = {name: number for number, name in enumerate(CLASSES)} | {"Infiltrate": CLASSES.index("Infiltration")}
@@ -54,10 +54,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Entries(NamedTuple):
-    """The entry table: like Index, but of every row.
+    """The entry table: like Index, but with every row.
 
-    ``sizes`` (n, 2): width and height of the radiograph before it was made 1024x1024, to which boxes do not refer;
-    ``views`` (n,): PA or AP.
+    ``sizes`` (n, 2): width and height of the radiograph before it was resized to 1024x1024; boxes are not in these
+    pixels. ``views`` (n,): PA or AP.
     """
 
     names: list[str]
@@ -70,14 +70,14 @@ class Entries(NamedTuple):
 def load_index(
     data_dir: Path, allow_missing: bool = False, tables: Path | None = None, view: str | None = None
 ) -> Index:
-    """The images of ``data_dir`` with all that the tables (of ``tables``, else of ``data_dir``) say of them.
+    """The images of ``data_dir`` with their data from the tables (in ``tables``, by default in ``data_dir``).
 
     Args:
         view: only images of this View Position, one of VIEWS; None: all.
 
     Raises:
-        ValueError: a table is absent, broken, or contradicts another one; an image is there twice; there is none;
-            or some are missing and that is not allowed.
+        ValueError: a table is missing, broken, or contradicts another one; an image exists twice; there are no images;
+            or some are missing without ``allow_missing``.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -122,7 +122,7 @@ def load_index(
 
 
 def notes_of(data_dir: Path, tables: Path, listed: set[str], rows: int, found: dict[str, Path]) -> tuple[str, ...]:
-    """Lines of check_cxr.py: how the images lie, which table there is, and images that it does not name."""
+    """Lines for check_cxr.py: the layout of the images, the version of the table, and images that are not in it."""
     layouts = [
         name
         for name, folders in image_folders(data_dir).items()
@@ -141,7 +141,7 @@ def notes_of(data_dir: Path, tables: Path, listed: set[str], rows: int, found: d
 
 
 def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[Box]]]:
-    """All four tables of ``folder``, and that they agree: entries, (rows,) bool of the test list, boxes by name."""
+    """Reads the four tables of ``folder`` and checks them: entries, (rows,) bool of the test list, boxes by name."""
     path = next((folder / name for name in ENTRIES if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder}: expected {' or '.join(ENTRIES)}, found neither")
@@ -182,7 +182,7 @@ def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[Box]]
 
 
 def read_entries(path: Path) -> Entries:
-    """The entry table, of 2020 or the older one, whose rows end with a comma and whose ages may be ``058Y``."""
+    """The entry table of 2020, or the older one, in which rows end with a comma and ages may be ``058Y``."""
     rows = rows_of(path)
     line, header = next(rows, (1, []))
     width = len(ENTRY_HEADER)
@@ -250,7 +250,7 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
 
 
 def read_list(path: Path) -> list[tuple[int, str]]:
-    """(line, name of an image) of one of the two lists; the last line need not end."""
+    """(line number, name of an image) of one of the two lists. The last line may lack its newline."""
     names = []
     for line, text in enumerate(text_of(path).splitlines(), 1):
         name = text.strip()
@@ -263,7 +263,7 @@ def read_list(path: Path) -> list[tuple[int, str]]:
 
 
 def _findings(text: str, at: str) -> list[int]:
-    """The columns of ``Mass|Nodule``; none of ``No Finding``, which stands alone."""
+    """The label columns of a text such as ``Mass|Nodule``. ``No Finding`` has none, and must be the only name."""
     if text == NO_FINDING:
         return []
     names = text.split("|")
@@ -294,7 +294,7 @@ def _positive(text: str, what: str, at: str, zero: bool = False) -> float:
 
 
 def image_folders(data_dir: Path) -> dict[str, list[Path]]:
-    """The folders where images are looked for, by layout; only those that exist."""
+    """The existing folders that may contain images, by layout."""
     twelve = [data_dir / f"images_{k:03}" for k in range(1, 13)]
     layouts = {
         "twelve folders": [inner for outer in twelve for inner in (outer / "images", outer)],
@@ -308,7 +308,7 @@ def find_images(data_dir: Path) -> dict[str, Path]:
     """The files that look like images, by name without suffix.
 
     Raises:
-        ValueError: there is no such folder, or an image is there twice.
+        ValueError: there is no such folder, or an image exists twice.
     """
     if not data_dir.is_dir():
         raise ValueError(f"{data_dir}: no such folder")

@@ -1,4 +1,4 @@
-"""Opening a data set by the options of a command: of a kind that is given, or that the folder shows."""
+"""Opens a data set with the options of a command. Its kind is an option, or is recognized from its tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from images.dataset import Index
 
 
 def kind_of(tables: Path) -> str:
-    """``"nih"``, ``"chexpert"`` or ``"folder"``, by the tables that are in the folder.
+    """``"nih"``, ``"chexpert"`` or ``"folder"``, recognized from the tables in the folder.
 
     Raises:
-        ValueError: there are those of none, or of several.
+        ValueError: the folder has the tables of no kind, or of several kinds.
     """
     tables = Path(tables)
     shown = {
@@ -38,7 +38,7 @@ def open_dataset(args: argparse.Namespace, allow_missing: bool = False) -> Index
     """The data set of ``--data-dir``, ``--tables``, ``--dataset``, ``--view``, ``--uncertain`` and ``--fit``.
 
     Raises:
-        ValueError: it cannot be used, or an option is not for data sets of its kind.
+        ValueError: the data set cannot be used, or an option does not apply to its kind.
     """
     place = (args.data_dir, allow_missing, args.tables)
     kind = args.dataset or kind_of(args.tables or args.data_dir)

@@ -15,7 +15,7 @@ from images.backbones import BACKBONES, STRIDES, TORCHVISION
 
 POOLING_OF = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
 
-#: Settings that decide a result: a run is resumed only with the same ones. The images have to agree as well.
+#: Settings that decide a result. They must not change when a run is resumed. The images must be the same as well.
 RESUME_KEYS = (
     "backbone", "weights", "cut", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay",
     "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
@@ -25,19 +25,19 @@ RESUME_KEYS = (
 #: Settings of RESUME_KEYS that may be larger when a run is resumed. Training hides them from everything in an epoch.
 EXTENDABLE = ("epochs",)
 
-#: What --synthetic changes of the defaults. Instances are counted within bags: counted over the batch, no run
-#: that was tried with so few images learned to classify.
+#: Defaults of --synthetic. Instances are counted within bags: with counts over the batch, no tried run learned to
+#: classify from so few images.
 DEMO = {
     "backbone": "local33", "weights": "none", "output_stride": 8, "image_size": 64, "pooling": "max", "lam": 1.0,
     "lam_delay": 2.0, "lam_warmup": 4.0, "normalize": "bag", "mask_weight": 0.0, "prior": 0.3, "epochs": 8,
     "batch_size": 8, "lr": 1e-3, "lr_step": 7, "workers": 0,
 }  # fmt: skip
 
-#: What --synthetic draws: few findings, but often, so that little training is enough.
+#: The images of --synthetic: a few frequent findings, so that a short training is enough.
 DEMO_DATA = {"images": 1200, "size": 128, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
 
 
-#: Settings that did better than the paper's on genuine images: networks from nothing, on 1317 of them.
+#: Settings that were better than the paper's on 1317 real images, for networks with random initial weights.
 BETTER = "--pooling max --lam 3 --lam-delay 2 --lam-warmup 4 --normalize bag --mask-weight 0 --prior 0.3"
 EPILOG = f"""The defaults are the paper's settings. On 1317 real images (ResNet-18 with random initial weights, 128
 pixels, 12 epochs, three seeds, the network of the last epoch), SGL gave better results with
@@ -65,7 +65,7 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = False) ->
 
 
 def given_data_options(args: argparse.Namespace) -> str:
-    """The options of add_data_options as they were given, for the command that is next."""
+    """The given options of add_data_options as text, for the suggested next command."""
     parser = argparse.ArgumentParser()
     add_data_options(parser)
     words = []
@@ -148,7 +148,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def backbone_name(text: str) -> str:
-    """One of BACKBONES, or ``timm/NAME``; whether timm has it is known later."""
+    """For argparse: one of BACKBONES, or ``timm/NAME``. Whether timm has the network is checked later."""
     if text not in BACKBONES and not (text.startswith("timm/") and len(text) > 5):
         raise argparse.ArgumentTypeError(f"expected timm/NAME or one of {', '.join(BACKBONES)}, got {text!r}")
     return text
@@ -170,7 +170,7 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
     args.pooling = args.pooling or POOLING_OF[args.loss]
     args.weights = args.weights or ("none" if local else "imagenet")
     if args.weights not in ("none", "imagenet") and path_of(args.weights).is_file():
-        args.weights = str(path_of(args.weights).resolve())  # the same from any folder, when a run is continued
+        args.weights = str(path_of(args.weights).resolve())  # absolute, to resume from any folder
     args.output_stride = args.output_stride or (8 if local else 32)
     args.image_size = args.image_size or 512
     if args.image_size % args.output_stride or crop_side(args.image_size, args.output_stride) < args.output_stride:
@@ -182,7 +182,7 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
 
 
 def fill_from_timm(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stride and image size of a network of timm, where they are not given."""
+    """Sets the stride and the image size of a network of timm if they are not given."""
     from images.timm_networks import defaults_of
 
     try:
@@ -192,18 +192,18 @@ def fill_from_timm(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     args.output_stride = args.output_stride or defaults.stride
     if args.output_stride > defaults.stride:
         parser.error(f"--output-stride: {args.backbone} has {defaults.stride} at this stage, got {args.output_stride}")
-    if args.image_size is None:  # 7/8 of it is what training sees
+    if args.image_size is None:  # training crops 7/8 of it
         least = -(-defaults.image_size * 8 // 7)
         args.image_size = -(-least // args.output_stride) * args.output_stride
 
 
 def crop_side(image_size: int, output_stride: int) -> int:
-    """The side of the crops of training: 7/8 of the image, in whole patches."""
+    """The side of the training crops: 7/8 of the image, rounded down to whole patches."""
     return image_size * 7 // 8 // output_stride * output_stride
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the command, naming the option, where a value makes no sense."""
+    """Ends the command with an error that names the option if a value is invalid."""
     if args.synthetic:
         if args.data_dir:
             parser.error("--synthetic: draws its own data, and takes no --data-dir")

@@ -1,9 +1,9 @@
-"""A page of results in one file: tables, curves and a gallery, without anything from outside.
+"""A page of results in one self-contained file: tables, curves and a gallery.
 
-Plain functions that give HTML or SVG as text. Every text is escaped here, once; what is HTML already is a ``Markup``.
+The functions return HTML or SVG as text. They escape every text once. Text that is already HTML is a ``Markup``.
 
-The charts are written here and not by matplotlib, for three reasons: their colours follow the light or dark scheme of
-the page, they are a quarter of the size, and they take a millisecond instead of half a second. A report has up to 20.
+The charts are not drawn by matplotlib, for three reasons: their colours follow the light or dark scheme of the page,
+they have a quarter of the size, and they take a millisecond instead of half a second. A report has up to 20 charts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPACITY = 70
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 class Line(NamedTuple):
@@ -51,7 +51,7 @@ def text(value: object) -> Markup:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Of NaN and None a dash."""
+    """A number as text; NaN and None become a dash."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -60,7 +60,7 @@ def paragraph(content: str, kind: str = "") -> Markup:
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], caption: str = "") -> Markup:
-    """The first column names the row, and stays in sight where the page is narrower than the table."""
+    """A table. Its first column names the rows and stays visible if the page is narrower than the table."""
     head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{text(row[0])}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in row[1:]) + "</tr>"
@@ -86,7 +86,7 @@ def side_by_side(*content: Markup) -> Markup:
 
 
 def legend(names: Sequence[tuple[str, int, bool]]) -> Markup:
-    """Of (name, colour, dashed)."""
+    """A legend of entries (name, colour, dashed)."""
     items = "".join(
         f'<li><svg class="key" viewBox="0 0 24 8" aria-hidden="true"><line x1="0" y1="4" x2="24" y2="4" '
         f'class="c{colour}{" dashed" if dashed else ""}"/></svg>{text(name)}</li>'
@@ -96,7 +96,7 @@ def legend(names: Sequence[tuple[str, int, bool]]) -> Markup:
 
 
 def chart(lines: Sequence[Line], title: str, x_name: str, y_name: str) -> Markup:
-    """Curves over 0 ... 1, in 0 ... 1. Points that are NaN are left out."""
+    """A chart of curves with x and y in 0 ... 1. Points that are NaN are left out."""
     width, height, left, top, right, bottom = 360, 260, 44, 10, 12, 40
     across, down = width - left - right, height - top - bottom
 
@@ -129,7 +129,7 @@ def chart(lines: Sequence[Line], title: str, x_name: str, y_name: str) -> Markup
 
 
 def intervals(rows: Sequence[tuple[str, Sequence[Span]]], title: str, low: float, high: float) -> Markup:
-    """A row per name, with a bar from low to high and a dot at the value for each of its spans."""
+    """A chart with one row per name. Each span is a bar from low to high with a dot at the value."""
     width, left, right, line = 360, 124, 12, 22
     height = line * len(rows) + 26
 
@@ -165,7 +165,7 @@ def bullets(items: Sequence[str]) -> Markup:
 
 
 def page(title: str, lead: str, *content: Markup) -> str:
-    """The whole page. What it is not allowed to do it says itself: a browser loads nothing from elsewhere for it."""
+    """The whole page. Its content security policy prevents browsers from loading anything from elsewhere."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -1,8 +1,8 @@
 """Tables 1 and 2 of Seibold et al. (ACCV 2020), on the official test list of ChestX-ray14.
 
-"*": the method used bounding boxes in training. Values are as printed, with one exception: Table 2 prints 0.1 for SGL,
-Effusion, T_IoU 0.7, which contradicts its mean; 0.01 gives the printed mean. The mean that is printed for Liu et al. at
-T_IoU 0.1 (0.60) is not that of its row (0.57).
+"*" marks methods that used bounding boxes in training. Values are as printed, with one exception: Table 2 prints 0.1
+for SGL, Effusion, T_IoU 0.7. This contradicts the printed mean; 0.01 agrees with it. The printed mean of Liu et al. at
+T_IoU 0.1 (0.60) differs from the mean of its row (0.57).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _row(classes: Sequence[str], values: str) -> dict[str, float]:
     return dict(zip((*classes, "mean"), map(float, values.split()), strict=True))
 
 
-#: Table 1, its columns in the order of CLASSES: AUC, {method: {class: value, ..., "mean": value}}.
+#: Table 1, AUC: {method: {class: value, ..., "mean": value}}, classes in the order of CLASSES.
 AUC = {
     method: _row(CLASSES, values)
     for method, values in {
@@ -26,7 +26,7 @@ AUC = {
         "ResNet-50 + SGL (paper)": "0.78 0.88 0.75 0.86 0.84 0.95 0.85 0.94 0.71 0.84 0.81 0.81 0.74 0.90 0.83",
     }.items()
 }
-#: Table 2, its columns in the order of BOXED: localization accuracy where the class is predicted at 0.5,
+#: Table 2, localization accuracy with the class predicted at 0.5, classes in the order of BOXED:
 #: {method: {T_IoU: {class: value, ..., "mean": value}}}.
 LOCALIZATION = {
     method: {t: _row(BOXED, values) for t, values in rows.items()}

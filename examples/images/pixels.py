@@ -1,4 +1,4 @@
-"""From an image file to grey or colour values, and from these to the input of a network."""
+"""Converts an image file to grey or colour values, and these to the input of a network."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from images.frames import frames_of
 
-#: Mean and deviation per channel of the images that torchvision's networks were trained on.
+#: Mean and standard deviation per channel of the images that torchvision's networks were trained on.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Values of the padding: the nearest to MEAN, which a network sees as 0.
+#: Values of the padding: the integers nearest to MEAN, so that the network gets about 0.
 PADDING = tuple(round(255 * value) for value in MEAN)
 DICOM = (".dcm", ".dicom")
-ORIENTATION = 0x0112  # tag of EXIF; from 5 on width and height are exchanged
+ORIENTATION = 0x0112  # EXIF tag; values of 5 and more exchange width and height
 
 
 def image_suffixes() -> set[str]:
@@ -27,7 +27,7 @@ def image_suffixes() -> set[str]:
 
 
 def read_header(path: Path) -> tuple[int, int, bool]:
-    """Width and height as it is to be shown, and whether the image has colours; nothing is decoded.
+    """Width and height of the displayed image, and whether it has colours, without decoding it.
 
     Raises:
         ValueError: not a readable image.
@@ -48,14 +48,14 @@ def read_header(path: Path) -> tuple[int, int, bool]:
 
 
 def read_image(path: Path) -> Any:
-    """The image as it is to be shown, a Pillow image of mode L or RGB.
+    """The displayed image, a Pillow image of mode L or RGB.
 
-    The orientation of EXIF is applied, an alpha channel is dropped. 16 bits of grey are scaled by the number of bits
-    that are used (8, 10, 12, 14 or 16, the least that holds the brightest pixel). Of 16 bits per colour the upper 8
-    are read, and the image is refused where they use less than a quarter of the range.
+    The EXIF orientation is applied, and an alpha channel is dropped. Grey images of 16 bits are scaled by the number of
+    used bits (8, 10, 12, 14 or 16: the smallest that holds the brightest pixel). For 16 bits per colour, the upper 8
+    bits are read; it is an error if they use less than a quarter of the range.
 
     Raises:
-        ValueError: it cannot be read to its end, or its pixels are of another kind.
+        ValueError: the image cannot be read completely, or has an unsupported kind of pixels.
     """
     from PIL import Image, ImageOps
 
@@ -92,7 +92,7 @@ def _png_depth(path: Path) -> int:
 
 
 def bits_used(brightest: int) -> int:
-    """8, 10, 12, 14 or 16: the least number of bits that holds ``brightest``."""
+    """8, 10, 12, 14 or 16: the smallest number of bits that holds ``brightest``."""
     return max(8, brightest.bit_length() + brightest.bit_length() % 2)
 
 
@@ -110,7 +110,7 @@ def _dicom(path: Path, **options: Any) -> Any:
         raise ValueError(f"{path}: DICOM needs pydicom, which is not installed: pip install pydicom") from None
     try:
         return pydicom.dcmread(path, **options)
-    except Exception as error:  # a file that is cut off ends in many ways
+    except Exception as error:  # a truncated file raises many types
         raise ValueError(f"{path}: not a readable DICOM file: {error}") from None
 
 
@@ -122,7 +122,7 @@ def _read_dicom(path: Path) -> np.ndarray:
     data = _dicom(path)
     try:
         values = data.pixel_array
-    except Exception as error:  # compressed in a way that needs another package, or cut off
+    except Exception as error:  # a compression that needs another package, or a truncated file
         raise ValueError(f"{path}: its pixels cannot be read: {error}") from None
     if data.get("SamplesPerPixel", 1) == 3 and values.ndim == 3 and values.dtype == np.uint8:
         return values
@@ -146,7 +146,7 @@ def _read_dicom(path: Path) -> np.ndarray:
 
 
 def _first(value: Any) -> float | None:
-    """Of a DICOM value that may hold several, or none."""
+    """The first number of a DICOM value, which may hold several or none."""
     if value is None or value == "":
         return None
     return float(value) if isinstance(value, (int, float, str)) else float(value[0])
@@ -160,7 +160,7 @@ def load_image(path: Path, size: int, channels: int = 1, fit: str = "square") ->
         fit: one of images.frames.FITS.
 
     Raises:
-        ValueError: as read_image, and where ``fit`` is "square" and the image is not.
+        ValueError: as read_image; also if ``fit`` is "square" and the image is not square.
     """
     from PIL import Image
 
@@ -170,7 +170,7 @@ def load_image(path: Path, size: int, channels: int = 1, fit: str = "square") ->
     image = image.convert("L" if channels == 1 else "RGB")
     ((x, y, width, height),) = frames_of(np.array([image.size]), size, fit).tolist()
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)  # of all pixels that fall into one
+        image = image.resize((width, height), Image.Resampling.BILINEAR)  # with antialiasing
     if (width, height) != (size, size):
         padding = round(sum(PADDING) / 3) if channels == 1 else PADDING
         square = Image.new(image.mode, (size, size), padding)
@@ -180,7 +180,7 @@ def load_image(path: Path, size: int, channels: int = 1, fit: str = "square") ->
 
 
 def to_input(images: np.ndarray | Tensor) -> Tensor:
-    """The input of a network, (n, 3, height, width) float32, of images (n, height, width[, 3]) uint8."""
+    """The input of a network (n, 3, height, width) float32, from images (n, height, width[, 3]) uint8."""
     x = torch.as_tensor(images)
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
     x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)

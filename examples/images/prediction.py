@@ -1,4 +1,4 @@
-"""What a network predicts: probabilities of images, and the maps of pairs of an image and a class."""
+"""Predictions of a network: probabilities of images, and maps of (image, class) pairs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sgl_ops.pooling import make_pooling
 
 
 class Predictions(NamedTuple):
-    """Probabilities (n, C) of the image and of its greatest patch, and the maps (k,) of (h, w) of pairs.
+    """Probabilities (n, C) of the images and of their largest patches, and the k maps (h, w) of the pairs.
 
     ``frames`` (k, 4): the content of the pairs' images in the network's square of ``side`` pixels; cells of padding
     are 0 in the maps. ``first``: the centre of a map's first cell, in cells from the edge of the square.
@@ -38,9 +38,9 @@ class Predictions(NamedTuple):
         return tuple(self.frames[k]) != (0, 0, self.side, self.side)
 
     def content(self, k: int, upsampling: str) -> tuple[np.ndarray, tuple[int, int], float]:
-        """The map of pair ``k`` over its content alone, the size of that in pixels, and the centre of the first cell.
+        """The map of pair ``k`` over its content without padding, the size in pixels, and the centre of the first cell.
 
-        Where there is padding, the map is upsampled to pixels first: its cells need not begin where the content does.
+        With padding, the map is first upsampled to pixels, because its cells may not be aligned with the content.
         """
         size = (self.side, self.side)
         if not self.padded(k):
@@ -49,9 +49,9 @@ class Predictions(NamedTuple):
         return upsample(self.maps[k], size, upsampling, self.first)[y : y + h, x : x + w], (int(h), int(w)), 0.5
 
     def square_maps(self, upsampling: str) -> tuple[list[np.ndarray], float]:
-        """Maps over the square, with the least value of the content in the padding, and the centre of the first cell.
+        """Maps over the square, with the smallest content value in the padding, and the centre of the first cell.
 
-        A threshold of MaxBoxAcc, which scales each map to 0 ... 1, then never counts padding.
+        MaxBoxAcc scales each map to 0 ... 1, so no threshold then selects padding.
         """
         if not any(self.padded(k) for k in range(len(self.maps))):
             return self.maps, self.first
@@ -100,7 +100,7 @@ def predict(
     first = 0.5 if args.raster == "even" else centre / step
     for batch, _, frames, _ in Progress(loader, desc=name_of(config), unit="batch"):
         with torch.inference_mode():
-            # in float32 every logit above 17 would be the same probability, and where the greatest is a matter of order
+            # float64: in float32, all logits above 17 have the same probability, and the maximum would be ambiguous
             logits = model(to_input(batch.to(args.device))).double()[:, order]
             mask = None
             inside = slice(start, start + len(batch))

@@ -1,4 +1,4 @@
-"""What a run was trained on: the digests in its configuration, and split.csv."""
+"""The training images of a run: the digests in its configuration, and split.csv."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from images import nih
 from images.batches import Split
 from images.dataset import Index
 
-#: In split.csv, the part of the images that the run has seen through the weights of another.
+#: The part in split.csv of images on which the initial weights were trained by another run.
 PRETRAINED_PART = "weights"
 
-#: What else a run has to agree in, as it is told.
+#: Other properties that must not change when a run is resumed, with their names in messages.
 DATA = {
     "train_names_digest": "choice of images",
     "train_labels_digest": "entry table (the labels of its images have changed since)",
@@ -27,7 +27,7 @@ DATA = {
 
 
 def about_of(index: Index) -> Config:
-    """What a network has to know of its data set to be used on another one."""
+    """The properties of the data set that a network needs on another data set."""
     about = index.about
     return {
         "dataset": about.kind, "title": about.title, "classes": list(about.classes), "channels": about.channels,
@@ -36,12 +36,12 @@ def about_of(index: Index) -> Config:
 
 
 def digest_of(lines: list[str]) -> str:
-    """Of the names of images, or of names and labels, in any order."""
+    """A digest of names of images, or of names and labels. Their order does not matter."""
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def digests_of(index: Index, split: Split, seen: list[str]) -> Config:
-    """What the configuration of a run says of its images. ``seen``: names of those the weights were trained on."""
+    """The digests of the images in the configuration of a run. ``seen``: images that the weights were trained on."""
     learned = (*split.train, *split.val)
     digests = {
         **about_of(index),
@@ -56,9 +56,9 @@ def digests_of(index: Index, split: Split, seen: list[str]) -> Config:
 
 
 def trained_patients(run: Path, names: set[str], index: Index) -> set[str]:
-    """Patients of the images ``names`` that the run has seen, as far as the patients of ``index`` are of the same data.
+    """The patients of the training images ``names``, if ``index`` is of the same data set.
 
-    Files of ChestX-ray14 begin with the patient's number; of other data sets split.csv has the patients.
+    File names of ChestX-ray14 begin with the patient's number. For other data sets, split.csv has the patients.
     """
     if index.about.kind == nih.DESCRIPTION.kind:
         return {str(int(name[:8])) for name in names if nih.NAME.fullmatch(name)}
@@ -70,10 +70,10 @@ def trained_patients(run: Path, names: set[str], index: Index) -> set[str]:
 
 
 def trained_names(run: Path) -> set[str]:
-    """The images that a run was trained or validated on, and those that the run was whose weights it began with.
+    """The training and validation images of a run, and those of the run that its initial weights came from.
 
     Raises:
-        ValueError: split.csv is not there, or is not what the run wrote.
+        ValueError: split.csv is missing or was changed.
     """
     path = Path(run) / "split.csv"
     if not path.is_file():
@@ -90,15 +90,15 @@ def trained_names(run: Path) -> set[str]:
 
 
 def names_of_weights(weights: str) -> list[str]:
-    """The images that the weights have seen, where they are those of a run of this script.
+    """The images that the weights were trained on, if a run of train_cxr.py wrote them.
 
     Raises:
-        ValueError: they are, and what the run was trained on is not beside them.
+        ValueError: a run wrote them, but its split.csv is not in the same folder.
     """
     path = Path(weights)
     if not path.is_file():
         return []
-    config = load_state(path).get("config", {})  # not mapped: files of older kinds cannot be
+    config = load_state(path).get("config", {})  # not memory-mapped, because older file formats do not support it
     if not isinstance(config, dict) or "train_names_digest" not in config:
         return []
     try:

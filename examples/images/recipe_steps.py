@@ -26,7 +26,7 @@ class CutClassifier(nn.Module):
     """A classifier on the feature map of an early stage of a network of timm: a linear layer on the map's mean.
 
     Args:
-        name: of the model.
+        name: name of the model.
         stage: number of the stage: 1 is the map of stride 4 of a ResNet, 2 of stride 8, and so on.
     """
 
@@ -54,8 +54,8 @@ def make_classifier(name: str, classes: int, weights: Path | None, cut: int | No
 
     Args:
         name: ``timm/NAME`` or ``torchvision/NAME``.
-        weights: a .safetensors, .pth or .pt file with a state dict. What belongs to another classifier is left out.
-        cut: keep the network only up to this stage, so that a cell of the map sees fewer pixels. Only for timm.
+        weights: a .safetensors, .pth or .pt file with a state dict. The weights of another classifier are ignored.
+        cut: use the network up to this stage, for a smaller receptive field. Only for timm.
     """
     library, _, model = name.partition("/")
     import_torchvision()
@@ -92,12 +92,12 @@ class FullyConvolutional(nn.Module):
     The last linear layer becomes a 1x1 convolution with the same weights. The mean of a map is the classifier's logit.
 
     Args:
-        classifier: of timm or torchvision, that ends in global average pooling, dropout at most, and one linear layer.
-            It is copied.
-        example: images (N, 3, H, W) that the equality is checked with.
+        classifier: a classifier of timm or torchvision that ends in global average pooling, optional dropout, and one
+            linear layer. It is copied.
+        example: images (N, 3, H, W) to check that the mean of the map is the output of the classifier.
 
     Raises:
-        ValueError: the mean of the map is not the classifier's output: the network ends in something else.
+        ValueError: this check fails, because the network has other last layers.
     """
 
     def __init__(self, classifier: nn.Module, example: Tensor):
@@ -122,7 +122,7 @@ class FullyConvolutional(nn.Module):
 
 
 class TimmFeatures(nn.Module):
-    """What a classifier of timm computes before its global pooling."""
+    """The part of a classifier of timm before its global pooling."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -138,7 +138,7 @@ def features_of(classifier: nn.Module) -> nn.Module:
     if hasattr(classifier, "forward_features"):
         return TimmFeatures(classifier)
     if hasattr(classifier, "features"):  # torchvision: DenseNet, MobileNet, EfficientNet
-        last = [nn.ReLU()] if type(classifier).__name__ == "DenseNet" else []  # it is not among its modules
+        last = [nn.ReLU()] if type(classifier).__name__ == "DenseNet" else []  # a function in its forward, not a module
         return nn.Sequential(classifier.features, *last)
     if hasattr(classifier, "avgpool"):  # torchvision: ResNet and its relatives
         return nn.Sequential(*(part for name, part in classifier.named_children() if name not in ("avgpool", "fc")))
@@ -152,7 +152,7 @@ def features_of(classifier: nn.Module) -> nn.Module:
 def train(
     model: nn.Module, images: Tensor, labels: Tensor, criterion: nn.Module, epochs: int, lr: float, batch_size: int = 32
 ) -> None:
-    """Trains ``model`` on images (N, 3, H, W) and labels (N, C). lam of SGLLoss rises when the bag loss has learnt."""
+    """Trains ``model`` on images (N, 3, H, W) and labels (N, C) with SGLLoss and LamSchedule."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-2)
     schedule = LamSchedule.pretrained(criterion.lam, rise=20, window=len(images)) if hasattr(criterion, "lam") else None
     model.train()
@@ -191,14 +191,14 @@ def heat_maps(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def boxes_of(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """x, y, w, h in pixels (N, 4) from logits (N, h, w): the pixels above half of the map's maximum, round its peak."""
+    """Boxes x, y, w, h in pixels (N, 4) from logits (N, h, w): the peak's component above half of the maximum."""
     return np.stack(
         [heatmap_to_box(m, size, 0.5, mode="bilinear", side=1, relative=True) for m in torch.sigmoid(logits).numpy()]
     )
 
 
 def report(title: str, logits: Tensor, labels: Tensor, true_boxes: Tensor, pooling: str | nn.Module) -> np.ndarray:
-    """Prints what :func:`sgl_ops.diagnose` says, and the share of boxes with an IoU above 0.1, 0.3, 0.5; returns it."""
+    """Prints the findings of :func:`sgl_ops.diagnose`. Prints and returns the fraction of boxes found at each IoU."""
     print(f"\n{title}")
     print(diagnose(logits, labels, pooling=pooling, names=["square"]))
     positive = labels[:, 0] == 1
@@ -216,7 +216,7 @@ def report(title: str, logits: Tensor, labels: Tensor, true_boxes: Tensor, pooli
 def generated_images(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images (N, 3, 96, 96), labels (N, 1) and boxes (N, 4): half of the images have a square with a fine grating.
 
-    Negative images have a square of the same brightness without the grating: brightness alone does not give the label.
+    Negative images have a square of the same brightness without the grating, so brightness does not give the label.
     """
     generator = torch.Generator().manual_seed(seed)
     images = F.interpolate(torch.randn(count, 3, 12, 12, generator=generator), SIDE, mode="bilinear") * 0.5
@@ -247,7 +247,7 @@ def run(args: argparse.Namespace) -> None:
     model = FullyConvolutional(classifier, images[:2])
     logits = heat_maps(model, test_images)
     report("the map of the classifier (CAM)", logits, test_labels, test_boxes, "mean_logits")
-    with torch.no_grad():  # the classifier's cells are positive in their mean; those of a bag in one place
+    with torch.no_grad():  # the classifier expects a positive mean, the bag loss a few positive cells
         model.head.bias.copy_(torch.minimum(model.head.bias, prior_bias(labels, share=0.1)))
     print("\n3. SGLLoss")
     train(model, images, labels, SGLLoss(lam=args.lam, pooling="max"), 2 * args.epochs, 1e-3)

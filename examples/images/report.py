@@ -1,4 +1,4 @@
-"""The figure and the report of one evaluated run, or of two beside each other."""
+"""The figure and the report of one evaluated run, or of two compared runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from images.truth import SQUARE, Truth
 from images.verdict import compare_boxes, verdict
 from sgl_ops.localization import T_IOU, per_class
 
-#: Runs beside each other; the colours after theirs are those of boxes without a network.
+#: Largest number of compared runs. The colours after theirs are for boxes without a network.
 COMPARED = 2
 
 
@@ -63,7 +63,7 @@ def auc_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
 
 
 def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """(name, accuracy by T_IoU and class) of all that is compared; with what the paper reports, if it is of these."""
+    """(name, accuracy by T_IoU and class) of all compared methods, with the paper's rows on the official test list."""
     rows = []
     for run in runs:
         rows.append((run.name, run.metrics["localization"]))
@@ -75,7 +75,7 @@ def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[s
     for name, accuracy in runs[0].metrics["baselines"].items():
         rows.append((name, accuracy))
         other = runs[-1].metrics["baselines"][name]
-        if other != accuracy:  # the maps are of different grids
+        if other != accuracy:  # the maps have different grids
             rows[-1] = (f"{name}, {runs[0].name}", accuracy)
             rows.append((f"{name}, {runs[-1].name}", other))
     return [*rows, *(paper.LOCALIZATION.items() if official else ())]
@@ -83,7 +83,7 @@ def localization_rows(runs: Sequence[Evaluated], official: bool) -> list[tuple[s
 
 def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
     steps = [f"{t:g}" for t in T_IOU]
-    heads = [f"IoU\u00a0> {step}" for step in steps]  # ">" is not torn off
+    heads = [f"IoU\u00a0> {step}" for step in steps]  # no line break before ">"
     details, units = runs[0].details, truth.index.about.units
     present = [name for name, count in details["boxes"].items() if count]
     counts = ", ".join(f"{name} {details['boxes'][name]}" for name in present)
@@ -140,7 +140,7 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
 
 
 def several_boxes(truth: Truth) -> list[page.Markup]:
-    """The note on images with several boxes of one class, where there are some."""
+    """A note on images with several boxes of one class, if there are any."""
     count = sum(len(true) > 1 for true in truth.boxes)
     if not count:
         return []
@@ -153,7 +153,7 @@ def several_boxes(truth: Truth) -> list[page.Markup]:
 
 def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> page.Markup:
     def share(hits: np.ndarray) -> list[float]:
-        """Mean over the classes of every column of hits (k, steps)."""
+        """The mean over the classes of every column of hits (k, steps)."""
         return [per_class(column, truth.classes, truth.class_names)["mean"] for column in hits.T]
 
     at = np.linspace(0, 1, 41)
@@ -218,10 +218,10 @@ def cards_of(runs: Sequence[Evaluated], truth: Truth, order: Sequence[int], side
 
 
 def best_and_worst(run: Evaluated, truth: Truth, count: int) -> tuple[list[int], list[int]]:
-    """Numbers of the ``count`` boxes with the highest IoU, and of those with the lowest, at most half of all each.
+    """Indices of the ``count`` boxes with the highest IoU and of those with the lowest, each at most half of all boxes.
 
-    Of equal IoUs the one whose class the network gives the higher probability is better at the top, and worse at the
-    bottom: a confident miss comes first.
+    For equal IoUs, the probability of the class decides. Among the best boxes, a higher probability is better. Among
+    the worst boxes, it is worse: a confident miss comes first.
     """
     sure = run.predictions.probability[truth.image, truth.classes]
     count = min(count, len(truth.boxes) // 2 or 1)
@@ -248,7 +248,7 @@ def pictures_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, s
 
 
 def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, count: int, side: int) -> page.Markup:
-    """``count`` boxes, the first of each class first, on images of ``side`` pixels."""
+    """``count`` boxes on images of ``side`` pixels, starting with the first box of each class."""
     first = first_of_each_class(truth)
     order = [*first, *(k for k in range(len(truth.boxes)) if k not in set(first))][:count]
     cards = cards_of(runs, truth, order, side)
@@ -271,7 +271,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
     """Writes the page of ``runs`` at ``path``.
 
     Returns:
-        the sentences of the verdict.
+        The sentences of the verdict.
     """
     comparisons = compare_boxes(runs, truth, args.draws, args.seed) if len(truth.boxes) else []
     sentences = verdict(runs, truth, comparisons, args.draws, args.seed)

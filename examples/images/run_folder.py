@@ -1,4 +1,4 @@
-"""The folder of a run: what may be overwritten, one training at a time, and what is written beside checkpoints."""
+"""The folder of a run: protection of existing files, a lock for one training, and the files besides checkpoints."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from images.training import Training
 
 
 def refuse_existing(out: Path, resume: bool) -> None:
-    """Raises ValueError where ``out`` holds what this training would overwrite."""
+    """Raises ValueError if ``out`` contains files that this training would overwrite."""
     if (out / "last.pt").exists():
         if not resume:
             raise ValueError(f"out: {out} holds a run; continue it with --resume, or name another folder")
         return
-    # an end at the end of the first epoch leaves a best.pt without these two, which is nothing to keep
+    # an interruption at the end of the first epoch leaves a best.pt without these two, which may be overwritten
     if (out / "best.pt").exists() and (out / "history.csv").exists():
         raise ValueError(f"out: {out} holds a best.pt and a history.csv, but no last.pt; name another folder")
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps other processes from training into ``out``, as long as this one lives.
+    """Prevents other processes from training into ``out`` while this process runs.
 
     Raises:
-        ValueError: one does.
+        ValueError: another process trains into ``out``.
     """
     try:
         import fcntl
@@ -42,7 +42,7 @@ def locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that load images would keep
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: child processes would keep it
         except (BlockingIOError, PermissionError):
             raise ValueError(f"out: another training is at work in {out}") from None
         except OSError:  # a file system without locks
@@ -51,15 +51,15 @@ def locked(out: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """The folder of the training of the first process."""
+    """The run folder, which only the first process writes."""
 
     def __init__(self, out: Path, sources: Sources, training: Training, resume: bool):
-        """Writes what is known before the first step; removes a best.pt without its last.pt."""
+        """Writes the files that are known before the first step. Removes a best.pt without last.pt."""
         self.out = out
         if not (out / "last.pt").exists():
             if resume:
                 print(f"{out} holds no last.pt to resume: training begins")
-            (out / "best.pt").unlink(missing_ok=True)  # of a training that ended before its first last.pt
+            (out / "best.pt").unlink(missing_ok=True)  # from a training that ended before it wrote last.pt
         out.mkdir(parents=True, exist_ok=True)
         write_json(training.full_config(), out / "config.json")
         with naming(out / "data.txt"):
@@ -80,8 +80,8 @@ class RunFolder:
             print(f"{out} is trained, all {training.epoch} epochs; --resume with more --epochs continues")
 
     def keep(self, training: Training, row: dict[str, Any], better: bool) -> None:
-        """Checkpoints and logs of the epoch that has ended."""
-        # best.pt first: a process that is killed between the two finds the same best again
+        """Writes the checkpoints and logs of a completed epoch."""
+        # best.pt first: if the process is killed before last.pt is written, a resumed run finds the same best epoch
         if better:
             best = {"config": training.full_config(), "model": training.network.state_dict(), "epoch": training.epoch}
             save_atomically(best, self.out / "best.pt")
@@ -104,7 +104,7 @@ def write_history(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def tensorboard(out: Path, epoch: int) -> Any:
-    """Where numbers go for TensorBoard, after those of ``epoch``; None where it is not installed."""
+    """A TensorBoard writer for the steps after ``epoch``. None if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter

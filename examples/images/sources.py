@@ -1,4 +1,4 @@
-"""What a run is trained on: the checked data set, its split, and what the initial weights were trained on."""
+"""The data of a run: the checked data set, its split, and the training images of the initial weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from images.provenance import digests_of, names_of_weights
 
 
 class Sources(NamedTuple):
-    """``report``: what check_cxr.py prints, and the split; ``seen``: the images that the weights were trained on."""
+    """``report``: the output of check_cxr.py and the split. ``seen``: the images that the weights were trained on."""
 
     index: Index
     split: Split
@@ -25,7 +25,7 @@ class Sources(NamedTuple):
     seen: list[str]
 
     def data(self, args: argparse.Namespace, config: Config) -> tuple[LabelledImages, LabelledImages]:
-        """Cropped images for training, and whole ones for validation, from the cache if there is one."""
+        """Cropped images for training and whole images for validation, from the cache if there is one."""
         index, size = self.index, config["image_size"]
         how = {"channels": index.about.channels, "fit": index.about.fit}
         images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size, **how)
@@ -35,7 +35,7 @@ class Sources(NamedTuple):
 
 
 def open_sources(args: argparse.Namespace, config: Config) -> Sources:
-    """Reads and checks the data set of ``--data-dir``; adds to ``config`` what a resumed run has to agree in.
+    """Reads and checks the data set of ``--data-dir``. Adds the digests of the images to ``config``.
 
     Raises:
         ValueError: the data set cannot be used, or leaves too few images.

@@ -1,27 +1,30 @@
-"""Drawing radiographs of chests with findings.
+"""Generates chest radiographs with findings.
 
-What is drawn, and why so:
+Contents of the images and their reasons:
 
-- A chest: body, two lungs, heart, spine, ribs, clavicles, vessels, all of varied size and place, alike in the images of
-  one patient; exposure and noise differ from image to image. PA and AP views: in AP the heart looks larger and
-  everything flatter.
-- A finding per class of its own look, place and size. The boxes of the eight classes that have some are about as large
-  as the genuine ones (a nodule 48 to 96 pixels of 1024, an infiltration 180 to 350, a large heart 420 to 520 and always
-  in the same place); contrast varies threefold, down to what drowns in the vessels. Some are a matter of a small patch
-  (nodule, the streaks of an atelectasis), some of an edge (pneumothorax, effusion), some of the whole (cardiomegaly,
-  emphysema): no receptive field fits all. Mass and nodule differ in size and outline alone.
-- The box is the bounding box of where the finding has more than half of its strength. There is one finding per class
-  and image, so that no second one is without a box. Of the test list every finding of those classes has a box, of the
-  training list none.
-- Things that are no finding: electrodes (round, nodule-sized, with a hole), catheters, side markers, crossings of ribs,
-  faint nipples on both sides.
-- Imbalance: from 20 percent (Infiltration) down to 3 (Hernia); some findings come together (Effusion with Atelectasis,
-  Cardiomegaly with Edema, Pneumonia with Infiltration), so that a label alone does not tell which look is its own.
-- Patients have one to eight images, and a finding stays, in the same place, for some of them: a split by image would
-  leak. The test list is a fifth of the patients, with more findings and more AP views than the others, as genuine.
-- Two files in a hundred are RGBA, the last line of a list has no end, and the box list says Infiltrate.
+- A chest has a body, two lungs, a heart, a spine, ribs, clavicles and vessels. Their sizes and positions vary between
+  patients and are equal in the images of one patient. Exposure and noise differ between images. In AP views the heart
+  is larger and the contrast is lower than in PA views.
+- Each class has a finding with its own appearance, position and size. The boxes of the eight classes with boxes are
+  about as large as the real ones: a nodule has 48 to 96 of 1024 pixels, an infiltration 180 to 350, a large heart 420
+  to 520, always in the same place. The contrast varies by a factor of three, down to findings that are hidden by the
+  vessels. Some findings are visible in a small patch (nodule, the streaks of an atelectasis), some at an edge
+  (pneumothorax, effusion), and some only in the whole image (cardiomegaly, emphysema). So no receptive field fits all.
+  Mass and nodule differ only in size and outline.
+- The box encloses the area in which the finding has more than half of its strength. An image has at most one finding
+  per class, so that every finding can have a box. In the test list every finding of the eight classes has a box; in the
+  training list none has one.
+- Some structures are not findings: electrodes (round, as large as a nodule, with a hole), catheters, side markers,
+  crossings of ribs, and faint nipples on both sides.
+- The classes are imbalanced, from 20 percent (Infiltration) down to 3 (Hernia). Some findings occur together (Effusion
+  with Atelectasis, Cardiomegaly with Edema, Pneumonia with Infiltration), so that a label alone does not determine
+  which appearance belongs to it.
+- Patients have one to eight images. Some findings remain in the same place in later images, so a split by image would
+  leak information. The test list has a fifth of the patients. It has more findings and more AP views, as the real one.
+- As in the real files, two images in a hundred are RGBA, the last line of a list has no newline, and the box list says
+  Infiltrate.
 
-Not meant to look genuine to a radiologist, and what is measured on it says nothing of patients.
+The images do not look real to a radiologist. Results on them say nothing about patients.
 """
 
 from __future__ import annotations
@@ -34,14 +37,14 @@ from PIL import Image
 
 from images.nih import BOX_SIDE, CLASSES
 
-# each draws of its own: numbers after the seed (a 0 at the end would change nothing)
+# separate random streams: these numbers follow the seed (a final 0 would have no effect)
 PATIENT, IMAGE, FINDING, FILE, PLAN, TABLES = range(1, 7)
 
 Array = np.ndarray
 
 
 class Canvas:
-    """Shapes on a square image of ``size`` pixels, in coordinates of BOX_SIDE pixels; everything is (size, size)."""
+    """Shapes on a square image of ``size`` pixels, in coordinates of BOX_SIDE pixels. All arrays are (size, size)."""
 
     def __init__(self, size: int):
         self.size = size
@@ -50,18 +53,18 @@ class Canvas:
         self.y = self.x.T
 
     def ellipse(self, cx: float, cy: float, rx: float, ry: float, soft: float, angle: float = 0.0) -> Array:
-        """1 inside, 0 outside, 1/2 on the outline; ``soft``: width of the edge in pixels."""
+        """An ellipse: 1 inside, 0 outside, 1/2 on the outline. ``soft``: width of the edge in pixels."""
         x, y = self.x - cx, self.y - cy
         u = (x * np.cos(angle) + y * np.sin(angle)) / rx
         v = (y * np.cos(angle) - x * np.sin(angle)) / ry
         return step((1 - np.hypot(u, v)) * (min(rx, ry) / soft))
 
     def line(self, distance: Array, width: float) -> Array:
-        """1 where ``distance`` is 0, falling within ``width`` pixels."""
+        """A line: 1 where ``distance`` is 0, falling to 0 within ``width`` pixels."""
         return np.exp(-0.5 * np.square(distance / max(width, self.scale / 2)))
 
     def noise(self, rng: np.random.Generator, cell: float) -> Array:
-        """Smooth, of deviation about 1, with spots of about ``cell`` pixels; the same at every size of the image."""
+        """Smooth noise with standard deviation 1 and spots of about ``cell`` pixels, equal for every image size."""
         count = max(int(np.ceil(BOX_SIDE / cell)), 2)
         grid = Image.fromarray(rng.standard_normal((count, count)).astype(np.float32))
         return 1.5 * np.asarray(grid.resize((self.size, self.size), Image.Resampling.BICUBIC))
@@ -72,7 +75,7 @@ def step(x: Array) -> Array:
 
 
 class Chest(NamedTuple):
-    """A patient's anatomy, in pixels of 1024: lungs (2, 4) and heart (4,) as centre and half axes."""
+    """The anatomy of a patient, in pixels of 1024: lungs (2, 4) and heart (4,) as centre and half axes."""
 
     lungs: Array
     heart: Array
@@ -94,13 +97,13 @@ def draw_patient(rng: np.random.Generator) -> Chest:
     )  # fmt: skip
 
 
-# the findings: what is added to the image, and where it is, both (size, size); most of it is between 0 and 1
+# The findings: functions that return the change of the image, mostly between 0 and 1, and the area, both (size, size).
 
 Finding = Callable[[Canvas, Chest, np.random.Generator], tuple[Array, Array]]
 
 
 def _place(chest: Chest, rng: np.random.Generator, low: float, high: float) -> tuple[float, float, int]:
-    """A point in a lung, between ``low`` and ``high`` of its height (0: its top, 1: its bottom), and which lung."""
+    """A random point in a lung, between ``low`` and ``high`` of its height (0: top, 1: bottom), and the lung."""
     side = int(rng.integers(2))
     cx, cy, rx, ry = chest.lungs[side]
     v = 2 * rng.uniform(low, high) - 1
@@ -222,7 +225,7 @@ def pleural_thickening(canvas: Canvas, chest: Chest, rng: np.random.Generator) -
     return where, where
 
 
-DRAW: dict[str, tuple[Finding, float]] = {  # and the most that it adds; the least is a third of that
+DRAW: dict[str, tuple[Finding, float]] = {  # largest strength; the smallest is a third of it
     "Atelectasis": (atelectasis, 0.30), "Cardiomegaly": (cardiomegaly, 1.0), "Consolidation": (consolidation, 0.35),
     "Edema": (edema, 0.22), "Effusion": (effusion, 0.36), "Emphysema": (emphysema, 0.22), "Fibrosis": (fibrosis, 0.24),
     "Hernia": (hernia, 0.24), "Infiltration": (infiltration, 0.30), "Mass": (mass, 0.34), "Nodule": (nodule, 0.34),
@@ -235,7 +238,7 @@ DRAW: dict[str, tuple[Finding, float]] = {  # and the most that it adds; the lea
 
 
 def draw_chest(canvas: Canvas, chest: Chest, rng: np.random.Generator, ap: bool) -> Array:
-    """A chest with no finding, between 0 and 1 or so."""
+    """A chest without findings, with values between about 0 and 1."""
     x, y = canvas.x, canvas.y
     middle = float(chest.lungs[:, 0].mean())
     image = 0.08 + 0.62 * canvas.ellipse(middle, 640, 450 * chest.stout, 640, 40)
@@ -257,7 +260,7 @@ def draw_chest(canvas: Canvas, chest: Chest, rng: np.random.Generator, ap: bool)
 
 
 def draw_distractors(canvas: Canvas, chest: Chest, rng: np.random.Generator) -> Array:
-    """What is in the picture and no finding."""
+    """Draws structures that are not findings."""
     x, y = canvas.x, canvas.y
     extra = np.zeros((canvas.size, canvas.size), dtype=np.float32)
     if rng.random() < 0.35:
@@ -293,10 +296,10 @@ def draw_image(
     for name in findings:
         draw, most = DRAW[name]
         number = CLASSES.index(name)
-        # drawn anew from patient and class: the same in the patient's next image, but for its strength
+        # seeded by patient and class: the next image of the patient has the same finding, with another strength
         added, where = draw(canvas, chest, np.random.default_rng((seed, FINDING, patient, number)))
         strength = most * np.random.default_rng((seed, FINDING, patient, number, 1 + follow_up)).uniform(1 / 3, 1)
-        # a large heart is as dense as a heart, whatever is behind it
+        # the density of a large heart does not depend on what is behind it
         image = image + added * (np.clip(0.66 - image, 0, None) if name == "Cardiomegaly" else strength)
         boxes[name] = box_of(where > 0.5 * where.max(), canvas.scale)
     image = image + draw_distractors(canvas, chest, rng)

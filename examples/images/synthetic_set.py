@@ -1,4 +1,4 @@
-"""A drawn data set in the layout and the file formats of NIH ChestX-ray14. For what is drawn see synthetic.py."""
+"""Generates a data set in the layout and the file formats of NIH ChestX-ray14. synthetic.py describes the images."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from images.nih import (
 )
 from images.synthetic import FILE, PLAN, TABLES, draw_image
 
-#: How often in an image of the training list, before some findings bring others with them.
+#: Frequency of the findings in images of the training list, before the factors of TOGETHER.
 RATES = {
     "Atelectasis": 0.08, "Cardiomegaly": 0.06, "Consolidation": 0.05, "Edema": 0.03, "Effusion": 0.11,
     "Emphysema": 0.04, "Fibrosis": 0.04, "Hernia": 0.02, "Infiltration": 0.15, "Mass": 0.09, "Nodule": 0.10,
     "Pleural_Thickening": 0.05, "Pneumonia": 0.05, "Pneumothorax": 0.08,
 }  # fmt: skip
-#: Findings that make another one this much more frequent.
+#: (finding, other finding): factor by which the first one makes the other one more frequent.
 TOGETHER = {("Effusion", "Atelectasis"): 3.0, ("Cardiomegaly", "Edema"): 4.0, ("Pneumonia", "Infiltration"): 2.5}
 TEST_SHARE, TEST_RATE = 0.2, 1.4
 STAYS = 0.7
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 def plan_images(count: int, seed: int, findings_drawn: Sequence[str] = CLASSES, rate: float = 1.0) -> list[Plan]:
-    """What ``count`` images, or up to seven more, show; every fifth patient or so is in the test list."""
+    """The findings of ``count`` images, or up to seven more. About a fifth of the patients is in the test list."""
     rates = {name: rate * RATES[name] for name in findings_drawn}
     plans: list[Plan] = []
     patient = 0
@@ -71,11 +71,11 @@ def plan_images(count: int, seed: int, findings_drawn: Sequence[str] = CLASSES, 
 
 
 def draw_findings(kept: list[str], rng: np.random.Generator, rates: dict[str, float], rate: float) -> list[str]:
-    """The findings of an image of a patient who keeps some of the last one; in the order of CLASSES."""
+    """The findings of an image in the order of CLASSES. A patient keeps some findings of the previous image."""
     found = set(kept)
-    for name in sorted(rates, key=lambda name: any(name == second for _, second in TOGETHER)):  # those brought, last
+    for name in sorted(rates, key=lambda name: any(name == second for _, second in TOGETHER)):  # dependent ones last
         more = [factor for (first, second), factor in TOGETHER.items() if second == name and first in found]
-        # a patient with several images is not to have ever more: new findings only as often as old ones go
+        # findings must not accumulate over the images of a patient: new ones are as frequent as old ones disappear
         often = rate * rates[name] * float(np.prod(more)) * (1 if not kept else 1 - STAYS)
         if rng.random() < often:
             found.add(name)
@@ -92,10 +92,12 @@ def write_dataset(
     findings: Sequence[str] = CLASSES,
     rate: float = 1.0,
 ) -> list[Plan]:
-    """Everything into ``out``, the tables last; what was drawn. Only ``findings``, ``rate`` times as often as else.
+    """Writes the data set into ``out``, the tables last. Returns the plans of the images.
+
+    Only ``findings`` are drawn, with ``rate`` times their usual frequency.
 
     Raises:
-        ValueError: there is something in ``out``.
+        ValueError: ``out`` is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: expected an empty folder, or none")

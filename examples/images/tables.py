@@ -1,4 +1,4 @@
-"""The files and the table in the terminal of an evaluation."""
+"""The output files of an evaluation, and its table in the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
 
 
 def without_nan(content: Any) -> Any:
-    """JSON has no NaN."""
+    """The value with None in place of NaN, which JSON does not have."""
     if isinstance(content, dict):
         return {key: without_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -55,10 +55,10 @@ def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
 
 
 def clear_baseline(folder: Path, needed: bool) -> None:
-    """Takes away what an earlier evaluation of two runs left; anything else is somebody's, perhaps a run of that name.
+    """Deletes the tables of an earlier evaluation of two runs. Other files are kept: the folder may be a run.
 
     Raises:
-        ValueError: there is something else, and the folder is ``needed``.
+        ValueError: the folder contains other files and is ``needed``.
     """
     if not folder.exists():
         return
@@ -72,7 +72,7 @@ def clear_baseline(folder: Path, needed: bool) -> None:
 
 
 def names_beside(paths: Sequence[Path]) -> list[str]:
-    """As much of the end of each path as tells it from the others."""
+    """The shortest end of each path that differs from those of the others."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts))):
         names = ["/".join(part[-count:]) for part in parts]

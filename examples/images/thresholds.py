@@ -1,17 +1,17 @@
-"""Thresholds of a command line: a probability, a share of the map's maximum, or by the labels of validation images."""
+"""Thresholds of a command line: a probability, a fraction of the map's maximum, or chosen with validation labels."""
 
 from __future__ import annotations
 
 import argparse
 
-#: In place of a number: the labels of the validation images choose the threshold.
+#: The word in place of a number: the labels of the validation images choose the threshold.
 VALIDATION = "validation"
 #: The two ways to place the cells of a map on the image.
 RASTERS = ("network", "even")
 
 
 class Relative(float):
-    """A threshold as a share of the map's maximum, 0 <= share < 1. Written ``0.5max``."""
+    """A threshold as a fraction of the map's maximum, 0 <= share < 1. Written ``0.5max``."""
 
     def __repr__(self) -> str:
         return f"{float(self):g}max"
@@ -19,7 +19,7 @@ class Relative(float):
     __str__ = __repr__
 
 
-#: The relative threshold that has rows of its own in every evaluation.
+#: The relative threshold that every evaluation reports in separate rows.
 HALF = Relative(0.5)
 
 
@@ -29,7 +29,7 @@ def probability(text: str) -> float | str:
 
 
 def map_threshold(text: str) -> float | str:
-    """For argparse: a probability below 1, a share of the map's maximum such as ``0.5max``, or ``validation``."""
+    """For argparse: a probability below 1, a fraction of the map's maximum such as ``0.5max``, or ``validation``."""
     if text == VALIDATION:
         return text
     expected = f"a probability below 1, a share of the maximum such as {HALF}, or {VALIDATION}"

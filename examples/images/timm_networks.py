@@ -1,4 +1,4 @@
-"""Convolutional networks of timm as trainable backbones: ``timm/NAME``, up to a stage, on a finer grid if wanted."""
+"""Convolutional networks of timm as trainable backbones: ``timm/NAME``, optionally up to a stage or on a finer grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREFIX = "timm/"
 
 
 class Defaults(NamedTuple):
-    """What timm says of a network.
+    """Properties of a network in timm.
 
     Attributes:
         stride: pixels from one cell to the next in the map of the stage, without dilation.
@@ -30,7 +30,7 @@ class Defaults(NamedTuple):
 
 
 def defaults_of(name: str, cut: int | None) -> Defaults:
-    """What timm says of ``timm/NAME`` up to stage ``cut``, without its weights.
+    """The properties of ``timm/NAME`` up to stage ``cut``, without loading its weights.
 
     Raises:
         ValueError: timm is missing, or has no such network or stage.
@@ -48,14 +48,14 @@ def defaults_of(name: str, cut: int | None) -> Defaults:
 
 
 class TimmFeatures(nn.Module):
-    """Features (n, D, h, w) of images (n, 3, H, W) that are normalized by the means of images.pixels.
+    """Features (n, D, h, w) of images (n, 3, H, W) that are normalized as in images.pixels.
 
-    The images are brought to the mean and deviation that the network was trained with.
+    The module converts the images to the mean and standard deviation that the network was trained with.
 
     Args:
         name: ``timm/NAME``.
-        cut: number of the last stage, 0 the first; None: all stages. What comes after it is not part of the module.
-        output_stride: pixels from one cell to the next. Below that of the stage, timm dilates the network.
+        cut: number of the last stage, 0 for the first; None: all stages. The module does not contain later layers.
+        output_stride: pixels from one cell to the next. If it is below that of the stage, timm dilates the network.
     """
 
     scale: Tensor

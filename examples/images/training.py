@@ -1,4 +1,4 @@
-"""The state of a training: network, loss, optimizer, counters; what is computed of a batch; validation."""
+"""The state of a training (network, loss, optimizer, counters), the loss of a batch, and validation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TERMS = ("loss", "bag", "instance", "mask")
 
 
 def normalize(images: Tensor, device: torch.device) -> Tensor:
-    """The input of a network, of grey values (n, height, width[, 3]) uint8, on ``device`` and channels_last."""
+    """The input of a network, from pixels (n, height, width[, 3]) uint8, on ``device`` and in channels_last."""
     return to_input(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
 
@@ -50,10 +50,10 @@ def terms_of(criterion: nn.Module, logits: Tensor, labels: Tensor, mask: Tensor 
 
 
 class Training:
-    """What changes while training, and is kept in last.pt.
+    """The state of a training, which last.pt stores.
 
-    ``config`` lacks the EXTENDABLE settings: no step, no epoch and no validation can read how many epochs follow it, so
-    that a run that is resumed with more epochs equals one that had them from the start. They are in ``extendable``.
+    ``config`` lacks the EXTENDABLE settings, which are in ``extendable``. So steps and validations cannot depend on the
+    number of epochs, and a run resumed with more epochs equals one that had them from the start.
     """
 
     def __init__(self, config: Config, processes: Processes, compiled: bool):
@@ -61,10 +61,10 @@ class Training:
         self.extendable = {key: config[key] for key in EXTENDABLE}
         del config
         torch.manual_seed(self.config["seed"])
-        torch.backends.cudnn.benchmark = True  # all crops are of one size
+        torch.backends.cudnn.benchmark = True  # all crops have the same size
         self.processes = processes
         self.network = make_model(self.config)
-        if processes.first or self.config["weights"] != "imagenet":  # the other processes get them from the first
+        if processes.first or self.config["weights"] != "imagenet":  # others get them from the first
             load_weights(self.network, self.config["backbone"], self.config["weights"])
         with torch.no_grad():
             self.network.head.bias.add_(math.log(self.config["prior"] / (1 - self.config["prior"])))
@@ -85,7 +85,7 @@ class Training:
             self.optimizer, self.config["lr_step"], self.config["lr_factor"]
         )
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.config["amp"] == "fp16")
-        self.epoch = self.step = 0  # whole epochs, and steps of the one that has begun
+        self.epoch = self.step = 0  # complete epochs, and steps of the current epoch
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=processes.device)
         self.history: list[dict[str, Any]] = []
         self.best_score: list[float] | None = None
@@ -93,7 +93,7 @@ class Training:
     # a batch
 
     def set_lam(self, progress: float) -> None:
-        """The weight of the instance loss, ``progress`` epochs after the start."""
+        """Sets the weight of the instance loss for ``progress`` epochs after the start."""
         if isinstance(self.criterion, SGLLoss):
             self.criterion.lam = lam_at(self.config, progress)
 
@@ -109,7 +109,7 @@ class Training:
         return torch.autocast(self.processes.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def gradients_of_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """For the forward and backward pass of a part of a step: processes exchange gradients in the ``last`` part."""
+        """A context for the forward and backward of a pass. Processes exchange gradients in the ``last`` one only."""
         return contextlib.nullcontext() if self.processes.group is None or last else self.model.no_sync()
 
     def loss_of(self, images: Tensor, labels: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ class Training:
         Args:
             images: (n, height, width[, 3]) uint8.
             labels: (n, C), NaN for unknown.
-            frames: (n, 4), what is not padding: x, y, width, height in pixels.
+            frames: (n, 4), the content without padding: x, y, width, height in pixels.
         """
         with self.autocast():
             logits = self.model(normalize(images, self.processes.device))
@@ -126,7 +126,7 @@ class Training:
         return terms_of(self.criterion, logits.float(), labels.to(self.processes.device), mask)
 
     def mask_of(self, frames: Tensor, logits: Tensor) -> Tensor | None:
-        """Which cells (n, h, w) of maps (n, C, h, w) are no padding; None where images are not padded."""
+        """The mask (n, h, w) of cells that are not padding, for maps (n, C, h, w). None if images are not padded."""
         if self.config["fit"] != "pad":
             return None
         mask = cell_mask(frames.numpy(), tuple(logits.shape[2:]), *self.network.grid)
@@ -135,7 +135,7 @@ class Training:
     # an epoch
 
     def row_of_epoch(self, speed: float) -> dict[str, Any]:
-        """The epoch's row of history.csv, without validation. All processes have to call it.
+        """The epoch's row of history.csv, without validation. All processes must call it.
 
         Raises:
             ValueError: the loss or a parameter is not finite.
@@ -170,7 +170,7 @@ class Training:
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """A checkpoint in mid-epoch. All processes have to call it; the first one writes.
+        """Writes a checkpoint within an epoch. All processes must call it; the first one writes.
 
         Raises:
             ValueError: the loss or a parameter is not finite; the previous checkpoint stays.
@@ -181,16 +181,16 @@ class Training:
             save_atomically(self.state(), path)
 
     def share_sums(self) -> None:
-        """Replaces ``sums`` by the mean over the processes, in all of them. All processes have to call it.
+        """Replaces ``sums`` by the mean over the processes. All processes must call it.
 
-        A process has the sums of its own share only, and the first process writes the checkpoint of all.
+        Each process has only the sums of its own part, but the first process writes the checkpoint for all.
         """
         if self.processes.group is not None:
             dist.all_reduce(self.sums, group=self.processes.group)
             self.sums /= self.processes.count
 
     def refuse_not_finite(self) -> None:
-        """Called before a checkpoint is written, so that the last usable one stays.
+        """Call this before writing a checkpoint, so that the last usable checkpoint stays.
 
         Raises:
             ValueError: the loss of the epoch so far, or a parameter, is not finite.
@@ -201,14 +201,14 @@ class Training:
             raise ValueError(f"loss: {what} in epoch {self.epoch + 1}; a lower --lr may help, with another --out")
 
     def restore(self, path: Path) -> None:
-        """Raises ValueError where ``path`` was trained otherwise."""
+        """Loads the state from ``path``. Raises ValueError if it was trained with other settings."""
         state = load_state(path)
-        # what older versions did not write is not compared; the title of a folder of images is only its name
+        # keys that older versions did not write are not compared, nor is the title, which is the folder's name
         ignored = {"title", *({"train_labels_digest", "train_files_digest"} - set(state["config"]))}
         then = OLDER | state["config"]
         different = [key for key in self.config if key not in ignored and then.get(key) != self.config[key]]
         different += [key for key in EXTENDABLE if self.extendable[key] < state["epoch"]]
-        if "train_names_digest" in different:  # of other images
+        if "train_names_digest" in different:  # the images differ
             different = [key for key in different if key not in ("train_labels_digest", "train_files_digest")]
         if different:
             shown = ", ".join(DATA.get(key, key) for key in different)
@@ -218,7 +218,7 @@ class Training:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.history = (state[key] for key in ("epoch", "step", "history"))
-        self.best_score = state["best_score"] if "best_score" in state else state["merit"]  # its name in older runs
+        self.best_score = state["best_score"] if "best_score" in state else state["merit"]  # the name in older runs
         self.sums = state["sums"].to(self.processes.device)
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and self.processes.device.type == "cuda":
@@ -232,7 +232,7 @@ def dry_run(
     args: argparse.Namespace,
     take_step: Callable[..., None],
 ) -> None:
-    """One step, on the first batch; nothing is written."""
+    """Runs one step on the first batch, and writes nothing."""
     config, processes = training.config, training.processes
     loader = loader_of(data, batches_of(numbers, config, 0, processes.rank, processes.count), args)
     training.train_mode()
@@ -245,13 +245,13 @@ def dry_run(
 
 
 def predict(training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace) -> Tensor:
-    """Bag logits (n, C) float32 of whole images, each process its share, in every process the whole."""
+    """Bag logits (n, C) float32 of whole images. Each process computes a part; all processes get the result."""
     config, processes = training.config, training.processes
     pooling = make_pooling(config["pooling"])
     mine = np.arange(processes.rank, len(numbers), processes.count)
     size = max(config["batch_size"] // config["accumulate"] // processes.count, 1)
     batches = [[(0, int(n)) for n in numbers[mine[k : k + size]]] for k in range(0, len(mine), size)]
-    if processes.group is not None:  # statistics that each process took of its own images; the first's are saved
+    if processes.group is not None:  # each process has its own batch statistics; those of the first are saved
         for buffer in training.network.buffers():
             dist.broadcast(buffer, 0, group=processes.group)
     training.network.eval()
@@ -266,14 +266,14 @@ def predict(training: Training, data: LabelledImages, numbers: np.ndarray, args:
     logits[mine] = torch.cat(some)
     if processes.group is not None:
         logits = logits.to(processes.device)
-        dist.all_reduce(logits, group=processes.group)  # the shares of the others are 0
+        dist.all_reduce(logits, group=processes.group)  # the parts of the other processes are 0
     return logits.cpu()
 
 
 def validate(
     training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace
 ) -> dict[str, float]:
-    """The bag loss, and AUC per class and mean over the classes that have images of both kinds; known labels count."""
+    """The bag loss, and the AUC per class and its mean over classes with both labels. Ignores unknown labels."""
     logits = predict(training, data, numbers, args)
     labels = torch.from_numpy(data.labels[numbers])
     known = ~labels.isnan()

@@ -1,7 +1,7 @@
-"""What is known of the test images: labels, boxes, and the boxes that need no network.
+"""The labels and true boxes of the test images, and boxes that need no network.
 
-Boxes lie in a square of SQUARE x SQUARE units, which each image fills as its data set's ``fit`` says: of square images
-they are in pixels of an image of that size.
+Boxes lie in a square of SQUARE x SQUARE units, into which each image is fitted by ``fit`` of its data set. For square
+images, these are pixels of an image of that size.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SQUARE = 1024
 
 
 class Truth(NamedTuple):
-    """The n images of the test part that are there, and the k pairs of an image and a class that has boxes on it.
+    """The n existing images of the test part, and the k pairs of an image and a class with boxes in it.
 
-    ``rows`` (n,) of the index; ``index``: all images; per pair its ``image`` (k,), a number below n, its class
-    ``classes`` (k,), and ``boxes``: k arrays (m, 4). Of several boxes of one class in an image the best one counts.
-    ``sizes`` (n, 2) and ``frames`` (n, 4): of the images, and of their content in the square.
+    ``rows``: (n,), rows of the index. ``index``: all images. ``image``: (k,), the image of each pair, below n.
+    ``classes``: (k,), its class. ``boxes``: k arrays (m, 4); if m > 1, the best match counts. ``sizes``: (n, 2), of the
+    images. ``frames``: (n, 4), their content in the square.
     """
 
     index: Index
@@ -41,7 +41,7 @@ class Truth(NamedTuple):
 
     @property
     def official(self) -> bool:
-        """Whether tables and lists are those that the paper reports on, whatever images are there."""
+        """Whether tables and lists are those of the paper. Some images may be missing."""
         return self.index.official
 
     @property
@@ -54,22 +54,22 @@ class Truth(NamedTuple):
 
     @property
     def counted(self) -> str:
-        """What the k pairs are called: boxes, where each pair has one."""
+        """A name for the k pairs in reports: "boxes" if each pair has one box."""
         return "boxes" if self.box_count == len(self.boxes) else "pairs of an image and a class with boxes"
 
     def overlaps(self, found: np.ndarray) -> np.ndarray:
-        """IoU (k,) or (k, s) of boxes (k, 4) or (k, s, 4) with the best of the true boxes of each pair."""
+        """IoU (k,) or (k, s) of boxes (k, 4) or (k, s, 4) with the best matching true box of each pair."""
         if not self.boxes:
             return np.zeros(np.shape(found)[:-1])
         return np.array([box_iou(a[..., None, :], b).max(-1) for a, b in zip(found, self.boxes, strict=True)])
 
     def best_boxes(self, found: np.ndarray) -> np.ndarray:
-        """The true box (k, 4) of each pair that fits ``found`` (k, 4) best; the first one where none does."""
+        """The true box (k, 4) of each pair with the highest IoU with ``found`` (k, 4); the first one if all are 0."""
         chosen = [true[box_iou(box, true).argmax()] for box, true in zip(found, self.boxes, strict=True)]
         return np.array(chosen).reshape(-1, 4)
 
     def in_pixels(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (k, 4) of the pairs, in pixels of their images as their sizes are."""
+        """Boxes (k, 4) of the pairs, converted to pixels of their images."""
         return to_image(boxes, self.sizes[self.image], self.frames[self.image])
 
     def frames_at(self, side: int) -> np.ndarray:
@@ -77,7 +77,7 @@ class Truth(NamedTuple):
         return frames_of(self.sizes, side, self.index.about.fit)
 
     def from_network(self, boxes: np.ndarray, side: int) -> np.ndarray:
-        """Boxes (k, ..., 4) of the pairs, from a square of ``side`` pixels into the square of SQUARE units."""
+        """Boxes (k, ..., 4) of the pairs, converted from a square of ``side`` pixels to the square of SQUARE units."""
         between = (slice(None), *[None] * (np.ndim(boxes) - 2))
         sizes, frames, inside = (x[self.image][between] for x in (self.sizes, self.frames, self.frames_at(side)))
         return to_square(to_image(boxes, sizes, inside), sizes, frames)
@@ -97,13 +97,14 @@ def truth_of(index: Index) -> Truth:
 
 
 def refuse_trained(truth: Truth, trained: set[str], patients: set[str], run: Path) -> None:
-    """
+    """Raises an error if the run was trained on test images.
+
     Args:
-        trained: names of the images that the run has seen.
-        patients: those of its patients that may be compared with the patients of the data set.
+        trained: names of the training and validation images of the run.
+        patients: their patients, if they can be compared with the patients of the data set.
 
     Raises:
-        ValueError: images of the test part were trained or validated on, or others of the same patients.
+        ValueError: images of the test part, or other images of their patients, were used for training or validation.
     """
     both = [name for name in truth.names if name in trained]
     part = truth.index.about.test_name
@@ -122,10 +123,10 @@ def refuse_trained(truth: Truth, trained: set[str], patients: set[str], run: Pat
 
 
 def trivial_boxes(truth: Truth, grid: Sequence[int], first: float, side: int) -> dict[str, np.ndarray]:
-    """Boxes (k, 4) that need no network, and the best that the cells of maps of ``grid`` (h, w) could give.
+    """Boxes (k, 4) that need no network, and the best boxes that consist of cells of a map of ``grid`` (h, w).
 
-    The latter in whole pixels of a network's images of ``side`` by ``side``; ``first``: the centre of the first cell,
-    in cells.
+    The latter are in whole pixels of a network's input of ``side`` by ``side`` pixels. ``first`` is the centre of the
+    first cell, in cells.
     """
     if not truth.boxes:
         return {name: np.zeros((0, 4)) for name in TRIVIAL}
@@ -133,7 +134,7 @@ def trivial_boxes(truth: Truth, grid: Sequence[int], first: float, side: int) ->
     square = np.tile([SQUARE, SQUARE], (len(frames), 1))
 
     def placed(box: np.ndarray) -> np.ndarray:
-        """Boxes of an image that fills the square, in the content of each image."""
+        """Boxes of an image that fills the square, moved into the content of each image."""
         return to_square(np.broadcast_to(box, frames.shape), square, frames)
 
     counts = [len(true) for true in truth.boxes]
@@ -156,6 +157,6 @@ def trivial_boxes(truth: Truth, grid: Sequence[int], first: float, side: int) ->
     return dict(zip(TRIVIAL, boxes, strict=True))
 
 
-#: Names of the boxes that need no network, and, last, of the best that the cells of a map allow.
+#: Names of the boxes that need no network. The last one is the ceiling of boxes that consist of cells.
 CEILING = "ceiling of the grid"
 TRIVIAL = ("whole image", "centre box", "mean box of the class", CEILING)

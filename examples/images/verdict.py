@@ -1,7 +1,7 @@
-"""The result of an evaluation in words: which run is better, and which boxes without a network are not beaten.
+"""The result of an evaluation as text: the better run, and the boxes without a network that are better than the runs.
 
-Comparisons are paired: both sides are measured on the same images and boxes, and the interval is that of the difference
-of their means over the classes, over draws of patients. One side beats the other where the interval lies above 0.
+Comparisons are paired: both sides are measured on the same images and boxes. The confidence interval is that of the
+difference of their means over the classes, over draws of patients. One side is better if its interval is above 0.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from images.metrics import Interval, auc_difference_interval, difference_interva
 from images.truth import CEILING, Truth
 from sgl_ops.localization import T_IOU, per_class
 
-#: Fewer boxes give intervals that decide little.
+#: With fewer boxes, the intervals are too wide for conclusions.
 FEW_BOXES = 100
 
 
 class Comparison(NamedTuple):
-    """What ``name`` and ``other`` find at IoU > ``t`` (means over the classes), and the interval of the difference."""
+    """The accuracies of ``name`` and ``other`` at IoU > ``t`` (means over classes), and the interval of the
+    difference."""
 
     name: str
     other: str
@@ -41,7 +42,7 @@ class Comparison(NamedTuple):
 
 
 def compare_boxes(runs: Sequence[Evaluated], truth: Truth, draws: int, seed: int) -> list[Comparison]:
-    """Each run against each kind of box without a network, then the first run against the second. Without gate."""
+    """Compares each run with each kind of box without a network, then the first run with the second, without gate."""
     hits = {run.name: run.overlaps[:, None] > T_IOU for run in runs}
     pairs = []
     for run in runs:
@@ -72,7 +73,7 @@ def _where(steps: Sequence[float]) -> str:
 
 
 def _against_trivial(run: Evaluated, comparisons: Sequence[Comparison]) -> list[str]:
-    """Two sentences: the boxes without a network that ``run`` beats, and those that it does not."""
+    """Two sentences: the boxes without a network that are worse than ``run``, and those that are not."""
     own = [c for c in comparisons if c.name == run.name]
     sentences = []
     for kind, wanted in (("beats", True), ("does not beat", False)):
@@ -97,7 +98,7 @@ def _percent(value: float) -> str:
 def verdict(
     runs: Sequence[Evaluated], truth: Truth, comparisons: Sequence[Comparison], draws: int, seed: int
 ) -> list[str]:
-    """The sentences that the report opens with."""
+    """The first sentences of the report."""
     return [line[0].upper() + line[1:] for line in _sentences(runs, truth, comparisons, draws, seed)]
 
 

@@ -1,1 +1,1 @@
-"""Localization on drawn lesions: the images, and the comparison of networks, poolings and losses."""
+"""Localization on generated lesions: the images, and the comparison of networks, poolings and losses."""

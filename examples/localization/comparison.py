@@ -24,13 +24,14 @@ from sgl_ops.pooling import make_pooling
 def make_network(name: str) -> nn.Sequential:
     """A network from images (n, 1, size, size) to logits (n, C, size / 8, size / 8), with a last layer of 1x1.
 
-    The names of FIELDS: alike but for the kernels of three layers.
+    The networks of FIELDS differ only in the kernel sizes of three layers.
     """
     if name not in FIELDS:
         features, channels = make_backbone(name, STRIDE)
         return nn.Sequential(Coloured(), features, nn.Conv2d(channels, len(CLASSES), 1))
-    # The first three layers see 17 pixels at a stride of 8. The image is padded once, so that a cell is in the middle
-    # of its receptive field. Equal padding in each layer would move the map half a cell to the lower right.
+    # The first three layers have a receptive field of 17 pixels and a stride of 8. The image is padded once, so that a
+    # cell is in the middle of its receptive field. Equal padding in each layer would move the map half a cell to the
+    # lower right.
     layers: list[nn.Module] = [nn.ZeroPad2d((4, 5, 4, 5))]
     channels = 1
     fine = [(64, 3 if k < FIELDS[name] else 1, 1) for k in range(3)]
@@ -88,7 +89,7 @@ def train(row: Row, seed: int) -> nn.Module:
 def predict(network: nn.Module, images: np.ndarray, pooling: str) -> tuple[np.ndarray, np.ndarray]:
     """Scores (n, C) and maps of probabilities (n, C, h, w)."""
     with torch.inference_mode():
-        # in float32 the sigmoid of every logit above 17 is 1
+        # float64: in float32, the sigmoid of logits above 17 is exactly 1
         logits = torch.cat([network(to_input(some)) for some in np.array_split(images, -(-len(images) // 64))]).double()
         return make_pooling(pooling)(logits).numpy(), torch.sigmoid(logits).numpy()
 
@@ -128,7 +129,7 @@ def shown_of(data: Drawn) -> list[tuple[int, int]]:
 
 def compute(run: Run) -> dict[str, Any]:
     """Trains and measures ``run``: its row, seed and settings, the results, and where they were computed."""
-    torch.set_num_threads(1)  # as many runs at once as there are cores
+    torch.set_num_threads(1)  # one run per core
     began, trained_by = time.perf_counter(), commit()
     network = train(run.row, run.seed)
     trained = time.perf_counter()

@@ -1,12 +1,12 @@
 """Generated images with lesions of known boxes. A small network learns them in half a minute on one core.
 
-A textured background, and on it none to four ellipses of four kinds: brighter, darker, and two gratings that differ in
-direction alone. None needs more than a small patch to be told from the background, and most are larger than one: what
-is asked is how much of a lesion a network finds, not whether it knows one. At most one of a kind is in an image, so
-that no second one is without a box; none overlaps another. Spots of the background are as bright or dark as the faint
-lesions, but smaller.
+An image has a textured background and up to four elliptic lesions of four kinds: brighter, darker, and two gratings
+that differ only in direction. A small patch is enough to distinguish each kind from the background, but most lesions
+are larger than such a patch. So the images test how much of a lesion a network finds, not whether it recognizes the
+lesion. An image has at most one lesion per kind, so that each has a box. Lesions do not overlap. The background has
+spots that are as bright or dark as faint lesions, but smaller.
 
-For findings that need the whole of a chest, rare ones and ones that come together, see make_synthetic_cxr.py.
+make_synthetic_cxr.py has findings that need the whole image, rare findings, and correlated findings.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from scipy import ndimage
 
 CLASSES = ("bright", "dark", "stripes", "bars")
-#: The frequency of a class in the images, as far as there is space.
+#: The frequency of a class in the images, if there is enough space.
 RATE = 0.4
-#: Half axes, as a share of the image's side.
+#: Half axes, as fractions of the side of the image.
 SMALLEST, LARGEST = 1 / 12, 1 / 4
-#: Strongest lesion, in deviations of the background; the faintest has half of it.
+#: Strength of the strongest lesion, in standard deviations of the background. The faintest has half of it.
 STRENGTH = {"bright": 3.0, "dark": 3.0, "stripes": 1.3, "bars": 1.3}
 PERIOD = 6.0  # of the gratings, in pixels
 
@@ -40,7 +40,7 @@ def draw(count: int, size: int, seed: int | tuple[int, ...]) -> Drawn:
     boxes = np.full((count, len(CLASSES), 4), np.nan)
     for i in range(count):
         image = background(size, rng)
-        taken: list[np.ndarray] = []  # x, y, radius of the circle round each
+        taken: list[np.ndarray] = []  # x, y, radius of a circle around each lesion
         for c in rng.permutation(len(CLASSES)):
             if rng.random() < RATE:
                 half = np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST), 2).mean() + rng.uniform(-0.3, 0.3, 2))
@@ -54,16 +54,16 @@ def draw(count: int, size: int, seed: int | tuple[int, ...]) -> Drawn:
 
 
 def background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(size, size), of mean 0 and deviation 1: clouds, spots and grain, as one filtered periodic noise."""
+    """A filtered periodic noise (size, size) of clouds, spots and grain, with mean 0 and standard deviation 1."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
-    # spots of a Gaussian of s pixels, each s of the same share of the power, which lies in the area of its spectrum
+    # Gaussian spots of s pixels. The factor s normalizes their power, so that every size contributes equally.
     power = sum((s * np.exp(-2 * np.square(np.pi * s * frequency))) ** 2 for s in (2, 4, 16)) + 0.05
     image = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * np.sqrt(power), (size, size))
     return (image - image.mean()) / image.std()
 
 
 def place(half: np.ndarray, size: int, taken: list[np.ndarray], rng: np.random.Generator) -> np.ndarray | None:
-    """A centre at which an ellipse of half axes ``half`` (x, y) is inside the image and touches none of ``taken``."""
+    """A centre for an ellipse with half axes ``half`` (x, y) inside the image that touches none of ``taken``."""
     for _ in range(20):
         centre = rng.uniform(half, size - half)
         if all(np.hypot(*(centre - other[:2])) > half.max() + other[2] for other in taken):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from common.choices import Config
 from images.backbones import BACKBONES, TORCHVISION
 
-#: Receptive field of a patch in pixels: the number of 3x3 convolutions among the three last layers; the others are 1x1.
+#: By receptive field in pixels: the number of 3x3 convolutions in the last three layers; the others are 1x1.
 FIELDS = {"17": 0, "33": 1, "65": 3}
-#: And the local networks of train_cxr.py, which take several times as long.
+#: Also the local networks of train_cxr.py, which take several times as long.
 NETWORKS = (*FIELDS, *(name for name in BACKBONES if name not in TORCHVISION))
 STRIDE = 8
 POOLINGS = ("max", "softmax", "mean")
@@ -24,10 +24,10 @@ SETTINGS: Config = {
     "weight_decay": 1e-4, "prior": 0.1, "delta_l": 0.3, "lam": 1.0, "lam_delay": 2.0, "lam_warmup": 4.0,
     "normalize": "bag", "mask_weight": 0.0, "rescale": True, "weighted": True,
     "upsampling": "bilinear", "morphology": 5,
-    "thresholds": 100,  # of MaxBoxAcc: for saturated maps the best is 0.99
-    "cell_centre": 4.5,  # of the first cell of every network, in pixels: odd fields have a middle pixel
+    "thresholds": 100,  # of MaxBoxAcc; the best one for saturated maps is 0.99
+    "cell_centre": 4.5,  # of the first cell of every network, in pixels; odd receptive fields have a middle pixel
 }  # fmt: skip
-#: The changes for a pooling or a loss. The paper's lam is 1 with max pooling, 20 with softmax pooling.
+#: The settings that a pooling or a loss changes. The paper's lam is 1 with max pooling and 20 with softmax pooling.
 SETTINGS_OF: dict[str, Config] = {
     "softmax": {"lam": 20.0},
     "mean": {"lam": 20.0},
@@ -66,7 +66,7 @@ def rows_of(name: str) -> list[Row]:
     """The rows of the table that begin with ``name``, with the settings at the end of ``name``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such row.
     """
     parts = name.split("/")
     changes = tuple(part for part in parts if "=" in part)
@@ -82,7 +82,7 @@ def rows_of(name: str) -> list[Row]:
 def settings_of(row: Row) -> Config:
     """
     Raises:
-        ValueError: a change of what is no setting, or of no such kind.
+        ValueError: an unknown setting, or a value of the wrong type.
     """
     settings = SETTINGS | {"loss": "bag" if row.loss == "bag" else "sgl", "pooling": row.pooling}
     for key in (row.pooling, row.loss, f"{row.pooling}/{row.loss}"):

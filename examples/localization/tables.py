@@ -23,7 +23,7 @@ def collect(path: Path) -> Found:
     """All runs of the table ``path``, in the order of the rows; rows with other settings last.
 
     Raises:
-        ValueError: the settings of one are not those that the command would use now.
+        ValueError: a run has other settings than the command uses now.
     """
     found = {}
     for cells in read_rows(path):
@@ -94,7 +94,8 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def tables_of(found: Found) -> str:
-    """The means; the accuracies at each T_p; the differences from the bag loss with the same network and images."""
+    """Tables of means, of accuracies at each T_p, and of differences from the bag loss with the same network and
+    images."""
     rows = list(dict.fromkeys(run.row for run in found))
     accuracies = [f"accuracy_{t:g}" for t in bx.T_IOU]
     lines = []
@@ -137,9 +138,9 @@ def tables_of(found: Found) -> str:
 
 
 def best_of(found: Found) -> list[str]:
-    """The highest mean at IoU 0.5 of the bag loss, and of all, at any T_p of the table, over as many seeds as any.
+    """The highest mean at IoU 0.5 of the bag loss and of all rows, at any T_p, of rows with the most seeds.
 
-    The test boxes choose both rows, and there are more self-guided rows. So the two values are no fair comparison.
+    The test boxes choose both rows, and there are more rows with SGL. So the two values are not a fair comparison.
     """
     count = max(sum(run.row == other.row for other in found) for run in found)
     lines = []
@@ -161,7 +162,7 @@ def best_of(found: Found) -> list[str]:
 
 
 def draw_maps(found: Found, path: Path) -> None:
-    """The first test image of each class, and the maps of bag loss and SGL with max pooling, small field and large."""
+    """Draws the first test image of each class, and the maps of bag loss and SGL for a small and a large field."""
     from bags.plots import FOUND, TRUE
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
