@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -175,7 +176,11 @@ class BuildWheel(bdist_wheel):
         super().run()
 
 
+PICTURES = "https://raw.githubusercontent.com/sgl-ops/sgl-ops/main/"  # an index page has no files of the repository
+
 setup(
+    long_description=re.sub(r"(!\[[^]]*\]\()(?!https:)", rf"\g<1>{PICTURES}", Path("README.md").read_text("utf-8")),
+    long_description_content_type="text/markdown",
     ext_modules=[
         Extension(
             "sgl_ops._C",

@@ -52,6 +52,14 @@ def test_import_is_light():
     assert len(names.split()) < 20
 
 
+def test_the_description_has_absolute_links_alone():
+    """An index page shows the README without the files of the repository."""
+    text = installed.metadata.get_payload() or installed.metadata["Description"]
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", text)
+    assert [link for picture, link in links if picture]
+    assert all(link.startswith("https://") for _, link in links)
+
+
 def test_the_readme_starts_with_the_two_commands_of_a_fresh_machine():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks[0].split("\n")[:2] == ['pip install ".[examples]"', "python examples/train_mnist_bags.py"]
