@@ -186,16 +186,14 @@ SGL_DEVICE double rounded_pass(const Row<In>& row, Group& group) {
   return group.reduce(found).sum;
 }
 
-template <class Pooling, bool scaled, class T, class In>
-SGL_DEVICE PooledPass
-pooled_pass(const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>& settings, Group& group) {
-  constexpr int kSums = Pooling::kSums;
+// The sums of terms(x) over the instances.
+template <int kSums, class T, class In, class Terms>
+SGL_DEVICE PooledPass pooled_pass(const Row<In>& row, T harmless, Group& group, const Terms& terms) {
   PooledPass found = {};
   T a = T(0), b = T(0), c = T(0);
   for_instances<0, T>(
       row, group, one_by_one([&](T x, bool live) {
-        x = live ? x : settings.high;
-        const PoolingTerms<T> t = Pooling::template terms<scaled>(x, probability<scaled>(x, scale), scale, settings);
+        const PoolingTerms<T> t = terms(live ? x : harmless);
         a += live ? t.a : T(0);
         if (kSums > 1) b += live ? t.b : T(0);
         if (kSums > 2) c += live ? t.c : T(0);
@@ -207,6 +205,29 @@ pooled_pass(const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>&
         a = b = c = T(0);
       });
   return found;
+}
+
+template <class T, class In>
+SGL_DEVICE PooledPass
+pooled_sums(int64_t code, const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>& settings, Group& group) {
+  if (scale.any) {
+    // This is rare: one loop chooses the pooling for each instance, which saves code.
+    return pooled_pass<3, T>(row, settings.high, group, [&](T x) {
+      const Probability<T> o = probability<true>(x, scale);
+      return with_pooling(
+          code, [&](auto pooling) { return decltype(pooling)::template terms<true>(x, o, scale, settings); });
+    });
+  }
+  return with_pooling(code, [&](auto pooling) {
+    using P = decltype(pooling);
+    if constexpr (P::kSums > 0 && !P::kCountsMaxima) {
+      return pooled_pass<P::kSums, T>(row, settings.high, group, [&](T x) {
+        return P::template terms<false>(x, probability<false>(x, scale), scale, settings);
+      });
+    } else {
+      return PooledPass{};
+    }
+  });
 }
 
 template <class T, class In>
@@ -330,11 +351,7 @@ SGL_DEVICE void find_sums(
       static_cast<T>(out.extent.tie_weight)};
   const Scale<T> pooling_scaled = pooling_scale(settings.pooling, known);
   const PoolingSettings<T> pooling = pooling_settings(settings.pooling, known, settings.pooling_parameter);
-  const PooledPass pooled = group.reduce(with_pooling(settings.pooling, [&](auto chosen) {
-    using P = decltype(chosen);
-    return pooling_scaled.any ? pooled_pass<P, true>(row, pooling_scaled, pooling, group)
-                              : pooled_pass<P, false>(row, pooling_scaled, pooling, group);
-  }));
+  const PooledPass pooled = group.reduce(pooled_sums(settings.pooling, row, pooling_scaled, pooling, group));
   if (writes)
     for (int k = 0; k < 3; ++k) out.pooled[k] = pooled.sum[k];
 }
