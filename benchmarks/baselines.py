@@ -1,4 +1,4 @@
-"""What the loss is measured against: the code that people would otherwise write."""
+"""The baselines of the benchmarks: losses in plain PyTorch that users would write without this package."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def bce_all_instances(logits: Tensor, targets: Tensor) -> Tensor:
-    """Plain BCE-with-logits of every instance against its bag's label: the cheapest loss that sees every instance."""
+    """Plain BCE-with-logits of every instance against the label of its bag: the cheapest loss over all instances."""
     return F.binary_cross_entropy_with_logits(logits, targets.unsqueeze(-1).expand_as(logits))
 
 
 def eager_sgl(logits: Tensor, targets: Tensor, delta_l: float = 0.3) -> Tensor:
     """Eq. 5-9 with max pooling and lam = 1 for dense (N, C, L) logits, in whole-tensor operations.
 
-    As somebody who knows PyTorch writes it for this one layout: no masks, no unknown labels, no guard against constant
-    bags, empty parts or saturated sigmoids. What sgl_ops adds in safety is not charged to this baseline.
+    It supports this layout only: no masks, no unknown labels, and no protection against constant bags, empty parts or
+    saturated sigmoids. So its time contains none of these checks.
     """
     x = logits.detach()
     p = torch.sigmoid(x)
@@ -39,7 +39,7 @@ def _instance_loss(
 
 
 class Packed:
-    """The same baselines for (T, C) rows of bags whose sizes are known on the host, which costs them nothing here."""
+    """The same baselines for packed rows (T, C). The bag sizes are given on the host, outside of the measured time."""
 
     def __init__(self, sizes: list[int], device: torch.device):
         self.sizes = sizes
@@ -52,13 +52,13 @@ class Packed:
         return F.binary_cross_entropy_with_logits(logits, self.rows_of(targets))
 
     def eager_sgl(self, logits: Tensor, targets: Tensor, delta_l: float = 0.3) -> Tensor:
-        """Reductions bag by bag, the rest in whole-tensor operations.
+        """SGL with reductions bag by bag and all other operations on whole tensors.
 
-        For a few long bags that is faster than segment_reduce, a thread to a bag and class, and than scatter_reduce,
-        whose atomics meet in a few places.
+        For a few long bags, this is faster than segment_reduce, which uses one thread per bag and class. It is also
+        faster than scatter_reduce, whose atomic operations collide.
         """
         p = torch.sigmoid(logits.detach())
-        bags = p.T.contiguous().split(self.sizes, 1)  # reductions along memory
+        bags = p.T.contiguous().split(self.sizes, 1)  # reductions over contiguous memory
         low = self.rows_of(torch.stack([bag.amin(1) for bag in bags]))
         high = self.rows_of(torch.stack([bag.amax(1) for bag in bags]))
         median = self.rows_of(torch.stack([bag.median(1).values for bag in bags]))

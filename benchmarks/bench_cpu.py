@@ -1,14 +1,14 @@
-"""Forward + backward of SGLLoss on the CPU beside what people would otherwise run.
+"""Measures forward + backward of SGLLoss on the CPU, compared with losses in plain PyTorch.
 
     python benchmarks/bench_cpu.py [--quick] [--json FILE]     the table
-    python benchmarks/bench_cpu.py --plot FILE.png             time against size, drawn by matplotlib
-    python benchmarks/bench_cpu.py --where                     what of a step is arithmetic, what torch and Python
+    python benchmarks/bench_cpu.py --plot FILE.png             a plot of time over bag size
+    python benchmarks/bench_cpu.py --where                     the time of a step by operator, torch and Python
     python benchmarks/bench_cpu.py --layouts                   other layouts and dtypes, and a second thread
-    python benchmarks/bench_cpu.py --profile DIR               where a training step spends its time, with and without
+    python benchmarks/bench_cpu.py --profile DIR               a profile of a training step with SGL and with plain BCE
 
-Every contender runs in the same process, in turn, round after round. A figure is the median over the rounds. IQR is the
-interquartile range of the rounds. A ratio is the median of the rounds' ratios, so that a slow phase of the machine
-affects all contenders alike. Warnings say whether the machine was busy before, and which rows have a wide IQR.
+All losses run in the same process, in turn, in several rounds. A time is the median over the rounds. IQR is their
+interquartile range. A ratio is the median of the ratios of the rounds, so that a slow phase of the machine affects all
+losses equally. The script warns if the machine was busy before the measurement, and if a row has a wide IQR.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from training_step import profile_training_step
 from sgl_ops import SGLLoss, _fused
 
 CASES = [
-    # (N, C, L), share of positive labels, what it stands for
+    # (N, C, L), fraction of positive labels, use case
     ((32, 14, 256), 0.05, "chest X-ray map"),
     ((32, 14, 4096), 0.05, "fine map"),
     ((32, 14, 4096), 0.5, "fine map"),
@@ -38,11 +38,11 @@ CASES = [
     ((64, 1, 50), 0.5, "MNIST-Bags"),
 ]
 
-# for the plot: bags of a class and size each, 5 % positive
+# sizes of the plot, with 5 % positive labels
 SIZES = [(32, 14, 4**k) for k in range(2, 8)]
 
 
-#: What the baseline is compiled with; the fastest is kept. Fewer operations in Python, or more tried by the compiler.
+#: Modes in which the baseline is compiled. The fastest one is used.
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "cpp_wrapper": {"options": {"cpp_wrapper": True}},
@@ -56,8 +56,8 @@ def contenders(compiled: Loss | None) -> dict[str, Loss]:
 
 
 def compile_at_best(logits: torch.Tensor, targets: torch.Tensor) -> tuple[Loss, dict[str, float]]:
-    """The baseline compiled in the mode that is fastest for these tensors, and microseconds of a step in each."""
-    torch._dynamo.reset()  # for these shapes, not for any
+    """The baseline, compiled in the fastest mode for these tensors, and the microseconds of a step in each mode."""
+    torch._dynamo.reset()  # compile for these shapes only
     compiled: dict[str, Loss] = {mode: torch.compile(eager_sgl, dynamic=False, **how) for mode, how in MODES.items()}
     times: dict[str, list[float]] = {mode: [] for mode in compiled}
     for loss in compiled.values():
@@ -130,7 +130,7 @@ def measure_all(rounds: int, compiled: bool) -> list[dict[str, object]]:
 
 
 class Nothing(torch.autograd.Function):
-    """A loss that computes nothing: what torch does around a function of tensors that is written in Python."""
+    """A loss that computes nothing. Its time is the overhead of an autograd function in Python."""
 
     @staticmethod
     def forward(ctx, logits, total):
@@ -158,7 +158,7 @@ def parts_of_a_step(shape: tuple[int, int, int], share: float) -> dict[str, Call
 
 
 def where(rounds: int) -> list[dict[str, object]]:
-    """The parts of a step, each by itself, in microseconds; the rest is mostly what Python does before the operator."""
+    """Measures the parts of a step separately, in microseconds. The rest is mostly Python code before the operator."""
     print(f"{'(N, C, L)':>16} {'pos':>5} {'step':>9} {'forward':>9} {'backward':>9} {'autograd':>9} {'rest':>9}   us")
     results = []
     for shape, share, what in CASES:

@@ -1,10 +1,10 @@
-"""Forward + backward of SGLLoss on a GPU beside what people would otherwise run.
+"""Measures forward + backward of SGLLoss on a GPU, compared with losses in plain PyTorch.
 
     python benchmarks/bench_gpu.py [--quick] [--json FILE]
-    python benchmarks/bench_gpu.py --device cpu --smoke      # does the script run? tiny shapes, no figures to quote
+    python benchmarks/bench_gpu.py --device cpu --smoke      # a test of the script with tiny shapes, no valid times
 
-Every contender runs in the same process, in turn, round after round. A figure is the median over the rounds, its spread
-the interquartile range, and a ratio is the median of the rounds' ratios. README.md in this folder says the rest.
+All losses run in the same process, in turn, in several rounds. A time is the median over the rounds, with their
+interquartile range. A ratio is the median of the ratios of the rounds. README.md in this folder describes the method.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from sgl_ops import SGLLoss, _fused
 
 OURS, COPY = "sgl_ops", "copy"
-# what the baselines are compiled with; the fastest is kept
+# modes in which the baselines are compiled; the fastest one is used
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "reduce-overhead": {"mode": "reduce-overhead"},
@@ -40,7 +40,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """(N, C, L) bags, or, where ``spread`` is not 0, packed rows of N bags of C classes and L instances or so."""
+    """(N, C, L) bags. If ``spread`` is not 0, packed rows of N bags with C classes and about L instances."""
 
     what: str
     shape: tuple[int, int, int]
@@ -57,7 +57,7 @@ class Case:
         return (sum(self.sizes), self.shape[1]) if self.spread else self.shape
 
 
-# the ones that the targets speak of come first: the time for compiling is limited
+# the cases of the targets come first, because the time for compiling is limited
 CASES = [
     Case("chest X-ray map", (32, 14, 256)),
     Case("fine map, large batch", (2048, 14, 4096)),
@@ -71,7 +71,7 @@ SMOKE_CASES = [Case("tiny map", (3, 2, 16)), Case("tiny packed", (3, 2, 20), spr
 
 
 class Machine:
-    """Times, launches and memory of a device; of the CPU only times, so that the script can be tried without a GPU."""
+    """Measures times, launches and memory of a device. On the CPU only times, to test the script without a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -82,7 +82,7 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, run: Callable[[], None], calls: int) -> float:
-        """Of the device, per call, between two events around a batch of calls."""
+        """Device time per call, from two events around a batch of calls."""
         if not self.is_gpu:
             return timed(run, calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -94,7 +94,7 @@ class Machine:
         return start.elapsed_time(end) / 1e3 / calls
 
     def host_seconds(self, run: Callable[[], None], calls: int) -> float:
-        """Until a call is enqueued: few calls, as a full queue would make the host wait for the device."""
+        """Host time to enqueue a call. Few calls are measured, because the host waits if the queue is full."""
         self.wait()
         seconds = timed(run, calls)
         self.wait()
@@ -109,7 +109,7 @@ class Machine:
         return sum(event.device_type == DeviceType.CUDA for event in profiled.events()) or None
 
     def peak(self, run: Callable[[], None]) -> int | None:
-        """Bytes that a call needs beyond those that are there before it."""
+        """Peak memory of a call in bytes, in addition to the memory allocated before it."""
         if not self.is_gpu:
             return None
         self.wait()
@@ -125,7 +125,7 @@ class Machine:
             torch.cuda.empty_cache()
 
     def clocks(self) -> str:
-        """SM and memory clock and power, now."""
+        """The current SM clock, memory clock and power."""
         return self._query("clocks.sm,clocks.mem,power.draw") if self.is_gpu else ""
 
     def about(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class Problem:
         else:
             self.ours, self.reference = criterion, SGLLoss(impl="reference")
             sgl, bce = eager_sgl, bce_all_instances
-        # float32 of half logits, as autocast does for such losses: in bfloat16 theta would have two digits
+        # half-precision logits are converted to float32, as autocast does: in bfloat16, theta would have two digits
         self.eager: Loss = lambda x, y: sgl(x.float(), y)
         self.bce: Loss = lambda x, y: bce(x.float(), y)
 
@@ -176,7 +176,7 @@ class Problem:
         return functools.partial(step, loss, self.logits, self.targets)
 
     def step_with_a_ready_gradient(self, loss: Loss) -> Callable[[], None]:
-        """Of its own accord backward() makes a 1 on the device, for every contender: a launch that is not theirs."""
+        """A step with a given grad_output. Otherwise backward() creates it with a launch that no loss causes."""
         one = torch.ones((), device=self.logits.device)
 
         def run() -> None:
@@ -226,11 +226,11 @@ class Compiler:
             try:
                 compiled[mode] = torch.compile(loss, dynamic=False, **self.modes[mode])
                 run = problem.step_of(compiled[mode])
-                for _ in range(4):  # compiled; with graphs: warmed up, recorded, replayed
+                for _ in range(4):  # compilation; with graphs: warm-up, recording, replay
                     run()
                 calls = calls_for(self.machine, run)
                 found[mode] = round(min(self.machine.seconds(run, calls) for _ in range(3)) * 1e6, 1)
-            except Exception as error:  # whatever a compiler may come up with
+            except Exception as error:  # compilers raise many types
                 found[mode] = first_line(error)
                 compiled.pop(mode, None)
                 self.machine.free()
@@ -242,7 +242,7 @@ class Compiler:
 
 
 def calls_for(machine: Machine, run: Callable[[], None], seconds: float = 4e-3) -> int:
-    """How many calls last that long."""
+    """The number of calls that take about this time."""
     return max(1, min(200, round(seconds / machine.seconds(run, 3))))
 
 
@@ -255,7 +255,7 @@ def measure(
     compiled: dict[str, Any],
     launches: dict[str, int | None] | None,
 ) -> dict[str, Any]:
-    """A row of the table. ``launches``: of an earlier row of the same shape; None: count them, which takes a while."""
+    """A row of the table. ``launches``: those of an earlier row of the same shape; None: count them, which is slow."""
     problem = Problem(case, dtype, share, machine.device)
     losses: dict[str, Loss] = {
         OURS: problem.ours,
@@ -278,7 +278,7 @@ def measure(
                 run()
             machine.wait()
             steps[name] = run
-        except RuntimeError as error:  # out of memory is one
+        except RuntimeError as error:  # out of memory is a RuntimeError
             if name == OURS:
                 raise
             failed[name] = first_line(error)
@@ -308,7 +308,7 @@ def measure(
             counted[name] = machine.launches(run)
         problem.logits.grad = None
         peak = machine.peak(run)
-        # what a compiled graph needs lies in a pool of its own
+        # a compiled graph has a separate memory pool
         if peak is not None and compiled.get(name, {}).get("mode") != "reduce-overhead":
             peaks[name] = round(peak / gradient, 3)
 
@@ -384,7 +384,7 @@ def print_compiled(compiled: dict[str, Any]) -> None:
 
 
 def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was to be reached, what was measured (None: nothing), and whether it holds."""
+    """The targets, the measured values (None: not measured), and whether the targets hold."""
 
     def found(get: Callable[[dict[str, Any]], float | None], which: Callable[[dict[str, Any]], bool]) -> list[float]:
         values = [get(row) for row in rows if which(row)]
@@ -396,7 +396,7 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def small(row: dict[str, Any]) -> bool:
         return tuple(row["shape"]) == (32, 14, 256) and row["dtype"] == "float32"
 
-    # what is saved for backward is 11 numbers to a bag-class: little beside bags of thousands
+    # forward saves 12 numbers per pair (bag, class), which is little compared with bags of thousands
     def long(row: dict[str, Any]) -> bool:
         return row["elements"] >= 8 * 2**20
 
@@ -456,7 +456,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print_head()
     for case in cases:
-        chosen = list(modes)  # the mode that is fastest in float32 is taken for bfloat16 as well
+        chosen = list(modes)  # the fastest mode for float32 is also used for bfloat16
         for dtype in (torch.float32, torch.bfloat16):
             torch._dynamo.reset()
             problem = Problem(case, dtype, 0.05, device)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the inputs, a step, and how times become figures."""
+"""Functions that the benchmarks share: inputs, a step, and statistics of the measured times."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def draw(shape: tuple[int, ...], bags_and_classes: tuple[int, int], share: float) -> tuple[Tensor, Tensor]:
-    """Logits, and targets of which the given share is positive, the same in every run."""
+    """Logits and targets with the given fraction of positive labels, equal in every run."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(shape, generator=generator).mul_(2)
     targets = (torch.rand(bags_and_classes, generator=generator) < share).float()
-    targets[0, 0] = 1.0  # at least one positive (bag, class) pair, for every share
+    targets[0, 0] = 1.0  # at least one positive (bag, class) pair
     return logits, targets
 
 
@@ -38,7 +38,7 @@ def timed(run: Callable[[], None], calls: int) -> float:
 
 
 def figures(times: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """(median, interquartile range) of every contender, in microseconds."""
+    """(median, interquartile range) of every loss, in microseconds."""
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
     return (
         {name: round(statistics.median(values) * 1e6, 1) for name, values in times.items()},
@@ -47,11 +47,11 @@ def figures(times: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[st
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Median of the rounds' ratios, so that a slow phase of the machine strikes both alike."""
+    """The median of the ratios of the rounds, so that a slow phase of the machine affects both equally."""
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 2)
 
 
-#: Load average per core, and interquartile range relative to the median, above which figures are not to be quoted.
+#: Limits of the load average per core and of IQR / median. Above them, the times are unreliable.
 BUSY_LOAD, WIDE_SPREAD = 0.3, 0.1
 
 
@@ -65,7 +65,7 @@ def warn_of_load() -> None:
 
 
 def warn_of_spread(medians: Mapping[str, float], spreads: Mapping[str, float], name: str) -> None:
-    """Prints a warning if the rounds of a contender in the row ``name`` differ much; values as of ``figures``."""
+    """Prints a warning if the times of a loss in the row ``name`` vary widely. The values are those of ``figures``."""
     wide = [f"{key} {spreads[key] / medians[key]:.0%}" for key in medians if spreads[key] > WIDE_SPREAD * medians[key]]
     if wide:
         print(f"warning: {name}: wide interquartile range, relative to the median: {', '.join(wide)}", flush=True)

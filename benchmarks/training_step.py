@@ -1,4 +1,4 @@
-"""Where a training step spends its time, with the Self-Guiding Loss and with plain BCE in its place."""
+"""Profiles a training step with the Self-Guiding Loss and with plain BCE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = 14
 
 
 def small_network() -> nn.Module:
-    """Fully convolutional, 64 x 64 pixels to a map of 16 x 16 logits for each class."""
+    """A fully convolutional network, from 64 x 64 pixels to a map of 16 x 16 logits per class."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.ReLU(),
         nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
@@ -25,7 +25,7 @@ def small_network() -> nn.Module:
 
 
 def profile_training_step(folder: Path, steps: int = 20) -> None:
-    """For each loss a table of the operators, printed and in ``folder``, and a trace for chrome://tracing."""
+    """Prints a table of the operators for each loss. Writes it into ``folder``, with a trace for chrome://tracing."""
     folder.mkdir(parents=True, exist_ok=True)
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "sgl": SGLLoss(),

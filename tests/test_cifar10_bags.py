@@ -1,4 +1,4 @@
-"""The CIFAR10-Bags example: its network, its settings, and that it runs, resumes and reads the pictures."""
+"""The CIFAR10-Bags example: network, settings, running, resuming and reading the pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_papers_settings():
+def test_defaults_are_the_settings_of_the_paper():
     (sgl, most) = example.configs_of(example.parse([])).values()
     expected = {
         "bags": 2500, "test_bags": 5000, "bag_size": 50, "bag_std": 0, "batch_size": 64, "epochs": 50, "lr": 1e-4,
@@ -31,7 +31,7 @@ def test_the_papers_settings():
 
 
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 32), ("imagenet", 8)])
-def test_the_network(stem, side):
+def test_network_has_the_shapes_of_the_stem(stem, side):
     sizes = []
     for channels in (1, 3):
         model = networks.ResNet18(channels, stem).eval()
@@ -49,8 +49,8 @@ def test_the_network(stem, side):
         assert not torch.equal(low(x), model(x))
 
 
-def test_a_batch_is_normalized_together():
-    """Parts of it would have means and deviations of their own, and not be what a GPU computes."""
+def test_network_computes_the_whole_batch_at_once():
+    """Batch normalization of parts of a batch would use other means and deviations than a GPU does."""
     model = networks.ResNet18(1, "imagenet")
     images = torch.randn(300, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = model(images).reshape(-1)
@@ -62,7 +62,7 @@ def test_a_batch_is_normalized_together():
 
 
 @pytest.mark.examples
-def test_it_runs_and_resumes_to_the_same_result(tmp_path, monkeypatch):
+def test_run_resumes_to_the_same_result(tmp_path, monkeypatch):
     options = [*SMALL, "--loss", "sgl", "--runs", "1", "--epochs", "2"]
     assert example.main([*options, "--out", str(tmp_path / "whole")]) == 0
     expected = json.loads((tmp_path / "whole" / "metrics.json").read_text())
@@ -90,8 +90,8 @@ def test_pictures_keep_their_colours():
 
 
 @pytest.mark.examples
-def test_real_cifar10(data_dir, tmp_path):
-    """The file that the sample's script writes is read, and its bags hold as many dogs as they should."""
+def test_real_cifar10_is_read(data_dir, tmp_path):
+    """Reads the file of real pictures. The bags contain the requested number of dogs."""
     import subprocess
     import sys
 

@@ -1,7 +1,8 @@
 """The CUDA kernels without a GPU: compiled by nvcc for every architecture, and run on the CPU under sanitizers.
 
-What they compute is tested by every test that takes ``impl``, one of which is "emulated". Here: that it does not depend
-on the order of threads and blocks, that sanitizers find nothing, and that they would find bugs in these very kernels.
+All tests with the fixture ``impl`` test the values of these kernels, as impl "emulated". The tests of this file check
+that the results do not depend on the order of threads and blocks, that sanitizers report no error in the kernels, and
+that they report errors in kernels with seeded bugs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def step(logits, targets, **options):
 @needs_kernel
 @pytest.mark.parametrize("pooling", ["max", "softmax"])
 @pytest.mark.parametrize("shape", [(40, 3, 9), (3, 2, 700), (2, 1, 9000)])
-def test_the_order_of_threads_and_blocks_changes_no_bit(kernels, shape, pooling):
+def test_order_of_threads_and_blocks_changes_no_bit(kernels, shape, pooling):
     logits, targets = torch.randn(shape), (torch.rand(shape[:2]) < 0.5).float()
     results = []
     for schedule, resident in ((0, 1), (1, 1), (5, 1), (0, 4), (7, 3)):
@@ -64,7 +65,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(kernels, shape, pooling)
 @needs_kernel
 @pytest.mark.parametrize("multiprocessors", [1, 2, 16, 132])
 @pytest.mark.parametrize("shape", [(70, 3, 9), (3, 2, 3000), (2, 1, 40_000)])
-def test_the_size_of_the_gpu_changes_rounding_alone(kernels, shape, multiprocessors):
+def test_number_of_multiprocessors_changes_rounding_only(kernels, shape, multiprocessors):
     logits, targets = torch.randn(shape, dtype=torch.float64), (torch.rand(shape[:2]) < 0.5).float()
     expected = SGLLoss(impl="reference", mask_weight=0.5)(logits, targets)
     kernels.set_multiprocessors(multiprocessors)
@@ -72,8 +73,8 @@ def test_the_size_of_the_gpu_changes_rounding_alone(kernels, shape, multiprocess
 
 
 @needs_kernel
-def test_captured_launches_have_counters_of_their_own(kernels):
-    """More of them than there are counters: the last ones bring one that is set to 0 in the graph."""
+def test_captured_launches_have_separate_counters(kernels):
+    """More launches than the ring has counters: the last ones use a counter that the graph sets to 0."""
     logits, targets = torch.randn(50, 1, 4), torch.ones(50, 1)
     expected, _ = step(logits, targets)
     kernels.set_capturing(True)
@@ -112,7 +113,7 @@ def test_an_error_is_reported_once(kernels):
     "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
               torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 )  # fmt: skip
-def test_targets_of_any_dtype(kernels, dtype):
+def test_targets_may_have_any_dtype(kernels, dtype):
     logits, targets = torch.randn(6, 2, 5), torch.tensor([[0, 1], [1, 0], [1, 1], [0, 0], [1, 0], [0, 1]])
     expected, _ = step(logits, targets.double())
     targets = targets.to(dtype)
@@ -124,8 +125,8 @@ def test_targets_of_any_dtype(kernels, dtype):
 
 
 @needs_kernel
-def test_what_is_too_large_is_refused(kernels):
-    """No memory is touched: these have no elements of their own."""
+def test_too_large_shapes_raise_an_error(kernels):
+    """The tensors are expanded, so that they need no memory."""
     rows = torch.zeros(1).expand(1 << 30)
     with pytest.raises(RuntimeError, match="2\\^30 - 1 instances"):
         SGLLoss(impl="fused", check=False)(rows, torch.ones(1), offsets=torch.tensor([0, 1 << 30]))
@@ -151,7 +152,7 @@ def comparison(tmp_path_factory):
 
 
 def check_all(program: Comparison, drawn: st.SearchStrategy[Case], examples: int, *phases: Phase) -> None:
-    """Cases that hypothesis draws, until the program finds something wrong with one."""
+    """Checks cases that hypothesis draws, until the program reports an error."""
 
     @settings(max_examples=examples, phases=phases, deadline=None, derandomize=True, database=None)
     @given(drawn)
@@ -163,11 +164,11 @@ def check_all(program: Comparison, drawn: st.SearchStrategy[Case], examples: int
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(("sanitizer", "examples"), [("none", 300), ("memory", 150), ("threads", 40)])
-def test_agrees_with_the_cpu(comparison, sanitizer, examples):
+def test_sanitized_kernels_agree_with_the_cpu(comparison, sanitizer, examples):
     check_all(comparison(sanitizer), cases(small=sanitizer == "threads"), examples, Phase.generate, Phase.shrink)
 
 
-# A bug in a kernel: the file, what stands there, what shall, and the sanitizer that is to find it.
+# A bug in a kernel: the file, the original code, the wrong code, and the sanitizer that must find it.
 BUGS = {
     "no barrier before the warps' sums are read": (
         "group.cuh", "    __syncthreads();\n    std::memcpy(&value", "    std::memcpy(&value", "threads"),
@@ -187,7 +188,7 @@ BUGS = {
 
 
 def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
-    """Asks the program with the bug until it shows."""
+    """Runs cases with the wrong kernel until one fails."""
     name, right, wrong, sanitizer = BUGS[bug]
     shutil.copytree(ROOT / "csrc", folder / "root" / "csrc")
     path = folder / "root" / "csrc" / "cuda" / name
@@ -195,7 +196,7 @@ def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
     assert right in text, f"{bug}: what it replaces is not in {name}"
     path.write_text(text.replace(right, wrong))
     program = Comparison(folder / "program", sanitizer, folder / "root")
-    # what is out of bounds may also be read as if it were not, and show in the result
+    # an access out of bounds may also be invisible to the sanitizer and change the result
     report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|again"
     with pytest.raises(AssertionError, match=report):
         check_all(program, cases(sanitizer == "threads"), 200, *phases)
@@ -204,12 +205,12 @@ def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("bug", BUGS)
-def test_finds(tmp_path, bug):
+def test_sanitizer_finds_the_seeded_bug(tmp_path, bug):
     look_for(bug, tmp_path, Phase.generate)
 
 
 @pytest.mark.sanitizer
-def test_what_it_finds_is_made_small(tmp_path):
+def test_failing_case_is_minimized(tmp_path):
     case = look_for("the tail of a row is left out", tmp_path, Phase.generate, Phase.shrink).failed
     assert (case.sizes, case.classes, case.plan) == ([1], 1, [])
 
@@ -227,8 +228,8 @@ def toolkit():
 
 
 @pytest.mark.sanitizer
-def test_compiles_for_every_architecture_without_memory_of_its_own(toolkit, tmp_path, monkeypatch):
-    """What a thread keeps does not fit into registers where the compiler reports a stack frame or spills."""
+def test_every_architecture_compiles_without_stack_and_spills(toolkit, tmp_path, monkeypatch):
+    """A stack frame or spills in the compiler's report mean that the values of a thread do not fit into registers."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     command = compile_command(toolkit, str(ROOT / "csrc/cuda/launch.cu"), str(tmp_path / "launch.o"), ["-fPIC"])
     command.insert(1, "-Xptxas=-v")
@@ -244,7 +245,7 @@ def test_compiles_for_every_architecture_without_memory_of_its_own(toolkit, tmp_
     assert set(frames) == {("0", "0", "0")}, report
 
 
-def test_architectures_by_name(toolkit, monkeypatch):
+def test_architectures_are_selected_by_name(toolkit, monkeypatch):
     nvcc = toolkit / "bin" / "nvcc"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
     assert architecture_flags(nvcc) == [

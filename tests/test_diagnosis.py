@@ -1,4 +1,4 @@
-"""diagnose: each verdict on bags that are built for it, and none on bags that are as they should be."""
+"""diagnose: each finding for bags that have the problem, and no finding for healthy bags."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def flat():
     return healthy() * 0.01 - 2
 
 
-def flat_and_learnt():
-    """All instances of a bag alike, and those of positive bags higher."""
+def flat_and_learned():
+    """All instances of a bag are equal; those of positive bags are larger."""
     return torch.where(LABELS == 1, -0.5, -2.0).unsqueeze(1) + torch.randn(BAGS, LENGTH) * 0.01
 
 
@@ -43,7 +43,7 @@ def flooded():
 
 
 def flooded_in_a_narrow_range():
-    """p between 0.90 and 0.94 throughout: theta spreads it, but every instance is above delta_h."""
+    """All p are between 0.90 and 0.94. theta covers 0 to 1, but every p is above delta_h."""
     logits = healthy()
     logits[LABELS == 1] = torch.logit(torch.empty(BAGS // 2, LENGTH).uniform_(0.90, 0.94))
     return logits
@@ -65,7 +65,7 @@ def saturated():
 
 CASES = {
     "flat": (flat, ["flat maps"]),
-    "flat and learnt": (flat_and_learnt, ["flat maps"]),
+    "flat and learnt": (flat_and_learned, ["flat maps"]),
     "flooded": (flooded, ["flooded maps"]),
     "flooded in a narrow range": (flooded_in_a_narrow_range, ["flooded maps"]),
     "single": (single, ["one instance takes all"]),
@@ -85,7 +85,7 @@ def test_healthy_bags_have_no_finding(seed):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", range(3))
-def test_each_verdict(case, seed):
+def test_each_finding_is_found_on_its_bags(case, seed):
     torch.manual_seed(seed)
     make, verdicts = CASES[case]
     logits = make()
@@ -99,7 +99,7 @@ def test_each_verdict(case, seed):
         assert finding.measured.endswith(".") and finding.change.endswith(".")
 
 
-def test_the_measures_are_those_of_the_definitions():
+def test_measures_equal_their_definitions():
     torch.manual_seed(3)
     logits = torch.randn(BAGS, LENGTH) * 2
     m = diagnose(logits, LABELS, delta_l=0.2).measures
@@ -114,8 +114,8 @@ def test_the_measures_are_those_of_the_definitions():
     assert m.flat.item() == m.flooded.item() == m.single.item() == 0.0
 
 
-def test_a_verdict_needs_most_of_the_positive_bags():
-    """Nine of twenty bags with one instance are no finding, eleven are."""
+def test_finding_needs_most_of_the_positive_bags():
+    """Nine of twenty bags with one instance give no finding. Eleven give one."""
     for count, verdicts in ((9, []), (11, ["one instance takes all"])):
         logits = healthy()
         bags = (LABELS == 1).nonzero().flatten()[:count]
@@ -132,24 +132,24 @@ def test_small_bags_may_have_one_positive_instance():
     ("labels", "verdict"),
     [(torch.zeros(BAGS), "no positive bags"), (torch.ones(BAGS), "no negative bags")],
 )
-def test_labels_of_one_kind(labels, verdict):
+def test_equal_labels_are_a_finding(labels, verdict):
     assert verdict in found(healthy(), labels)
     assert "nothing learnt" not in found(healthy(), labels)
 
 
-def test_all_labels_unknown():
+def test_unknown_labels_only_are_a_finding():
     diagnosis = diagnose(healthy(), torch.full((BAGS,), math.nan))
     assert [f.name for f in diagnosis.findings] == ["no positive bags"]
     assert diagnosis.measures.auc.isnan().all()
     assert " - " in str(diagnosis)
 
 
-def test_two_bags_are_too_few():
+def test_two_bags_are_too_few_bags():
     names = found(healthy()[:2], LABELS[:2])
     assert names == ["too few bags"]
 
 
-def test_unknown_labels_do_not_count():
+def test_unknown_labels_are_ignored():
     logits, labels = healthy(), LABELS.clone()
     logits[:6], labels[:6] = 50.0, math.nan
     diagnosis = diagnose(logits, labels)
@@ -159,7 +159,7 @@ def test_unknown_labels_do_not_count():
     assert diagnose(logits, labels).healthy
 
 
-def test_non_finite_logits_come_first_and_spoil_no_other_measure():
+def test_nonfinite_logits_come_first_and_change_no_other_measure():
     logits = healthy()
     logits[1, 3], logits[2, 0], logits[3, 9] = math.nan, math.inf, -math.inf
     diagnosis = diagnose(logits, LABELS)
@@ -183,8 +183,8 @@ def test_findings_name_their_classes():
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("make", [flooded, single, flat, healthy])
-def test_the_same_in_every_layout(make, device):
-    """With bags of unequal size, empty ones, and NaN in the padding."""
+def test_every_layout_gives_the_same_diagnosis(make, device):
+    """The bags have unequal sizes, some are empty, and the padding is NaN."""
     sizes = [LENGTH - i % 9 for i in range(BAGS)]
     bags = [bag[:size].double().unsqueeze(0) for bag, size in zip(make(), sizes, strict=True)]
     bags[5] = bags[5][:, :0]
@@ -203,23 +203,23 @@ def test_the_same_in_every_layout(make, device):
     assert results[0].measures.positives.item() == 19.0
 
 
-def test_maps_of_images_and_half_precision():
+def test_image_maps_and_half_precision_are_supported():
     logits = healthy().reshape(BAGS, 1, 6, 10)
     assert diagnose(logits.half(), LABELS).healthy
     mask = torch.ones(BAGS, 6, 10, dtype=torch.bool)
     assert diagnose(logits, LABELS.bool(), mask=mask).healthy
 
 
-def test_the_auc_is_that_of_the_pooling():
+def test_auc_uses_the_given_pooling():
     logits = healthy()
-    logits[LABELS == 0, 0] = 9.0  # one instance above all in every negative bag
+    logits[LABELS == 0, 0] = 9.0  # one large instance in every negative bag
     assert found(logits, pooling="max") == ["nothing learnt"]
     assert "nothing learnt" not in found(logits, pooling="mean")
     pool = AttentionPooling(4)
     assert diagnose(healthy(), LABELS, pooling=pool, features=torch.randn(BAGS, LENGTH, 4)).measures.auc.item() > 0.9
 
 
-def test_large_bags_under_max_pooling_get_the_hint_at_top_k():
+def test_large_bags_with_max_pooling_get_the_advice_of_top_k():
     def advice(length, pooling):
         (finding,) = diagnose(torch.randn(BAGS, length), LABELS, pooling=pooling).findings
         return finding.change
@@ -237,7 +237,7 @@ def test_no_gradient_and_no_change_of_the_arguments():
     assert torch.equal(logits, before) and logits.grad is None
 
 
-def test_calls_that_do_not_fit():
+def test_invalid_calls_raise_an_error():
     with pytest.raises(ValueError, match="names: expected 1, one a class, got 2"):
         diagnose(healthy(), LABELS, names=["a", "b"])
     with pytest.raises(ValueError, match="targets: expected 0, 1 or NaN"):

@@ -1,4 +1,4 @@
-"""A training step inside what others built around torch: DDP, FSDP, Lightning, torch.func, forward mode.
+"""Training steps with DDP, FSDP, Lightning, torch.func and forward-mode differentiation.
 
 torch.compile, export, autocast and functional_call are in test_compile.py; copies, pickles and state_dict in
 test_losses.py.
@@ -24,7 +24,7 @@ KINDS = ("ddp", "fsdp")
 
 
 class Step(nn.Module):
-    """From images and labels to the loss. The pooling is learned, so that the criterion has parameters, too."""
+    """A module from images and labels to the loss. Its pooling is learned, so that the criterion has parameters."""
 
     def __init__(self, impl: str = "auto"):
         super().__init__()
@@ -36,7 +36,7 @@ class Step(nn.Module):
 
 
 def step_and_batches(impl: str = "auto") -> tuple[Step, list[tuple[Tensor, Tensor]]]:
-    """The same in every process, and a batch for each."""
+    """A step with equal weights in every process, and one batch per process."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     labels = torch.tensor([[1, 0], [0, 1], [1, 1]])
@@ -44,7 +44,7 @@ def step_and_batches(impl: str = "auto") -> tuple[Step, list[tuple[Tensor, Tenso
 
 
 def work(rank: int, folder: str) -> None:
-    """One process: a step on its own batch under DDP, another under FSDP, and the gradients that it ends up with."""
+    """One process: saves the gradients of a step on its batch with DDP and of one with FSDP."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
@@ -72,7 +72,7 @@ def test_gradients_of_two_processes_are_averaged(tmp_path):
             torch.testing.assert_close(gradients[kind], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_lightning(tmp_path):
+def test_training_with_lightning_updates_the_model(tmp_path):
     if importlib.util.find_spec("torchvision"):
         import_torchvision()  # Lightning's metrics import it, too
     lightning = pytest.importorskip("lightning")
@@ -107,7 +107,7 @@ def test_lightning(tmp_path):
 
 
 def test_gradient_through_functional_call(device):
-    """torch.func.grad of a step with a network's parameters."""
+    """torch.func.grad of a step with respect to the parameters of a network."""
     step, batches = step_and_batches()
     step.to(device)
     images, labels = (x.to(device) for x in batches[0])
@@ -125,7 +125,7 @@ MEMBERS = 3
 
 
 def ensemble(layout: str, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What several networks say of one batch, each with labels of its own, and the arguments that tell the bags."""
+    """Logits of several networks for one batch, separate labels for each, and the arguments that define the bags."""
     labels = torch.randint(0, 2, (MEMBERS, 3, 2)).double()
     labels[0, 0, 0] = torch.nan
     labels = labels.to(device)
@@ -138,7 +138,7 @@ def ensemble(layout: str, device: torch.device) -> tuple[Tensor, Tensor, dict[st
 
 
 def by_backward(loss, logits: Tensor, labels: Tensor, **call: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient, value), as torch.func.grad_and_value gives them."""
+    """(gradient, value) by backward, in the order of torch.func.grad_and_value."""
     x = logits.clone().requires_grad_()
     value = loss(x, labels, **call)
     value.backward()
@@ -148,7 +148,7 @@ def by_backward(loss, logits: Tensor, labels: Tensor, **call: Tensor) -> tuple[T
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_gradients_by_torch_func(device, layout, pooling):
+def test_torch_func_gives_the_gradient_of_backward(device, layout, pooling):
     loss = SGLLoss(pooling=pooling, mask_weight=0.1, class_weight=[1.0, 2.0])
     logits, labels, call = ensemble(layout, device)
     x, y = logits[0], labels[0]
@@ -164,7 +164,7 @@ def test_gradients_by_torch_func(device, layout, pooling):
 @pytest.mark.parametrize(
     "loss", [SGLLoss(mask_weight=0.1), BagLoss(), BILLoss(), MMMLoss()], ids=lambda x: type(x).__name__
 )
-def test_gradients_of_an_ensemble_by_vmap(device, layout, loss):
+def test_vmap_gives_the_gradients_of_an_ensemble(device, layout, loss):
     logits, labels, call = ensemble(layout, device)
     expected = [by_backward(loss, x, y, **call) for x, y in zip(logits, labels, strict=True)]
     expected = [torch.stack(parts) for parts in zip(*expected, strict=True)]
@@ -177,7 +177,7 @@ def test_gradients_of_an_ensemble_by_vmap(device, layout, loss):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_derivatives_in_forward_mode(device, layout):
+def test_forward_mode_equals_reverse_mode(device, layout):
     loss = SGLLoss(pooling="softmax", mask_weight=0.1)
     logits, labels, call = ensemble(layout, device)
     x, y, tangent = logits[0], labels[0], logits[1]
@@ -192,8 +192,8 @@ def test_derivatives_in_forward_mode(device, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_second_derivatives(device, layout):
-    """Against the second backward of the reference."""
+def test_second_derivatives_equal_those_of_the_reference(device, layout):
+    """Compared with a second backward of the reference."""
     logits, labels, call = ensemble(layout, device)
     x, y = logits[0].requires_grad_(), labels[0]
     (grad,) = torch.autograd.grad(SGLLoss(pooling="softmax", impl="reference")(x, y, **call), x, create_graph=True)
@@ -205,7 +205,7 @@ def test_second_derivatives(device, layout):
     torch.testing.assert_close(torch.func.jacrev(lambda x: torch.func.grad(loss)(x, y, **call))(x), expected)
 
 
-def test_the_operator_is_left_out_only_while_something_is_transformed(fused_device, monkeypatch):
+def test_auto_uses_the_reference_only_inside_transforms(fused_device, monkeypatch):
     calls, fused_terms = [], _fused.fused_terms
     monkeypatch.setattr(_fused, "fused_terms", lambda *arguments: calls.append(1) or fused_terms(*arguments))
     x, y, call = ensemble("packed", fused_device)
@@ -218,7 +218,7 @@ def test_the_operator_is_left_out_only_while_something_is_transformed(fused_devi
     assert len(calls) == 1
 
 
-def test_asking_for_the_operator_there_is_an_error(fused_device):
+def test_fused_inside_transforms_raises_an_error(fused_device):
     logits, labels, call = ensemble("masked", fused_device)
     loss = SGLLoss(impl="fused")
     for transform in (torch.func.grad, torch.func.vmap, torch.func.jacfwd, torch.func.hessian):
@@ -230,7 +230,7 @@ def test_asking_for_the_operator_there_is_an_error(fused_device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_values_are_checked_where_they_can_be_looked_at(device, layout):
+def test_values_are_checked_where_they_are_available(device, layout):
     logits, labels, call = ensemble(layout, device)
     labels[1, 2, 0] = 2
     loss = SGLLoss(check=True)

@@ -78,16 +78,16 @@ def command(data, out, *options):
 # geometry
 
 
-def test_geometry_is_that_of_the_convolutions():
+def test_geometry_equals_that_of_the_convolutions():
     """Stride 4; kernel 3 with padding 1, then kernel 5 with padding 1: a field of 3 + 2 * 4 = 11 pixels."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 5, 5, 2, 1))
     found = backbones.geometry_of(network, "3", 64)
-    # the first output of layer 0 is centred on pixel 0 (0.5); that of layer 3 on output 1 of it, 2 pixels further
+    # The first output of layer 0 is centred on pixel 0 (0.5). That of layer 3 is centred on output 1, 2 pixels later.
     assert found == backbones.Geometry(4, 2.5, 11)
 
 
-def test_the_effective_centre_is_where_the_weights_are():
-    """All weight of a kernel of 9 pixels in its third row and column: 2 pixels before its middle."""
+def test_effective_centre_is_the_centre_of_the_weights():
+    """The only weight of a 9x9 kernel is in its third row and column, 2 pixels before the middle."""
     network = nn.Sequential(nn.Conv2d(3, 2, 9, 4, 4, bias=False))
     assert backbones.geometry_of(network, "0", 32) == backbones.Geometry(4, 0.5, 9)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_the_effective_centre_is_where_the_weights_are():
     assert backbones.effective_centre(network, "0", 32, 4) == pytest.approx(-1.5, abs=1e-4)
 
 
-def test_a_cell_behind_a_global_mean_sees_the_whole_image():
+def test_receptive_field_after_a_global_mean_is_the_whole_image():
     class Gate(nn.Module):
         def forward(self, x):
             return x * torch.sigmoid(x.mean((2, 3), keepdim=True))
@@ -103,8 +103,8 @@ def test_a_cell_behind_a_global_mean_sees_the_whole_image():
     assert backbones.geometry_of(nn.Sequential(nn.Conv2d(3, 4, 2, 2), Gate()), "1", 32).field is None
 
 
-def test_maps_of_other_stages_are_aligned_with_the_first():
-    """A finer map that holds the x of its cells' centres, on the grid of a coarser one: the x of that one's centres."""
+def test_maps_of_other_stages_are_aligned_with_the_first_stage():
+    """A map of the x coordinates of a finer grid, resampled on a coarser grid, has the x coordinates of the latter."""
     fine, coarse = backbones.Geometry(4, 3.5, 9), backbones.Geometry(8, 5.0, 20)
     x = (torch.arange(16) * 4 + 3.5).expand(1, 1, 16, 16)
     found = backbones._aligned(x, fine, coarse, torch.Size((8, 8)))
@@ -167,7 +167,7 @@ def test_errors_of_backbones(timm, options, message):
         backbones.load_backbone(**{"name": "resnet18", "weights": "none"} | options)
 
 
-def test_tokens_of_a_vision_transformer(timm):
+def test_tokens_of_a_vision_transformer_become_a_map(timm):
     backbone = backbones.load_backbone("vit_tiny_patch16_224", weights="none", cut="blocks.0")
     with torch.no_grad():
         assert backbone(torch.rand(1, 3, 64, 96)).shape == (1, 192, 4, 6)
@@ -197,7 +197,7 @@ NETWORK = ("--backbone", "resnet18", "--weights", "none", "--cut", "layer1")
 
 
 @pytest.mark.parametrize("form", ["store", "h5"])
-def test_extraction_continues_and_both_forms_hold_the_same(timm, images, tmp_path, form, capsys):
+def test_extraction_continues_and_both_forms_hold_equal_features(timm, images, tmp_path, form, capsys):
     torch.manual_seed(0)
     out = tmp_path / form
     options = ["--images", str(images), "--out", str(out), "--format", form, *NETWORK]
@@ -211,7 +211,7 @@ def test_extraction_continues_and_both_forms_hold_the_same(timm, images, tmp_pat
     bag = bags["im1"]
     assert (bag.grid, bag.size) == ((12, 20), (48, 80))
     assert bag.coords[:3].tolist() == [[0.5, 0.5], [4.5, 0.5], [8.5, 0.5]]
-    # cut off in the middle of the last bag: it is computed again, the others are not
+    # truncated in the middle of the last bag: only this bag is computed again
     if form == "store":
         (out / "bags.csv").write_text("".join((out / "bags.csv").read_text().splitlines(True)[:-1]) + "im2,2")
     else:
@@ -223,7 +223,7 @@ def test_extraction_continues_and_both_forms_hold_the_same(timm, images, tmp_pat
     assert len(again["im2"].features) == 12 * 24
 
 
-def test_a_store_of_other_settings_is_refused(timm, images, tmp_path, capsys):
+def test_store_with_other_settings_is_an_error(timm, images, tmp_path, capsys):
     options = ["--images", str(images), "--out", str(tmp_path / "s")]
     assert extract_features.main([*options, *NETWORK]) == 0
     with pytest.raises(SystemExit):
@@ -231,8 +231,8 @@ def test_a_store_of_other_settings_is_refused(timm, images, tmp_path, capsys):
     assert "made with other settings (symmetric" in capsys.readouterr().err
 
 
-def test_features_at_points(timm, images):
-    """At the centre of a cell the features are the cell's."""
+def test_features_at_cell_centres_are_those_of_the_cells(timm, images):
+    """The features at the centre of a cell are those of the cell."""
     backbone = backbones.load_backbone("resnet18", weights="none", cut="layer1")
     image = extraction.read_image(images / "im0.png")
     whole = extraction.map_bag(backbone, backbone.geometry, image, (1.0,), False)
@@ -242,7 +242,7 @@ def test_features_at_points(timm, images):
     assert extraction.read_points(images / "points.csv")["im1"].tolist() == [[20, 10], [30, 15]]
 
 
-def test_symmetric_features_turn_with_the_image(timm, images):
+def test_symmetric_features_rotate_with_the_image(timm, images):
     backbone = backbones.load_backbone("resnet18", weights="none", cut="layer1")
     image = extraction.read_image(images / "im0.png")
     maps = extraction.map_of(backbone, image, (1.0,), True)
@@ -250,7 +250,7 @@ def test_symmetric_features_turn_with_the_image(timm, images):
     torch.testing.assert_close(maps.rot90(1, (1, 2)), turned, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_hold_what_surrounds_a_point(images):
+def test_patch_features_are_those_around_the_point(images):
     class Mean(nn.Module):
         size = 8
 
@@ -266,7 +266,7 @@ def test_patches_hold_what_surrounds_a_point(images):
 # files of others
 
 
-def test_files_of_clam_and_trident(tmp_path):
+def test_files_of_clam_and_trident_are_read(tmp_path):
     import h5py
 
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -322,7 +322,7 @@ def test_folds_keep_patients_together_and_test_each_bag_once(data):
     assert sorted(tested) == sorted([*range(40), *range(40)])
 
 
-def test_the_given_split(data):
+def test_given_split_is_used(data):
     table = labels.read_labels(data / "labels.csv", None, "patient")
     ((_, _, train, test),) = runs.plan(table, None, 1, "test")
     assert set(table.split[train]) == {"train", "val"} and set(table.split[test]) == {"test"}
@@ -351,7 +351,7 @@ def test_standardization_and_principal_components():
 @pytest.mark.examples
 @pytest.mark.parametrize("head", train_features.HEADS)
 @pytest.mark.parametrize("loss", train_features.LOSSES)
-def test_every_head_and_loss_learns(data, tmp_path, head, loss):
+def test_every_head_and_loss_separates_the_bags(data, tmp_path, head, loss):
     options = [
         "--folds=2",
         "--epochs=20",
@@ -378,7 +378,7 @@ def test_every_pooling_runs(data, tmp_path, pooling):
     assert set(result) == {"lesion", "other"} and all(0 <= v["auc"] <= 1 for v in result.values())
 
 
-def test_bags_of_one_size_give_the_loss_of_packed_bags():
+def test_bags_of_equal_size_give_the_loss_of_packed_bags():
     settings = training.Settings()
     model = training.make_model(settings, 6, 2, 0)
     batch = training.Batch(torch.randn(12, 6), torch.tensor([0, 4, 8, 12]), torch.tensor([[1.0, 0], [0, 1], [1, 1]]))
@@ -390,7 +390,7 @@ def test_bags_of_one_size_give_the_loss_of_packed_bags():
 
 
 @pytest.mark.parametrize("hidden", [0, 4])
-def test_candidates_are_the_heads_they_were_made_of(hidden):
+def test_candidates_compute_the_logits_of_their_heads(hidden):
     heads = [Head(6, 2, hidden, 0.0) for _ in range(3)]
     together, x = Candidates(heads), torch.randn(9, 6)
     torch.testing.assert_close(together(x), torch.cat([head(x)[0] for head in heads], 1))
@@ -400,8 +400,8 @@ def test_candidates_are_the_heads_they_were_made_of(hidden):
 
 
 @pytest.mark.examples
-def test_restarts_leave_a_minimum_without_the_object(data):
-    """Max pooling with a linear head: some initial weights never lead to feature 0, the best of eight do."""
+def test_restarts_find_the_object_from_poor_initial_weights(data):
+    """Max pooling with a linear head: some initial weights never use feature 0, the best of eight do."""
     bags = store.FeatureBags(data / "features")
     reader = training.BagReader(bags, bags.names, 1e9)
     values = torch.tensor([[float(i % 2)] for i in range(40)])
@@ -419,7 +419,7 @@ def test_restarts_leave_a_minimum_without_the_object(data):
     assert min(weights(1)) < 0.5 < min(weights(8))
 
 
-def test_k_falls_during_the_trials_and_has_arrived_in_the_last_epoch(data):
+def test_k_falls_during_the_trials_to_its_final_value(data):
     bags = store.FeatureBags(data / "features")
     reader = training.BagReader(bags, bags.names, 1e9)
     settings = training.Settings(k=1, k_start=0.9, trial_epochs=3, batch_size=10)
@@ -434,7 +434,7 @@ def test_k_falls_during_the_trials_and_has_arrived_in_the_last_epoch(data):
     assert training.falling_k(reader, bags.names, replace(settings, pooling="max")) is None
 
 
-def test_lam_stays_zero_where_labels_are_noise(data):
+def test_lam_stays_zero_for_random_labels(data):
     bags = store.FeatureBags(data / "features")
     reader = training.BagReader(bags, bags.names, 1e9)
     values = torch.randint(0, 2, (40, 1), generator=torch.Generator().manual_seed(1)).float()
@@ -444,7 +444,7 @@ def test_lam_stays_zero_where_labels_are_noise(data):
     assert [row["lam"] for row in history] == [0.0, 0.0, 0.0]
 
 
-def test_the_head_starts_at_the_prior():
+def test_initial_probability_of_the_head_is_the_prior():
     head = Head(5, 2, 0, 0.0)
     head.start(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), 0.1)
     torch.testing.assert_close(torch.sigmoid(head.first.bias), torch.tensor([0.0625, 0.0125]))
@@ -468,7 +468,7 @@ def test_resume_gives_what_an_uninterrupted_command_gives(data, tmp_path, capsys
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def test_the_tables_hold_every_bag_and_instance(data, tmp_path):
+def test_tables_hold_every_bag_and_instance(data, tmp_path):
     assert command(data, tmp_path, "--folds", "2", "--epochs", "1") == 0
     bags = store.FeatureBags(data / "features")
     with (tmp_path / "instances.csv").open() as file:
@@ -493,7 +493,7 @@ def test_reading_without_a_cache_gives_the_same_training(data, tmp_path):
 # metrics
 
 
-def test_instance_metrics_by_hand():
+def test_instance_metrics_equal_a_calculation_by_hand():
     found = [np.array([0.9, 0.2, 0.6]), np.array([0.8, 0.1])]
     truth = [np.array([1.0, 1.0, 0.0]), np.array([0.0, 0.0])]
     result = instance_metrics(found, truth, [True, False])
@@ -503,8 +503,8 @@ def test_instance_metrics_by_hand():
     assert result["auc_all"] == pytest.approx(4 / 6)
 
 
-def test_box_metrics_by_hand():
-    """A cell of 8x8 that is the true box, and one beside it."""
+def test_box_metrics_equal_a_calculation_by_hand():
+    """One cell of 8x8 that equals the true box, and one beside it."""
     maps = {"hit": np.zeros((8, 8)), "miss": np.zeros((8, 8)), "negative": np.ones((8, 8))}
     maps["hit"][2, 3] = maps["miss"][6, 6] = 1.0
     truth = {"hit": np.array([[24.0, 16, 8, 8]]), "miss": np.array([[0.0, 0, 8, 8], [8, 8, 8, 8]])}
@@ -523,7 +523,7 @@ def test_the_bootstrap_interval_of_a_mean():
 
 
 @pytest.mark.parametrize("script", ["extract_features.py", "train_features.py", "bccd_demo.py"])
-def test_help_is_there_without_torch(script):
+def test_help_does_not_import_torch(script):
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = ['x', '--help']\n"
     code += f"import runpy\ntry: runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')\n"
     code += "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)"
@@ -548,7 +548,7 @@ def test_defaults_of_the_command_are_those_of_the_settings(data):
 
 
 @pytest.mark.examples
-def test_commands_of_the_page_run(timm, images, tmp_path, monkeypatch, capsys):
+def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsys):
     """Every command of docs/own-features.md, with a network without weights and one epoch."""
     page = (ROOT / "docs" / "own-features.md").read_text()
     commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]

@@ -1,4 +1,4 @@
-"""examples/reproduce_figures.py: what is computed, kept, summed up and drawn."""
+"""examples/reproduce_figures.py: its runs, table of runs, means and figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_the_papers_settings():
+def test_settings_are_those_of_the_paper():
     args = figures.parse_arguments(["--figure", "4"])
     assert (args.sizes, args.bags[0], args.bags[-1], args.seeds, args.epochs) == ([10, 50, 100], 50, 500, 10, 300)
     assert args.methods == ["sgl", "max", "mean", "mmm", "bil", "topk"]
@@ -42,7 +42,7 @@ def test_the_papers_settings():
     }
 
 
-def test_the_queue_makes_the_figures_useful_early():
+def test_queue_computes_seed_0_and_cheap_runs_first():
     runs = figures.queue()
     assert len(set(runs)) == len(runs)
     wanted = {
@@ -67,7 +67,7 @@ def test_the_queue_makes_the_figures_useful_early():
 
 
 @pytest.mark.examples
-def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
+def test_runs_are_computed_once_and_averaged(tmp_path, capfd):
     arguments = [*TINY, "--seeds", "2", "--methods", "max", "sgl", "--out", str(tmp_path)]
     assert figures.main(arguments) == 0
     assert "8 runs, 8 of them to compute" in capfd.readouterr().out
@@ -90,13 +90,13 @@ def test_runs_are_computed_once_and_summed_up(tmp_path, capfd):
     assert again["result"] == runs["size6_bags8_max_seed1"]["result"]
 
     (tmp_path / "size6_bags8_max_seed1.json").unlink()
-    assert figures.main([*arguments, "--epochs", "2"]) == 2  # these are not those, and nothing is computed beside them
+    assert figures.main([*arguments, "--epochs", "2"]) == 2  # the files have other settings
     assert not (tmp_path / "size6_bags8_max_seed1.json").exists()
     assert "{'epochs': '1'}, not {'epochs': '2'}" in capfd.readouterr().err
 
 
 @pytest.mark.examples
-def test_a_table_takes_the_place_of_the_files(tmp_path, capfd):
+def test_table_replaces_the_files(tmp_path, capfd):
     arguments = [*TINY, "--seeds", "2", "--methods", "max", "sgl", "--bags", "8"]
     runs, results = tmp_path / "runs", tmp_path / "results"
     assert figures.main([*arguments, "--out", str(runs)]) == 0
@@ -115,7 +115,7 @@ def test_a_table_takes_the_place_of_the_files(tmp_path, capfd):
     assert (row["bag_size"], row["lam"], row["rescale"]) == ("6.0", "1.0", "true")
     assert all(row[name] == str(content[name]) for name in ("commit", "machine", "seconds", "cpu_seconds", "command"))
 
-    # the same runs again add nothing; runs in the table are not computed; other settings are other rows
+    # the same runs add no rows; runs in the table are not computed again; other settings give other rows
     assert figures.main(command) == 0
     assert (results / "runs.csv").read_text() == table
     capfd.readouterr()
@@ -125,7 +125,7 @@ def test_a_table_takes_the_place_of_the_files(tmp_path, capfd):
     assert "4 runs, 4 of them to compute" in capfd.readouterr().out
 
 
-def test_the_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
+def test_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "bags", [8])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "sizes", [6])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "epochs", 1)
@@ -139,7 +139,7 @@ def test_the_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
         assert before[1].tolist() == after[1].tolist() and before[3] == after[3]
 
 
-def test_a_file_that_is_no_table_of_runs(tmp_path, capsys):
+def test_file_that_is_no_table_is_an_error(tmp_path, capsys):
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     assert figures.main([*TINY, "--out", str(tmp_path), "--draw-only"]) == 2
     assert "has no column method, seed, auc" in capsys.readouterr().err
@@ -147,14 +147,14 @@ def test_a_file_that_is_no_table_of_runs(tmp_path, capsys):
 
 @pytest.fixture
 def threads_kept():
-    """What is computed in this process, and not in one of its own, sets their number for all that comes after it."""
+    """Restores the number of threads, which a run in this process changes."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("threads_kept")
-def test_an_interrupted_run_continues(tmp_path, monkeypatch):
+def test_interrupted_run_continues(tmp_path, monkeypatch):
     arguments = figures.parse_arguments([*TINY, "--epochs", "3", "--out", str(tmp_path)])
     run = figures.Run("sgl", 6, 8, 0)
     whole = json.loads(figures.compute(run, arguments).read_text())
@@ -189,7 +189,7 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     content = json.loads(figures.compute(run, arguments).read_text())
     assert content["result"] == whole["result"]
     assert content["training_loss"] == whole["training_loss"] > 0
-    assert 1000 <= content["seconds"] < 1100  # with what was before the interruption
+    assert 1000 <= content["seconds"] < 1100  # including the time before the interruption
     assert len(epochs) == 1
 
 
@@ -206,12 +206,12 @@ def test_figure_5b_shows_the_data_of_the_runs(tmp_path, monkeypatch):
         assert probability.tolist() == bag["probability"]
         assert positive.tolist() == [bool(p) for p in bag["positive"]]
         assert title.startswith(f"SGL, test bag {bag['number']}: ")
-        # it is the picture that the probability was computed of: of the target class just where it says so
+        # each picture belongs to its probability: pictures of the target class are those marked as positive
         classes = load_instances("digits", "").test_classes[bag["index"]]
         assert ((classes == 9) == positive).all()
 
 
-def test_figure_6_goes_over_the_positives(tmp_path):
+def test_figure_6_varies_the_number_of_positives(tmp_path):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
     arguments = [
@@ -228,12 +228,12 @@ def test_figure_6_goes_over_the_positives(tmp_path):
         assert content["command"].startswith("python train_cifar10_bags.py --data digits --data-dir DIR")
     with (tmp_path / "figure6.csv").open() as file:
         assert [row["positives"] for row in csv.DictReader(file)] == ["1", "3"]
-    # without the options that they were trained with, they are not what the figure would be drawn of
+    # without the options of the training, the settings of the runs differ from those of the figure
     assert figures.main([*arguments[: arguments.index("--options")], "--draw-only"]) == 2
 
 
 @pytest.mark.parametrize("figure", figures.FIGURES)
-def test_quick_is_a_part_of_the_figure(figure):
+def test_quick_computes_a_part_of_the_figure(figure):
     quick, full = (figures.parse_arguments(["--figure", figure, *more]) for more in (["--quick"], []))
     assert quick.methods == full.methods
     assert quick.epochs * max(quick.bags) * max(quick.sizes) <= 60 * 150 * 50
@@ -250,19 +250,19 @@ def test_quick_is_a_part_of_the_figure(figure):
         ["--figure", "4", "--options", "--data=x.npz"],
     ],
 )
-def test_options_that_contradict_the_figure_are_refused(wrong):
+def test_options_that_contradict_the_figure_are_errors(wrong):
     with pytest.raises(SystemExit):
         figures.parse_arguments(wrong)
 
 
-def test_nothing_to_draw_and_no_data(tmp_path, capsys):
+def test_missing_runs_and_missing_data_are_errors(tmp_path, capsys):
     assert figures.main([*TINY, "--out", str(tmp_path), "--draw-only"]) == 2
     assert "no run of figure 5a" in capsys.readouterr().err
     assert figures.main([*TINY, "--out", str(tmp_path), "--data", "nothing.npz"]) == 2
     assert "nothing.npz" in capsys.readouterr().err
 
 
-def test_a_command_names_no_folder_of_this_machine():
+def test_stored_command_has_no_data_folder():
     assert figures.without_paths(["--data", "/home/me/x.npz", "--data-dir", "/home/me", "--bags", "5"]) == [
         "--data", "x.npz", "--data-dir", "DIR", "--bags", "5",
     ]  # fmt: skip

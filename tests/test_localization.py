@@ -1,4 +1,4 @@
-"""Boxes from maps of probabilities: hand-worked cases, properties, and the genuine boxes of ChestX-ray14."""
+"""Boxes from maps of probabilities: calculations by hand, properties, and the real boxes of ChestX-ray14."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ BOXES = st.tuples(COORDINATES, COORDINATES, LENGTHS, LENGTHS).map(np.array)
 
 
 def cells(box, height, width):
-    """The pixels of a box whose numbers are whole."""
+    """The pixels of a box with integer coordinates."""
     mask = np.zeros((height, width), bool)
     x, y, w, h = (int(v) for v in box)
     mask[y : y + h, x : x + w] = True
     return mask
 
 
-def test_upsampling_by_hand():
+def test_upsampling_equals_a_calculation_by_hand():
     heatmap = np.array([[0.0, 1.0]])
     assert loc.upsample(heatmap, (1, 4)).tolist() == [[0, 0, 1, 1]]
-    assert loc.upsample(heatmap, (2, 3)).tolist() == [[0, 1, 1]] * 2  # the middle pixel's centre is on the border
+    assert loc.upsample(heatmap, (2, 3)).tolist() == [[0, 1, 1]] * 2  # the middle pixel's centre is on a border
     assert loc.upsample(heatmap, (1, 4), "bilinear").tolist() == [[0, 0.25, 0.75, 1]]
 
 
 @settings(deadline=None, max_examples=60)
 @given(heatmap=MAPS, height=st.integers(1, 20), width=st.integers(1, 20))
-def test_upsampling_is_torchs(heatmap, height, width):
+def test_upsampling_equals_torch(heatmap, height, width):
     size = (height, width)
     tensor = torch.from_numpy(heatmap)[None, None]
     exact = torch.nn.functional.interpolate(tensor, size, mode="nearest-exact")[0, 0].numpy()
     bilinear = torch.nn.functional.interpolate(tensor, size, mode="bilinear", align_corners=False)[0, 0].numpy()
     assert np.allclose(loc.upsample(heatmap, size, "bilinear"), bilinear, atol=1e-12)
-    # where a pixel's centre lies on a border torch takes either cell, as its rounding goes
+    # if the centre of a pixel lies on a border, torch may take either cell, depending on rounding
     odd = [(2 * np.arange(n) + 1) * k % (2 * n) == 0 for n, k in zip(size, heatmap.shape, strict=True)]
     inside = ~np.logical_or.outer(*odd)
     assert (loc.upsample(heatmap, size) == exact)[inside].all()
@@ -64,12 +64,12 @@ def test_upsampling_is_torchs(heatmap, height, width):
         (np.zeros((2, 2)), (4, 4), "cubic", "mode"),
     ],
 )
-def test_wrong_arguments_of_upsample_are_refused(heatmap, size, mode, named):
+def test_invalid_arguments_of_upsample_raise_an_error(heatmap, size, mode, named):
     with pytest.raises(ValueError, match=named):
         loc.upsample(heatmap, size, mode)
 
 
-def test_box_by_hand():
+def test_box_equals_a_calculation_by_hand():
     heatmap = np.array([[0.1, 0.9, 0.2, 0.0], [0.0, 0.6, 0.1, 0.0], [0.0, 0.0, 0.0, 0.8], [0.0, 0.0, 0.0, 0.7]])
     # the cells of 0.9 and 0.6 hold the maximum: column 1, rows 0 and 1 of 8 x 8 pixels each
     assert loc.heatmap_to_box(heatmap, (32, 32)).tolist() == [8, 0, 8, 16]
@@ -78,15 +78,15 @@ def test_box_by_hand():
     heatmap[2, 3] = 0.95
     assert loc.heatmap_to_box(heatmap, (32, 32)).tolist() == [24, 16, 8, 16]
     assert loc.heatmap_to_point(heatmap, (32, 32)) == (28, 20)
-    # a threshold is not reached by what equals it
+    # a value equal to the threshold is not above it
     assert np.isnan(loc.heatmap_to_box(heatmap, (32, 32), threshold=0.95)).all()
 
 
-def test_cells_that_touch_at_a_corner_are_one():
+def test_cells_that_touch_at_a_corner_are_one_component():
     assert loc.heatmap_to_box(np.eye(3), (12, 12), side=1).tolist() == [0, 0, 12, 12]
 
 
-def test_bilinear_box_by_hand():
+def test_bilinear_box_equals_a_calculation_by_hand():
     # along a row 0, 0.25, 0.75, 1, 1, 1, 0.75, 0.25, 0: above 0.5 from pixel 2 on
     heatmap = np.array([[0.0, 1.0, 1.0, 0.0]])
     assert loc.upsample(heatmap, (1, 8), "bilinear").tolist() == [[0, 0.25, 0.75, 1, 1, 0.75, 0.25, 0]]
@@ -94,24 +94,24 @@ def test_bilinear_box_by_hand():
     assert loc.heatmap_to_box(heatmap, (1, 8), threshold=0.8, mode="bilinear", side=1).tolist() == [3, 0, 2, 1]
 
 
-#: Of a cell of 8 pixels: begun where the image begins, at its very edge, so far beyond it that none is seen.
+#: Centres of the first cell, in cells of 8 pixels: even grid, ResNet, DenseNet, and a first cell outside the image.
 BEGINNINGS = (0.5, 0.0625, 1.8125, -0.75)
 
 
-def test_cells_that_begin_elsewhere_by_hand():
-    # cells of 8 pixels, the first of which is centred on pixel 0: as a ResNet's are. Borders half-way between centres
+def test_first_cell_at_other_positions_equals_a_calculation_by_hand():
+    # cells of 8 pixels, the first one centred on pixel 0, as in a ResNet; borders are halfway between centres
     assert loc.nearest_cells(24, 3, 0.0625).tolist() == [0] * 4 + [1] * 8 + [2] * 12
     assert loc.nearest_cells(24, 3).tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    # as a DenseNet's of stride 8, centred at 14.5: the last one is beyond the image
+    # as in a DenseNet of stride 8, centred at 14.5: the last cell is outside the image
     assert loc.nearest_cells(24, 3, 1.8125).tolist() == [0] * 18 + [1] * 6
     heatmap = np.zeros((3, 3))
     heatmap[1, 2] = 1.0
     assert loc.heatmap_to_box(heatmap, (24, 24), first=0.0625).tolist() == [12, 4, 12, 8]
     assert loc.heatmap_to_point(heatmap, (24, 24), 0.0625) == (16.5, 8.5)
-    # between the centres, pixels 8 and 16, an eighth more with every pixel
+    # between the centres at pixels 8 and 16, the value increases by an eighth per pixel
     line = loc.upsample(heatmap, (24, 24), "bilinear", 0.0625)[8]
     assert line.tolist() == [0] * 9 + [k / 8 for k in range(1, 8)] + [1] * 8
-    # what is greatest beyond the image is not seen, neither in the box nor as the peak
+    # a maximum outside the image is ignored, both for the box and for the peak
     assert np.isnan(loc.heatmap_to_box(heatmap, (24, 24), first=1.8125)).all()
     heatmap[0, 1] = 0.75
     assert loc.heatmap_to_box(heatmap, (24, 24), first=1.8125).tolist() == [18, 0, 6, 18]
@@ -121,8 +121,8 @@ def test_cells_that_begin_elsewhere_by_hand():
 
 @settings(deadline=None, max_examples=60)
 @given(heatmap=MAPS, scale=st.integers(2, 8), first=st.sampled_from(BEGINNINGS))
-def test_a_map_that_begins_elsewhere_is_a_map_that_was_shifted(heatmap, scale, first):
-    """By pixels: the image of the evenly begun map, of which the edges go on, seen through a window."""
+def test_other_position_of_the_first_cell_shifts_the_map(heatmap, scale, first):
+    """Compares pixels with a window of the upsampled map of an even grid, whose edge cells are repeated."""
     size = (heatmap.shape[0] * scale, heatmap.shape[1] * scale)
     shift = round((first - 0.5) * scale)
     for mode in loc.UPSAMPLING:
@@ -144,25 +144,25 @@ def test_opening_removes_and_closing_fills():
 
 
 @pytest.mark.parametrize("side", [-1, 0, 2])
-def test_a_square_has_a_middle(side):
+def test_side_of_the_square_must_be_odd(side):
     with pytest.raises(ValueError, match="side"):
         loc.open_and_close(np.ones((4, 4), bool), side)
 
 
-def test_the_edge_of_the_image_eats_nothing():
+def test_opening_keeps_areas_at_the_edge_of_the_image():
     for box in ((0, 0, 5, 5), (7, 7, 5, 5), (0, 0, 12, 3)):
         assert (loc.open_and_close(cells(box, 12, 12), 3) == cells(box, 12, 12)).all()
     assert loc.open_and_close(np.ones((12, 12), bool), 5).all()
     assert not loc.open_and_close(np.zeros((12, 12), bool), 5).any()
 
 
-def test_an_area_that_opening_removes_gives_no_box():
+def test_area_that_opening_removes_gives_no_box():
     heatmap = np.zeros((12, 12))
     heatmap[2, 2] = 0.9
     assert np.isnan(loc.heatmap_to_box(heatmap, (12, 12), side=3)).all()
     heatmap[6:10, 5:9], heatmap[0:3, 7:10] = 0.7, 0.6
     heatmap[11, 0:3] = 0.65
-    # the maximum is sought in what is left
+    # the maximum is that of the remaining area
     assert loc.heatmap_to_box(heatmap, (12, 12), side=3).tolist() == [5, 6, 4, 4]
     heatmap[0:3, 7:10] = 0.8
     assert loc.heatmap_to_box(heatmap, (12, 12), side=3).tolist() == [7, 0, 3, 3]
@@ -172,7 +172,7 @@ def test_an_area_that_opening_removes_gives_no_box():
 @settings(deadline=None, max_examples=50)
 @given(mask=MASKS, side=st.sampled_from([3, 5]))
 def test_opening_is_the_union_of_the_squares_that_fit(mask, side):
-    """Squares round a pixel of the image, of which only what is in the image has to fit. Closing: of what is not."""
+    """Squares around pixels of the image; only their part inside the image must fit. Closing opens the complement."""
 
     def opened(mask):
         union = np.zeros_like(mask)
@@ -186,8 +186,8 @@ def test_opening_is_the_union_of_the_squares_that_fit(mask, side):
 
 @settings(deadline=None, max_examples=60)
 @given(heatmap=MAPS, scale=st.integers(1, 4), threshold=st.integers(-1, 8).map(lambda k: k / 8))
-def test_box_is_that_of_the_flooded_component(heatmap, scale, threshold):
-    """Against a flood from the maximum, one cell at a time."""
+def test_box_equals_that_of_a_flood_fill(heatmap, scale, threshold):
+    """Compared with a flood fill from the maximum, cell by cell."""
     size = (heatmap.shape[0] * scale, heatmap.shape[1] * scale)
     box = loc.heatmap_to_box(heatmap, size, threshold, side=1)
     start = tuple(int(v) for v in np.unravel_index(np.argmax(heatmap), heatmap.shape))
@@ -207,15 +207,15 @@ def test_box_is_that_of_the_flooded_component(heatmap, scale, threshold):
     assert (box == scale * np.array([*low, high[0] - low[0], high[1] - low[1]])).all()
     x, y = loc.heatmap_to_point(heatmap, size)
     assert loc.contains(box, (x, y))
-    for first in BEGINNINGS:  # wherever the cells are: the box holds the peak
+    for first in BEGINNINGS:  # for every position of the cells, the box contains the peak
         elsewhere = loc.heatmap_to_box(heatmap, size, threshold, side=1, first=first)
         assert np.isnan(elsewhere).all() or loc.contains(elsewhere, loc.heatmap_to_point(heatmap, size, first))
 
 
-def test_iou_by_hand():
+def test_iou_equals_a_calculation_by_hand():
     assert loc.box_iou((0, 0, 4, 4), (2, 2, 4, 4)) == pytest.approx(4 / 28)
     assert loc.box_iou((0, 0, 4, 4), (0, 0, 4, 4)) == 1
-    assert loc.box_iou((0, 0, 4, 4), (4, 0, 4, 4)) == 0  # half-open: neighbours share nothing
+    assert loc.box_iou((0, 0, 4, 4), (4, 0, 4, 4)) == 0  # half-open: neighbouring boxes do not overlap
     assert loc.box_iou((0, 0, 10, 10), (2.5, 2.5, 5, 5)) == pytest.approx(0.25)
     assert loc.box_iou(loc.NO_BOX, (0, 0, 1, 1)) == 0
     assert loc.box_iou((1, 1, 0, 0), (1, 1, 0, 0)) == 0
@@ -231,7 +231,7 @@ def test_iou_properties(one, other, shift, stretch):
     assert loc.box_iou(one, one) == 1
     moved = np.array([shift, 2 * shift, 0, 0])
     assert loc.box_iou(one + moved, other + moved) == pytest.approx(value)
-    # an image that is squeezed in one direction keeps it: boxes may be compared at any size of the image
+    # scaling one direction does not change the IoU, so boxes may be compared at any size of the image
     squeezed = np.array([stretch, 1, stretch, 1]) / 4
     assert loc.box_iou(one * squeezed, other * squeezed) == pytest.approx(value)
 
@@ -243,7 +243,7 @@ def test_iou_counts_pixels(one, other):
     assert loc.box_iou(one, other) == pytest.approx((first & second).sum() / (first | second).sum())
 
 
-def test_accuracy_and_the_gate_by_hand():
+def test_accuracy_with_gate_equals_a_calculation_by_hand():
     overlaps = np.array([0.1, 0.31, 0.8, 0.0])
     classes = np.array([0, 0, 2, 2])
     names = ["a", "b", "c"]
@@ -257,11 +257,11 @@ def test_accuracy_and_the_gate_by_hand():
     assert math.isnan(loc.per_class(np.zeros(0), np.zeros(0, int), names)["mean"])
 
 
-def test_mean_is_of_classes_not_of_boxes():
+def test_mean_is_over_classes_not_over_boxes():
     assert loc.per_class([1, 1, 1, 0], np.array([0, 0, 0, 1]), ["a", "b"])["mean"] == 0.5
 
 
-def test_pointing_game_by_hand():
+def test_pointing_game_equals_a_calculation_by_hand():
     box = (2, 4, 3, 2)
     points = np.array([(2, 4), (4.9, 5.9), (5, 5), (3, 6), (1.9, 5)])
     assert loc.contains(box, points).tolist() == [True, True, False, False, False]
@@ -276,7 +276,7 @@ def test_pointing_game_by_hand():
     first=st.sampled_from(BEGINNINGS),
     component=st.sampled_from(loc.COMPONENTS),
 )
-def test_boxes_of_many_thresholds_are_those_of_each(heatmap, size, mode, first, component):
+def test_boxes_at_many_thresholds_equal_those_at_each(heatmap, size, mode, first, component):
     thresholds = np.arange(16) / 16
     how = {"first": first, "component": component}
     together = loc.boxes_by_threshold(heatmap, size, thresholds, mode, **how)
@@ -284,7 +284,7 @@ def test_boxes_of_many_thresholds_are_those_of_each(heatmap, size, mode, first, 
     assert np.array_equal(together, each, equal_nan=True)
 
 
-def test_few_thresholds_are_labelled(monkeypatch):
+def test_equal_masks_are_labelled_once(monkeypatch):
     calls = []
     original = _boxes._component_box
     monkeypatch.setattr(_boxes, "_component_box", lambda *x: calls.append(1) or original(*x))
@@ -297,16 +297,16 @@ def test_few_thresholds_are_labelled(monkeypatch):
         assert len(calls) <= 2
 
 
-def test_max_box_accuracy_by_hand():
+def test_max_box_accuracy_equals_a_calculation_by_hand():
     # nested squares of 0.25, 0.75 and 1: 8, 4 and 2 cells wide
     heatmap = np.zeros((16, 16))
     heatmap[4:12, 4:12], heatmap[6:10, 6:10], heatmap[7:9, 7:9] = 0.25, 0.75, 1.0
     true = np.array([[4, 4, 8, 8], [6, 6, 4, 4], [7, 7, 2, 2]]) * 2.0
     accuracy = loc.max_box_accuracy([heatmap] * 3, true, np.array([0, 0, 0]), ["a"], (32, 32))
-    # 4 wide: IoU 1/4 with 8, 1 with 4, 1/4 with 2
+    # width 4: IoU 1/4 with width 8, 1 with width 4, 1/4 with width 2
     assert accuracy["0.1"]["mean"] == 1
     assert accuracy["0.1"]["threshold"] == 0.25
-    # one threshold for all: a threshold for each map would find all three
+    # one threshold for all maps; with one threshold per map, all three would be found
     assert accuracy["0.7"] == {"a": pytest.approx(1 / 3), "mean": pytest.approx(1 / 3), "threshold": 0}
     # every map is scaled
     assert loc.max_box_accuracy([heatmap / 8 + 0.5] * 3, true, np.zeros(3, int), ["a"], (32, 32)) == accuracy
@@ -314,7 +314,7 @@ def test_max_box_accuracy_by_hand():
     assert constant["0.1"]["mean"] == 0
 
 
-def test_trivial_boxes_by_hand():
+def test_trivial_boxes_equal_a_calculation_by_hand():
     assert loc.whole_image_box((20, 40)).tolist() == [0, 0, 40, 20]
     assert loc.centre_box((20, 40)).tolist() == [10, 5, 20, 10]
     boxes = np.array([[0, 0, 2, 2], [4, 4, 4, 4], [8, 8, 6, 6], [50, 50, 1, 1]])
@@ -324,20 +324,20 @@ def test_trivial_boxes_by_hand():
 
 
 @given(boxes=st.lists(BOXES, min_size=2, max_size=6), moved=BOXES)
-def test_mean_box_does_not_know_its_own(boxes, moved):
+def test_mean_box_leaves_out_the_own_patient(boxes, moved):
     classes, groups = np.zeros(len(boxes), int), np.arange(len(boxes))
     before = loc.mean_boxes(np.array(boxes), classes, groups)[0]
     after = loc.mean_boxes(np.array([moved, *boxes[1:]]), classes, groups)[0]
     assert (before == after).all()
 
 
-def test_ceiling_by_hand():
+def test_ceiling_equals_a_calculation_by_hand():
     size, grid = (64, 64), (4, 4)
     true = np.array([[16, 0, 32, 16], [20, 20, 4, 4], [14, 0, 20, 16]])
     best = loc.grid_ceiling(true, grid, size)
     assert best.tolist() == [[16, 0, 32, 16], [16, 16, 16, 16], [16, 0, 16, 16]]
     assert loc.box_iou(best, true).tolist() == [1, 1 / 16, 0.8]
-    # columns of cells centred on pixels 0, 16, 32, 48: pixels 8, 24, 40 are as near to the next, and belong to it
+    # columns of cells centred on pixels 0, 16, 32, 48; pixels 8, 24, 40 are halfway and belong to the next column
     assert loc.grid_ceiling(true[:1], grid, size, 1 / 32).tolist() == [[8, 0, 32, 24]]
 
 
@@ -346,7 +346,7 @@ def test_ceiling_by_hand():
 def test_no_union_of_cells_beats_the_ceiling(box, rows, columns, first):
     size = (26, 25)
     best = loc.box_iou(loc.grid_ceiling(box, (rows, columns), size, first)[0], box)
-    every = []  # boxes as maps give them
+    every = []  # boxes that maps can give
     for (y0, y1), (x0, x1) in itertools.product(*(itertools.combinations(range(k + 1), 2) for k in (rows, columns))):
         cells = np.zeros((rows, columns))
         cells[y0:y1, x0:x1] = 1
@@ -354,8 +354,8 @@ def test_no_union_of_cells_beats_the_ceiling(box, rows, columns, first):
     assert best == pytest.approx(loc.box_iou(np.array(every), box).max())
 
 
-def test_cells_without_a_pixel_scale_nothing():
-    """The first column of three is centred beyond the edge: whatever it says, MaxBoxAcc is of what the image shows."""
+def test_cells_without_a_pixel_do_not_change_the_scale():
+    """The first of three columns is centred outside the image. Its values do not change MaxBoxAcc."""
     size, first = (8, 8), -0.6
     shown = np.array([[0.2, 0.2, 0.6, 0.4]] * 4)
     assert 0 not in loc.nearest_cells(8, 4, first)
@@ -368,8 +368,8 @@ def test_cells_without_a_pixel_scale_nothing():
         assert loc.max_box_accuracy([heatmap], true, classes, ["a"], size, first=first)["0.7"]["a"] == 1
 
 
-def test_the_trivial_predictors_of_the_genuine_boxes(data_dir):
-    """984 boxes, measured apart from this code: the centre, the class's mean (leave one out), the best of 16 x 16."""
+def test_trivial_predictors_of_the_real_boxes(data_dir):
+    """984 boxes, with values from independent code: the centre, the class mean (leave one out), the best of 16 x 16."""
     path = data_dir / "chestxray14" / "BBox_List_2017.csv"
     if not path.exists():
         pytest.skip(f"there is no {path}")
@@ -395,7 +395,7 @@ def test_the_trivial_predictors_of_the_genuine_boxes(data_dir):
 
 
 def components_of(mask):
-    """The pixels of every component in the order of their first pixel, by a flood, one pixel at a time."""
+    """The pixels of every component in the order of their first pixel, by a flood fill, pixel by pixel."""
     left, found = {tuple(at) for at in np.argwhere(mask)}, []
     for start in sorted(left):
         if start not in left:
@@ -428,7 +428,7 @@ def box_of(pixels):
     side=st.sampled_from([1, 3]),
     first=st.sampled_from(BEGINNINGS),
 )
-def test_every_component_against_a_flood(heatmap, size, threshold, relative, mode, side, first):
+def test_every_component_equals_a_flood_fill(heatmap, size, threshold, relative, mode, side, first):
     if relative:
         threshold = abs(threshold) % 1
     how = {"threshold": threshold, "mode": mode, "side": side, "first": first, "relative": relative}
@@ -437,7 +437,7 @@ def test_every_component_against_a_flood(heatmap, size, threshold, relative, mod
     components = components_of(loc.open_and_close(image > level, side))
     boxes = loc.heatmap_to_boxes(heatmap, size, **how)
     assert boxes.shape == (len(components), 4)
-    # by the greatest value, then by its place
+    # by the largest value, then by its position
     components.sort(key=lambda pixels: min((-image[at], at) for at in pixels))
     assert boxes.tolist() == [box_of(pixels) for pixels in components]
     peak = loc.heatmap_to_box(heatmap, size, **how)
@@ -450,7 +450,7 @@ def test_every_component_against_a_flood(heatmap, size, threshold, relative, mod
     assert largest.tolist() == box_of(min(components, key=lambda pixels: (-len(pixels), pixels[0])))
 
 
-def test_the_largest_component_by_hand():
+def test_largest_component_equals_a_calculation_by_hand():
     heatmap = np.array([[0.9, 0.0, 0.6, 0.7], [0.0, 0.0, 0.6, 0.6]])
     assert loc.heatmap_to_box(heatmap, (16, 32)).tolist() == [0, 0, 8, 8]
     assert loc.heatmap_to_box(heatmap, (16, 32), component="largest").tolist() == [16, 0, 16, 16]
@@ -460,12 +460,12 @@ def test_the_largest_component_by_hand():
         loc.heatmap_to_box(heatmap, (16, 32), component="all")
 
 
-def test_a_threshold_relative_to_the_maximum_by_hand():
+def test_relative_threshold_equals_a_calculation_by_hand():
     heatmap = np.array([[0.2, 0.11, 0.1, 0.0]])
     assert np.isnan(loc.heatmap_to_box(heatmap, (1, 4), 0.5, side=1)).all()
     assert loc.heatmap_to_box(heatmap, (1, 4), 0.5, side=1, relative=True).tolist() == [0, 0, 2, 1]  # 0.1 is not above
     assert np.isnan(loc.heatmap_to_box(np.zeros((2, 2)), (4, 4), 0.5, relative=True)).all()
-    # the maximum is that of the pixels: a cell without a pixel changes nothing
+    # the maximum is over the pixels: a cell without a pixel has no influence
     assert loc.heatmap_to_box([[0.2, 0.11, 9.0]], (1, 6), 0.5, side=1, first=1.4, relative=True).tolist() == [
         0,
         0,
@@ -475,19 +475,19 @@ def test_a_threshold_relative_to_the_maximum_by_hand():
 
 
 @given(heatmap=MAPS, exponent=st.integers(-3, 3), share=st.integers(0, 7).map(lambda k: k / 8))
-def test_a_relative_threshold_does_not_depend_on_the_scale(heatmap, exponent, share):
+def test_relative_threshold_does_not_depend_on_the_scale(heatmap, exponent, share):
     how = {"threshold": share, "side": 1, "relative": True}
     boxes = [loc.heatmap_to_boxes(values, (9, 9), **how) for values in (heatmap, heatmap * 2.0**exponent)]
     assert boxes[0].tolist() == boxes[1].tolist()
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, math.nan, math.inf])
-def test_a_relative_threshold_is_a_share(threshold):
+def test_relative_threshold_must_be_a_fraction(threshold):
     with pytest.raises(ValueError, match="threshold"):
         loc.heatmap_to_box(np.ones((2, 2)), (4, 4), threshold, relative=True)
 
 
-def test_a_relative_threshold_of_logits_is_refused():
+def test_relative_threshold_of_logits_raises_value_error():
     with pytest.raises(ValueError, match="probabilities"):
         loc.heatmap_to_box([[-1.0, 2.0]], (4, 4), 0.5, relative=True)
 
@@ -507,7 +507,7 @@ TAKES_A_MAP = {
 @pytest.mark.parametrize("name", TAKES_A_MAP)
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
 @pytest.mark.parametrize("cell", [(0, 0), (1, 1)])
-def test_nonfinite_maps_are_refused_everywhere(name, bad, cell):
+def test_nonfinite_maps_raise_value_error_in_every_function(name, bad, cell):
     heatmap = np.array([[0.1, 0.9], [0.4, 0.2]])
     TAKES_A_MAP[name](heatmap)
     heatmap[cell] = bad
@@ -533,13 +533,13 @@ def test_maps_may_be_lists_arrays_or_tensors(name, dtype):
 
 @pytest.mark.parametrize("name", TAKES_A_MAP)
 @pytest.mark.parametrize("heatmap", [np.zeros(4), np.zeros((1, 2, 2)), np.zeros((0, 2)), np.zeros((2, 2), complex)])
-def test_maps_of_other_shapes_are_refused(name, heatmap):
+def test_maps_of_wrong_shapes_raise_value_error(name, heatmap):
     with pytest.raises(ValueError, match="heatmap"):
         TAKES_A_MAP[name](heatmap)
 
 
 @pytest.mark.parametrize("size", [(8,), (8, 8, 8), (8.0, 8), (0, 8), (8, -1), None])
-def test_sizes_of_other_kinds_are_refused(size):
+def test_invalid_sizes_raise_an_error(size):
     for call in (loc.upsample, loc.heatmap_to_box, loc.heatmap_to_point, loc.overlay):
         with pytest.raises(ValueError, match="size"):
             call(np.ones((2, 2)), size)
@@ -553,7 +553,7 @@ def test_sizes_of_other_kinds_are_refused(size):
     one=st.lists(st.integers(0, 127), min_size=4, max_size=4),
     other=st.lists(st.integers(0, 127), min_size=4, max_size=4),
 )
-def test_boxes_of_any_type_do_not_wrap(dtype, one, other):
+def test_boxes_of_any_integer_type_do_not_overflow(dtype, one, other):
     typed, typed_other = np.array(one, dtype), np.array(other, dtype)
     assert loc.box_iou(typed, typed_other) == loc.box_iou(one, other)
     assert loc.box_iou(torch.tensor(one), torch.tensor(other)) == loc.box_iou(one, other)
@@ -564,7 +564,7 @@ def test_boxes_of_any_type_do_not_wrap(dtype, one, other):
     assert (ceilings[0] == ceilings[1]).all()
 
 
-def test_unsigned_boxes_by_hand():
+def test_unsigned_boxes_equal_a_calculation_by_hand():
     assert not loc.contains(np.array([10, 10, 255, 255], np.uint8), np.array([8, 12], np.uint8))
     assert loc.contains(np.array([10, 10, 255, 255], np.uint8), np.array([255, 255], np.uint8))
     assert loc.box_iou(np.array([200, 200, 100, 100], np.uint8), np.array([0, 0, 50, 50], np.uint8)) == 0
@@ -573,7 +573,7 @@ def test_unsigned_boxes_by_hand():
 @pytest.mark.parametrize(
     "box", [[0, 0, -1, 4], [0, 0, 4, -0.5], [math.inf, 0, 1, 1], [0, 0, math.inf, 1], [0, 0, 4], 4.0]
 )
-def test_wrong_boxes_are_refused(box):
+def test_invalid_boxes_raise_an_error(box):
     for call in (
         lambda: loc.box_iou(box, [0, 0, 1, 1]),
         lambda: loc.box_iou([0, 0, 1, 1], box),
@@ -603,12 +603,12 @@ def test_values_and_classes_may_be_lists_arrays_or_tensors(make):
 @pytest.mark.parametrize(
     ("values", "classes"), [([1, 0], [0]), ([1], [0, 1]), ([1], [3]), ([1], [-1]), ([1], [0.5]), ([[1]], [0])]
 )
-def test_values_and_classes_that_do_not_fit_are_refused(values, classes):
+def test_invalid_values_and_classes_raise_value_error(values, classes):
     with pytest.raises(ValueError, match=r"values|classes"):
         loc.per_class(values, classes, ["a", "b", "c"])
 
 
-def test_of_several_true_boxes_the_best_counts():
+def test_best_of_several_true_boxes_counts():
     heatmap = np.zeros((4, 4))
     heatmap[1, 2] = 1.0
     near, far = [2, 1, 1, 1], [0, 3, 1, 1]
@@ -630,7 +630,7 @@ def test_of_several_true_boxes_the_best_counts():
     mode=st.sampled_from(loc.UPSAMPLING),
     component=st.sampled_from(loc.COMPONENTS),
 )
-def test_max_box_accuracy_against_every_threshold(maps, boxes, mode, component):
+def test_max_box_accuracy_equals_a_search_over_thresholds(maps, boxes, mode, component):
     size, classes, names = (12, 10), [0, 1, 1][: len(maps)], ["a", "b"]
     means = np.zeros(10)
     for step in range(10):
@@ -648,7 +648,7 @@ def test_max_box_accuracy_against_every_threshold(maps, boxes, mode, component):
     assert accuracy["threshold"] == means.argmax() / 10
 
 
-def test_overlay_by_hand():
+def test_overlay_equals_a_calculation_by_hand():
     layer = loc.overlay([[0.0, 0.05], [0.5, 1.0]], (4, 4))
     assert layer.shape == (4, 4, 4)
     assert layer.dtype == np.uint8
@@ -665,7 +665,7 @@ def test_overlay_by_hand():
 
 
 @given(heatmap=MAPS, mode=st.sampled_from(loc.UPSAMPLING), opacity=st.integers(0, 4).map(lambda k: k / 4))
-def test_overlay_is_as_opaque_as_the_map_is_high(heatmap, mode, opacity):
+def test_overlay_opacity_follows_the_map(heatmap, mode, opacity):
     size = (11, 7)
     expected = 255 * opacity * loc.upsample(heatmap, size, mode)
     assert np.abs(loc.overlay(heatmap, size, mode, opacity=opacity)[..., 3] - expected).max() <= 0.5 + 1e-9
@@ -683,12 +683,12 @@ def test_overlay_is_as_opaque_as_the_map_is_high(heatmap, mode, opacity):
         {"colours": np.zeros((4, 3))},
     ],
 )
-def test_overlay_refuses(wrong):
+def test_invalid_arguments_of_overlay_raise_an_error(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         loc.overlay([[0.5]], (2, 2), **wrong)
 
 
-def test_only_localization_needs_scipy():
+def test_import_without_scipy_fails_only_for_localization():
     code = """
 import sys
 sys.modules["scipy"] = None
@@ -703,12 +703,12 @@ except ImportError as error:
 
 
 @pytest.mark.parametrize("first", [math.nan, math.inf])
-def test_where_cells_begin_is_finite(first):
+def test_first_cell_must_be_finite(first):
     with pytest.raises(ValueError, match="first"):
         loc.upsample(np.eye(2), (4, 4), first=first)
 
 
-def test_thresholds_rise():
+def test_thresholds_must_increase():
     for thresholds in ([0.5, 0.1], [[0.1]], [math.nan]):
         with pytest.raises(ValueError, match="thresholds"):
             loc.boxes_by_threshold(np.eye(2), (4, 4), thresholds)

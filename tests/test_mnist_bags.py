@@ -1,4 +1,4 @@
-"""The MNIST-Bags example: drawing bags, metrics, training, resuming, and what it writes."""
+"""The MNIST-Bags example: drawing bags, metrics, training, resuming, output files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_labels_of_bags_match_their_instances():
     assert 1.3 < float(bags.positive.sum()) / 100 < 1.8
 
 
-def test_bags_are_reproducible_and_at_least_one_instance():
+def test_bags_are_reproducible_and_not_empty():
     one, two, other = draw(seed=1)[0], draw(seed=1)[0], draw(seed=2)[0]
     assert torch.equal(one.index, two.index)
     assert not torch.equal(one.index[:50], other.index[:50])
@@ -52,7 +52,7 @@ def test_bags_are_reproducible_and_at_least_one_instance():
         draw_bags(np.arange(5), np.zeros(5, bool), 2, 3, 0, np.random.default_rng(0))
 
 
-def test_a_chosen_number_of_positives():
+def test_number_of_positives_can_be_chosen():
     bags, is_target, _ = draw(size=10, std=0.0, positives=4)
     assert (bags.positive.numpy() == is_target[bags.index.numpy()]).all()
     assert torch.equal(bags.positive.reshape(200, 10).sum(1), 4 * bags.labels.long())
@@ -61,7 +61,7 @@ def test_a_chosen_number_of_positives():
             draw(**({"size": 10, "std": 0.0} | wrong))
 
 
-def test_take_keeps_bags_together():
+def test_take_selects_whole_bags():
     bags, *_ = draw(count=5)
     some = take(bags, torch.tensor([3, 0, 3]))
     for k, i in enumerate((3, 0, 3)):
@@ -71,11 +71,11 @@ def test_take_keeps_bags_together():
         assert some.labels[k] == bags.labels[i]
 
 
-def test_metrics_by_hand():
+def test_metrics_equal_a_calculation_by_hand():
     offsets = np.array([0, 3, 6, 8])
     positive = np.array([1, 1, 0, 0, 0, 0, 0, 0], bool)
     found = np.array([1, 0, 1, 0, 0, 0, 1, 0], bool)
-    # bag 0: 1 of 3; bag 1: nothing found, nothing to find; bag 2: found where there is nothing
+    # bag 0: IoU 1/3; bag 1: no positive and none predicted; bag 2: no positive, but one predicted
     assert iou(found, positive, offsets) == pytest.approx((1 / 3 + 0) / 2)
     assert iou_pooled(found, positive, offsets, batch_size=64) == pytest.approx(1 / 4)
     assert iou_pooled(found, positive, offsets, batch_size=2) == pytest.approx((1 / 3 + 0) / 2)
@@ -84,7 +84,7 @@ def test_metrics_by_hand():
     assert np.isnan(auc(np.array([0.1, 0.4]), np.array([1, 1])))
 
 
-def test_splits_share_no_image():
+def test_parts_share_no_image():
     data = instances.load_instances("digits", "")
     config = options.configs_of(example.parse(SMALL))["sgl"]
     images, bags = experiment.bags_of(data, config, 0, "cpu")
@@ -96,7 +96,7 @@ def test_splits_share_no_image():
     assert abs(float(data.train_images.mean())) < 1e-4
 
 
-def test_network_is_the_authors():
+def test_network_is_that_of_the_authors():
     model = networks.LeNet()
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 1)
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
@@ -108,7 +108,7 @@ def run(out, *options):
     return json.loads((out / "metrics.json").read_text())
 
 
-def test_the_files_of_a_run(tmp_path):
+def test_run_writes_its_files(tmp_path):
     metrics = run(tmp_path, "--loss", "sgl", "--epochs", "2", "--runs", "2", "--seed", "5")
     assert metrics["config"]["loss"] == "sgl"
     assert [r["seed"] for r in metrics["runs"]] == [5, 6]
@@ -126,7 +126,7 @@ def test_the_files_of_a_run(tmp_path):
     assert (tmp_path / "bags.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_validation_every_few_epochs(tmp_path):
+def test_validation_every_n_epochs(tmp_path):
     every = run(tmp_path / "1", "--loss", "sgl", "--epochs", "5")
     some = run(tmp_path / "2", "--loss", "sgl", "--epochs", "5", "--val-every", "2")
     assert some["runs"][0]["last"] == every["runs"][0]["last"]
@@ -136,19 +136,19 @@ def test_validation_every_few_epochs(tmp_path):
         assert other == one if validated else other == one | {n: "" for n in one if n.startswith("val_")}
 
 
-def test_without_loss_both_methods_and_their_comparison(tmp_path, capsys):
+def test_without_loss_both_methods_are_compared(tmp_path, capsys):
     assert example.main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "comparison.png").exists()
     for name, loss in (("sgl", "sgl"), ("max", "bag")):
         assert json.loads((tmp_path / name / "metrics.json").read_text())["config"]["loss"] == loss
     printed = capsys.readouterr().out
-    assert "sgl (max) seed 0: epoch 1 of 1, loss" in printed  # a line for each epoch where the output is no terminal
+    assert "sgl (max) seed 0: epoch 1 of 1, loss" in printed  # one line per epoch if the output is not a terminal
     assert "SGL against max pooling alone: bag AUC" in printed
     for column in training.METRICS:
-        assert f"\n{column} " in printed  # what the column means
+        assert f"\n{column} " in printed  # the explanation of the column
 
 
-def test_the_demonstration_has_several_seeds_and_mnist_has_the_settings_of_the_paper():
+def test_defaults_of_the_demonstration_and_of_mnist():
     demo, mnist = example.parse([]), example.parse(["--data", "mnist"])
     assert demo.runs >= 3
     assert (mnist.bags, mnist.epochs, mnist.lr, mnist.batch_size) == (100, 300, 1e-4, 64)
@@ -156,7 +156,7 @@ def test_the_demonstration_has_several_seeds_and_mnist_has_the_settings_of_the_p
 
 
 @pytest.mark.parametrize("loss", ["sgl", "mmm"])
-def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, loss):
+def test_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, loss):
     expected = run(tmp_path / "whole", "--loss", loss, "--epochs", "4")
     epochs = []
 
@@ -170,7 +170,7 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_epoch", interrupted)
         assert example.main([*SMALL, *options]) == 130
-    assert example.main([*SMALL, *options]) == 2  # not over what is there
+    assert example.main([*SMALL, *options]) == 2  # existing results are not overwritten
     got = run(tmp_path / "cut", "--loss", loss, "--epochs", "4", "--resume")
     assert got["runs"] == expected["runs"]
     histories = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "cut")]
@@ -178,7 +178,7 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, 
     states = [torch.load(tmp_path / name / "seed0.pt", weights_only=True) for name in ("whole", "cut")]
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name])
-    assert example.main([*SMALL, *options, "--resume", "--lam", "2"]) == 2  # not with other settings
+    assert example.main([*SMALL, *options, "--resume", "--lam", "2"]) == 2  # resuming needs the same settings
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -196,19 +196,19 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         ["--positives", "2", "--bag-std", "1"],
     ],
 )  # fmt: skip
-def test_bad_options(options):
+def test_invalid_options_are_errors(options):
     with pytest.raises(SystemExit):
         example.parse(options)
 
 
 @pytest.mark.parametrize("data", ["nothing.npz", "emnist"])
-def test_bad_data(data, capsys):
+def test_invalid_data_are_errors(data, capsys):
     assert example.main(["--data", data, "--dry-run"]) == 2
     assert data in capsys.readouterr().err
     assert example.main(["--target", "77", "--dry-run"]) == 2
 
 
-def test_instances_of_a_user(tmp_path):
+def test_instances_from_an_npz_file(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {"x_train": rng.random((60, 20, 20, 3)), "y_train": np.arange(60) % 3}
     arrays |= {"x_test": rng.random((30, 20, 20, 3)), "y_test": np.arange(30) % 3}
@@ -219,12 +219,12 @@ def test_instances_of_a_user(tmp_path):
         instances.load_instances(str(tmp_path / "bad.npz"), "")
 
 
-def test_real_mnist(data_dir, tmp_path):
+def test_real_mnist_is_read(data_dir, tmp_path):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for packed in (data_dir / "MNIST" / "raw").glob("*.gz"):  # they are unpacked where they lie
+    for packed in (data_dir / "MNIST" / "raw").glob("*.gz"):  # they are unpacked in the same folder
         (raw / packed.name).symlink_to(packed)
     data = instances.load_instances("mnist", str(tmp_path))
     assert data.train_images.shape == (60000, 1, 32, 32)
@@ -234,7 +234,7 @@ def test_real_mnist(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["max", "topk", "mean"])
-def test_a_step_goes_backward_through_instances_with_a_gradient_alone(pooling):
+def test_backward_computes_only_instances_with_a_gradient(pooling):
     data = instances.load_instances("digits", "")
     rng = np.random.default_rng(0)
     drawn = draw_bags(np.arange(200), data.train_classes == 9, 12, 30, 3, rng)  # images repeat between bags
@@ -258,7 +258,7 @@ def test_a_step_goes_backward_through_instances_with_a_gradient_alone(pooling):
         assert len(seen) == 2 and seen[1][0] and 1 <= seen[1][1] <= few
 
 
-def test_checkpoints_between_epochs_change_no_result(tmp_path):
+def test_checkpoints_do_not_change_the_result(tmp_path):
     data = instances.load_instances("digits", "")
     config = options.configs_of(example.parse(["--loss", "sgl", "--bags", "4", "--epochs", "3", "--bag-size", "5"]))[
         "sgl"

@@ -1,4 +1,4 @@
-"""LamSchedule, TopKSchedule and prior_bias: when the instance loss begins, from how many instances, with which bias."""
+"""LamSchedule, TopKSchedule and prior_bias: the start of the instance loss, k of top-k pooling, the initial bias."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lams(schedule, scores, labels, steps):
 # The AUC
 
 
-def test_auc_is_the_share_of_pairs_in_order():
+def test_auc_is_the_fraction_of_ordered_pairs():
     scores, labels = torch.randn(40, 3).round(decimals=1), torch.randint(0, 2, (40, 3)).float()
     labels[::7, 1] = math.nan
     scores[3, 2] = math.nan
@@ -41,13 +41,13 @@ def test_auc_is_the_share_of_pairs_in_order():
         assert ranking.auc[c] == pytest.approx(ordered / len(pairs))
 
 
-def test_chance_deviation_is_that_of_random_scores():
+def test_chance_deviation_equals_that_of_random_scores():
     labels = (torch.arange(30) < 7).double().unsqueeze(1)
     aucs = torch.stack([rank_bags(torch.randn(30, 1), labels).auc for _ in range(2000)])
     assert float(aucs.std()) == pytest.approx(float(rank_bags(torch.randn(30, 1), labels).chance_deviation), rel=0.06)
 
 
-def test_one_label_alone_has_no_auc():
+def test_auc_of_one_label_is_nan():
     ranking = rank_bags(torch.randn(9, 2), torch.tensor([1.0, 0.0]).expand(9, 2))
     assert ranking.auc.isnan().all() and ranking.chance_deviation.isnan().all()
 
@@ -56,14 +56,14 @@ def test_one_label_alone_has_no_auc():
 # When lam rises
 
 
-def test_lam_rises_in_equal_steps_and_stays():
+def test_lam_rises_linearly_and_stays():
     schedule = LamSchedule(3.0, rise=3, interval=1)
     assert lams(schedule, LABELS, LABELS, 5) == [1.0, 2.0, 3.0, 3.0, 3.0]
     assert schedule.value == 3.0 and schedule.progress == 3
     assert schedule.class_auc.tolist() == [1.0]
 
 
-def test_chance_never_starts_it():
+def test_random_scores_never_raise_lam():
     for seed in range(10):
         torch.manual_seed(seed)
         schedule = LamSchedule(1.0, auc=0.5, interval=1)
@@ -73,8 +73,8 @@ def test_chance_never_starts_it():
 
 
 @pytest.mark.parametrize("drift", [-1.0, 1.0])
-def test_a_drifting_bias_is_no_learning(drift):
-    """Scores of rare positive bags and of all others fall together, as when only the bias learns."""
+def test_common_drift_of_scores_does_not_raise_lam(drift):
+    """The scores of all bags fall together, as when only the bias is learned."""
     for seed in range(10):
         torch.manual_seed(seed)
         schedule = LamSchedule(1.0, interval=1, rise=20)
@@ -85,7 +85,7 @@ def test_a_drifting_bias_is_no_learning(drift):
         assert values[-1] < 0.3
 
 
-def test_it_pauses_where_the_bag_loss_forgets():
+def test_rise_pauses_if_the_auc_falls():
     schedule = LamSchedule(1.0, rise=100, window=32, interval=1)
     up = lams(schedule, LABELS, LABELS, 10)
     assert up[-1] == pytest.approx(0.1)
@@ -94,8 +94,8 @@ def test_it_pauses_where_the_bag_loss_forgets():
     assert schedule.step(LABELS, LABELS) == pytest.approx(0.11)
 
 
-def test_few_positive_bags_need_more_than_the_threshold():
-    """Three positive bags of 64, all on top, may be chance; of four, all on top, they are not."""
+def test_few_positive_bags_need_a_higher_auc():
+    """Three positive bags of 64 may have the highest scores by chance. Four are sufficient evidence."""
     for positives, starts in ((3, False), (4, True)):
         labels = (torch.arange(64) < positives).float()
         assert (LamSchedule(1.0, interval=1).step(labels, labels) > 0) == starts
@@ -107,28 +107,28 @@ def test_few_positive_bags_need_more_than_the_threshold():
     assert schedule.class_auc.item() == pytest.approx(0.8)
 
 
-def test_a_batch_sorted_by_label_counts_as_a_whole():
-    """The window is smaller than the batch, whose last bags are all positive."""
+def test_batch_larger_than_the_window_counts_as_a_whole():
+    """The batch is larger than the window and sorted: its last bags are all positive."""
     labels = (torch.arange(200) >= 100).float()
     assert LamSchedule(1.0, window=16, interval=1).step(labels, labels) > 0
 
 
-def test_batches_of_one_bag():
+def test_batches_of_one_bag_fill_the_window():
     schedule = LamSchedule(1.0, window=64, rise=10)
     values = [schedule.step(torch.tensor([float(i % 2)]), torch.tensor([i % 2])) for i in range(100)]
     assert values[0] == 0.0 and values[-1] == 1.0
 
 
-def test_the_window_forgets():
+def test_window_drops_old_bags():
     schedule = LamSchedule(1.0, window=64, rise=1000, interval=1)
     lams(schedule, torch.zeros(32), LABELS, 50)
     assert lams(schedule, LABELS, LABELS, 2)[-1] > 0
 
 
-def test_a_measurement_every_interval():
+def test_auc_is_measured_every_interval():
     schedule = LamSchedule(1.0, rise=100, interval=5)
     assert max(lams(schedule, torch.zeros(32), LABELS, 1)) == 0.0
-    # steps 1 to 4 know of the first measurement alone; by step 10 enough of the window is in order
+    # steps 1 to 4 use the first measurement only; by step 10 enough bags of the window are ordered
     assert lams(schedule, LABELS, LABELS, 4) == [0.0] * 4
     assert lams(schedule, LABELS, LABELS, 10)[-1] > 0
 
@@ -142,19 +142,19 @@ def of_classes(*learnt):
     return torch.where(torch.tensor(learnt), labels, 0.0), labels
 
 
-def test_half_of_the_classes_are_enough():
+def test_lam_rises_when_half_of_the_classes_have_learned():
     assert LamSchedule(1.0, interval=1).step(*of_classes(True, True, False, False)) > 0
     assert LamSchedule(1.0, interval=1).step(*of_classes(True, False, False)) == 0.0
 
 
-def test_a_class_that_never_learns_delays_the_others_by_patience():
+def test_class_that_never_learns_delays_lam_by_patience():
     schedule = LamSchedule(1.0, patience=20, rise=10, interval=1)
     values = lams(schedule, *of_classes(True, False, False), 40)
     assert values[:20] == [0.0] * 20
     assert values[20] > 0 and values[-1] == 1.0
 
 
-def test_patience_needs_one_class_that_has_learnt():
+def test_patience_starts_with_the_first_class_that_has_learned():
     schedule = LamSchedule(1.0, patience=0, interval=1)
     assert max(lams(schedule, *of_classes(False, False, False), 40)) == 0.0
 
@@ -162,7 +162,7 @@ def test_patience_needs_one_class_that_has_learnt():
 def test_classes_without_enough_bags_do_not_count():
     scores, labels = of_classes(True, False, False, False)
     labels[:, 1] = 0.0  # no positive bag
-    labels[:, 2] = math.nan  # unknown throughout
+    labels[:, 2] = math.nan  # all unknown
     labels[4:, 3] = 0.0  # two positive bags
     schedule = LamSchedule(1.0, interval=1)
     assert schedule.step(scores, labels) > 0
@@ -179,7 +179,7 @@ def test_unknown_labels_and_broken_scores_are_left_out():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A training that stops and goes on, and several processes
+# Resuming, and several processes
 
 
 def test_state_dict_continues_the_schedule():
@@ -199,7 +199,7 @@ def test_state_dict_continues_the_schedule():
     assert found == expected
 
 
-def test_state_dict_is_of_its_moment():
+def test_state_dict_does_not_change_later():
     schedule = LamSchedule(1.0, rise=5, interval=1)
     schedule.step(LABELS, LABELS)
     state = schedule.state_dict()
@@ -213,7 +213,7 @@ def rank(number, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
     try:
         schedule = LamSchedule(1.0, rise=4, window=16, interval=1, process_group=dist.group.WORLD)
-        # rank 0 ranks its bags well, rank 1 sees negative bags alone, then both do well
+        # rank 0 ranks its bags well, rank 1 has only negative bags; later both rank well
         labels = LABELS if number == 0 else torch.zeros(32)
         values = lams(schedule, LABELS, labels, 2)
         values += lams(schedule, -LABELS, LABELS, 3)
@@ -251,12 +251,12 @@ def test_every_rank_has_the_same_lam(tmp_path):
         ({"process_group": "world"}, TypeError, "process_group"),
     ],
 )
-def test_settings_out_of_range(settings, error, message):
+def test_settings_out_of_range_raise_an_error(settings, error, message):
     with pytest.raises(error, match=message):
         LamSchedule(**settings)
 
 
-def test_calls_that_do_not_fit():
+def test_invalid_calls_raise_an_error():
     schedule = LamSchedule()
     schedule.step(torch.zeros(4, 2), torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"targets: expected shape \(4, 2\), got \(3, 2\)"):
@@ -296,7 +296,7 @@ def test_prior_bias_is_finite_without_a_positive_or_known_label():
     assert prior_bias(torch.tensor([True, False])).item() == 0.0
 
 
-def test_prior_bias_out_of_range():
+def test_prior_bias_rejects_invalid_arguments():
     with pytest.raises(ValueError, match="share: expected 0 < share <= 1, got 0"):
         prior_bias(torch.zeros(3), share=0.0)
     with pytest.raises(ValueError, match="targets: expected 0, 1 or NaN"):
@@ -316,7 +316,7 @@ def test_k_falls_geometrically_and_stays():
     assert schedule.done and schedule.progress == 4
 
 
-def test_k_as_a_share_of_the_bag():
+def test_k_may_be_a_fraction_of_the_bag():
     schedule = TopKSchedule(0.01, start=0.16, steps=2)
     assert [schedule.step() for _ in range(4)] == pytest.approx([0.16, 0.04, 0.01, 0.01])
     assert schedule.value == 0.01  # exactly
@@ -331,7 +331,7 @@ def test_k_continues_after_a_checkpoint(cut):
     assert begun + [second.step() for _ in range(6 - cut)] == expected
 
 
-def test_every_k_is_one_that_the_pooling_takes():
+def test_every_k_is_valid_for_the_pooling():
     for schedule in (TopKSchedule(3, start=1000, steps=50), TopKSchedule(0.003, start=0.5, steps=50)):
         for _ in range(60):
             pooling = TopKPooling(schedule.step())
@@ -349,13 +349,13 @@ def test_every_k_is_one_that_the_pooling_takes():
         ({"k": 8, "start": 16, "steps": 2.0}, TypeError, "steps: "),
     ],
 )
-def test_wrong_settings_of_k_are_refused(arguments, error, message):
+def test_invalid_settings_of_k_raise_an_error(arguments, error, message):
     with pytest.raises(error, match=message):
         TopKSchedule(**arguments)
 
 
-def test_a_falling_k_finds_small_objects_from_more_seeds():
-    """Bags of 200 instances, 4 of which show the class; 20 instances of every bag are large for another reason."""
+def test_falling_k_finds_small_objects_with_more_seeds():
+    """4 of 200 instances of a positive bag show the class. 20 instances of every bag are large for another reason."""
     torch.manual_seed(0)
     labels = torch.arange(150).remainder(2).float().unsqueeze(1)
     features = torch.randn(150, 200, 12)

@@ -42,7 +42,7 @@ def emulator_sources(root: Path = ROOT) -> list[Path]:
 
 
 def build_module() -> Path:
-    """The operators sgl_ops_emulated and the Python module that controls them, from the cache where it is there."""
+    """The operators sgl_ops_emulated and the Python module that controls them, from the cache if possible."""
     import pybind11
     import torch
 
@@ -65,10 +65,10 @@ def build_module() -> Path:
 
 @functools.cache
 def objects_beside_kernels(sanitizer: tuple[str, ...]) -> list[Path]:
-    """The parts of the program of compare.cpp that are the same for changed kernels, from the cache."""
+    """The parts of the program of compare.cpp that do not depend on the kernels, from the cache if possible."""
 
     def make(folder: Path) -> None:
-        # the CPU kernels that the program compares with need no sanitizer, and -O1 makes them fast enough
+        # The program compares with the CPU kernels. They need no sanitizer, and -O1 makes them fast enough.
         compile_one(HERE / "case_on_cpu.cpp", ["-O1", "-fopenmp-simd"], folder / "case_on_cpu.o")
         compile_one(HERE / "compare.cpp", [*UNOPTIMIZED, *sanitizer], folder / "compare.o")
 

@@ -1,4 +1,4 @@
-"""What compare.cpp is asked: hypothesis draws cases, and a line of text describes each."""
+"""The cases for compare.cpp, drawn by hypothesis. Each case is a line of text."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ SELF_GUIDING, BAG, BAG_INSTANCE, MIN_MEAN_MAX = range(4)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """In the order in which compare.cpp reads it. A list shorter than what it is for is gone through again."""
+    """A case, in the order in which compare.cpp reads it. A list that is too short is repeated."""
 
     schedule: int
-    resident: int  # blocks that run at a time
+    resident: int  # number of concurrent blocks
     multiprocessors: int
-    plan: list[int]  # members of Plan (launch.h); empty: what plan_of() says
+    plan: list[int]  # members of Plan (launch.h); empty: those of plan_of()
     dtype: int  # float, double, float16, bfloat16
     layout: int
     classes: int
-    sizes: list[int]  # of the bags; but for packed ones all alike
-    window_rows: int  # of a window of a map, whose rows do not follow one another
+    sizes: list[int]  # of the bags; all equal unless packed
+    window_rows: int  # rows of a window of a map; the rows are not adjacent in memory
     wide_offsets: bool
     mask: list[bool]  # empty: none
     labels: list[int]  # 0 unknown, 1 negative, 2 positive
     class_weight: list[float]  # empty: none
     pos_weight: list[float]
-    seed: int  # of the logits, which are normal numbers times scale plus shift, ...
+    seed: int  # of the logits: normal numbers times scale plus shift
     scale: float
     shift: float
-    whole: int  # ... each so manieth rounded (0: none), ...
-    special: list[float]  # ... and these somewhere among them
+    whole: int  # every whole-th logit is rounded (0: none)
+    special: list[float]  # these values are at random positions
     delta_l: float
     lam: float
     mask_weight: float
@@ -63,11 +63,11 @@ def words(value: object) -> Iterator[str]:
         for element in value:
             yield from words(element)
     else:
-        yield repr(value + 0)  # a bool as a number
+        yield repr(value + 0)  # converts bool to int
 
 
 def plans(small: bool) -> st.SearchStrategy[list[int]]:
-    """Any plan is right; what plan_of() would never say shows the way of large problems with small ones."""
+    """Any plan gives a correct result. Unusual plans test the code for large problems with small ones."""
     most = 3 if small else 9
     blocks = st.integers(1, most)
     of_warps = st.tuples(st.just(1), st.sampled_from([32, 64, 128]), blocks, blocks, st.integers(1, 3))
@@ -77,14 +77,14 @@ def plans(small: bool) -> st.SearchStrategy[list[int]]:
 
 @st.composite
 def cases(draw: st.DrawFn, small: bool = False) -> Case:
-    """``small``: few threads, which are what costs ThreadSanitizer time."""
+    """``small`` uses few threads, because ThreadSanitizer is slow with many."""
     plan = draw(plans(True) if small else st.just([]) | plans(False))
     dtype = draw(st.integers(0, 3))
     layout = draw(st.integers(MAP, PACKED))
     classes = draw(st.integers(1, 3 if small else 5))
     most_bags = 4 if small else 30
     positions = st.integers(0, 40 if small else 80)
-    if not small:  # a sum, so that a large bag is made small bit by bit
+    if not small:  # a sum, so that hypothesis can shrink a large bag step by step
         positions = st.builds(lambda few, many: few + 97 * many, positions, st.just(0) | st.integers(4, 30))
     window_rows = 1
     if layout == PACKED:
@@ -92,7 +92,7 @@ def cases(draw: st.DrawFn, small: bool = False) -> Case:
     else:
         if layout == WINDOW:
             window_rows = draw(st.integers(1, 9))
-        unit = draw(st.sampled_from([window_rows, 8 * window_rows]))  # 8: rows that lie on 16 bytes
+        unit = draw(st.sampled_from([window_rows, 8 * window_rows]))  # 8: rows aligned to 16 bytes
         size = draw(positions) // unit * unit
         sizes = [size] * draw(st.integers(1, most_bags if size <= 80 else 4))
     mask = [] if layout == PACKED else draw(st.just([]) | st.lists(st.booleans(), min_size=1, max_size=9))
@@ -100,7 +100,7 @@ def cases(draw: st.DrawFn, small: bool = False) -> Case:
     allowed = ["mean"] if loss == MIN_MEAN_MAX else [n for n in POOLINGS if n != "none" or loss == SELF_GUIDING]
     pooling = draw(st.sampled_from(allowed))
     delta_l = draw(st.sampled_from([0.3, 0.5, 0.123]))
-    # a sum of logits that cancel has no digits left that could be compared
+    # a sum of logits that cancel loses all precision and cannot be compared
     large = [] if pooling == "mean_logits" else [6e4, -6e4, 88.0, -88.0]
     special = st.sampled_from([0.0, -0.0, *large, math.nan, math.inf, -math.inf])
     weights = st.floats(0.125, 8)
@@ -122,7 +122,7 @@ def cases(draw: st.DrawFn, small: bool = False) -> Case:
         seed=draw(st.integers(0, 999)),
         scale=draw(st.sampled_from([2.0, 0.1, 0.0])),
         shift=draw(st.just(0.0) | st.floats(-100, 100)),
-        # theta of whole logits may be 1 / 2, the very threshold, where the loss jumps
+        # theta of integer logits may be exactly the threshold 1 / 2, where the loss is discontinuous
         whole=0 if delta_l == 0.5 else draw(st.sampled_from([0, 1, 50])),
         special=draw(st.just([]) | st.lists(special, max_size=3)),
         delta_l=delta_l,

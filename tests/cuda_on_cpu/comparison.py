@@ -1,4 +1,4 @@
-"""The program of compare.cpp under a sanitizer, asked case by case."""
+"""Runs the program of compare.cpp under a sanitizer, case by case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SANITIZERS = {
 
 
 class Comparison:
-    """One process for as long as it finds nothing wrong; skips where there is no such sanitizer."""
+    """A process that runs cases until one fails. The test is skipped if the sanitizer is not available."""
 
     def __init__(self, folder: Path, name: str, root: Path = ROOT):
         folder.mkdir()
@@ -32,12 +32,12 @@ class Comparison:
         self.program = build_comparison(sanitizer, root)
         self.reports = folder / "reports"  # of sanitizers
         self.process: subprocess.Popen[str] | None = None
-        self.failed: Case | None = None  # the last that did
+        self.failed: Case | None = None  # the last failing case
 
     def check(self, case: Case) -> None:
-        """An AssertionError with what the program, its sanitizer or the emulator say is wrong."""
+        """Runs a case. Raises AssertionError with the message of the program, the sanitizer or the emulator."""
         if self.process is None:
-            # nothing of the environment: options for sanitizers would change what they do
+            # an empty environment: it might contain options of sanitizers
             environment = {"PATH": "/usr/bin:/bin", "TSAN_OPTIONS": "halt_on_error=1"}
             with open(self.reports, "w") as reports:
                 self.process = subprocess.Popen(

@@ -12,7 +12,7 @@
 
 namespace emulated {
 
-inline int multiprocessors = 3;  // few, so that a block has several bag-classes
+inline int multiprocessors = 3;  // few, so that a block has several pairs (bag, class)
 inline bool capturing = false;
 inline unsigned long long stream_id = 1;
 inline cudaError_t failure = cudaSuccess;  // of the next runtime call that can fail; launches succeed
