@@ -28,7 +28,7 @@ def compiler_version(compiler: str) -> str:
 
 
 def sources_below(*folders: Path) -> list[Path]:
-    """Every file of the folders that a compiler may read."""
+    """Every source file in the folders."""
     endings = {".h", ".cpp", ".cu", ".cuh", ".py"}
     return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in endings)
 
@@ -39,7 +39,7 @@ def cached_build(name: str, sources: Iterable[Path], settings: Iterable[object],
     Args:
         name: start of the folder's name.
         sources: files whose contents the result depends on.
-        settings: whatever else it depends on: flags, versions. Their ``repr`` is hashed.
+        settings: other inputs of the build, such as flags and versions. Their ``repr`` is hashed.
         make: fills an empty folder. If it raises, nothing is kept.
     """
     digest = hashlib.sha256(repr([sys.version, torch.__version__, *map(repr, settings)]).encode())

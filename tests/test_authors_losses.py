@@ -1,4 +1,4 @@
-"""examples/bags/authors_losses.py: the control is the published code, whose shapes broadcast."""
+"""examples/bags/authors_losses.py: the control computes the published code, in which shapes broadcast."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_bil_broadcasts_the_pseudo_labels(batch):
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
-def test_with_labels_that_are_all_alike_the_two_are_the_formulas(batch, label):
+def test_equal_labels_give_the_losses_of_the_formulas(batch, label):
     x, _ = batch
     y = torch.full((6,), label, dtype=torch.float64)
     logits, offsets = packed(x)

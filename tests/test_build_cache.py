@@ -23,7 +23,7 @@ def build(tmp_path, monkeypatch):
     return source, made, run
 
 
-def test_second_build_is_the_first(build):
+def test_second_build_comes_from_the_cache(build):
     _, made, run = build
     assert run() == run()
     assert len(made) == 1
@@ -34,7 +34,7 @@ def test_changed_source_or_flags_build_again(build):
     source, made, run = build
     first = run()
     assert run(flags=("-O2",)) != first
-    source.write_text("int two;")  # the same size; the time of the change is not looked at
+    source.write_text("int two;")  # the same size; the modification time is ignored
     second = run()
     assert second != first
     assert (second / "result").read_text() == "int two;"

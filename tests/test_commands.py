@@ -1,4 +1,4 @@
-"""What all commands of the examples share: --help without torch, groups of options, the last line, full disks."""
+"""Behaviour that all commands of the examples share: --help without torch, option groups, last line, full disks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SLOW = ("torch", "torchvision", "matplotlib", "scipy", "sklearn", "timm", "panda
 
 
 @pytest.fixture(scope="module")
-def helped() -> dict[str, tuple[int, str, list[str]]]:
-    """For each command the exit status and the text of --help, and the modules of SLOW that it imported."""
+def help_of_commands() -> dict[str, tuple[int, str, list[str]]]:
+    """For each command: exit status and text of --help, and the modules of SLOW that it imported."""
     code = """
 import runpy, sys
 command, *slow = sys.argv[1:]
@@ -47,29 +47,29 @@ finally:
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
-def test_help_imports_nothing_slow(helped, path):
-    status, text, slow = helped[path.name]
+def test_help_imports_no_slow_module(help_of_commands, path):
+    status, text, slow = help_of_commands[path.name]
     assert status == 0
     assert text.startswith("usage: ")
     assert slow == []
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
-def test_options_are_in_groups_and_explained(helped, path):
-    _, text, _ = helped[path.name]
+def test_options_have_groups_and_help_texts(help_of_commands, path):
+    _, text, _ = help_of_commands[path.name]
     parts = re.split(r"^(\S.*):\n", text, flags=re.M)
     loose = dict(zip(parts[1::2], parts[2::2], strict=True)).get("options", "")
     listed = re.findall(r"^  (--[\w-]+)", text, flags=re.M)
     if len(listed) > 4:
         assert re.findall(r"^  (-[\w-]+)", loose, flags=re.M) == ["-h"], loose
-    # every option has a text
+    # every option has a help text
     for option in re.findall(r"^  (--[\w-]+.*(?:\n {8,}.*)*)", text, flags=re.M):
         assert re.search(r"\s{2,}\S", option), option
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
-def test_the_last_line_names_the_next_step(path):
-    """Every command prints it: next_step, or to stderr where its output is a table for a file."""
+def test_last_line_names_the_next_step(path):
+    """Every command calls next_step, or prints to stderr if its output is a table for a file."""
     sources = [path.read_text()]
     for node in ast.walk(ast.parse(sources[0])):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("bags", "images"):
@@ -84,8 +84,8 @@ def parse_of(path: Path):
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
-def test_beginnings_of_options_are_refused(helped, path, capsys):
-    _, text, _ = helped[path.name]
+def test_abbreviated_options_are_errors(help_of_commands, path, capsys):
+    _, text, _ = help_of_commands[path.name]
     listed = re.findall(r"^  (--[\w-]+)", text, flags=re.M)
     for option in listed:
         beginning = option[:-1]
@@ -101,8 +101,8 @@ def test_beginnings_of_options_are_refused(helped, path, capsys):
     assert "unrecognized arguments: --epoch" in capsys.readouterr().err
 
 
-def test_settings_that_did_better_are_options(helped):
-    _, text, _ = helped["train_cxr.py"]
+def test_better_settings_of_the_help_are_options(help_of_commands):
+    _, text, _ = help_of_commands["train_cxr.py"]
     assert training_options.BETTER in text
     parser = argparse.ArgumentParser()
     training_options.add_options(parser)
@@ -112,7 +112,7 @@ def test_settings_that_did_better_are_options(helped):
     assert (default.lam, default.delta_l, default.epochs, default.backbone) == (20, 0.3, 20, "resnet50")  # the paper's
 
 
-def test_the_next_command_takes_the_same_data(tmp_path):
+def test_next_command_has_the_same_data_options(tmp_path):
     given = ["--data-dir", str(tmp_path / "a b"), "--dataset", "folder", "--allow-missing"]
     parser = argparse.ArgumentParser()
     training_options.add_data_options(parser)
@@ -136,7 +136,7 @@ def test_check_ends_with_ok_or_the_errors(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("wrong: 1 images are missing (--allow-missing")
     assert check(["--data-dir", str(data), "--allow-missing"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "ok"
-    # the tables lie elsewhere
+    # the tables are in another folder
     for table in [*data.glob("*.csv"), *data.glob("*.txt")]:
         table.rename(tmp_path / table.name)
     assert check(["--data-dir", str(data)]) == 2
@@ -144,7 +144,7 @@ def test_check_ends_with_ok_or_the_errors(tmp_path, capsys):
     assert check(["--data-dir", str(data), "--tables", str(tmp_path), "--allow-missing"]) == 0
 
 
-def test_progress_in_a_file_is_a_line_now_and_then(tmp_path, monkeypatch):
+def test_progress_in_a_file_is_a_few_lines(tmp_path, monkeypatch):
     def written(name, every):
         monkeypatch.setattr(progress, "EVERY", every)
         with (tmp_path / name).open("w") as file, monkeypatch.context() as patch:
@@ -167,15 +167,15 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     assert "\rSGL: 100%|" in terminal.getvalue()
 
 
-def test_every_loop_with_a_bar_writes_lines_into_a_file():
-    """tqdm itself stands in two modules: that of Progress, and the training of bags, which prints a line an epoch."""
+def test_every_progress_bar_writes_lines_into_a_file():
+    """Only two modules use tqdm: that of Progress, and the training of bags, which prints one line per epoch."""
     files_of = (ROOT / "examples").rglob("*.py")
     found = {path.relative_to(ROOT / "examples").as_posix() for path in files_of if "tqdm" in path.read_text()}
     assert found == {"common/progress.py", "bags/training.py"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_names_the_file(tmp_path):
+def test_error_of_a_full_disk_names_the_file(tmp_path):
     path = tmp_path / "table.csv"
     path.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as plain:
@@ -185,15 +185,15 @@ def test_a_full_disk_names_the_file(tmp_path):
         path.write_text("x")
     assert named.value.filename == str(path)
     assert named.value.errno == errno.ENOSPC
-    # what has a name keeps it, and what has no number keeps its words
+    # an error with a file name keeps it, and an error without a number keeps its text
     with pytest.raises(FileNotFoundError, match="elsewhere"), files.naming(path):
         (tmp_path / "elsewhere").read_text()
     with pytest.raises(OSError, match=r"table\.csv: encoder error"), files.naming(path):
         raise OSError("encoder error")
 
 
-def test_every_write_of_the_examples_names_its_file():
-    """open to write, write_text and savefig stand in a naming block."""
+def test_every_write_of_the_examples_is_in_a_naming_block():
+    """Every open for writing, write_text, write_bytes and savefig is in a ``naming`` block."""
     unnamed = []
     for path in sorted((ROOT / "examples").rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -201,7 +201,7 @@ def test_every_write_of_the_examples_names_its_file():
             range(node.lineno, (node.end_lineno or node.lineno) + 1)
             for node in ast.walk(tree)
             if (isinstance(node, ast.With) and any("naming(" in ast.unparse(item) for item in node.items))
-            # or an error of one's own that names it
+            # or in a try block whose error names the file
             or (
                 isinstance(node, ast.Try)
                 and any(
@@ -209,7 +209,7 @@ def test_every_write_of_the_examples_names_its_file():
                 )
             )
         ]
-        # a picture that goes into a page is written into memory
+        # pictures of a page are written to memory
         memory = {
             ast.unparse(node.targets[0])
             for node in ast.walk(tree)
@@ -224,5 +224,5 @@ def test_every_write_of_the_examples_names_its_file():
             )
             if writes and not memory & set(arguments[:1]) and not any(node.lineno in lines for lines in named):
                 unnamed.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    # locks hold nothing
+    # lock files have no contents
     assert [place for place in unnamed if "cache.py" not in place and "run_folder.py" not in place] == []

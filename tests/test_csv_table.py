@@ -1,4 +1,4 @@
-"""examples/common/csv_table.py: a table of runs holds the same values as the results it was made from."""
+"""examples/common/csv_table.py: a table of runs keeps the values of the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_rows_round_trip(tmp_path):
     assert not path.with_suffix(".tmp").exists()
 
 
-def test_a_missing_file_has_no_rows_and_a_broken_one_is_named(tmp_path):
+def test_missing_file_has_no_rows_and_broken_file_is_an_error(tmp_path):
     path = tmp_path / "runs.csv"
     assert csv_table.read_rows(path) == []
     for content in (b"a,b\n1\n", b"a\n1,2\n", b"a\n\xff\xfe\n"):

@@ -1,4 +1,4 @@
-"""The examples in docstrings, in the README and in docs/ run, and give what the page says."""
+"""The code in docstrings, in the README and in docs/ runs and gives the results that the page states."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ PUBLIC = [sgl_ops, sgl_ops.functional, sgl_ops.pooling, sgl_ops.localization]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings_run(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module in PUBLIC for name in module.__all__])
-def test_everything_public_is_documented(module, name):
+def test_every_public_name_has_a_docstring(module, name):
     thing = getattr(module, name)
-    assert inspect.getdoc(thing) or not callable(thing)  # numbers and tables have comments
+    assert inspect.getdoc(thing) or not callable(thing)  # constants have comments instead
 
 
-def test_use_in_the_readme_runs():
+def test_code_of_the_readme_runs():
     text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     model = torch.nn.Conv2d(1, 14, 3, stride=2)
@@ -55,8 +55,8 @@ def test_use_in_the_readme_runs():
     assert model.weight.grad.abs().sum() > 0
 
 
-def test_replacements_of_other_losses():
-    """Each row's code gives a loss with a gradient, and the number of what it replaces where it says so."""
+def test_replacements_of_other_losses_give_the_same_number():
+    """The code of each row gives a loss with a gradient. If the row says so, its value equals that of the old loss."""
     text = (DOCS / "coming-from-another-loss.md").read_text()
     (table,) = re.findall(r"(\| you have .*?)\n\n", text, re.S)
     names = {
@@ -86,8 +86,8 @@ def test_replacements_of_other_losses():
     assert all(names[name].grad.abs().sum() > 0 for name in ("logits", "patch_logits", "x"))
 
 
-def test_own_training_loop_runs():
-    """The code blocks of docs/own-loop.md, in their order."""
+def test_code_of_own_loop_runs():
+    """Runs the code blocks of docs/own-loop.md in order."""
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "own-loop.md").read_text(), re.S)
     model = torch.nn.Conv2d(1, 3, 3)
     images, labels = torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 3)).float()
@@ -110,7 +110,7 @@ def test_own_training_loop_runs():
         elif "self_guidance" in block:
             names["logits"] = torch.randn(4, 3, 6, 6)
         elif "for images" not in block:
-            names["logits"] = names["model"](images)  # the graph of the last block is used up
+            names["logits"] = names["model"](images)  # the previous block has freed its graph
         exec(block, names)
         lams.append(names["criterion"].lam)
         if "prior_bias" in block:
@@ -124,20 +124,20 @@ def test_own_training_loop_runs():
     assert names["offsets"].tolist() == [0, 5, 14, 15, 19]
 
 
-def test_localization_page_runs(capsys):
-    """The code blocks of docs/localization.md, in their order. Each print gives what the comment beside it says."""
+def test_code_of_the_localization_page_runs(capsys):
+    """Runs the code blocks of docs/localization.md in order. Each print gives the value of its comment."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / "localization.md").read_text(), re.S))
     names = {}
     exec(code, names)
     expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
     assert capsys.readouterr().out.splitlines() == expected
     assert len(expected) == code.count("print(") > 5
-    # the layer tints the image where the network finds something
+    # the overlay tints the image where p is high
     assert len(names["image"].getcolors()) == 2
 
 
-def test_links_of_the_readme_work_on_an_index_page():
-    """An index page shows the README without the repository: a relative link is dead there, except for the picture."""
+def test_links_of_the_readme_are_absolute():
+    """A package index shows the README without the repository, so relative links are broken there."""
     text = (ROOT / "README.md").read_text()
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", text)
     assert links
@@ -147,8 +147,8 @@ def test_links_of_the_readme_work_on_an_index_page():
         assert page is None or (DOCS / f"{page[1]}.md").exists() or (DOCS / f"{page[1]}.ipynb").exists(), link
 
 
-def test_is_it_working_runs(capsys):
-    """The code blocks of docs/is-it-working.md, in their order, and its table beside the list of findings."""
+def test_code_of_is_it_working_runs(capsys):
+    """Runs the code blocks of docs/is-it-working.md in order, and compares its table with the list of findings."""
     page = (DOCS / "is-it-working.md").read_text()
     images, labels = torch.randn(30, 1, 8, 8), torch.arange(30).remainder(2).unsqueeze(1)
     logged = {}

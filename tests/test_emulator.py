@@ -1,4 +1,4 @@
-"""What runs CUDA kernels on the CPU for other tests: right kernels come out right, and wrong ones do not."""
+"""The emulator that runs CUDA kernels on the CPU: correct kernels pass, and wrong kernels fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALL = ["plain", "memory", "threads"]
 BUGS = [
     ("no_barrier", ["plain"], [0, 1, 2], WRONG, "wrong"),
     ("no_barrier", ["threads"], [0, 1, 2], RACE, "data race"),
-    # in this order nothing goes wrong: ThreadSanitizer does not need it to
+    # this order hides the bug, but ThreadSanitizer finds it anyway
     ("no_barrier_and_no_harm", ["plain"], [0], RIGHT, ""),
     ("no_barrier_and_no_harm", ["plain"], [1], WRONG, "wrong"),
     ("no_barrier_and_no_harm", ["threads"], [0, 1], RACE, "data race"),
@@ -59,18 +59,18 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def call(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # nothing of the environment: options for sanitizers would change what they do
+    # an empty environment: it might contain options of sanitizers
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin"})
 
 
 @pytest.fixture(scope="session")
 def selftest(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs selftest.cpp, which is compiled once for each build that is asked for."""
+    """Runs selftest.cpp. Each requested build is compiled once."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
     folder = tmp_path_factory.mktemp("emulator")
-    programs: dict[str, Path | str] = {}  # or why there is none
+    programs: dict[str, Path | str] = {}  # or the reason why there is none
 
     def program(build: str) -> Path | str:
         nothing = folder / "nothing.cpp"
@@ -100,7 +100,7 @@ def selftest(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize(("schedule", "resident"), [(0, 1), (1, 1), (2, 1), (0, 3), (5, 4)])
-def test_correct_kernels(selftest, build, schedule, resident):
+def test_correct_kernels_pass(selftest, build, schedule, resident):
     result = selftest(build, "correct", schedule, resident)
     assert result.returncode == RIGHT, result.stderr
     assert not result.stderr
@@ -110,13 +110,13 @@ def test_correct_kernels(selftest, build, schedule, resident):
     ("bug", "build", "schedule", "status", "text"),
     [(bug, build, k, status, text) for bug, builds, ks, status, text in BUGS for build in builds for k in ks],
 )
-def test_finds(selftest, bug, build, schedule, status, text):
-    resident = 1 + schedule % 2  # blocks one by one, and overlapping
+def test_emulator_finds_the_bug(selftest, bug, build, schedule, status, text):
+    resident = 1 + schedule % 2  # blocks one after the other, and concurrently
     result = selftest(build, bug, schedule, resident)
     assert result.returncode == status, result.stderr
     assert re.search(text, result.stderr), result.stderr
 
 
-def test_every_bug_is_looked_for():
+def test_every_bug_of_the_self_test_is_tested():
     names = re.findall(r'^      \{"(\w+)", ', SOURCE.read_text(), re.M)
     assert set(names) == {"correct", *(bug for bug, *_ in BUGS)}

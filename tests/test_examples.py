@@ -21,7 +21,7 @@ def module_of(path):
 
 
 def test_no_import_circle():
-    """Imports inside functions count, too; those for type checkers do not."""
+    """Imports inside functions count. Imports for type checkers do not."""
     modules = {module_of(path): path for path in FILES if path.name != "__init__.py"}
     imports = {}
     for name, path in modules.items():
@@ -46,5 +46,5 @@ def test_no_import_circle():
     assert imports == {}
 
 
-def test_the_names_that_options_offer_are_those_of_the_library():
+def test_names_of_options_are_those_of_the_library():
     assert tuple(pooling.POOLINGS) == POOLINGS

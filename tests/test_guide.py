@@ -1,4 +1,4 @@
-"""SGLLoss(guide=f): targets, parts and weights of the user's own."""
+"""SGLLoss(guide=f): targets, parts and weights from a custom function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgl_ops.reference import Guidance, Instances
 
 
 def paper_guide(instances: Instances) -> Guidance:
-    """Eq. 5 to 8, written with the documented object alone."""
+    """Eq. 5 to 8, written only with the documented object."""
     x, bags, labels = instances.x, instances.bags, instances.labels
     expand = bags.expand_to_instances
     p, low, high = torch.sigmoid(x), bags.min(x), bags.max(x)
@@ -28,7 +28,7 @@ def paper_guide(instances: Instances) -> Guidance:
 
 
 def soft_guide(instances: Instances) -> Guidance:
-    """Memberships that are neither 0 nor 1, and quantiles in place of minimum and maximum."""
+    """Memberships between 0 and 1, and quantiles instead of minimum and maximum."""
     bags, labels, p = instances.bags, instances.labels, torch.sigmoid(instances.x)
     expand = bags.expand_to_instances
     low, high = bags.quantile(p, 0.1), bags.quantile(p, 0.9)
@@ -43,7 +43,7 @@ BATCH = random_batch([6, 1, 13, 0, 4], classes=2, positives=0.6, unknown=0.2)
 
 @pytest.mark.parametrize("make", [padded, packed])
 @pytest.mark.parametrize("normalize", ["batch", "bag"])
-def test_the_equations_of_the_paper_as_a_guide(device, make, normalize):
+def test_guide_with_the_equations_of_the_paper_gives_the_default_loss(device, make, normalize):
     options = {"mask_weight": 0.5, "normalize": normalize, "class_weight": torch.tensor([1.0, 2.0]).double()}
     expected = run(SGLLoss(impl="reference", **options).to(device), BATCH, device, make)
     found = run(SGLLoss(guide=paper_guide, **options).to(device), BATCH, device, make)
@@ -51,8 +51,8 @@ def test_the_equations_of_the_paper_as_a_guide(device, make, normalize):
 
 
 @pytest.mark.parametrize("normalize", ["batch", "bag"])
-def test_memberships_weight_the_mean_of_each_part(device, normalize):
-    """Against the sums written out."""
+def test_memberships_are_weights_of_the_mean_of_each_part(device, normalize):
+    """Compared with explicit sums."""
     x = torch.randn(3, 1, 7, dtype=torch.float64).to(device).requires_grad_()
     y = torch.tensor([[1.0], [0.0], [1.0]], device=device)
     terms = functional.sgl_terms(x, y, guide=soft_guide, normalize=normalize, lam=1.0)
@@ -67,8 +67,8 @@ def test_memberships_weight_the_mean_of_each_part(device, normalize):
 
 
 @pytest.mark.parametrize("make", [padded, packed])
-def test_pairs_that_do_not_take_part_are_left_out(device, make):
-    """A guide that gives NaN for it: unknown labels, empty bags and padding."""
+def test_guide_is_ignored_for_excluded_pairs_and_padding(device, make):
+    """The guide returns NaN for unknown labels, empty bags and padding."""
 
     def careless(instances: Instances) -> Guidance:
         outside = ~instances.bags.expand_to_instances(instances.labels.takes_part)
@@ -81,7 +81,7 @@ def test_pairs_that_do_not_take_part_are_left_out(device, make):
     assert expected[0].isfinite()
 
 
-def test_no_gradient_flows_through_it(device):
+def test_no_gradient_flows_through_the_guide(device):
     x, y = torch.randn(2, 1, 5).to(device).requires_grad_(), torch.tensor([[1.0], [0.0]], device=device)
     value = torch.ones((), device=device, requires_grad=True)
     loss = SGLLoss(guide=lambda i: Guidance(*(value * t for t in soft_guide(i)[:5])))
@@ -90,14 +90,14 @@ def test_no_gradient_flows_through_it(device):
     assert value.grad is None
 
 
-def test_self_guidance_shows_it(device):
+def test_self_guidance_returns_the_targets_of_the_guide(device):
     x, y = torch.randn(3, 2, 9).to(device), torch.randint(0, 2, (3, 2)).to(device)
     expected = functional.self_guidance(x, y, impl="reference")
     found = functional.self_guidance(x, y, guide=paper_guide)
     torch.testing.assert_close(list(found), list(expected))
 
 
-def test_wrong_guides_are_refused(device):
+def test_invalid_guides_raise_an_error(device):
     x, y = torch.randn(2, 1, 5).to(device), torch.tensor([[1.0], [0.0]], device=device)
     with pytest.raises(TypeError, match="guide: expected a function, got str"):
         SGLLoss(guide="soft")

@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb runs as it stands, and shows what it says."""
+"""docs/quickstart.ipynb runs, and its results agree with its text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def printed(notebook) -> str:
     )
 
 
-def test_the_notebook_runs(monkeypatch):
+def test_notebook_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(sgl_ops.__file__).parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()

@@ -1,4 +1,4 @@
-"""docs/own-data.md: its commands run in their order, and its code makes boxes.csv of VOC and COCO."""
+"""docs/own-data.md: its commands run in order, and its code converts VOC and COCO to boxes.csv."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def write_coco(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "write"), [(0, write_voc), (1, write_coco)], ids=["VOC", "COCO"])
-def test_boxes_of_other_formats(photos, tmp_path, number, write):
+def test_scripts_convert_voc_and_coco_boxes(photos, tmp_path, number, write):
     write(tmp_path)
     exec(blocks("python")[number], {})
     index = load_folder(photos)
@@ -83,7 +83,7 @@ def test_boxes_of_other_formats(photos, tmp_path, number, write):
     assert sorted(found) == sorted(BOXES)
 
 
-def test_labels_out_of_boxes(photos, tmp_path):
+def test_script_creates_labels_from_boxes(photos, tmp_path):
     write_coco(tmp_path)
     (photos / "labels.csv").unlink()
     for number in (1, 2):
@@ -95,8 +95,8 @@ def test_labels_out_of_boxes(photos, tmp_path):
     assert shown == {"photo_0.png": [0, 1], "photo_1.png": [1, 0]}
 
 
-def test_the_commands_of_the_page(photos, tmp_path):
-    """As they stand there, with one epoch and small images."""
+def test_commands_of_the_page_run(photos, tmp_path):
+    """The commands as in the page, with one epoch and small images."""
     write_coco(tmp_path)
     exec(blocks("python")[1], {})
     (block,) = blocks("bash")

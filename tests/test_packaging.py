@@ -1,4 +1,4 @@
-"""The installed distribution, and what importing it costs."""
+"""The installed distribution, and the modules that its import loads."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ except PackageNotFoundError:
     pytest.skip("sgl-ops is not installed", allow_module_level=True)
 
 
-def test_version():
+def test_version_is_that_of_the_distribution():
     (written,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert sgl_ops.__version__ == version("sgl-ops") == written
     assert f"## {written}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_an_installed_extension_loads():
-    """Else every test of the fused path would be skipped, and a broken build pass."""
+def test_installed_extension_loads():
+    """Without this test, a broken build would only skip all tests of the fused operator."""
     wheel = installed.read_text("WHEEL")
     pure = "Root-Is-Purelib: true" in wheel
     if not pure:
         assert not NO_KERNEL
 
 
-def test_needs_torch_and_numpy_alone():
+def test_requirements_are_torch_and_numpy_only():
     needed = [r for r in installed.requires if "extra ==" not in r]
     assert sorted(re.split(r"[<>= ]", r)[0] for r in needed) == ["numpy", "torch"]
 
 
-def test_ships_the_package_alone():
+def test_distribution_contains_the_package_only():
     files = [str(f) for f in installed.files or []]
     assert not any(part in f for f in files for part in ("tests", "examples", "benchmarks", "csrc", "tools"))
 
 
-def test_import_is_light():
-    """Nothing beside its own few modules and, at most, Python's: torch has imported all that it needs."""
+def test_import_loads_few_modules():
+    """Beyond torch, the import loads its own modules and modules of the standard library only."""
     code = "import sys, torch; before = set(sys.modules); import sgl_ops; print(*sorted(set(sys.modules) - before))"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
     tops = {name.split(".")[0] for name in names.split()}
@@ -52,7 +52,7 @@ def test_import_is_light():
     assert len(names.split()) < 20
 
 
-def test_the_description_has_absolute_links_alone():
+def test_description_has_absolute_links_only():
     """An index page shows the README without the files of the repository."""
     text = installed.metadata.get_payload() or installed.metadata["Description"]
     links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", text)
@@ -60,7 +60,7 @@ def test_the_description_has_absolute_links_alone():
     assert all(link.startswith("https://") for _, link in links)
 
 
-def test_the_readme_starts_with_the_two_commands_of_a_fresh_machine():
+def test_readme_starts_with_the_two_commands_of_a_fresh_machine():
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks[0].split("\n")[:2] == ['pip install ".[examples]"', "python examples/train_mnist_bags.py"]
     assert blocks[1].split("\n")[:2] == ['pip install ".[test]"', "python -m pytest"]

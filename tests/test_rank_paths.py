@@ -1,4 +1,4 @@
-"""Ranks of a process group that take different paths: the same collectives, so that no rank waits for another."""
+"""Ranks of a process group on different code paths call the same collectives, so that no rank waits forever."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLIT = (slice(0, 4), slice(4, 7))
 
 def batch(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    # numbers that all dtypes hold
+    # numbers that every dtype represents exactly
     x = (2 * torch.randn(7, 2, 8, generator=generator)).to(torch.bfloat16)
     y = (torch.rand(7, 2, generator=generator) < 0.5).double()
     y[5, 0] = torch.nan
@@ -91,7 +91,7 @@ def learned(loss, x, y):
     return backward(loss, x, y)
 
 
-#: What one rank does while the other one takes ``backward`` with the defaults: (function, options, dtype).
+#: The path of one rank, while the other one uses ``backward`` with the defaults: (function, options, dtype).
 FACTS = {
     **{f"impl {impl}": (backward, {"impl": impl}, torch.float64) for impl in IMPLS},
     "float32": (backward, {}, torch.float32),
@@ -109,7 +109,7 @@ FACTS = {
     "a learned weight": (learned, {}, torch.float64),
     "check": (backward, {"check": True}, torch.float64),
 }
-#: Settings that differ, which is a mistake: the values may differ, but no rank waits for the other.
+#: Settings that differ between ranks. This is a user error: the values may differ, but no rank may wait forever.
 SETTINGS = {
     "normalize": {"normalize": "bag"},
     "pooling": {"pooling": "softmax"},
@@ -129,7 +129,7 @@ def work(rank: int, folder: str) -> None:
     group, results = dist.group.WORLD, {}
     for name, (function, options, dtype) in FACTS.items():
         for odd in (0, 1):
-            torch.save(name, f"{folder}/last{rank}.pt")  # for whoever looks for the path that makes the other wait
+            torch.save(name, f"{folder}/last{rank}.pt")  # the last path of each rank, to debug a deadlock
             function, options, dtype = FACTS[name] if rank == odd else (backward, {}, torch.float64)
             x, y = batch(dtype)
             value, grad = function(loss_of(group, **options), x[SPLIT[rank]], y[SPLIT[rank]])
@@ -156,7 +156,7 @@ def ranks(tmp_path_factory):
 
 
 def check(found, kind):
-    """Value and gradient of each rank are those of one process."""
+    """Checks that value and gradient of each rank equal those of one process."""
     x, y = batch()
     value, grad = backward(loss_of(None, kind), x, y)
     for rank, (of_rank, grad_of_rank) in enumerate(found):
@@ -168,11 +168,11 @@ def check(found, kind):
 
 @pytest.mark.parametrize("odd", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("name", FACTS)
-def test_a_rank_that_takes_another_path(ranks, name, odd):
+def test_ranks_on_different_paths_give_the_result_of_one_process(ranks, name, odd):
     check([of_rank[name, odd] for of_rank in ranks], SGLLoss)
 
 
-def test_a_guide_of_the_user_counts_over_all_ranks(ranks):
+def test_custom_guide_counts_over_all_ranks(ranks):
     x, y = batch()
     value, grad = backward(loss_of(None, guide=soft_guide), x, y)
     for rank, of_rank in enumerate(ranks):
@@ -183,11 +183,11 @@ def test_a_guide_of_the_user_counts_over_all_ranks(ranks):
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_compared_losses_in_two_dtypes(ranks, name):
+def test_other_losses_in_two_dtypes_give_the_result_of_one_process(ranks, name):
     check([of_rank[name] for of_rank in ranks], COMPARED[name])
 
 
-def test_many_losses_at_once_are_refused(tmp_path):
+def test_vmap_with_a_process_group_raises_value_error(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         x, y = batch()
@@ -200,7 +200,7 @@ def test_many_losses_at_once_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_differ_make_no_rank_wait(ranks, name):
+def test_different_settings_do_not_block_a_rank(ranks, name):
     values = [float(of_rank[name]) for of_rank in ranks]
     assert all(value > 0 for value in values)
     assert all(value < 100 for value in values)

@@ -24,7 +24,7 @@ import sgl_ops  # noqa: E402
 @pytest.mark.parametrize(
     "name", ["timm/resnet18", "timm/tf_efficientnet_lite0", "torchvision/resnet18", "torchvision/mobilenet_v2"]
 )
-def test_the_mean_of_the_map_is_the_logit_of_the_classifier(name):
+def test_mean_of_the_map_is_the_logit_of_the_classifier(name):
     classifier = recipe.make_classifier(name, 3, None, None).eval()
     images = torch.randn(2, 3, 96, 64)
     model = recipe.FullyConvolutional(classifier, images)
@@ -34,7 +34,7 @@ def test_the_mean_of_the_map_is_the_logit_of_the_classifier(name):
         torch.testing.assert_close(logits.mean((2, 3)), classifier(images), rtol=1e-3, atol=1e-4)
 
 
-def test_densenet_of_torchvision_and_a_cut_network():
+def test_densenet_and_cut_network_become_fully_convolutional():
     images = torch.randn(2, 3, 64, 64)
     for classifier in (
         recipe.make_classifier("torchvision/densenet121", 2, None, None),
@@ -45,7 +45,7 @@ def test_densenet_of_torchvision_and_a_cut_network():
             torch.testing.assert_close(model(images).mean((2, 3)), classifier.eval()(images), rtol=1e-3, atol=1e-4)
 
 
-def test_a_classifier_that_ends_otherwise_is_refused():
+def test_classifier_with_other_last_layers_is_an_error():
     classifier = timm.create_model("resnet18", num_classes=2, global_pool="max")
     with pytest.raises(ValueError, match="classifier: the mean of its map differs from its output by"):
         recipe.FullyConvolutional(classifier, torch.randn(1, 3, 64, 64))
@@ -55,25 +55,25 @@ def test_a_classifier_that_ends_otherwise_is_refused():
         recipe.make_classifier("resnet18", 2, None, None)
 
 
-def test_the_script(capsys):
+def test_script_runs(capsys):
     assert example.main(["--images", "32", "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("share of boxes with IoU > 0.1, 0.3, 0.5:") == 2
     assert out.count("class  positive bags") == 2
 
 
-def test_generated_images_have_their_boxes():
+def test_boxes_of_generated_images_contain_the_square():
     images, labels, boxes = recipe.generated_images(20, 0)
     assert labels.sum() == 10
     for image, label, (x, y, w, h) in zip(images, labels, boxes.int().tolist(), strict=True):
-        if label:  # the grating: columns that differ by 2 from those two pixels further
+        if label:  # the grating: columns two pixels apart differ by 2
             square = image[0, y : y + h, x : x + w]
             assert (square[:, :-2] - square[:, 2:]).abs().mean() > 1.5
         else:
             assert (w, h) == (0, 0)
 
 
-def test_the_page_runs(capsys):
+def test_code_of_the_recipe_page_runs(capsys):
     """The code blocks of docs/recipe.md, in their order."""
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(24).remainder(2).reshape(8, 3).float()
     names = {

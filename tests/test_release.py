@@ -1,4 +1,4 @@
-"""tools/release.py: what it finds wrong with a wheel, and that the result in the repository is as it wrote it."""
+"""tools/release.py: its checks of wheels and source distributions, and the result in the repository."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def made_up_wheel(folder, name=NAME, more=(), without=(), text="") -> Path:
         ({"text": "compiled in /home/somebody/sgl-ops"}, "/home/somebody"),
     ],
 )
-def test_a_wrong_wheel_is_refused(tmp_path, how, wrong):
+def test_wrong_wheel_is_an_error(tmp_path, how, wrong):
     with pytest.raises(release.Wrong, match=wrong):
         release.check_wheel(made_up_wheel(tmp_path, **how), ["/home/somebody"])
 
 
-def test_a_right_wheel_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(release, "run", lambda command, *_, **__: "")  # abi3audit, which asks for a real library
+def test_correct_wheel_is_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "run", lambda command, *_, **__: "")  # skip abi3audit, which needs a real library
     found = release.check_wheel(made_up_wheel(tmp_path), ["/home/somebody"])
     assert found["platforms"] == ["manylinux_2_28_x86_64"]
 
@@ -67,7 +67,7 @@ def made_up_sdist(folder, without=(), size=0) -> Path:
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with the files that git tracks")
-def test_a_source_distribution_has_the_tracked_files_and_is_small(tmp_path):
+def test_source_distribution_has_the_tracked_files_and_is_small(tmp_path):
     pictures = [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples" / "results").rglob("*.png")]
     assert pictures
     assert release.check_sdist(made_up_sdist(tmp_path, without=pictures))["bytes"] < release.LARGEST_SDIST
@@ -77,12 +77,12 @@ def test_a_source_distribution_has_the_tracked_files_and_is_small(tmp_path):
         release.check_sdist(made_up_sdist(tmp_path, size=1_000_001))
 
 
-def test_this_python_is_found_and_no_other():
+def test_only_existing_python_versions_are_found():
     assert release.interpreter("{}.{}".format(*sys.version_info))
     assert release.interpreter("3.1") is None
 
 
-def test_the_result_in_the_repository():
+def test_committed_result_is_that_of_the_script():
     result = json.loads(release.RESULT.read_text())
     assert release.TABLE.read_text() == release.table(result)
     assert len(result["environments"]) == len(release.MATRIX)

@@ -16,7 +16,7 @@ from sgl_ops import __main__ as report
 from sgl_ops import _fused
 
 
-def test_as_a_command(tmp_path):
+def test_report_runs_as_a_command(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(sgl_ops.__file__).parents[1])}
     command = [sys.executable, "-m", "sgl_ops"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -30,14 +30,14 @@ def test_as_a_command(tmp_path):
 
 
 @pytest.mark.parametrize("source_tree", [True, False])
-def test_a_source_tree_without_the_extension_says_so(monkeypatch, tmp_path, source_tree):
+def test_report_in_a_source_tree_without_the_extension(monkeypatch, tmp_path, source_tree):
     monkeypatch.setattr(_fused, "DEVICES", frozenset())
     monkeypatch.setattr(report, "__file__", str((ROOT if source_tree else tmp_path) / "sgl_ops" / "__main__.py"))
     assert ("from another folder" in "\n".join(report.about())) == source_tree
 
 
 @needs_kernel
-def test_a_wrong_kernel_is_found(monkeypatch, capsys):
+def test_wrong_kernel_is_reported(monkeypatch, capsys):
     right = _fused._backward
     monkeypatch.setattr(_fused, "_backward", lambda *arguments: right(*arguments) * 1.0001)
     assert report.main() == 1
@@ -45,7 +45,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, capsys):
 
 
 @needs_kernel
-def test_a_failing_kernel_is_reported(monkeypatch, capsys):
+def test_failing_kernel_is_reported(monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("no kernel image is available")
 
@@ -54,7 +54,7 @@ def test_a_failing_kernel_is_reported(monkeypatch, capsys):
     assert "FAILED: no kernel image" in capsys.readouterr().out
 
 
-def test_without_the_extension(monkeypatch, capsys):
+def test_report_without_the_extension(monkeypatch, capsys):
     monkeypatch.setattr(_fused, "DEVICES", frozenset())
     monkeypatch.setattr(_fused, "REASON", "no such file")
     assert report.main() == 0
@@ -76,5 +76,5 @@ def test_without_the_extension(monkeypatch, capsys):
         ("", (9, 0), False),
     ],
 )
-def test_which_gpus_are_served(compiled, capability, runs):
+def test_supported_gpus_are_recognized(compiled, capability, runs):
     assert report.runs_on(compiled, *capability) == runs

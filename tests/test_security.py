@@ -1,4 +1,4 @@
-"""What is read never executes anything, and the library opens no connection."""
+"""The library and the examples execute nothing that they read. The library opens no connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NETWORK_MODULES = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requ
 
 
 def imported(node: ast.AST) -> set[str]:
-    """The top-level names of the modules that this statement imports."""
+    """The top-level names of the modules that a statement imports."""
     if isinstance(node, ast.Import):
         return {alias.name.split(".")[0] for alias in node.names}
     if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -29,7 +29,7 @@ def imported(node: ast.AST) -> set[str]:
 
 
 def dangers(source: str) -> list[str]:
-    """Ways in which what this source reads could execute something."""
+    """Calls in a source that could execute contents of files."""
     found = []
     for node in ast.walk(ast.parse(source)):
         found += [f"{node.lineno}: import {name}" for name in imported(node) & UNSAFE_MODULES]
@@ -60,28 +60,28 @@ def dangers(source: str) -> list[str]:
         "subprocess.run(text, shell=True)",
     ],
 )
-def test_dangers_are_recognized(source):
+def test_dangerous_calls_are_detected(source):
     assert dangers(source)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_read_files_are_never_executed(path):
+def test_no_source_executes_what_it_reads(path):
     assert dangers(path.read_text()) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
-def test_tests_load_weights_only(path):
+def test_tests_load_with_weights_only(path):
     assert [danger for danger in dangers(path.read_text()) if "torch.load" in danger] == []
 
 
-def test_the_library_imports_nothing_that_connects():
+def test_library_imports_no_network_module():
     for path in (ROOT / "sgl_ops").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             assert not imported(node) & NETWORK_MODULES, f"{path.name}: {ast.unparse(node)}"
 
 
-def test_no_connection_is_opened(tmp_path):
-    """Import, a training step and the report, with every use of a socket an error that cannot be caught."""
+def test_import_training_and_report_open_no_connection(tmp_path):
+    """Runs import, a training step and the report. Any use of a socket ends the process."""
     code = """
 import os, sys, torch
 

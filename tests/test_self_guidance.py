@@ -1,4 +1,4 @@
-"""What the bags teach themselves, against the oracle."""
+"""self_guidance: targets, parts and weights, compared with the oracle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTS = {"negative": 0, "ambiguous": 1, "positive": 2, "none": -1}
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("delta_l", [0.1, 0.3])
-def test_against_the_oracle(device, rescale, weighted, delta_l):
+def test_self_guidance_equals_the_oracle(device, rescale, weighted, delta_l):
     batch = random_batch([6, 1, 13], classes=2, positives=0.7)
     logits, call = packed(batch, device)
     got = self_guidance(logits, batch.labels.to(device), delta_l=delta_l, rescale=rescale, weighted=weighted, **call)
@@ -31,7 +31,7 @@ def test_against_the_oracle(device, rescale, weighted, delta_l):
             assert float(got.weight[i, c]) == pytest.approx(float(weight), rel=1e-12)
 
 
-def test_constants_without_gradient(device):
+def test_results_require_no_gradient(device):
     x = torch.randn(2, 3, 4, device=device, requires_grad=True)
     got = self_guidance(x, torch.ones(2, 3, device=device))
     assert not any(v.requires_grad for v in got)
@@ -39,7 +39,7 @@ def test_constants_without_gradient(device):
     assert got.alpha.shape == got.weight.shape == (2, 3)
 
 
-def test_ends_are_exact_where_the_sigmoid_saturates(device):
+def test_extreme_targets_are_exact_for_saturated_logits(device):
     for shift in (-300.0, -80.0, 0.0, 30.0, 80.0, 300.0):
         x = torch.tensor([[shift, shift + 1, shift + 2]], device=device)
         m = self_guidance(x, torch.tensor([1], device=device), delta_l=0.0).targets[0]
@@ -48,9 +48,9 @@ def test_ends_are_exact_where_the_sigmoid_saturates(device):
         assert 0 < m[1] < 1
 
 
-def test_pairs_that_do_not_take_part(device):
+def test_pairs_without_guidance_have_no_part(device):
     x = torch.randn(3, 4).to(device)
-    x[0] = 0.5  # all alike
+    x[0] = 0.5  # all equal
     got = self_guidance(x, torch.tensor([1.0, float("nan"), 0.0], device=device))
     assert (got.part[:2] == -1).all()
     assert (got.part[2] == 0).all()

@@ -1,4 +1,4 @@
-"""Messages about what goes wrong outside of a call: replaced weights, the environment, stale objects, setuptools."""
+"""Errors and warnings about changed class vectors, the environment, outdated objects and setuptools."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def halved(criterion, name):
 @pytest.mark.parametrize("change", [replaced, loaded, halved])
 @pytest.mark.parametrize("name", ["class_weight", "pos_weight"])
 @pytest.mark.parametrize("make", [SGLLoss, BagLoss])
-def test_weights_that_change_after_construction(make, name, change):
+def test_changed_class_vectors_are_checked(make, name, change):
     for check in (None, True):
         criterion = change(make(**{name: torch.tensor([1e5, 1.0])}, check=check), name)
         with pytest.raises(ValueError, match=f"{name}: expected finite values .*, got (inf|nan)"):
@@ -46,7 +46,7 @@ def test_weights_that_change_after_construction(make, name, change):
 
 
 @pytest.mark.parametrize("make", [SGLLoss, BagLoss])
-def test_weights_on_the_meta_device(make):
+def test_class_vectors_may_be_on_the_meta_device(make):
     with torch.device("meta"):
         criterion = make(class_weight=[1.0, 2.0], pos_weight=[1.0, 3.0])
     assert criterion.pos_weight.is_meta
@@ -58,8 +58,8 @@ def test_weights_on_the_meta_device(make):
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_implementations_agree_at_most_ties_with_a_threshold(dtype):
-    """theta = 1/2 = delta_l up to rounding: both round alike, but their exponentials may differ."""
+def test_implementations_agree_at_most_ties_with_a_threshold(dtype):
+    """theta equals delta_l = 1/2 up to rounding. The exponentials of both may differ in the last bit."""
     differ = 0
     for high in (torch.rand(200, generator=torch.Generator().manual_seed(0)) * 6 + 0.1).tolist():
         x = torch.tensor([[-high, 0.0, high, -high]], dtype=dtype)
@@ -75,17 +75,17 @@ def python(code, folder, **environment):
 
 
 @needs_kernel
-def test_an_unknown_level_of_the_cpu_is_said(tmp_path):
+def test_unknown_cpu_level_warns(tmp_path):
     done = python("import sgl_ops", tmp_path, SGL_OPS_CPU="sse")
     assert done.returncode == 0
     assert "SGL_OPS_CPU: expected baseline, avx2, avx512, got 'sse'; the kernels for" in done.stderr
     assert "SGL_OPS_CPU" not in python("import sgl_ops", tmp_path, SGL_OPS_CPU="baseline").stderr
 
 
-def test_a_source_tree_without_the_extension_is_said(tmp_path):
+def test_source_tree_without_the_extension_warns(tmp_path):
     shutil.copytree(ROOT / "sgl_ops", tmp_path / "sgl_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "setup.py").touch()
-    # an editable installation finds the extension of its own source tree
+    # an editable installation uses the extension of its source tree
     code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]; import sgl_ops"
     done = python(code, tmp_path)
     assert done.returncode == 0
@@ -94,7 +94,7 @@ def test_a_source_tree_without_the_extension_is_said(tmp_path):
     assert "Run 'pip install .'" in done.stderr
 
 
-def test_a_source_saved_while_it_is_compiled_is_compiled_again(tmp_path):
+def test_source_saved_during_compilation_is_compiled_again(tmp_path):
     source, header, target = (str(tmp_path / name) for name in ("a.cpp", "a.h", "a.o"))
 
     def write(path, text):
@@ -107,7 +107,7 @@ def test_a_source_saved_while_it_is_compiled_is_compiled_again(tmp_path):
         if text_saved_meanwhile:
             write(source, text_saved_meanwhile)
         write(target, text)
-        os.utime(target, (2e9, 2e9))  # younger than everything
+        os.utime(target, (2e9, 2e9))  # newer than all other files
 
     write(source, "one"), write(header, "h")
     assert build_if_changed(target, [source, header], lambda: build("two"))
@@ -115,14 +115,14 @@ def test_a_source_saved_while_it_is_compiled_is_compiled_again(tmp_path):
     with open(target) as file:
         assert file.read() == "two"
     assert not build_if_changed(target, [source, header], build)
-    os.utime(source, (3e9, 3e9))  # saved again, unchanged
+    os.utime(source, (3e9, 3e9))  # saved again without changes
     assert not build_if_changed(target, [source, header], build)
     write(header, "i")
     assert build_if_changed(target, [source, header], build)
     assert build_if_changed(target, [source, header], build, command="-O3")
 
 
-def test_an_old_setuptools_is_named(tmp_path):
+def test_old_setuptools_is_an_error(tmp_path):
     (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'")
     code = "import sys; sys.path.insert(0, '.'); import build_backend"
     done = python(code, tmp_path, PYTHONPATH=str(ROOT / "tools"))

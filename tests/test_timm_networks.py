@@ -30,8 +30,8 @@ def parsed(*options):
 
 
 @pytest.mark.parametrize("stride", [32, 16])
-def test_a_resnet_of_timm_is_that_of_torchvision(tmp_path, stride):
-    """The same file gives the same features, on the same grid."""
+def test_resnet_of_timm_equals_that_of_torchvision(tmp_path, stride):
+    """The same weights give the same features on the same grid."""
     theirs = PatchClassifier("resnet18", stride, 2).eval()
     state = {k.removeprefix("features."): v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
     torch.save(state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "resnet18.pth")
@@ -45,7 +45,7 @@ def test_a_resnet_of_timm_is_that_of_torchvision(tmp_path, stride):
     assert ours.field == 435
 
 
-def test_a_cut_network_is_the_beginning_of_the_whole():
+def test_cut_network_is_the_first_part_of_the_network():
     whole = timm.create_model("resnet18").eval()
     cut = TimmFeatures("timm/resnet18", 2, 8).eval()
     cut.network.load_state_dict(whole.state_dict(), strict=False)
@@ -54,12 +54,12 @@ def test_a_cut_network_is_the_beginning_of_the_whole():
         expected = whole.layer2(whole.layer1(whole.maxpool(whole.act1(whole.bn1(whole.conv1(x))))))
         torch.testing.assert_close(cut(x), expected)
     assert cut.channels == 128
-    assert not any("layer3" in name for name, _ in cut.named_parameters())  # all parameters get a gradient: DDP
+    assert not any("layer3" in name for name, _ in cut.named_parameters())  # DDP needs a gradient of all parameters
     model = PatchClassifier("timm/resnet18", 8, 2, cut=2)
     assert (model.field, model.grid.step) == (99, 8)
 
 
-def test_images_are_normalized_as_the_network_was_trained():
+def test_images_are_normalized_as_in_the_training_of_the_network():
     features = TimmFeatures("timm/tf_efficientnet_lite0", 1, 4).eval()
     config = timm.get_pretrained_cfg("tf_efficientnet_lite0")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
@@ -70,7 +70,7 @@ def test_images_are_normalized_as_the_network_was_trained():
         torch.testing.assert_close(features(to_input(gray)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_a_file_in_half_precision(tmp_path):
+def test_half_precision_weights_of_a_file_are_loaded(tmp_path):
     network = timm.create_model("test_resnet")
     state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     path = tmp_path / "weights.safetensors"
@@ -87,7 +87,7 @@ def test_weights_of_a_file_in_half_precision(tmp_path):
         load_weights(model, SMALL, "no.safetensors")
 
 
-def test_weights_of_imagenet_without_a_network(monkeypatch):
+def test_imagenet_weights_without_internet_are_an_error(monkeypatch):
     def offline(*arguments, **named):
         raise OSError("no network")
 
@@ -121,18 +121,18 @@ def test_settings_come_from_the_network():
         (["--backbone", SMALL, "--output-stride", "0"], "--output-stride: expected at least 1"),
     ],
 )
-def test_options_that_do_not_fit(options, message, capsys):
+def test_invalid_options_are_errors(options, message, capsys):
     with pytest.raises(SystemExit):
         parsed(*options)
     assert message in capsys.readouterr().err
 
 
-def test_a_network_that_cannot_be_dilated():
+def test_network_that_cannot_be_dilated_is_an_error():
     with pytest.raises(ValueError, match="cannot have an output stride of 8"):
         TimmFeatures("timm/vgg11", None, 8)
 
 
-def test_a_run(tmp_path, capsys):
+def test_run_with_a_network_of_timm(tmp_path, capsys):
     data, out = tmp_path / "data", tmp_path / "run"
     write_dataset(data, images=24, size=64, seed=2)
     options = [
@@ -151,12 +151,12 @@ def test_a_run(tmp_path, capsys):
     changed[changed.index("--cut") + 1] = "1"
     assert example.main(changed) == 2
     assert "was trained with another" in capsys.readouterr().err
-    # a run's weights are those of another run's start
+    # another run starts from the weights of this run
     begun = PatchClassifier(SMALL, 8, 14, cut=2)
     load_weights(begun, SMALL, str(out / "last.pt"))
 
 
-def test_genuine_weights(data_dir):
+def test_real_weights(data_dir):
     path = data_dir / "backbones" / "tf_efficientnet_lite0.fp16.safetensors"
     if not path.exists():
         pytest.skip(f"no {path}")
@@ -164,4 +164,4 @@ def test_genuine_weights(data_dir):
     load_weights(model, "timm/tf_efficientnet_lite0", str(path))
     stem = safetensors.load_file(path)["conv_stem.weight"].float()
     assert torch.equal(model.features.network.conv_stem.weight, stem)
-    assert model.grid == (31.5, 32)  # padded as TensorFlow pads: the cells lie further from the upper left edge
+    assert model.grid == (31.5, 32)  # with the padding of TensorFlow, the cells lie further from the upper left edge

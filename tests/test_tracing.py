@@ -1,4 +1,4 @@
-"""The losses under FakeTensorMode, make_fx, aot_function, torch.jit.trace, torch.export; tensors that they refuse."""
+"""The losses under FakeTensorMode, make_fx, aot_function, torch.jit.trace and torch.export; unsupported tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused, functional
 from sgl_ops.pooling import POOLINGS, AttentionPooling
 
-# tracing is Python: with coverage it takes half as long again, and the lines are those of other tests
+# Coverage slows tracing, which is Python code, by half. Other tests cover the same lines.
 pytestmark = [pytest.mark.no_cover, pytest.mark.filterwarnings("ignore")]
 
 IMPLS = ["reference", *(["fused"] if "cpu" in _fused.DEVICES else [])]
@@ -57,7 +57,7 @@ class Step(nn.Module):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_fake_tensors(name):
+def test_fake_tensors_get_the_right_shapes(name):
     x, y = batch(3, 2, 4, 5)
     rows, labels, offsets = packed_batch()
     with FakeTensorMode() as mode:
@@ -70,7 +70,7 @@ def test_fake_tensors(name):
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_make_fx(name, mode):
+def test_make_fx_graph_gives_the_same_result(name, mode):
     x, y = batch(3, 2, 4, 5)
     graph = make_fx(lambda x, y: value_and_grad(LOSSES[name], x, y), tracing_mode=mode)(x, y)
     assert "check_values" not in graph.code
@@ -79,7 +79,7 @@ def test_make_fx(name, mode):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_make_fx_with_symbolic_sizes(name):
+def test_make_fx_graph_with_symbolic_sizes_gives_the_same_result(name):
     loss = ALL[name]
     x, y = batch(3, 2, 4, 5)
     graph = make_fx(lambda x, y: value_and_grad(loss, x, y), tracing_mode="symbolic")(x, y)
@@ -88,7 +88,7 @@ def test_make_fx_with_symbolic_sizes(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_aot_function(name):
+def test_aot_function_gives_the_same_result(name):
     x, y = batch(3, 2, 4, 5)
     traced = aot_function(lambda x, y: LOSSES[name](x, y), fw_compiler=nop, bw_compiler=nop)
     torch.testing.assert_close(value_and_grad(traced, x, y), value_and_grad(LOSSES[name], x, y))
@@ -96,7 +96,7 @@ def test_aot_function(name):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_jit_trace(name, requires_grad):
+def test_jit_trace_gives_the_same_result(name, requires_grad):
     x, y = batch(3, 2, 4, 5)
     traced = torch.jit.trace(Step(LOSSES[name]), (x.requires_grad_(requires_grad), y))
     file = io.BytesIO()
@@ -109,8 +109,8 @@ def test_jit_trace(name, requires_grad):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_export_with_dynamic_sizes(name):
-    """In the default mode, which is not strict."""
+def test_exported_program_with_dynamic_sizes_gives_the_same_loss(name):
+    """The default mode is not strict."""
     dynamic = torch.export.Dim.DYNAMIC
     step = Step(ALL[name])
     x, y = batch(3, 2, 4, 5)
@@ -121,7 +121,7 @@ def test_export_with_dynamic_sizes(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_export_of_padded_and_packed_bags(name):
+def test_exported_program_takes_padded_and_packed_bags(name):
     dynamic = torch.export.Dim.DYNAMIC
     step = Step(LOSSES[name])
     x, y = batch(3, 2, 9)
@@ -137,7 +137,7 @@ def test_export_of_padded_and_packed_bags(name):
 
 
 @pytest.mark.parametrize("name", ["sgl reference", *(["sgl fused"] if "fused" in IMPLS else [])])
-def test_strict_export(name):
+def test_strict_export_gives_the_same_loss(name):
     x, y = batch(3, 2, 4, 5)
     program = torch.export.export(Step(LOSSES[name]), (x, y), strict=True).module()
     x, y = batch(3, 2, 4, 5)
@@ -146,7 +146,7 @@ def test_strict_export(name):
 
 @pytest.mark.skipif("fused" not in IMPLS, reason="the extension is not there")
 @pytest.mark.parametrize("offsets", [None, torch.tensor([0, 5, 12])])
-def test_opcheck_of_the_check(offsets):
+def test_opcheck_of_check_values(offsets):
     torch.library.opcheck(torch.ops.sgl_ops.check_values.default, (torch.tensor([[1.0], [0.0]]), offsets, 12))
 
 
@@ -167,7 +167,7 @@ def test_opcheck_of_the_operators_that_take_numbers_as_a_tensor():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensors that are refused
+# Unsupported tensors
 
 
 REFUSED = {"coo": lambda t: t.to_sparse(), "csr": lambda t: t.flatten(1).to_sparse_csr()}
@@ -177,7 +177,7 @@ if torch.backends.mkldnn.is_available():
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("name", LOSSES)
-def test_layouts_of_memory_that_are_refused(name, kind):
+def test_unsupported_memory_layouts_raise_an_error(name, kind):
     (x, y), loss, refuse = batch(3, 2, 9), LOSSES[name], REFUSED[kind]
     mask = torch.ones(3, 9, dtype=torch.bool)
     message = r"{}: expected a dense tensor, got layout torch\.(sparse_|_mkldnn)"
@@ -195,7 +195,7 @@ def test_layouts_of_memory_that_are_refused(name, kind):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_distributed_tensors_are_refused(name, tmp_path):
+def test_distributed_tensors_raise_an_error(name, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         from torch.distributed.tensor import distribute_tensor
