@@ -1,7 +1,7 @@
 # Commands for contributors. CONTRIBUTING.md explains them. Use the Python of the active environment.
 PYTHON ?= python
 
-.PHONY: help setup build quick test emulated sanitizer examples device-code all style docs release
+.PHONY: help setup build quick test emulated sanitizer integration examples device-code all style docs release
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -25,13 +25,16 @@ emulated:     ## the CUDA kernels on the CPU, thread by thread
 sanitizer:    ## the same under AddressSanitizer and ThreadSanitizer, and with seeded faults
 	$(PYTHON) -m pytest -m sanitizer
 
+integration:  ## compiled, exported and traced losses, several processes, benchmarks
+	$(PYTHON) -m pytest -m integration
+
 examples:     ## the long tests of the examples
 	$(PYTHON) -m pytest -m examples
 
 device-code:  ## the machine code of the CUDA kernels, interpreted; needs nvcc
 	$(PYTHON) -m pytest -m device_code
 
-all: test emulated sanitizer examples device-code  ## every tier
+all: test emulated sanitizer integration examples device-code  ## every tier
 
 style:        ## formatting, lint, types
 	ruff check .

@@ -48,7 +48,7 @@ QUICK = {
     "test_values",
 }
 #: Tiers that `python -m pytest` leaves out: pyproject.toml names them in addopts, .ci/run runs them.
-LONG = {"sanitizer", "examples", "device_code", "release"}
+LONG = {"sanitizer", "integration", "examples", "device_code", "release"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ import sgl_ops
 sys.path.append(str(ROOT / "benchmarks"))
 
 
+@pytest.mark.integration
 @needs_kernel
 def test_bench_cpu_writes_tables_and_a_plot(tmp_path, monkeypatch, capsys):
     import bench_cpu
@@ -93,6 +94,7 @@ def test_profile_names_the_parts_of_a_training_step(tmp_path, capsys):
     assert "Self CPU" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_bench_gpu_runs_on_the_cpu(tmp_path):
     script, out = ROOT / "benchmarks" / "bench_gpu.py", tmp_path / "out.json"
     result = subprocess.run(

@@ -9,7 +9,7 @@ from batches import external_pooling
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
 
 # Coverage slows torch.compile, which is Python code, by half. Other tests cover the same lines.
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.no_cover, pytest.mark.integration]
 
 CODES = sorted(_fused.CODE_OF_NAME.values())
 

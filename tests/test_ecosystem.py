@@ -60,6 +60,7 @@ def work(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.integration
 def test_gradients_of_two_processes_are_averaged(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=WORLD)
     step, batches = step_and_batches()

@@ -125,6 +125,7 @@ def test_table_replaces_the_files(tmp_path, capfd):
     assert "4 runs, 4 of them to compute" in capfd.readouterr().out
 
 
+@pytest.mark.examples
 def test_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "bags", [8])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "sizes", [6])
@@ -193,6 +194,7 @@ def test_interrupted_run_continues(tmp_path, monkeypatch):
     assert len(epochs) == 1
 
 
+@pytest.mark.examples
 def test_figure_5b_shows_the_data_of_the_runs(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "draw_bags", lambda panels, *rest, **more: drawn.extend(panels))
@@ -211,6 +213,7 @@ def test_figure_5b_shows_the_data_of_the_runs(tmp_path, monkeypatch):
         assert ((classes == 9) == positive).all()
 
 
+@pytest.mark.examples
 def test_figure_6_varies_the_number_of_positives(tmp_path):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")

@@ -49,6 +49,7 @@ def run(data, out, *options):
     return example.main([str(o) for o in (*given, "--out", out, "--components", 30, *options)])
 
 
+@pytest.mark.examples
 def test_runs_are_summarized_in_the_table(data, tmp_path, capsys):
     methods = ["softmax bag", "softmax sgl 3 mask 1"]
     assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *methods) == 0

@@ -452,6 +452,7 @@ def draw_photos(data, count, seed=0):
     write_csv(data / "boxes.csv", *boxes)
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("fit", ["pad", "squeeze"])
 def test_whole_pipeline_runs_on_a_folder(tmp_path, capsys, fit):
     data, run = tmp_path / "photos", tmp_path / "run"

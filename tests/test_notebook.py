@@ -23,6 +23,7 @@ def printed(notebook) -> str:
     )
 
 
+@pytest.mark.examples
 def test_notebook_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(sgl_ops.__file__).parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

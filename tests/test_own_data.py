@@ -95,6 +95,7 @@ def test_script_creates_labels_from_boxes(photos, tmp_path):
     assert shown == {"photo_0.png": [0, 1], "photo_1.png": [1, 0]}
 
 
+@pytest.mark.examples
 def test_commands_of_the_page_run(photos, tmp_path):
     """The commands as in the page, with one epoch and small images."""
     write_coco(tmp_path)

@@ -82,7 +82,7 @@ def test_ci_runs_every_tier_that_the_readme_command_leaves_out():
     run = (ROOT / ".ci" / "run").read_text()
     assert left_out <= set(
         re.findall(
-            r"\b(?:sanitizer|examples|device_code|release)\b",
+            r"\b(?:sanitizer|integration|examples|device_code|release)\b",
             " ".join(line for line in run.splitlines() if "pytest" in line or "TIERS=" in line),
         )
     )

@@ -18,7 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
 from sgl_ops.functional import sgl_loss
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
+]
 
 CLASSES, LENGTH = 3, 6
 SPLITS = {2: [5, 2], 3: [4, 1, 2]}  # bags of each rank: unequal numbers; bag 4 has no known label

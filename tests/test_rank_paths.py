@@ -14,7 +14,10 @@ from test_guide import soft_guide
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
 from sgl_ops.pooling import AutoPooling
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
+]
 
 IMPLS = ["reference", *(["fused"] if "cpu" in _fused.DEVICES else [])]
 SPLIT = (slice(0, 4), slice(4, 7))

@@ -222,6 +222,7 @@ def rank(number, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_every_rank_has_the_same_lam(tmp_path):
     torch.multiprocessing.spawn(rank, (os.fspath(tmp_path),), nprocs=2)
@@ -354,6 +355,7 @@ def test_invalid_settings_of_k_raise_an_error(arguments, error, message):
         TopKSchedule(**arguments)
 
 
+@pytest.mark.integration
 def test_falling_k_finds_small_objects_with_more_seeds():
     """4 of 200 instances of a positive bag show the class. 20 instances of every bag are large for another reason."""
     torch.manual_seed(0)

@@ -105,6 +105,7 @@ def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
     return step, counter
 
 
+@pytest.mark.integration
 @pytest.mark.no_cover
 @pytest.mark.parametrize("functional_call", [False, True], ids=["module", "function"])
 @pytest.mark.parametrize("kind", [LSEPooling, GeneralizedMeanPooling])
@@ -298,6 +299,7 @@ def learn(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_learned_weights_of_two_processes_get_the_gradient_of_one(tmp_path):
     torch.multiprocessing.spawn(learn, (os.fspath(tmp_path),), nprocs=2)

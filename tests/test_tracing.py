@@ -16,7 +16,7 @@ from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused, functional
 from sgl_ops.pooling import POOLINGS, AttentionPooling
 
 # Coverage slows tracing, which is Python code, by half. Other tests cover the same lines.
-pytestmark = [pytest.mark.no_cover, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.no_cover, pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 IMPLS = ["reference", *(["fused"] if "cpu" in _fused.DEVICES else [])]
 LOSSES = {
