@@ -409,12 +409,11 @@ SGL_DEVICE void finalize_one(
 
 // The sums over the pairs of this block, to shared.total. In round r, a group processes its r-th pair.
 template <class T, class In>
-SGL_DEVICE void sums_of_block(
-    const Call& call, const Forward& forward, bool warp_per_bag_class, ForwardShared& shared) {
+SGL_DEVICE void sums_of_block(const Call& call, const Forward& forward, bool warp_per_pair, ForwardShared& shared) {
   const Settings& settings = call.settings;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
-  Group group(warp_per_bag_class, shared.group);
+  Group group(warp_per_pair, shared.group);
   // rounds whose pairs are finalized together: a slot for each pair of them, and a thread for each slot
   const unsigned together = (blockDim.x < kSlots ? blockDim.x : kSlots) / group.count();
   if (threadIdx.x < kBatchNumbers) shared.total[threadIdx.x] = 0;
@@ -479,9 +478,9 @@ __global__ void finalize_kernel(
 
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) forward_kernel(
-    const __grid_constant__ Call call, const __grid_constant__ Forward forward, const bool warp_per_bag_class) {
+    const __grid_constant__ Call call, const __grid_constant__ Forward forward, const bool warp_per_pair) {
   SGL_SHARED(ForwardShared, shared);
-  sums_of_block<T, In>(call, forward, warp_per_bag_class, shared);
+  sums_of_block<T, In>(call, forward, warp_per_pair, shared);
   if (threadIdx.x < kBatchNumbers) {
     reinterpret_cast<BatchRow*>(forward.of_block)[blockIdx.x][threadIdx.x] = shared.total[threadIdx.x];
     __threadfence();

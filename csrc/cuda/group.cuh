@@ -1,6 +1,6 @@
-// The threads that work on one bag-class together, a warp or a block, and how they agree on sums and extremes.
+// A group of threads, a warp or a block, that processes one pair (bag, class), and its reductions: sums and extremes.
 //
-// Everything is added up in a fixed order, without atomics: the same launch gives the same bits.
+// Numbers are added in a fixed order and without atomics, so that the same launch gives the same bits.
 #pragma once
 
 #include "platform.h"
@@ -11,7 +11,7 @@ namespace cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
-// Of a thread, at most: as few as do without memory of its own, so that as many threads as can be hide each other's waiting.
+// Registers per thread, at most: as few as possible without spills. Then many threads are resident, which hides latency.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kRegistersInFloat = 112;
 #else
@@ -20,10 +20,10 @@ constexpr int kRegistersInFloat = 96;
 template <class T>
 constexpr int kRegisters = sizeof(T) == sizeof(double) ? 128 : kRegistersInFloat;
 
-// The largest thing that is reduced: FirstPass<double>.
+// The largest struct that is reduced is FirstPass<double>.
 constexpr int kMaxWords = 12;
 
-// `value` as the lane whose number differs in the bits of `lanes` has it.
+// The `value` of the lane whose number is this lane's number XOR `lanes`.
 template <class R>
 SGL_DEVICE R from_other_lane(const R& value, int lanes) {
   static_assert(sizeof(R) % sizeof(uint32_t) == 0, "whole words are exchanged");
@@ -37,8 +37,8 @@ SGL_DEVICE R from_other_lane(const R& value, int lanes) {
   return other;
 }
 
-// Where warps leave what the block agrees on. Two, used in turn: whoever writes one has passed the barrier after which
-// the other was read.
+// The results of the warps of a block. There are two buffers, used in turn: a thread that writes one of them has passed the
+// barrier after the reads of the other.
 struct GroupShared {
   uint64_t of_warp[2][kMaxThreads / kWarp][kMaxWords / 2];
 };
@@ -51,7 +51,7 @@ class Group {
   SGL_DEVICE int rank() const { return is_warp_ ? threadIdx.x % kWarp : threadIdx.x; }
   SGL_DEVICE int size() const { return is_warp_ ? kWarp : blockDim.x; }
 
-  // which group of the block this one is, and how many there are
+  // the number of this group within the block, and the number of groups
   SGL_DEVICE int index() const { return is_warp_ ? threadIdx.x / kWarp : 0; }
   SGL_DEVICE int count() const { return is_warp_ ? blockDim.x / kWarp : 1; }
 
@@ -63,11 +63,11 @@ class Group {
     }
   }
 
-  // R has merge(const R&), which is commutative to the bit; so every thread ends with the same result.
+  // R::merge(const R&) is exactly commutative. Therefore every thread gets the same result.
   template <class R>
   SGL_DEVICE R reduce(R value) {
     static_assert(sizeof(R) <= kMaxWords * sizeof(uint32_t) && alignof(R) <= 8, "fits into GroupShared");
-    // unrolled where that is little code
+    // unrolled if the code stays small
 #pragma unroll(sizeof(R) <= 2 * sizeof(uint32_t) ? 5 : 1)
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
     if (size() == kWarp) return value;

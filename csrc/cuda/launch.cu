@@ -1,4 +1,5 @@
-// Launching the kernels: which of them, with how many threads, and the counter by which blocks find out who is last.
+// Launches the kernels: the choice of the kernel, the number of threads, and the counter by which a block knows that it is
+// the last one.
 #include <algorithm>
 #include <atomic>
 #include <map>
@@ -16,13 +17,13 @@ namespace {
 constexpr int kMaxDevices = 64;
 constexpr int64_t kMaxItems = (int64_t{1} << 31) - 1;  // work items of backward
 
-// A failed runtime call leaves its error behind, and the check after the next launch would report it again.
+// A failed runtime call leaves its error set. Without a reset, the check after the next launch would report it again.
 cudaError_t cleared(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
 
-// While it lives, this thread may load a module although a stream is captured: the first launch of a kernel does.
+// While this object exists, this thread may load a module during a capture. The first launch of a kernel loads one.
 class RelaxedCapture {
  public:
   RelaxedCapture() { cleared(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -46,7 +47,7 @@ constexpr uint32_t kCounters = 1 << 16;
 __device__ uint32_t counters[kCounters];
 std::atomic<uint32_t> counters_taken{0};
 
-// The index of a counter that no other launch has; kCounters where none is left.
+// The index of a free counter, or kCounters if none is left.
 uint32_t take_counter() {
   const uint32_t taken = counters_taken.fetch_add(1);
   if (taken < kCounters) return taken;
@@ -97,15 +98,14 @@ cudaError_t counter_for(const Forward& forward, const Plan& plan, int device, cu
 // SGL_TWO_TYPES: only the kernels for float and bfloat16, which tests/device_code compiles in half the time.
 template <class T, class In>
 cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& plan, cudaStream_t stream) {
-  SGL_LAUNCH(
-      (forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward, plan.warp_per_bag_class);
+  SGL_LAUNCH((forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward, plan.warp_per_pair);
   return cudaGetLastError();
 }
 
 template <class T, class In>
 cudaError_t backward_as(const Call& call, const Backward& backward, const Plan& plan, cudaStream_t stream) {
   SGL_LAUNCH(
-      (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.warp_per_bag_class,
+      (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.warp_per_pair,
       static_cast<uint32_t>(plan.pieces));
   return cudaGetLastError();
 }
@@ -115,23 +115,22 @@ cudaError_t backward_as(const Call& call, const Backward& backward, const Plan& 
 Plan plan_of(const Call& call, int multiprocessors) {
   const Rows& rows = call.rows;
   const int64_t units = rows.units;
-  // of packed bags only the mean is known here
+  // for packed bags only the mean is known here
   const int64_t positions = rows.offsets == nullptr ? rows.positions : 2 * (rows.positions / rows.bags);
   const auto at_most = [](int64_t n, int64_t most) {
     return static_cast<int>(std::max<int64_t>(1, std::min(n, most)));
   };
   Plan plan;
-  // A warp agrees faster than a block. Where there are many pairs, warps keep the GPU busy, whatever the length.
-  plan.warp_per_bag_class =
-      positions <= 16 * kWarp || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors);
+  // A warp reduces faster than a block. With many pairs, warps keep the GPU busy at any length.
+  plan.warp_per_pair = positions <= 16 * kWarp || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors);
   int groups = 1;
-  if (plan.warp_per_bag_class) {
-    // as many warps to a block as leave every multiprocessor a block
+  if (plan.warp_per_pair) {
+    // as many warps per block as possible while every multiprocessor gets a block
     groups = kMaxThreads / kWarp;
     while (groups > 1 && units < static_cast<int64_t>(groups) * multiprocessors) groups /= 2;
     plan.threads = groups * kWarp;
   } else {
-    // few threads for a bag-class agree faster, many hide the latency of memory where there are few bag-classes
+    // A few threads for each pair reduce faster. Many threads hide the latency of memory if there are few pairs.
     plan.threads = 128;
     while (plan.threads < kMaxThreads &&
            (positions > 64 * plan.threads ||
@@ -142,9 +141,9 @@ Plan plan_of(const Call& call, int multiprocessors) {
   const int registers = call.type == Type::kDouble ? kRegisters<double> : kRegisters<float>;
   const int resident = multiprocessors * std::min(65536 / (registers * plan.threads), 32);
   plan.forward_blocks = at_most((units + groups - 1) / groups, resident);
-  // Backward: a thread has up to 64 instances, which share the cost of what it computes of the pair, and fewer where
-  // blocks would be missing. Work items are counted in 32 bits.
-  const uint32_t size = plan.warp_per_bag_class ? kWarp : plan.threads, across = classes_across(rows, size);
+  // Backward: a thread has up to 64 instances, which share the cost of the numbers of the pair, and fewer if there would
+  // be too few blocks. Work items are counted in 32 bits.
+  const uint32_t size = plan.warp_per_pair ? kWarp : plan.threads, across = classes_across(rows, size);
   const int64_t strips = rows.bags * ((rows.classes + across - 1) / across);
   const auto pieces_of = [&](int64_t instances) {
     const int64_t tile = instances * (size / across);
@@ -221,7 +220,7 @@ int multiprocessors_of(int device, int* count) {
 }
 
 #if defined(SGL_EMULATE)
-// For tests: the next launches find so many counters taken.
+// For tests: marks this many counters as taken.
 uint32_t exchange_counters_taken(uint32_t count) { return counters_taken.exchange(count); }
 #endif
 

@@ -12,10 +12,10 @@ namespace cuda {
 // Dimensions of instances that do not collapse into one another.
 constexpr int kMaxDimensions = 8;
 
-// A Layout that fits into a kernel's arguments; the bags of packed rows are looked up in the offsets on the device.
+// A Layout that fits into a kernel's arguments. The kernel reads the offsets of packed bags on the device.
 struct Rows {
   int64_t bags;
-  uint32_t classes, units;  // bag-classes
+  uint32_t classes, units;  // units: pairs (bag, class)
   int64_t positions;  // of a dense bag: instances and padding together; packed: rows of all bags
   int64_t logits_bag, logits_class, mask_bag, grad_bag, grad_class;  // steps, as in Layout
   int dimensions;
@@ -25,8 +25,8 @@ struct Rows {
   bool offsets_are_64_bit;
 };
 
-// How many classes neighbouring threads of a group have in backward: packed bags and channels_last maps hold the classes of
-// an instance side by side, and memory is read and written by neighbouring addresses.
+// The number of classes that neighbouring threads of a group process in backward. Packed bags and channels_last maps hold the
+// classes of an instance side by side, so that neighbouring threads access neighbouring addresses.
 SGL_HD uint32_t classes_across(const Rows& rows, uint32_t threads) {
   const bool side_by_side = rows.logits_class == 1 && rows.grad_class == 1;
   if (!side_by_side || rows.classes < 2 || rows.dimension[rows.dimensions - 1].logits == 1) return 1;
@@ -34,7 +34,7 @@ SGL_HD uint32_t classes_across(const Rows& rows, uint32_t threads) {
   return (rows.classes + strips - 1) / strips;
 }
 
-// Labels of any dtype: integers are 0 or not, floating ones may be NaN.
+// Labels of any dtype. Integers are 0 or other numbers; floating-point labels may be NaN.
 struct Targets {
   const void* data;  // null: the bag logits are computed, for which no label is needed
   int64_t bag_step, class_step;
@@ -68,17 +68,17 @@ struct Backward {
   bool per_pair;  // grad_output has a number for each pair, else one
 };
 
-// How a call is spread over a GPU of so many multiprocessors. It depends on the shape alone, and with it the order in
-// which sums are added up.
+// How a call is divided among the multiprocessors of a GPU. Only the shape and the GPU decide it, and with it the order of
+// the additions.
 struct Plan {
-  bool warp_per_bag_class;  // else a block
+  bool warp_per_pair;  // else a block
   int threads, forward_blocks, backward_blocks;
-  int pieces;  // backward: work items of a bag-class, or of several side by side
+  int pieces;  // backward: work items of a pair, or of several pairs side by side
 };
 
 Plan plan_of(const Call& call, int multiprocessors);
 
-// All of these give an error of the CUDA runtime, 0 where there is none.
+// These functions return an error code of the CUDA runtime, 0 for success.
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream);
 int launch_backward(const Call& call, const Backward& backward, const Plan& plan, void* stream);
 // The loss and the denominators, of the loss's type, from sums over several batches.

@@ -20,7 +20,7 @@ namespace sgl {
 namespace cuda {
 
 // The smaller and the larger of two numbers; -0 is smaller than 0, so that the order of the arguments changes nothing.
-// Where b is a NaN, it is a.
+// If b is NaN, the result is a.
 template <class T>
 SGL_DEVICE T smaller(T a, T b) {
   return b != b || order_of(a) <= order_of(b) ? a : b;
@@ -30,7 +30,7 @@ SGL_DEVICE T larger(T a, T b) {
   return b != b || order_of(a) >= order_of(b) ? a : b;
 }
 #if defined(__CUDACC__)
-// one instruction each
+// Each is one instruction.
 SGL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 SGL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 #endif

@@ -1,8 +1,8 @@
-// Where the instances of a bag-class lie, and reading and writing them 16 bytes at a time where memory allows.
+// The addresses of the instances of a pair (bag, class), and loads and stores of 16 bytes where the alignment allows them.
 //
-// Which thread gets which instance depends on the group and the length of the row, not on the layout: thread r of a group
-// of s has positions r V to r V + V - 1, then those s V further on, and so on, V being what 16 bytes hold, or 1 in a short
-// row. So sums are bitwise the same for a map, a channels_last map and packed rows.
+// The group and the length of the row decide which thread gets which instance. The layout does not. V is the number of logits
+// in 16 bytes, or 1 in a short row. In a group of s threads, thread r has the positions r V to r V + V - 1, then those s V
+// further on, and so on. Therefore sums are bitwise the same for a map, a channels_last map and packed rows.
 #pragma once
 
 #include "group.cuh"
@@ -54,8 +54,8 @@ struct alignas(16) Pack {
   In x[kSize];
 };
 
-// A thread's instances, in the order in which it meets them, form runs of so many packs: after each, sums that are kept
-// in float go into double. Where many bytes have to be under way, a run is loaded as a whole.
+// The instances of a thread form runs of this many packs. After each run, sums in float are added to sums in double. The first
+// pass loads a whole run at once, to keep many loads in flight.
 template <class In>
 constexpr int kPacks = sizeof(In) == 2 ? 2 : 4;
 
@@ -96,8 +96,8 @@ SGL_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
 SGL_DEVICE Place place_of(const Rows& rows, int64_t bag, int64_t cls) {
   int64_t first = bag, positions = rows.positions;
   if (rows.offsets != nullptr) {
-    // Clamped, so that unchecked offsets never address other memory. Where they fall, bags overlap, and the gradient of a
-    // shared row is that of one of them; which one is undefined.
+    // Offsets are clamped, so that invalid ones never address other memory. If they decrease, bags overlap, and a shared row
+    // gets the gradient of one of these bags. Which one is undefined.
     first = clamped(offset_at(rows, bag), 0, rows.positions);
     positions = clamped(offset_at(rows, bag + 1), first, rows.positions) - first;
   }
@@ -113,7 +113,7 @@ struct Steps {
 
 SGL_DEVICE Steps steps_to(const Rows& rows, int j) {
   Steps s = {0, 0, 0};
-  // unrolled, as nvcc has it most of all from compute_100 on, it would be a third of all code, for what is rarely run
+  // Not unrolled: nvcc would make it a third of all code, above all from compute_100 on, although it rarely runs.
 #pragma unroll 1
   for (int d = rows.dimensions - 1; d > 0; --d) {
     const Dimension& dim = rows.dimension[d];
@@ -131,7 +131,7 @@ SGL_DEVICE Steps steps_to(const Rows& rows, int j) {
 
 SGL_DEVICE bool lies_on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Rows of at most so many positions are short.
+// Rows of at most this many positions are short.
 constexpr int kShort = 4 * kWarp;
 
 template <class In>
@@ -142,7 +142,7 @@ struct Row {
   int n;  // positions
   bool is_simple;  // one stride, and every position is an instance
   bool is_contiguous;  // simple, with stride 1, and packs lie on 16 bytes
-  int width;  // neighbouring positions of a thread: those of a pack, or 1 in a short row, where more threads share the work
+  int width;  // neighbouring positions of a thread: a pack, or 1 in a short row, so that more threads have work
   int whole_packs;  // none in a short row
 
   SGL_DEVICE Row(const Call& call, const Place& place)
@@ -185,7 +185,7 @@ struct Row {
   }
 };
 
-// f(x, is an instance) for one x after another.
+// Calls f(x, is an instance) for each x in order.
 template <class F>
 struct OneByOne {
   F f;
@@ -201,9 +201,9 @@ SGL_DEVICE OneByOne<F> one_by_one(const F& f) {
   return {f};
 }
 
-// Calls f(several x, are they instances) for this thread's positions of the row, and flush() after every run of them.
-// kTogether: how many packs are loaded before the first is needed and given to f, a whole run, 1, or 0: then instances
-// come one by one, which is for passes that compute so much that loads do not matter, and code and registers do.
+// Calls f(several x, are they instances) for this thread's positions of the row, and flush() after every run.
+// kTogether: how many packs are loaded before f gets the first one: a whole run, or 1. With 0, f gets single instances. This
+// saves code and registers in passes whose arithmetic takes longer than the loads.
 template <int kTogether, class T, class In, class F, class Flush>
 SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f, const Flush& flush) {
   constexpr int kSize = Pack<In>::kSize;

@@ -233,7 +233,7 @@ bool run_emulated(const Problem& problem, Result& result) {
   const int working = c.type == 1 ? 8 : 4;
   Plan plan = plan_of(call, static_cast<int>(problem.multiprocessors));
   if (!problem.plan.empty()) {
-    plan.warp_per_bag_class = problem.plan[0] != 0;
+    plan.warp_per_pair = problem.plan[0] != 0;
     plan.threads = static_cast<int>(problem.plan[1]);
     plan.forward_blocks = static_cast<int>(problem.plan[2]);
     plan.backward_blocks = static_cast<int>(problem.plan[3]);
