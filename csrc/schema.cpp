@@ -6,12 +6,7 @@
 #include "batch.h"
 
 STABLE_TORCH_LIBRARY(sgl_ops, m) {
-  m.def(sgl::kForwardSchema);
-  m.def(sgl::kForwardSumsSchema);
-  m.def(sgl::kFinalizeSchema);
-  m.def(sgl::kBackwardSchema);
-  m.def(sgl::kPoolForwardSchema);
-  m.def(sgl::kPoolBackwardSchema);
+  sgl::define_operators(m);
   // 0: valid; bit 0: a target is not 0, 1 or NaN; bit 1: offsets do not start at 0, decrease, or do not end at total
   m.def("check_values(Tensor targets, Tensor? offsets, int total) -> int");
   // whether the library contains CUDA kernels

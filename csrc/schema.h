@@ -31,4 +31,15 @@ constexpr const char* kPoolBackwardSchema =
     "pool_backward(Tensor grad_output, Tensor logits, Tensor? mask, Tensor? offsets, Tensor saved, int pooling, "
     "float pooling_param) -> Tensor grad";
 
+// Defines these operators in a library of torch.
+template <class Library>
+void define_operators(Library& m) {
+  m.def(kForwardSchema);
+  m.def(kForwardSumsSchema);
+  m.def(kFinalizeSchema);
+  m.def(kBackwardSchema);
+  m.def(kPoolForwardSchema);
+  m.def(kPoolBackwardSchema);
+}
+
 }  // namespace sgl

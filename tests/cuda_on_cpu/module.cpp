@@ -11,14 +11,7 @@ uint32_t exchange_counters_taken(uint32_t count);  // launch.cu
 }
 }  // namespace sgl
 
-STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) {
-  m.def(sgl::kForwardSchema);
-  m.def(sgl::kForwardSumsSchema);
-  m.def(sgl::kFinalizeSchema);
-  m.def(sgl::kBackwardSchema);
-  m.def(sgl::kPoolForwardSchema);
-  m.def(sgl::kPoolBackwardSchema);
-}
+STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) { sgl::define_operators(m); }
 
 PYBIND11_MODULE(sgl_ops_emulated, m) {
   m.def("set_schedule", &emulator::set_schedule);
