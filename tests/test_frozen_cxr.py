@@ -12,9 +12,11 @@ import pytest
 import torch
 from common.import_torchvision import import_torchvision
 from images import frozen_runs
-from images.frozen import CLASSES, METHODS, read_films, reduce_features
+from images.frozen import CLASSES, METHODS, Head, grad_cam, read_films, reduce_features
 from images.nih import load_index
 from images.synthetic_set import write_dataset
+
+from sgl_ops.pooling import make_pooling
 
 pytest.importorskip("PIL.Image")
 
@@ -106,6 +108,30 @@ def test_components_are_computed_from_the_training_list(data):
     torch.testing.assert_close(cells[kept] / cells[kept].std(), others[kept] / others[kept].std(), rtol=1e-3, atol=1e-3)
 
 
+def test_grad_cam_of_a_linear_head_is_its_class_activation_map():
+    """The weights of the features are those of the head, so the map is proportional to the logits without bias."""
+    torch.manual_seed(0)
+    head, cells = Head(6, 0, 3), torch.randn(4, 20, 6)
+    maps = grad_cam(head, make_pooling("mean_logits"), cells)
+    expected = (cells @ head.last.weight.T).transpose(1, 2).clamp(min=0).detach()
+    torch.testing.assert_close(maps, expected / expected.amax(2, keepdim=True))
+    assert (maps == 0).any() and (maps.amax(2) == 1).all()
+
+
+def test_grad_cam_of_a_batch_is_that_of_each_image_and_class():
+    torch.manual_seed(0)
+    head, cells = Head(6, 8, 3).eval(), torch.randn(4, 20, 6)
+    pooling = make_pooling("mean")
+    maps = grad_cam(head, pooling, cells)
+    for image in range(4):
+        for kind in range(3):
+            own = cells[image : image + 1].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(pooling(head(own).transpose(1, 2))[0, kind], own)
+            expected = (cells[image] @ gradient[0].mean(0)).clamp(min=0)
+            torch.testing.assert_close(maps[image, kind], expected / expected.max().clamp(min=1e-12))
+    assert (grad_cam(head, pooling, torch.zeros(1, 20, 6)) == 0).all()
+
+
 def test_interval_is_over_patients():
     """Forty values of two patients give the interval of two values."""
     values, patients = np.repeat([0.0, 1.0], 20), np.repeat([1, 2], 20)
@@ -134,7 +160,7 @@ def test_extraction_writes_the_features(data, tmp_path):
 
 
 def test_every_method_has_a_loss_and_a_pooling():
-    assert len(METHODS) == 14
+    assert len(METHODS) == 15
     for name, method in METHODS.items():
         assert method.loss in ("bag", "sgl", "mmm", "bil")
         assert (method.lam > 0) == (method.loss == "sgl"), name

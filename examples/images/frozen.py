@@ -39,11 +39,13 @@ class Method:
     hidden: int = 64
     weight_decay: float = 1.0
     at_once: bool = False  # lam from the first step on, without LamSchedule
+    grad_cam: bool = False  # boxes from Grad-CAM maps of the pooled logit, not from instance probabilities
 
 
 METHODS = {
     "cam": Method("bag", "mean_logits", share=1.0, hidden=0),
     "mean bag": Method("bag", "mean"),
+    "grad-cam": Method("bag", "mean", grad_cam=True),
     "softmax bag": Method("bag", "softmax"),
     "top 30 % bag": Method("bag", "topk"),
     "max bag": Method("bag", "max", share=0.1),
@@ -192,13 +194,35 @@ def train_head(
     return head.eval(), pooling, started
 
 
+def grad_cam(head: Head, pooling: nn.Module, cells: Tensor) -> Tensor:
+    """Grad-CAM (Selvaraju et al., 2017) of the pooled logits: maps (n, C, L) of cells (n, L, D), maximum 1.
+
+    The weight of a feature is the mean over the cells of the gradient of the pooled logit of a class. The map is the
+    positive part of the weighted sum of the features, divided by its maximum. A map without positive values is 0.
+    """
+    cells = cells.detach().requires_grad_()
+    with torch.enable_grad():
+        pooled = pooling(head(cells).transpose(1, 2)).sum(0)
+        gradients = [torch.autograd.grad(score, cells, retain_graph=True)[0] for score in pooled]
+    weights = torch.stack(gradients, 1).mean(2)  # (n, C, D)
+    maps = F.relu(weights @ cells.detach().transpose(1, 2))
+    return maps / maps.amax(2, keepdim=True).clamp(min=1e-12)
+
+
 @torch.no_grad()
-def evaluate(head: Head, pooling: nn.Module, cells: Tensor, films: Films, numbers: np.ndarray) -> dict[str, Any]:
-    """AUC of the images ``numbers``, and the hits of their boxes by set of boxes and rule of MAPS."""
+def evaluate(
+    head: Head, pooling: nn.Module, cells: Tensor, films: Films, numbers: np.ndarray, with_grad_cam: bool = False
+) -> dict[str, Any]:
+    """AUC of the images ``numbers``, and the hits of their boxes by set of boxes and rule of MAPS.
+
+    Args:
+        with_grad_cam: take the boxes from the maps of :func:`grad_cam`, not from the instance probabilities.
+    """
     logits = head(cells[numbers]).transpose(1, 2)
     aucs = auc_per_class(pooling(logits).numpy(), films.labels[numbers].numpy(), CLASSES)
     side = int(logits.shape[2] ** 0.5)
-    maps = dict(zip(numbers.tolist(), torch.sigmoid(logits).double().unflatten(2, (side, side)).numpy(), strict=True))
+    heat = grad_cam(head, pooling, cells[numbers]) if with_grad_cam else torch.sigmoid(logits)
+    maps = dict(zip(numbers.tolist(), heat.double().unflatten(2, (side, side)).numpy(), strict=True))
     return {
         "auc": float(np.nanmean([aucs[name] for name in CLASSES])),
         "auc_of_classes": aucs,

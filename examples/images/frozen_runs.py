@@ -91,7 +91,7 @@ def train(args: argparse.Namespace) -> None:
                 continue
             begun = time.monotonic()
             head, pooling, started = train_head(cells, films, train_numbers, METHODS[method], seed)
-            result = evaluate(head, pooling, cells, films, eval_numbers)
+            result = evaluate(head, pooling, cells, films, eval_numbers, METHODS[method].grad_cam)
             result |= {
                 "method": method, "seed": seed, "validate": args.validate, "lam_started_in_epoch": started,
                 "seconds": round(time.monotonic() - begun, 1),
