@@ -235,12 +235,14 @@ SGL_HD void save_row(const Sums& s, const Pair& b, const Settings& settings, dou
   row[kColumnLow] = finite ? static_cast<T>(s.extent.low) : T(0);
   row[kColumnHigh] = finite ? static_cast<T>(s.extent.high) : T(0);
   row[kColumnReference] = finite ? static_cast<T>(s.extent.reference) : T(0);
-  for (int k = 0; k < 3; ++k) {
-    const double divisor = settings.per_bag ? at_least_one(b.count[k]) : 1.0;
-    row[kColumnNegative + k] = static_cast<T>(settings.lam * class_weight * b.weight / divisor);
-  }
-  if (settings.loss != kSelfGuidingLoss) {
+  if (settings.loss == kSelfGuidingLoss) {
+    for (int k = 0; k < 3; ++k) {
+      const double divisor = settings.per_bag ? at_least_one(b.count[k]) : 1.0;
+      row[kColumnNegative + k] = static_cast<T>(settings.lam * class_weight * b.weight / divisor);
+    }
+  } else {
     row[kColumnNegative] = static_cast<T>(class_weight * b.instance_slope);
+    row[kColumnAmbiguous] = T(0);
     row[kColumnPositive] = static_cast<T>(class_weight * b.high_slope);
   }
   row[kColumnMask] = static_cast<T>(settings.mask_weight * class_weight * b.mask_slope);

@@ -74,7 +74,9 @@ inline Instances instances_of(const Layout& layout, int64_t bag, int64_t cls) {
 class Runs {
  public:
   explicit Runs(const Instances& r)
-      : logits(r.logits), mask(r.mask), grad(r.grad), instances_(r), done_(r.positions == 0) {}
+      : logits(r.logits), mask(r.mask), grad(r.grad), instances_(r), done_(r.positions == 0) {
+    for (int d = 0; d < r.count - 1; ++d) index_[d] = 0;  // not all 64: that takes longer than a short run
+  }
 
   bool done() const { return done_; }
 
@@ -98,7 +100,7 @@ class Runs {
  private:
   const Instances& instances_;
   bool done_;
-  int64_t index_[64] = {};  // torch has at most 64 dimensions
+  int64_t index_[64];  // torch has at most 64 dimensions
 };
 
 }  // namespace sgl

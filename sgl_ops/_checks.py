@@ -140,9 +140,12 @@ def _check_side(name: str, value: Tensor, logits: Tensor) -> None:
 
 def looks_at_values(tensor: Tensor, check: bool | None) -> bool:
     """Whether values on the device of ``tensor`` are checked. On a GPU that waits for the device."""
-    if is_traced(tensor) or tensor.is_meta:
-        return False
-    return tensor.is_cpu if check is None else check
+    return not is_traced(tensor) and looks_at_untraced(tensor, check)
+
+
+def looks_at_untraced(tensor: Tensor, check: bool | None) -> bool:
+    """:func:`looks_at_values` of a tensor that no tracer follows."""
+    return not tensor.is_meta and (tensor.is_cpu if check is None else check)
 
 
 def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> None:

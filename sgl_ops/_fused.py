@@ -6,7 +6,6 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -213,25 +212,26 @@ class Call(NamedTuple):
     pos_weight: Tensor | None
 
 
-def _reader(names: list[str]) -> Callable[[SGLSettings, Operation], tuple[Any, ...]]:
-    """The function that gives the values of ``names``, arguments of an operator, out of settings and operation.
+class Operands(NamedTuple):
+    """The values of the arguments of the operators that are no tensors, in the order of their schemas."""
 
-    It is called in each step, and a loop over the names takes three times as long.
-    """
-    fields = [name for name in names if name not in Operation._fields]
-    of_settings = attrgetter(*fields)
-    in_order = itemgetter(*((*fields, *Operation._fields).index(name) for name in names))
-
-    def read(settings: SGLSettings, operation: Operation) -> tuple[Any, ...]:
-        if torch.compiler.is_compiling():  # torch.compile and torch.export cannot trace attrgetter
-            return tuple(getattr(operation if name in Operation._fields else settings, name) for name in names)
-        return in_order(of_settings(settings) + operation)  # type: ignore[no-any-return]
-
-    return read
+    forward: tuple[Any, ...]
+    backward: tuple[Any, ...]
 
 
-if DEVICES:
-    _operands_of_forward, _operands_of_backward = _reader(_OF_FORWARD), _reader(_OF_BACKWARD)
+def _operands(settings: SGLSettings, operation: tuple[int, float, int], traced: bool) -> Operands:
+    """The operands of an :class:`Operation`. The settings keep them, because each step on small bags asks for them."""
+    if traced or operation not in settings.operands:
+        named = Operation(*operation)
+
+        def of(names: list[str]) -> tuple[Any, ...]:
+            return tuple(getattr(named if name in Operation._fields else settings, name) for name in names)
+
+        operands = Operands(of(_OF_FORWARD), of(_OF_BACKWARD))
+        if traced:
+            return operands
+        settings.operands[operation] = operands
+    return settings.operands[operation]  # type: ignore[no-any-return]
 
 
 def _over_ranks(
@@ -250,12 +250,11 @@ def _over_ranks(
     return _finalize(sums, saved, lam, mask_weight, per_bag, float(size_of(group)))
 
 
-def _run_forward(call: Call, bag_sum: Tensor | None, settings: SGLSettings, operation: Operation, group: Group) -> Any:
+def _run_forward(call: Call, bag_sum: Tensor | None, settings: SGLSettings, operands: Operands, group: Group) -> Any:
     """(total, (bag, instance, mask), the saved tensor for backward)."""
-    operands = _operands_of_forward(settings, operation)
     if group is None:
-        return _forward(*call, *operands)
-    *_, saved, sums = _forward_sums(*call, *operands)
+        return _forward(*call, *operands.forward)
+    *_, saved, sums = _forward_sums(*call, *operands.forward)
     return *_over_ranks(saved, sums, bag_sum, group, settings.lam, settings.mask_weight, settings.per_bag), saved  # type: ignore[arg-type]
 
 
@@ -278,10 +277,11 @@ class _FusedSGL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, bag_sum, call, settings, operation, group, with_parts):  # type: ignore[no-untyped-def]
-        total, parts, saved = _run_forward(call, bag_sum, settings, operation, group)
+    def forward(ctx, logits, bag_sum, constants):  # type: ignore[no-untyped-def]
+        call, settings, operands, group, with_parts = constants
+        total, parts, saved = _run_forward(call, bag_sum, settings, operands, group)
         ctx.save_for_backward(logits, call.mask, call.offsets, call.pos_weight, saved)
-        ctx.settings, ctx.operation = settings, operation
+        ctx.operands = operands.backward
         if not with_parts:
             return total
         ctx.mark_non_differentiable(parts)
@@ -291,11 +291,11 @@ class _FusedSGL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _grad_parts=None):  # type: ignore[no-untyped-def]
         if grad_total is None:
-            return (None,) * 7
+            return None, None, None
         kept = ctx.saved_tensors
-        arguments = (grad_total, *kept, *_operands_of_backward(ctx.settings, ctx.operation))
+        arguments = (grad_total, *kept, *ctx.operands)
         of_bag_sum = grad_total * kept[-1][-1, _SHARE_OF_PAIR] if ctx.needs_input_grad[1] else None
-        return _linked(_backward, arguments, kept[0], grad_total), of_bag_sum, None, None, None, None, None
+        return _linked(_backward, arguments, kept[0], grad_total), of_bag_sum, None
 
 
 class _FusedTerms(torch.autograd.Function):
@@ -404,9 +404,10 @@ def fused_terms(
     call: Call,
     bag_sum: Tensor | None,
     settings: SGLSettings,
-    operation: Operation,
+    operation: tuple[int, float, int],
     group: Group,
     with_parts: bool,
+    traced: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(total, (bag, instance, mask) detached) by the fused operator; the terms are None unless ``with_parts``.
 
@@ -414,21 +415,23 @@ def fused_terms(
         call: the tensors.
         bag_sum: with ``group``: the sum over the pairs of this rank of the bag loss, of a pooling that is not in the
             operator.
-        operation: the pooling, from :func:`code_of`, and the loss.
+        operation: the values of an :class:`Operation`: code and parameter of the pooling by :func:`code_of`, the loss.
+        traced: whether a tracer records the call (:func:`sgl_ops._tracing.is_traced`).
     """
-    if settings.has_tensor_weights or is_scripted() or is_compiled():
-        parts = _terms_by_numbers(call, bag_sum, settings, operation, group)
+    operands = _operands(settings, operation, traced)
+    if settings.has_tensor_weights or (traced and (is_scripted() or is_compiled())):
+        parts = _terms_by_numbers(call, bag_sum, settings, Operation(*operation), operands, group)
         return settings.total(*parts.unbind()), parts.detach()
     logits = call.logits
     if (logits.requires_grad or (bag_sum is not None and bag_sum.requires_grad)) and torch.is_grad_enabled():
-        result = _FusedSGL.apply(logits, bag_sum, call, settings, operation, group, with_parts)  # type: ignore[no-untyped-call]
+        result = _FusedSGL.apply(logits, bag_sum, (call, settings, operands, group, with_parts))  # type: ignore[no-untyped-call]
         return result if with_parts else (result, None)
-    total, parts, _ = _run_forward(call, bag_sum, settings, operation, group)
+    total, parts, _ = _run_forward(call, bag_sum, settings, operands, group)
     return total, parts
 
 
 def _terms_by_numbers(
-    call: Call, bag_sum: Tensor | None, settings: SGLSettings, operation: Operation, group: Group
+    call: Call, bag_sum: Tensor | None, settings: SGLSettings, operation: Operation, operands: Operands, group: Group
 ) -> Tensor:
     """(bag, instance, mask), each with its gradient; one graph of torch.compile serves all values of the settings."""
     constant = {"lam": 1.0, "mask_weight": 1.0, "pooling_param": operation.pooling_param}
@@ -437,8 +440,8 @@ def _terms_by_numbers(
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     numbers = torch.stack([zero + value for value in values])
     others, of_backward = (
-        tuple(v for name, v in zip(names, read(settings, operation), strict=True) if name not in _NUMBERS)
-        for names, read in ((_OF_FORWARD, _operands_of_forward), (_OF_BACKWARD, _operands_of_backward))
+        tuple(v for name, v in zip(names, values, strict=True) if name not in _NUMBERS)
+        for names, values in ((_OF_FORWARD, operands.forward), (_OF_BACKWARD, operands.backward))
     )
     if is_scripted() and group is None:
         # torch.jit.trace records the operator with its gradient, but not an autograd.Function with its gradient

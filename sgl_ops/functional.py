@@ -52,11 +52,12 @@ from ._checks import (
     check_impl,
     check_values,
     check_weights,
+    looks_at_untraced,
     looks_at_values,
     unnest,
 )
 from ._ranks import Group, check_group
-from ._tracing import is_transformed
+from ._tracing import is_traced, is_transformed
 from .pooling import MeanPooling, make_pooling
 from .settings import SGLSettings, settings_of, takes_settings
 
@@ -169,7 +170,7 @@ def sgl_total_and_terms(
     """(total, (bag, instance, mask) detached); the latter may be None unless ``with_parts``."""
     if group is not None:
         check_group(group)
-    logits, offsets, features = _validated(logits, targets, mask, offsets, features, settings.check)
+    logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, settings.check)
     fused = settings.guide is None and _use_fused(settings.impl, logits)
     if class_weight is not None or pos_weight is not None:
         classes = 1 if logits.dim() == (2 if offsets is None else 1) else logits.shape[1]
@@ -184,7 +185,7 @@ def sgl_total_and_terms(
         )  # fmt: skip
         return settings.total(*terms), torch.stack([term.detach() for term in terms])
     code, parameter = _fused.code_of(module)
-    operation = _fused.Operation(code, parameter, _fused.CONSTANTS["self_guiding_loss"])
+    operation = (code, parameter, _fused.CONSTANTS["self_guiding_loss"])
     if code == _fused.EXTERNAL:
         # the sum of two gradients is rounded once, to the dtype of the argument
         logits = logits.to(working_dtype(logits.dtype))
@@ -195,7 +196,7 @@ def sgl_total_and_terms(
         bag_sum = reference.bag_sum(instances, module, mask, offsets, features, class_weight, pos_weight)
         if group is None:
             bag, bag_sum = reference.mean_over_pairs(instances, bag_sum), None
-    total, parts = _fused.fused_terms(call, bag_sum, settings, operation, group, with_parts)
+    total, parts = _fused.fused_terms(call, bag_sum, settings, operation, group, with_parts, traced)
     if bag is not None:
         total = total + bag
         if parts is not None:
@@ -227,7 +228,7 @@ def self_guidance(
     """
     settings = settings_of(settings, changes)
     nested = logits if isinstance(logits, Tensor) and logits.is_nested else None
-    logits, offsets, _ = _validated(logits, targets, mask, offsets, None, settings.check)
+    logits, offsets, *_ = _validated(logits, targets, mask, offsets, None, settings.check)
     instances = reference.read(logits.detach(), targets, mask, offsets)
     bags = instances.bags
     guidance = reference.guide(instances, settings)
@@ -263,7 +264,7 @@ def bag_loss(
     >>> bag_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
     tensor(0.1809)
     """
-    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
+    logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
     if class_weight is not None or pos_weight is not None:
         classes, look = 1 if targets.dim() == 1 else targets.shape[1], looks_at_values(logits, check)
@@ -271,7 +272,7 @@ def bag_loss(
         pos_weight = _class_vector("pos_weight", pos_weight, classes, logits, look)
     module = make_pooling(pooling)
     call = _fused.Call(logits, targets, mask, offsets, class_weight, pos_weight)
-    fused = _fused_loss("bag_loss", call, module, impl, process_group)
+    fused = _fused_loss("bag_loss", call, module, impl, process_group, traced)
     if fused is not None:
         return fused
     return reference.bag_loss(
@@ -299,11 +300,11 @@ def bil_loss(
     >>> bil_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
     tensor(0.4683)
     """
-    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
+    logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
     module = make_pooling(pooling)
     call = _fused.Call(logits, targets, mask, offsets, None, None)
-    fused = _fused_loss("bag_instance_loss", call, module, impl, process_group)
+    fused = _fused_loss("bag_instance_loss", call, module, impl, process_group, traced)
     if fused is not None:
         return fused
     return reference.bil_loss(logits, targets, mask, offsets, features, pooling=module, group=process_group)
@@ -327,10 +328,10 @@ def mmm_loss(
     >>> mmm_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
     tensor(0.2314)
     """
-    logits, offsets, features = _validated(logits, targets, mask, offsets, features, check)
+    logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
     call = _fused.Call(logits, targets, mask, offsets, None, None)
-    fused = _fused_loss("min_mean_max_loss", call, _MEAN, impl, process_group)
+    fused = _fused_loss("min_mean_max_loss", call, _MEAN, impl, process_group, traced)
     if fused is not None:
         return fused
     return reference.mmm_loss(logits, targets, mask, offsets, group=process_group)
@@ -341,7 +342,9 @@ _MEAN = MeanPooling()
 _ONE_TERM = SGLSettings(lam=0.0, normalize="bag")
 
 
-def _fused_loss(loss: str, call: _fused.Call, pooling: nn.Module, impl: str, group: Group) -> Tensor | None:
+def _fused_loss(
+    loss: str, call: _fused.Call, pooling: nn.Module, impl: str, group: Group, traced: bool
+) -> Tensor | None:
     """A compared loss by the fused operator; None if the reference has to compute it."""
     check_impl(impl)
     if not _use_fused(impl, call.logits):
@@ -351,8 +354,8 @@ def _fused_loss(loss: str, call: _fused.Call, pooling: nn.Module, impl: str, gro
         if impl == "fused":
             raise ValueError(f"impl: 'fused' is not available: the operators do not have {pooling}")
         return None
-    operation = _fused.Operation(code, parameter, _fused.CONSTANTS[loss])
-    return _fused.fused_terms(call, None, _ONE_TERM, operation, group, with_parts=False)[0]
+    operation = (code, parameter, _fused.CONSTANTS[loss])
+    return _fused.fused_terms(call, None, _ONE_TERM, operation, group, False, traced)[0]
 
 
 def _validated(
@@ -362,10 +365,12 @@ def _validated(
     offsets: Tensor | None,
     features: Tensor | None,
     check: bool | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+    """(logits, offsets, features) without nested tensors, checked, and whether a tracer records the call."""
     logits, offsets, features = unnest(logits, mask, offsets, features)
     check_call(logits, targets, mask, offsets)
-    if looks_at_values(logits, check):
+    traced = is_traced(logits)
+    if not traced and looks_at_untraced(logits, check):
         # the operator looks in a microsecond; what it finds wrong is put into words here
         on_cpu = logits.is_cpu and "cpu" in _fused.DEVICES
         try:
@@ -375,13 +380,14 @@ def _validated(
             if not is_transformed():
                 raise
             # batched by torch.func.vmap: no number of it can be looked at
-    return logits, offsets, features
+    return logits, offsets, features, traced
 
 
 def _use_fused(impl: str, logits: Tensor) -> bool:
     if impl == "reference":
         return False
-    if logits.device.type in _fused.DEVICES:
+    # is_cpu first: the name of a device takes three times as long to read
+    if (logits.is_cpu and "cpu" in _fused.DEVICES) or logits.device.type in _fused.DEVICES:
         if not is_transformed():
             return True
         if impl == "fused":

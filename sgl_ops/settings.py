@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +88,11 @@ class SGLSettings:
                 raise TypeError(f"guide: expected a function, got {type(self.guide).__name__}")
             if self.impl == "fused":
                 raise ValueError("guide: runs by the reference; impl has to be 'auto' or 'reference', got 'fused'")
+
+    @cached_property
+    def operands(self) -> dict[Any, Any]:
+        """What the fused operators take, by operation; sgl_ops/_fused.py fills it."""
+        return {}
 
     @property
     def per_bag(self) -> bool:

@@ -18,7 +18,7 @@ pytestmark = [
 PROGRAM = """
 import ctypes, mmap, sys
 import torch
-from sgl_ops import SGLLoss
+from sgl_ops import BagLoss, SGLLoss
 
 level, where = sys.argv[1:]
 if torch.ops.sgl_ops.cpu_level() != level:
@@ -64,8 +64,9 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
     for n in lengths if dtype == torch.float32 else lengths[::3]:
         values = (4 * torch.sin(1.7 * torch.arange(n))).to(dtype).reshape(1, 1, n)
         for label in (0.0, 1.0):
-            for pooling in ("max", "softmax", "noisy_or"):
-                loss = SGLLoss(pooling=pooling, mask_weight=0.5, impl="fused")
+            losses = [SGLLoss(pooling=name, mask_weight=0.5, impl="fused") for name in ("max", "softmax", "noisy_or")]
+            losses.append(BagLoss("mean_logits", impl="fused"))  # it only sums the logits
+            for loss in losses:
                 targets = torch.full((1, 1), label)
                 results = []
                 for end in ("first", "last", None):

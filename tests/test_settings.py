@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, functional
-from sgl_ops.pooling import GeneralizedMeanPooling, LSEPooling
+from sgl_ops.pooling import GeneralizedMeanPooling, LSEPooling, TopKPooling
 
 NAMES = [field.name for field in fields(SGLSettings)]
 #: Twenty steps. Every setting that may change between steps has another value in each.
@@ -55,6 +55,17 @@ def test_names_and_defaults_of_settings_come_from_sgl_settings():
     assert [getattr(criterion, name) for name in NAMES] == [getattr(SGLSettings(), name) for name in NAMES]
     assert all(f"{name}=" in repr(criterion) for name in NAMES)
     assert criterion.settings.__dataclass_params__.frozen
+
+
+def test_losses_that_share_a_settings_object_keep_their_poolings(device):
+    """The settings object keeps what the operators take, for each pooling and parameter of its own."""
+    x, y = batch(device)
+    settings = SGLSettings(lam=2.0)
+    poolings = ["max", "softmax", TopKPooling(2), TopKPooling(5), "max"]
+    shared = [functional.sgl_loss(x, y, pooling=pooling, settings=settings) for pooling in poolings]
+    separate = [functional.sgl_loss(x, y, pooling=pooling, lam=2.0) for pooling in poolings]
+    assert all(map(torch.equal, shared, separate))
+    assert len({value.item() for value in shared}) == 4
 
 
 def test_settings_object_equals_separate_settings(device):

@@ -53,6 +53,20 @@ void gradient_of(const Coefficients<T>& k, const Row<T>& row, T* grad, ParallelF
   });
 }
 
+// Whether all instances of the pair have the same gradient, which needs no logits. It is not computed as a product:
+// logits of an excluded pair may be NaN, and a weight of 0 must not hide a NaN.
+template <class T>
+bool has_one_gradient(const Coefficients<T>& k, T& gradient) {
+  if (k.kind == Kind::kExcluded || k.kind == Kind::kNonFinite) {
+    gradient = k.kind == Kind::kExcluded ? T(0) : nan_of(T());
+    return true;
+  }
+  if (k.kind != Kind::kBagOnly && k.kind != Kind::kConstant) return false;
+  if (k.pooling_code != NoPooling::kCode && !adds_logits(k.pooling_code)) return false;
+  gradient = k.pooling_code == NoPooling::kCode ? T(0) : k.slope1;
+  return true;
+}
+
 template <class T, class Out>
 void backward_range_as(
     const Problem<T>& problem, const Backward<T>& saved, Out* grad, int64_t begin, int64_t end, T* scratch,
@@ -66,23 +80,21 @@ void backward_range_as(
     const Instances r = instances_of(layout, pair / layout.classes, cls);
     if (r.positions == 0) continue;
     const T* columns = saved.rows + pair * kColumns;
-    const Kind kind = static_cast<Kind>(static_cast<int>(columns[kColumnKind]));
-    if (kind == Kind::kExcluded || kind == Kind::kNonFinite) {
-      // Not computed as a product: logits of an excluded pair may be NaN, and a weight of 0 must not hide a NaN.
-      const T value = kind == Kind::kExcluded ? T(0) : nan_of(T());
+    const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
+    const T grad_output = saved.grad_output[saved.per_pair ? pair : 0];
+    const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, problem.settings);
+    T value;
+    if (has_one_gradient(k, value)) {
       if (rows.together()) {
         const int64_t n = rows.row(pair, r).n;
         for (int64_t j = 0; j < n; ++j) rows.memory(pair)[j] = value;
         rows.replaced(pair, grad);
       } else {
-        fill(value, problem.mask, r, grad);
+        fill_row(value, problem.mask, r, grad, parallel_for);
       }
       continue;
     }
     const Row<T> row = rows.row(pair, r);
-    const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
-    const T grad_output = saved.grad_output[saved.per_pair ? pair : 0];
-    const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, problem.settings);
     if (rows.together()) {
       gradient_of(k, row, rows.memory(pair), parallel_for);
       rows.replaced(pair, grad);

@@ -15,7 +15,7 @@ namespace SGL_LEVEL {
 template <class T>
 struct Extremes {
   T low, high;
-  double sum;  // negative_pass: sum of the loss; extremes_pass: sum of the logits / kDivisor; NaN if a logit is NaN
+  double sum;  // negative_pass: of the loss; others: of the logits / kDivisor. Not finite if a logit is NaN.
 
   static constexpr int kDivisor = 64;  // prevents overflow of a sum of finite numbers
 
@@ -24,8 +24,8 @@ struct Extremes {
     high = o.high > high ? o.high : high;
     sum += o.sum;
   }
-  double sum_of_logits() const { return sum * kDivisor; }  // after extremes_pass
-  bool finite() const { return sum == sum && low > -infinity_of(T()) && high < infinity_of(T()); }
+  double sum_of_logits() const { return sum * kDivisor; }  // not after negative_pass
+  bool finite() const { return sum - sum == 0 && low > -infinity_of(T()) && high < infinity_of(T()); }
 };
 
 template <class F>
@@ -84,6 +84,31 @@ Extremes<T> extremes_pass(const T* x, int64_t n) {
         some = F(0);
       });
   return ends.extremes(sum.total());
+}
+
+// The sum alone, for a loss that needs no more: the extremes are 0. An infinite logit makes the sum infinite or NaN.
+template <class T>
+Extremes<T> sum_pass(const T* x, int64_t n) {
+  using F = typename VectorOf<T>::F;
+  constexpr int64_t kSums = 4;  // in turn, because an addition waits for the one before it
+  constexpr int64_t kStep = kBlock * Lanes<F>::kCount;
+  const T factor = T(1.0 / Extremes<T>::kDivisor);
+  typename Lanes<F>::Sum sum;
+  int64_t start = 0;
+  for (; start + kStep <= n; start += kStep) {
+    F some[kSums] = {F(0), F(0), F(0), F(0)};
+    for (int64_t v = 0; v < kBlock; v += kSums)
+      for (int64_t k = 0; k < kSums; ++k) some[k] += Lanes<F>::load(x + start + (v + k) * Lanes<F>::kCount) * factor;
+    sum.add((some[0] + some[1]) + (some[2] + some[3]));
+  }
+  F rest = F(0);
+  for (; start + Lanes<F>::kCount <= n; start += Lanes<F>::kCount) rest += Lanes<F>::load(x + start) * factor;
+  if (start < n) {
+    T room[Lanes<F>::kCount];
+    rest += keep<F>(Lanes<F>::first(n - start), Lanes<F>::load(last_vector<F>(x, n, room)) * factor);
+  }
+  sum.add(rest);
+  return {T(0), T(0), sum.total()};
 }
 
 template <class T>
@@ -347,8 +372,10 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
   out.positive = label == Label::kPositive;
   const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
   const bool against_zero = has_instances && !out.positive;
+  const bool only_sum = !has_instances && settings.loss != kMinMeanMaxLoss && adds_logits(settings.pooling);
   const Extremes<T> e = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
-    return against_zero ? negative_pass(row.x + begin, size) : extremes_pass(row.x + begin, size);
+    const T* x = row.x + begin;
+    return against_zero ? negative_pass(x, size) : only_sum ? sum_pass(x, size) : extremes_pass(x, size);
   });
   if (!e.finite()) {
     out.kind = Kind::kNonFinite;
@@ -357,7 +384,8 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
   const T mean =
       against_zero ? e.low + (e.high - e.low) * T(0.5) : static_cast<T>(e.sum_of_logits() / static_cast<double>(row.n));
   Extent<T> extent{e.low, e.high, T(0), T(0)};
-  find_reference(settings, row, mean, parallel_for, extent);
+  if (pooling_reference(settings.pooling) != Reference::kNone)
+    find_reference(settings, row, mean, parallel_for, extent);
   out.extent = {extent.low, extent.high, extent.reference, extent.tie_weight};
   const Scale<T> scale = pooling_scale(settings.pooling, extent);
   if (against_zero) {

@@ -17,8 +17,11 @@ struct Problem {
   Settings settings;
 };
 
+// Room for the padding of a row in scratch memory, in numbers.
+constexpr int64_t kRowPadding = 64;
+
 // Distance between rows in scratch memory, in numbers: the longest row and its padding.
-inline int64_t row_step(const Layout& layout) { return layout.longest + 64; }
+inline int64_t row_step(const Layout& layout) { return layout.longest + kRowPadding; }
 
 // Rows gathered per pass. If classes are adjacent in memory, the rows of a cache line are gathered together as far as
 // they fit into the cache. With few classes, one row at a time is as fast.

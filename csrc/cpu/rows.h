@@ -65,9 +65,14 @@ void fill(T value, const bool* mask, const Instances& r, Out* grad) {
   const Dimension& inner = r.dimensions[r.count - 1];
   for (Runs run(r); !run.done(); run.next()) {
     Out* g = grad + run.grad;
-    const bool* real = mask == nullptr ? nullptr : mask + run.mask;
-    for (int64_t j = 0; j < r.inner; ++j)
-      write_as(g + j * inner.grad, real == nullptr || real[j * inner.mask] ? value : T(0));
+    if (mask != nullptr) {
+      const bool* real = mask + run.mask;
+      for (int64_t j = 0; j < r.inner; ++j) write_as(g + j * inner.grad, real[j * inner.mask] ? value : T(0));
+    } else if (inner.grad == 1) {
+      for (int64_t j = 0; j < r.inner; ++j) write_as(g + j, value);
+    } else {
+      for (int64_t j = 0; j < r.inner; ++j) write_as(g + j * inner.grad, value);
+    }
   }
 }
 
@@ -105,7 +110,7 @@ void for_pieces(ParallelFor parallel_for, int64_t n, const Piece& piece) {
 // Calls part(begin, instances) for each piece if the instances have no mask and one dimension, otherwise once for all.
 template <class Part>
 void for_parts(ParallelFor parallel_for, const bool* mask, const Instances& r, const Part& part) {
-  if (mask != nullptr || r.count != 1) return part(0, r);
+  if (mask != nullptr || r.count != 1 || pieces_of(r.positions) == 1) return part(0, r);
   for_pieces(parallel_for, r.positions, [&](int64_t begin, int64_t size) {
     Instances some = r;
     some.logits += begin * r.dimensions[0].logits;
@@ -131,10 +136,18 @@ void store_row(const T* values, const bool* mask, const Instances& r, Out* grad,
       parallel_for, mask, r, [&](int64_t begin, const Instances& some) { scatter(values + begin, mask, some, grad); });
 }
 
-// Fills the last vector of a row with its first number, so that invalid lanes cause no overflow or NaN.
+template <class T, class Out>
+void fill_row(T value, const bool* mask, const Instances& r, Out* grad, ParallelFor parallel_for) {
+  for_parts(parallel_for, mask, r, [&](int64_t, const Instances& some) { fill(value, mask, some, grad); });
+}
+
+// Writes two vectors of the first number behind a row, so that invalid lanes cause no overflow or NaN. A fixed number of
+// stores is faster than to stop at the end of a vector.
 template <class T>
 void pad(T* row, int64_t n) {
-  for (int64_t i = n; i % (2 * SGL_WIDTH) != 0; ++i) row[i] = row[0];
+  static_assert(2 * SGL_WIDTH <= kRowPadding, "there is room for them between the rows");
+  const T first = row[0];
+  for (int64_t i = 0; i < 2 * SGL_WIDTH; ++i) row[n + i] = first;
 }
 
 template <class T>
@@ -228,7 +241,7 @@ class RowLoader {
   bool together() const { return together_ > 1; }
   T* memory(int64_t pair) const { return scratch_ + (pair - first_) * step_; }
 
-  Row<T> row(int64_t pair, const Instances& r) {
+  SGL_HD Row<T> row(int64_t pair, const Instances& r) {
     if (!together()) return load_row(problem_, r, scratch_, parallel_for_);
     if (pair >= last_) load(pair, r);
     return {memory(pair), n_};
