@@ -14,7 +14,7 @@ build:        ## compile the extension again after a change in csrc/; unchanged 
 	SGL_OPS_CUDA=0 SGL_OPS_BUILD=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 
 quick: build  ## kernels, values, losses: the tests for every change
-	$(PYTHON) -m pytest -q -m quick
+	$(PYTHON) -m pytest -q -n 0 -m quick
 
 test:         ## what the README runs: everything except the tiers below
 	$(PYTHON) -m pytest

@@ -51,6 +51,12 @@ QUICK = {
 LONG = {"sanitizer", "integration", "examples", "device_code", "release"}
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m quick` imports only the modules of that tier: importing the others takes longer than its tests."""
+    other = collection_path.suffix == ".py" and collection_path.stem not in QUICK
+    return True if other and config.getoption("markexpr") == "quick" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its tier. The long tiers are marked in the test files."""
     for item in items:

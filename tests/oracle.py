@@ -6,10 +6,26 @@ Gradients have the shape of ``logits``. 60 digits suffice for logits up to about
 
 from __future__ import annotations
 
-from mpmath import diff, exp, log, mp, mpf, sqrt
+from functools import lru_cache
+
+import mpmath
+from mpmath import diff, log, mp, mpf, sqrt
 
 mp.dps = 60
 TOP_K = 8  # k of the pooling "topk"
+
+
+# Numerical derivatives evaluate the same exponentials again and again, and every implementation is compared with the
+# same values. The precision is a part of the key, because mp.workdps and diff change it.
+
+
+@lru_cache(1 << 16)
+def exp_with(precision, x):
+    return mpmath.exp(x)
+
+
+def exp(x):
+    return exp_with(mp.prec, x)
 
 
 def sigmoid(x):
@@ -54,6 +70,11 @@ def pooled(name, xs):
 
 def pooled_loss(name, xs, target, pos_weight=1):
     """BCE(P, target) and its gradient. Ties at the extremes share the gradient equally."""
+    return pooled_loss_with(mp.prec, name, tuple(xs), target, pos_weight)
+
+
+@lru_cache(1 << 14)
+def pooled_loss_with(precision, name, xs, target, pos_weight):
     loss = bce(pooled(name, xs), target, pos_weight)
     if name in ("max", "min"):
         extreme = max(xs) if name == "max" else min(xs)

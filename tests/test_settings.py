@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from batches import external_pooling, settled
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, functional
 from sgl_ops.pooling import GeneralizedMeanPooling, LSEPooling, TopKPooling
@@ -92,6 +91,8 @@ def test_settings_object_equals_separate_settings(device):
 
 def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
     """(compiled function of x, y and the settings of a step, counter of its graphs)."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and the tier "quick" does without
+
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     criterion = SGLLoss(pooling=pooling, impl=impl)
@@ -137,6 +138,7 @@ def test_twenty_values_need_two_graphs(impl, device, kind, functional_call):
     assert len(seen) == len(STEPS)
 
 
+@pytest.mark.integration
 @pytest.mark.no_cover
 def test_compiled_function_rejects_an_invalid_value(impl, device):
     torch._dynamo.reset()
@@ -161,7 +163,7 @@ def expected_gradients(x, y, lam, mask_weight, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"pooling": external_pooling()}, {"normalize": "bag", "pooling": "softmax"}])
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.integration)])
 def test_gradients_of_learned_weights_equal_the_terms(impl, device, how, options):
     if how == "compiled" and (options or "emulated" in _fused._forward.name()):
         pytest.skip("covered by the other cases")
@@ -172,8 +174,9 @@ def test_gradients_of_learned_weights_equal_the_terms(impl, device, how, options
     def loss(x, y, lam, mask_weight):
         return functional.sgl_loss(x, y, lam=lam, mask_weight=mask_weight, impl=impl, **options)
 
-    torch._dynamo.reset()
-    loss = torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compiled" else loss
+    if how == "compiled":
+        torch._dynamo.reset()
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found = gradients(lambda x, y: loss(x, y, lam, mask_weight), x, y, lam, mask_weight)
     assert found[0].dtype == torch.float64
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-12)
