@@ -49,6 +49,11 @@ QUICK = {
 }
 #: Tiers that `python -m pytest` leaves out: pyproject.toml names them in addopts, .ci/run runs them.
 LONG = {"sanitizer", "integration", "examples", "device_code", "release"}
+#: Tests of about a minute. They come first, so that no worker starts one when the others have ended.
+LONGEST = {
+    "test_machine_code_agrees_with_the_reference",
+    "test_sanitized_kernels_agree_with_the_cpu",
+}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -58,7 +63,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its tier. The long tiers are marked in the test files."""
+    """Mark each test with its tier, the longest tests first. The long tiers are marked in the test files."""
+    items.sort(key=lambda item: getattr(item, "originalname", None) not in LONGEST)
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         names = {value for value in parameters if isinstance(value, str)}
