@@ -1,5 +1,5 @@
-// Backward: the gradient is computed again from the logits and the saved row of each pair (bag, class). A warp or a block
-// processes a piece of a pair, or of several pairs whose classes lie side by side in memory. Threads exchange nothing.
+// Backward: the gradient is computed again from the logits and the saved row of each pair (bag, class). A group
+// of threads processes a piece of a pair, or of several pairs whose classes lie side by side in memory. Threads exchange nothing.
 #pragma once
 
 #include "group.cuh"
@@ -131,7 +131,7 @@ SGL_DEVICE void write_row(
 
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
-    const __grid_constant__ Call call, const __grid_constant__ Backward backward, const bool warp_per_pair,
+    const __grid_constant__ Call call, const __grid_constant__ Backward backward, const int group_bits,
     const uint32_t pieces) {
   const Rows& rows = call.rows;
   const T* saved = static_cast<const T*>(backward.saved);
@@ -141,9 +141,8 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
   In* grad = static_cast<In*>(backward.grad);
 
   // 32 bits: division takes a fraction of the instructions of 64 bits (plan_of limits the items)
-  const uint32_t size = warp_per_pair ? kWarp : blockDim.x;
-  const uint32_t groups = warp_per_pair ? blockDim.x / kWarp : 1;
-  const uint32_t group = warp_per_pair ? threadIdx.x / kWarp : 0, rank = threadIdx.x - group * size;
+  const uint32_t size = 1u << group_bits, groups = blockDim.x >> group_bits;
+  const uint32_t group = threadIdx.x >> group_bits, rank = threadIdx.x & (size - 1);
   // Neighbouring threads have neighbouring classes, then neighbouring instances. Few layouts pay for the divisions.
   const uint32_t across = classes_across(rows, size);
   uint32_t strips = classes, lengthwise = size, at = rank, class_at = 0;

@@ -1,4 +1,4 @@
-// Forward: a warp or a block processes one pair (bag, class) after another. The first pass loads the logits from memory, and
+// Forward: a group of threads processes one pair (bag, class) after another. The first pass loads the logits from memory, and
 // the others find them in the cache. A negative pair needs the first pass alone, unless its pooling has sums. A block
 // finalizes several pairs together, one thread per pair, and the last block that ends adds up the blocks.
 #pragma once
@@ -266,7 +266,15 @@ SGL_DEVICE T ranked(const Row<In>& row, int n, int64_t k, T low, T high, Group& 
   return order_statistic_of(row, n, k == 0 ? median_rank(n) : n - k + 1, low, high, guess, group);
 }
 
-// Thread 0 of the group writes the result to `out`.
+// Whether the first pass alone gives all sums of a pair.
+SGL_HD bool first_pass_suffices(const Settings& settings, bool positive) {
+  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
+  const bool is_pooled = has_sums(settings.pooling) && !counts_maxima(settings.pooling);
+  return !(positive && has_instances) && settings.loss != kMinMeanMaxLoss && !is_pooled;
+}
+
+// Thread 0 of the group writes the result to `out`. For parts of a warp, first_pass_suffices() has to be true, and all labels
+// have to be negative if the loss has an instance term.
 template <class T, class In>
 SGL_DEVICE void find_sums(
     const Settings& settings, const Row<In>& row, Label label, T pos_weight, Group& group, Sums& out) {
@@ -387,8 +395,9 @@ struct ForwardShared {
   bool is_last;
 };
 
-SGL_DEVICE unsigned pair_of(const Group& group, unsigned round, unsigned index) {
-  return (round * gridDim.x + blockIdx.x) * group.count() + index;
+// `groups`: the number of groups in the block
+SGL_DEVICE unsigned pair_of(unsigned groups, unsigned round, unsigned index) {
+  return (round * gridDim.x + blockIdx.x) * groups + index;
 }
 
 template <class T>
@@ -409,33 +418,61 @@ SGL_DEVICE void finalize_one(
 
 // The sums over the pairs of this block, to shared.total. In round r, a group processes its r-th pair.
 template <class T, class In>
-SGL_DEVICE void sums_of_block(const Call& call, const Forward& forward, bool warp_per_pair, ForwardShared& shared) {
+SGL_DEVICE void sums_of_block(const Call& call, const Forward& forward, int group_bits, ForwardShared& shared) {
   const Settings& settings = call.settings;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
-  Group group(warp_per_pair, shared.group);
+  Group group(group_bits, shared.group);
+  const unsigned groups = blockDim.x >> group_bits;
   // rounds whose pairs are finalized together: a slot for each pair of them, and a thread for each slot
-  const unsigned together = (blockDim.x < kSlots ? blockDim.x : kSlots) / group.count();
+  const unsigned together = (blockDim.x < kSlots ? blockDim.x : kSlots) / groups;
   if (threadIdx.x < kBatchNumbers) shared.total[threadIdx.x] = 0;
 
   // Recomputed each round to save registers. The conditions of the loop are the same for the whole block.
-  for (unsigned round = 0; pair_of(group, round, 0) < call.rows.units; ++round) {
-    const unsigned pair = pair_of(group, round, group.index()), waiting = round % together;
-    if (pair < call.rows.units) {
-      const unsigned bag = pair / call.rows.classes, cls = pair - bag * call.rows.classes;
-      const Label label = forward.targets.data == nullptr ? Label::kPositive : label_of(forward.targets, bag, cls);
-      const Row<In> row(call, place_of(call.rows, bag, cls));
+  for (unsigned round = 0; pair_of(groups, round, 0) < call.rows.units; ++round) {
+    const unsigned waiting = round % together;
+    // Parts of a warp first process the pairs for which the first pass is enough. Then the whole warp processes the others,
+    // one after another.
+    unsigned index = threadIdx.x >> group_bits, left = 0;
+    group.resize(group_bits);
+#pragma unroll 1
+    for (unsigned visit = 0; visit == 0 || left != 0; ++visit) {
+      if (visit > 0) {
+        const bool skipped = (left & 1) == 0;
+        left >>= kPart;
+        if (skipped) continue;
+        index = ((threadIdx.x & ~(kWarp - 1u)) >> group_bits) + visit - 1;
+        group.resize(kWarpBits);
+        __syncwarp();  // the part has written to the same slot
+      }
+      const unsigned pair = pair_of(groups, round, index);
+      const bool exists = pair < call.rows.units;
+      if (!exists && !group.is_part()) break;
+      const unsigned bag = exists ? pair / call.rows.classes : 0, cls = exists ? pair - bag * call.rows.classes : 0;
+      Label label = forward.targets.data == nullptr ? Label::kPositive : label_of(forward.targets, bag, cls);
+      Place place = place_of(call.rows, bag, cls);
+      if (group.is_part()) {
+        const bool known = exists && label != Label::kUnknown;
+        const bool suffices = first_pass_suffices(settings, label == Label::kPositive);
+        left = __ballot_sync(kAllLanes, known && !suffices);
+        if (!known || !suffices) {
+          // The part takes part in the reductions with a row of no instances.
+          label = Label::kNegative;
+          place.positions = 0;
+        }
+      }
+      const Row<In> row(call, place);
       const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-      find_sums(settings, row, label, pos_weight, group, shared.sums[waiting * group.count() + group.index()]);
+      find_sums(settings, row, label, pos_weight, group, shared.sums[waiting * groups + index]);
     }
-    if (waiting + 1 < together && pair_of(group, round + 1, 0) < call.rows.units) continue;
+    if (waiting + 1 < together && pair_of(groups, round + 1, 0) < call.rows.units) continue;
     __syncthreads();
-    const unsigned slot = threadIdx.x, first = pair_of(group, round - waiting, 0);
+    const unsigned slot = threadIdx.x, first = pair_of(groups, round - waiting, 0);
     // the pairs of a round follow one another, and those of the next one are gridDim.x blocks further on
-    const unsigned slots = (waiting + 1) * group.count();
+    const unsigned slots = (waiting + 1) * groups;
     if (slot < slots) {
-      const unsigned later = slot / group.count();
-      const unsigned of_slot = first + later * gridDim.x * group.count() + slot - later * group.count();
+      const unsigned later = slot / groups;
+      const unsigned of_slot = first + later * gridDim.x * groups + slot - later * groups;
       if (of_slot < call.rows.units) {
         finalize_one<T>(call, forward, shared.sums[slot], of_slot, shared.batch[slot]);
       } else {
@@ -477,10 +514,10 @@ __global__ void finalize_kernel(
 }
 
 template <class T, class In>
-__global__ void __maxnreg__(kRegisters<T>) forward_kernel(
-    const __grid_constant__ Call call, const __grid_constant__ Forward forward, const bool warp_per_pair) {
+__global__ void __maxnreg__(kRegisters<T>)
+    forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Forward forward, const int group_bits) {
   SGL_SHARED(ForwardShared, shared);
-  sums_of_block<T, In>(call, forward, warp_per_pair, shared);
+  sums_of_block<T, In>(call, forward, group_bits, shared);
   if (threadIdx.x < kBatchNumbers) {
     reinterpret_cast<BatchRow*>(forward.of_block)[blockIdx.x][threadIdx.x] = shared.total[threadIdx.x];
     __threadfence();

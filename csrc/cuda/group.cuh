@@ -1,4 +1,5 @@
-// A group of threads, a warp or a block, that processes one pair (bag, class), and its reductions: sums and extremes.
+// A group of threads that processes one pair (bag, class), and its reductions: sums and extremes. A group is a part of a
+// warp, a warp, or a block.
 //
 // Numbers are added in a fixed order and without atomics, so that the same launch gives the same bits.
 #pragma once
@@ -9,7 +10,10 @@ namespace sgl {
 namespace cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32;
+constexpr int kWarpBits = 5, kWarp = 1 << kWarpBits;
+// The lanes that process a pair of few instances. The four pairs of a warp share the cost of everything that does not depend
+// on the number of instances.
+constexpr int kPartBits = 3, kPart = 1 << kPartBits;
 constexpr int kMaxThreads = 256;
 // Registers per thread, at most: as few as possible without spills. Then many threads are resident, which hides latency.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -43,20 +47,20 @@ struct GroupShared {
   uint64_t of_warp[2][kMaxThreads / kWarp][kMaxWords / 2];
 };
 
-// A warp, or the whole block.
+// 2^bits threads: kPart lanes of a warp, a warp, or the whole block. The parts of a warp reduce together: either all of them
+// call reduce(), or none.
 class Group {
  public:
-  SGL_DEVICE Group(bool is_warp, GroupShared& shared) : is_warp_(is_warp), turn_(0), shared_(shared) {}
+  SGL_DEVICE Group(int bits, GroupShared& shared) : bits_(bits), turn_(0), shared_(shared) {}
 
-  SGL_DEVICE int rank() const { return is_warp_ ? threadIdx.x % kWarp : threadIdx.x; }
-  SGL_DEVICE int size() const { return is_warp_ ? kWarp : blockDim.x; }
+  SGL_DEVICE bool is_part() const { return bits_ < kWarpBits; }
+  SGL_DEVICE int rank() const { return threadIdx.x & (size() - 1); }
+  SGL_DEVICE int size() const { return 1 << bits_; }
 
-  // the number of this group within the block, and the number of groups
-  SGL_DEVICE int index() const { return is_warp_ ? threadIdx.x / kWarp : 0; }
-  SGL_DEVICE int count() const { return is_warp_ ? blockDim.x / kWarp : 1; }
+  SGL_DEVICE void resize(int bits) { bits_ = bits; }
 
   SGL_DEVICE void sync() const {
-    if (is_warp_) {
+    if (bits_ <= kWarpBits) {
       __syncwarp();
     } else {
       __syncthreads();
@@ -68,9 +72,15 @@ class Group {
   SGL_DEVICE R reduce(R value) {
     static_assert(sizeof(R) <= kMaxWords * sizeof(uint32_t) && alignof(R) <= 8, "fits into GroupShared");
     // unrolled if the code stays small
-#pragma unroll(sizeof(R) <= 2 * sizeof(uint32_t) ? 5 : 1)
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
-    if (size() == kWarp) return value;
+    if constexpr (sizeof(R) <= 2 * sizeof(uint32_t)) {
+#pragma unroll
+      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
+    } else {
+#pragma unroll 1
+      for (int lanes = (is_part() ? kPart : kWarp) / 2; lanes > 0; lanes /= 2)
+        value.merge(from_other_lane(value, lanes));
+    }
+    if (bits_ <= kWarpBits) return value;
     if (threadIdx.x % kWarp == 0) std::memcpy(shared_.of_warp[turn_][threadIdx.x / kWarp], &value, sizeof(R));
     __syncthreads();
     std::memcpy(&value, shared_.of_warp[turn_][0], sizeof(R));
@@ -85,7 +95,7 @@ class Group {
   }
 
  private:
-  const bool is_warp_;
+  int bits_;
   int turn_;
   GroupShared& shared_;
 };

@@ -98,14 +98,14 @@ cudaError_t counter_for(const Forward& forward, const Plan& plan, int device, cu
 // SGL_TWO_TYPES: only the kernels for float and bfloat16, which tests/device_code compiles in half the time.
 template <class T, class In>
 cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& plan, cudaStream_t stream) {
-  SGL_LAUNCH((forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward, plan.warp_per_pair);
+  SGL_LAUNCH((forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward, plan.forward_bits);
   return cudaGetLastError();
 }
 
 template <class T, class In>
 cudaError_t backward_as(const Call& call, const Backward& backward, const Plan& plan, cudaStream_t stream) {
   SGL_LAUNCH(
-      (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.warp_per_pair,
+      (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.backward_bits,
       static_cast<uint32_t>(plan.pieces));
   return cudaGetLastError();
 }
@@ -122,13 +122,16 @@ Plan plan_of(const Call& call, int multiprocessors) {
   };
   Plan plan;
   // A warp reduces faster than a block. With many pairs, warps keep the GPU busy at any length.
-  plan.warp_per_pair = positions <= 16 * kWarp || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors);
+  const bool in_warps = positions <= 16 * kWarp || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors);
+  // Short pairs get parts of a warp, which issue less, if there are enough pairs for four warps on each multiprocessor.
+  const bool in_parts = positions <= kShort && units * kPart >= int64_t{4} * kWarp * multiprocessors;
   int groups = 1;
-  if (plan.warp_per_pair) {
-    // as many warps per block as possible while every multiprocessor gets a block
-    groups = kMaxThreads / kWarp;
+  if (in_warps) {
+    plan.forward_bits = in_parts && first_pass_suffices(call.settings, false) ? kPartBits : kWarpBits;
+    // as many groups per block as possible while every multiprocessor gets a block
+    groups = kMaxThreads >> plan.forward_bits;
     while (groups > 1 && units < static_cast<int64_t>(groups) * multiprocessors) groups /= 2;
-    plan.threads = groups * kWarp;
+    plan.threads = groups << plan.forward_bits;
   } else {
     // A few threads for each pair reduce faster. Many threads hide the latency of memory if there are few pairs.
     plan.threads = 128;
@@ -136,6 +139,7 @@ Plan plan_of(const Call& call, int multiprocessors) {
            (positions > 64 * plan.threads ||
             (positions > 16 * plan.threads && units * plan.threads < int64_t{1024} * multiprocessors)))
       plan.threads *= 2;
+    for (plan.forward_bits = kWarpBits; 1 << plan.forward_bits < plan.threads;) ++plan.forward_bits;
   }
   // a thread may use kRegisters of the 65536 registers of a multiprocessor
   const int registers = call.type == Type::kDouble ? kRegisters<double> : kRegisters<float>;
@@ -143,7 +147,11 @@ Plan plan_of(const Call& call, int multiprocessors) {
   plan.forward_blocks = at_most((units + groups - 1) / groups, resident);
   // Backward: a thread has up to 64 instances, which share the cost of the numbers of the pair, and fewer if there would
   // be too few blocks. Work items are counted in 32 bits.
-  const uint32_t size = plan.warp_per_pair ? kWarp : plan.threads, across = classes_across(rows, size);
+  // Backward has no reductions. Classes that lie side by side get as many neighbouring threads as a warp has.
+  plan.backward_bits =
+      in_parts && classes_across(rows, kWarp) == 1 ? kPartBits : std::max(plan.forward_bits, kWarpBits);
+  groups = plan.threads >> plan.backward_bits;
+  const uint32_t size = 1u << plan.backward_bits, across = classes_across(rows, size);
   const int64_t strips = rows.bags * ((rows.classes + across - 1) / across);
   const auto pieces_of = [&](int64_t instances) {
     const int64_t tile = instances * (size / across);

@@ -71,7 +71,7 @@ struct Backward {
 // How a call is divided among the multiprocessors of a GPU. Only the shape and the GPU decide it, and with it the order of
 // the additions.
 struct Plan {
-  bool warp_per_pair;  // else a block
+  int forward_bits, backward_bits;  // 2^bits threads of a block process a pair: a part of a warp, a warp, or the block
   int threads, forward_blocks, backward_blocks;
   int pieces;  // backward: work items of a pair, or of several pairs side by side
 };

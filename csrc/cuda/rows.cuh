@@ -223,6 +223,19 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
       flush();
     }
   }
+  if constexpr (kTogether > 1) {
+    if (row.is_simple && row.n <= kShort) {
+      // a short row: a thread has at most 16 instances
+      const int64_t stride = row.rows->dimension[0].logits;
+#pragma unroll 1
+      for (; p < row.n; p += group.size()) {
+        const T x[1] = {read_as(T(), row.x[p * stride])};
+        f(x, true);
+      }
+      flush();
+      return;
+    }
+  }
   int of_run = 0;
   const auto count_pack = [&] {
     if (++of_run == kPacks<In>) {

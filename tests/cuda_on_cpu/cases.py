@@ -70,9 +70,10 @@ def plans(small: bool) -> st.SearchStrategy[list[int]]:
     """Any plan gives a correct result. Unusual plans test the code for large problems with small ones."""
     most = 3 if small else 9
     blocks = st.integers(1, most)
-    of_warps = st.tuples(st.just(1), st.sampled_from([32, 64, 128]), blocks, blocks, st.integers(1, 3))
-    of_blocks = st.tuples(st.just(0), st.sampled_from([64, 128]), blocks, blocks, st.integers(1, 3))
-    return (of_warps | of_blocks).map(list)
+    of_warps = st.tuples(st.sampled_from([(3, 3), (3, 5), (5, 5)]), st.sampled_from([32, 64, 128]))
+    of_blocks = st.sampled_from([((6, 6), 64), ((7, 7), 128)])
+    groups = (of_warps | of_blocks).map(lambda bits_and_threads: [*bits_and_threads[0], bits_and_threads[1]])
+    return st.builds(lambda *members: [*members[0], *members[1:]], groups, blocks, blocks, st.integers(1, 3))
 
 
 @st.composite

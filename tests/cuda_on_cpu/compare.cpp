@@ -233,11 +233,12 @@ bool run_emulated(const Problem& problem, Result& result) {
   const int working = c.type == 1 ? 8 : 4;
   Plan plan = plan_of(call, static_cast<int>(problem.multiprocessors));
   if (!problem.plan.empty()) {
-    plan.warp_per_pair = problem.plan[0] != 0;
-    plan.threads = static_cast<int>(problem.plan[1]);
-    plan.forward_blocks = static_cast<int>(problem.plan[2]);
-    plan.backward_blocks = static_cast<int>(problem.plan[3]);
-    plan.pieces = static_cast<int>(problem.plan[4]);
+    plan.forward_bits = static_cast<int>(problem.plan[0]);
+    plan.backward_bits = static_cast<int>(problem.plan[1]);
+    plan.threads = static_cast<int>(problem.plan[2]);
+    plan.forward_blocks = static_cast<int>(problem.plan[3]);
+    plan.backward_blocks = static_cast<int>(problem.plan[4]);
+    plan.pieces = static_cast<int>(problem.plan[5]);
   }
   const int type = c.type == 1 ? 1 : 0;
   std::vector<Batch> of_block(plan.forward_blocks + 1);

@@ -100,6 +100,27 @@ def cases() -> Iterator[Case]:
     x = torch.randn(5000, 6)[:, ::2]
     yield case("packed, rows with a stride", x, labels(1, 3, 1.0), offsets=torch.tensor([0, 5000]))
 
+    # ---- several pairs of few instances in a warp
+    for size in (1, 7, 8, 9, 49, 128):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x, y = torch.randn(21, 3, size).to(dtype), labels(21, 3, 0.3, 0.2)
+            yield case(f"short pairs 21x3x{size} {str(dtype)[6:]}", x, y, mask_weight=0.5)
+    x, y, mask = torch.randn(21, 3, 50), labels(21, 3, 0.3, 0.2), torch.rand(21, 50) < 0.4
+    mask[4] = False
+    yield case("short pairs with a mask", x, y, mask=mask, mask_weight=0.5)
+    yield case("short pairs, none positive", x, torch.zeros(21, 3))
+    yield case("short pairs, all positive", x, torch.ones(21, 3), mask_weight=0.5)
+    yield case("short pairs, mean", x, y, pooling="mean")
+    for loss in (BagLoss, BILLoss):
+        yield case(f"short pairs {loss.__name__}", x, y, loss=loss)
+    x = x.clone()
+    x[0, 0, 3], x[1, 1, 4], x[2, 2, 5] = math.nan, math.inf, -math.inf
+    yield case("short pairs, NaN and infinities", x, y)
+    x = torch.randn(21, 3, 7, 7).contiguous(memory_format=torch.channels_last)
+    yield case("short pairs, channels_last", x, y)
+    bounds = torch.cat((torch.zeros(1), torch.randint(0, 1500, (29,)).sort().values, torch.tensor([1500]))).long()
+    yield case("short pairs, packed", torch.randn(1500, 2), labels(30, 2, 0.3), offsets=bounds, mask_weight=0.5)
+
     # ---- padded bags and other layouts
     mask = torch.rand(7, 101) < 0.7
     mask[3:5] = False

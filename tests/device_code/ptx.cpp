@@ -19,6 +19,7 @@ enum Kind : uint8_t {
   kReturn,
   kCall,
   kShuffle_,
+  kBallot,
   kWarpSync,
   kBlockSync
 };
@@ -30,7 +31,8 @@ struct Instruction {
   uint8_t cls = kOther;
   int16_t size = 0;  // bytes of an element in memory
   int32_t predicate = -1;
-  bool negated = false;
+  bool negated = false;  // the predicate
+  bool negated_source = false;  // the predicate that is voted on
   uint8_t vector = 1;
   uint8_t space = 0;  // 'g' global, 's' shared, 'p' parameter
   int32_t d = -1, d2 = -1, a = -1, b = -1, c = -1, e = -1;
@@ -736,6 +738,15 @@ class Builder {
       i.e = operand(o[4]);
       return emit();
     }
+    if (op == "vote.sync.ballot.b32") {
+      i.kind = kBallot;
+      i.cls = kAlu;
+      i.d = operand(o[0]);
+      i.negated_source = o[1][0] == '!';
+      i.a = pred(scope_ + o[1].substr(i.negated_source));
+      i.e = operand(o[2]);
+      return emit();
+    }
     if (op == "bar.warp.sync") {
       i.kind = kWarpSync;
       i.cls = kBarrier;
@@ -1012,6 +1023,9 @@ class PtxDevice : public Device {
           valid |= static_cast<uint32_t>(inside) << l;
         });
         if (i.d2 >= 0) w.P[i.d2] = (w.P[i.d2] & ~members) | valid;
+      } else if (i.kind == kBallot) {
+        const uint32_t votes = (i.negated_source ? ~w.P[i.a] : w.P[i.a]) & members;
+        for_lanes(members, [&](int l) { put<uint32_t>(w, i.d, l, votes); });
       } else {
         if (members == w.alive) ++w.block->shared.warp_epoch[w.index];
       }
