@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_kernel
 
+import sgl_ops
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, SGLTerms, _fused, functional
 from sgl_ops.pooling import AutoPooling, MaxPooling
 
@@ -247,3 +251,24 @@ def test_training_with_bag_labels_finds_the_positive_instances(device):
         optimizer.step()
     found = model(x).squeeze(2) > 0
     assert (found & bright).sum() / (found | bright).sum() > 0.9
+
+
+@needs_kernel
+def test_step_calls_few_python_functions():
+    """Most of a step on small bags is the time of Python calls. More of them slow every user with small bags down."""
+    x = torch.randn(64, 1, 50, requires_grad=True)
+    y = (torch.rand(64, 1) < 0.5).float()
+    criterion = SGLLoss(impl="fused")
+    criterion(x, y).backward()  # the first step also fills what later steps use again
+    package, calls = str(Path(sgl_ops.__file__).parent), []
+
+    def count(frame, event, _argument):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(count)
+    try:
+        criterion(x, y).backward()
+    finally:
+        sys.setprofile(None)
+    assert 0 < len(calls) <= 25, calls
