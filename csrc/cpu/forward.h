@@ -381,6 +381,11 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
     out.kind = Kind::kNonFinite;
     return out;
   }
+  if (only_sum) {
+    out.kind = Kind::kBagOnly;
+    out.pooled[0] = e.sum_of_logits();
+    return out;
+  }
   const T mean =
       against_zero ? e.low + (e.high - e.low) * T(0.5) : static_cast<T>(e.sum_of_logits() / static_cast<double>(row.n));
   Extent<T> extent{e.low, e.high, T(0), T(0)};

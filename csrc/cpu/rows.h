@@ -63,13 +63,16 @@ void scatter(const T* values, const bool* mask, const Instances& r, Out* grad) {
 template <class T, class Out>
 void fill(T value, const bool* mask, const Instances& r, Out* grad) {
   const Dimension& inner = r.dimensions[r.count - 1];
+  if (mask == nullptr && r.count == 1 && inner.grad == 1) {
+    Out* g = grad + r.grad;
+    for (int64_t j = 0; j < r.inner; ++j) write_as(g + j, value);
+    return;
+  }
   for (Runs run(r); !run.done(); run.next()) {
     Out* g = grad + run.grad;
     if (mask != nullptr) {
       const bool* real = mask + run.mask;
       for (int64_t j = 0; j < r.inner; ++j) write_as(g + j * inner.grad, real[j * inner.mask] ? value : T(0));
-    } else if (inner.grad == 1) {
-      for (int64_t j = 0; j < r.inner; ++j) write_as(g + j, value);
     } else {
       for (int64_t j = 0; j < r.inner; ++j) write_as(g + j * inner.grad, value);
     }
