@@ -78,6 +78,7 @@ CASES = [
     Case((20, 14, 4096), 0.05, multiprocessors=2, dtype="bfloat16"),
     Case((8, 14, 4096), 0.05, multiprocessors=33),
     Case((32, 14, 256), 0.05),
+    Case((64, 14, 256), 0.05, multiprocessors=16),
     Case((8, 527, 64), 0.05, multiprocessors=16),
     Case((256, 14, 49), 0.05),
     Case((2, 4, 25000), 0.05, packed=True, multiprocessors=33),

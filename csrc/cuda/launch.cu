@@ -123,8 +123,10 @@ Plan plan_of(const Call& call, int multiprocessors) {
   Plan plan;
   // A warp reduces faster than a block. With many pairs, warps keep the GPU busy at any length.
   const bool in_warps = positions <= 16 * kWarp || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors);
-  // Short pairs get parts of a warp, which issue less, if there are enough pairs for four warps on each multiprocessor.
-  const bool in_parts = positions <= kShort && units * kPart >= int64_t{4} * kWarp * multiprocessors;
+  // Parts of a warp issue less. They need enough pairs to hide latency: four warps on each multiprocessor, or eight if a
+  // thread gets more than 16 instances.
+  const int64_t warps = positions <= kShort ? 4 : 8;
+  const bool in_parts = positions <= 64 * kPart && units * kPart >= warps * kWarp * multiprocessors;
   int groups = 1;
   if (in_warps) {
     plan.forward_bits = in_parts && first_pass_suffices(call.settings, false) ? kPartBits : kWarpBits;
@@ -153,9 +155,11 @@ Plan plan_of(const Call& call, int multiprocessors) {
   groups = plan.threads >> plan.backward_bits;
   const uint32_t size = 1u << plan.backward_bits, across = classes_across(rows, size);
   const int64_t strips = rows.bags * ((rows.classes + across - 1) / across);
+  // the mean for packed bags: a thread has more instances in a longer bag
+  const int64_t length = rows.offsets == nullptr ? positions : positions / 2;
   const auto pieces_of = [&](int64_t instances) {
     const int64_t tile = instances * (size / across);
-    return at_most(std::min<int64_t>((positions + tile - 1) / tile, kMaxItems / std::max<int64_t>(strips, 1)), 1024);
+    return at_most(std::min<int64_t>((length + tile - 1) / tile, kMaxItems / std::max<int64_t>(strips, 1)), 1024);
   };
   int64_t instances = 64;
   while (instances > 16 && strips * pieces_of(instances) < static_cast<int64_t>(resident) * groups) instances /= 2;

@@ -105,6 +105,8 @@ def cases() -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             x, y = torch.randn(21, 3, size).to(dtype), labels(21, 3, 0.3, 0.2)
             yield case(f"short pairs 21x3x{size} {str(dtype)[6:]}", x, y, mask_weight=0.5)
+    for size in (129, 300, 512):
+        yield case(f"pairs of parts of a warp 34x3x{size}", torch.randn(34, 3, size), labels(34, 3, 0.1, 0.1))
     x, y, mask = torch.randn(21, 3, 50), labels(21, 3, 0.3, 0.2), torch.rand(21, 50) < 0.4
     mask[4] = False
     yield case("short pairs with a mask", x, y, mask=mask, mask_weight=0.5)
