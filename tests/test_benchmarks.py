@@ -65,6 +65,40 @@ def test_busy_machine_or_wide_spread_warns_and_idle_machine_does_not(monkeypatch
     assert capsys.readouterr().out.endswith(": bce 20%\n")
 
 
+def test_count_instructions_prints_the_difference_of_two_processes(monkeypatch, capsys):
+    import count_instructions
+
+    def valgrind(command, **options):
+        assert command[0] == "valgrind" and options["env"]["OMP_NUM_THREADS"] == "1"
+        total = 7_000_000 + 6_400 * int(command[command.index("--run") + 1])
+        return subprocess.CompletedProcess(command, 0, "", f"==1== I   refs:      {total:,}\n")
+
+    monkeypatch.setattr(count_instructions.subprocess, "run", valgrind)
+    monkeypatch.setattr(sys, "argv", ["count_instructions.py", "--shape", "4,2,9", "--steps", "2", "12"])
+    count_instructions.main()
+    assert capsys.readouterr().out == ("sgl, max, (4,2,9): 6,400 instructions a step, 800 for each (bag, class) pair\n")
+    failed = subprocess.CompletedProcess([], 1, "", "valgrind: no such tool")
+    monkeypatch.setattr(count_instructions.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match="no such tool"):
+        count_instructions.main()
+
+
+@needs_kernel
+def test_count_instructions_executes_steps(monkeypatch):
+    import count_instructions
+    import measuring
+
+    steps = []
+    monkeypatch.setattr(measuring, "step", lambda loss, logits, targets: steps.append((loss, logits.shape)))
+    threads = torch.get_num_threads()
+    arguments = ["--loss", "bag", "--pooling", "mean", "--shape", "4,2,9", "--run", "3"]
+    monkeypatch.setattr(sys, "argv", ["count_instructions.py", *arguments])
+    count_instructions.main()
+    torch.set_num_threads(threads)
+    assert len(steps) == 3
+    assert isinstance(steps[0][0], sgl_ops.BagLoss) and steps[0][1] == (4, 2, 9)
+
+
 @needs_kernel
 def test_bench_poolings_measures_every_pooling(monkeypatch, capsys):
     import bench_poolings
