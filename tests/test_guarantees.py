@@ -148,6 +148,17 @@ def test_empty_bags_contribute_nothing(make, device):
     assert value == 0
 
 
+def test_infinite_grad_output_leaves_pairs_with_unknown_labels_at_zero(make, device):
+    """A loss scale that overflows must not turn the gradient of pairs that contribute nothing into NaN."""
+    x = torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 2] = NAN
+    y = torch.tensor([[1, 0], [NAN, 1], [0, NAN]], device=device)
+    for pooling in POOLINGS:
+        logits = x.to(device).requires_grad_()
+        (make(pooling)(logits, y) * math.inf).backward()
+        assert (logits.grad[[1, 2], [0, 1]] == 0).all(), pooling
+
+
 def test_nonfinite_logit_makes_the_loss_and_the_gradient_of_its_pair_nan(make, device):
     """The gradients of all other pairs stay finite."""
     wanted = {"max", "mean", "topk", "generalized_mean"}
