@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import sys
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._tracing import is_traced, is_transformed
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TARGET_DTYPES = frozenset(
@@ -99,7 +104,7 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
             _check_side("mask", mask, logits)
             expected = shape if dims == 2 else shape[:1] + shape[2:]
             if mask.shape != expected:
-                raise ValueError(f"mask: expected shape {tuple(expected)}, got {tuple(mask.shape)}")
+                raise _wrong_mask(mask, logits, expected)
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask: expected torch.bool (True = real instance), got {mask.dtype}")
     if bags == 0 or classes == 0:
@@ -111,9 +116,110 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
         raise TypeError(f"targets: expected bool, integer or floating, got {targets.dtype}")
     tshape = targets.shape
     if tshape != (bags, classes) and not (classes == 1 and tshape == (bags,)):
-        allowed = f"({bags}, {classes})" + (f" or ({bags},)" if classes == 1 else "")
-        hint = "; 2-d logits without offsets are (N, L), one class" if dims == 2 and offsets is None else ""
-        raise ValueError(f"targets: expected shape {allowed}, got {tuple(tshape)}{hint}")
+        raise _wrong_targets(targets, logits, offsets, bags, classes)
+
+
+def _classes_first(logits: Tensor) -> str:
+    """The hint for logits whose classes are the last dimension."""
+    moved = "logits.transpose(1, 2)" if logits.dim() == 3 else "logits.movedim(-1, 1)"
+    return f"; if the classes are the last dimension of the logits, pass {moved}"
+
+
+def _wrong_mask(mask: Tensor, logits: Tensor, expected: torch.Size) -> ValueError:
+    hint, shape, got = "", logits.shape, mask.shape
+    if got == (*expected[:1], 1, *expected[1:]):
+        hint = "; pass mask.squeeze(1)"
+    elif got == shape:
+        hint = "; all classes share one mask: pass mask[:, 0] if all of mask[:, c] are equal"
+    elif got == expected[1:]:
+        hint = f"; for the same mask in every bag pass mask.expand({', '.join(map(str, expected))})"
+    elif got == shape[:-1]:
+        hint = _classes_first(logits)
+    return ValueError(
+        f"mask: expected shape {tuple(expected)} with logits of shape {tuple(shape)}, got {tuple(got)}{hint}"
+    )
+
+
+def _wrong_targets(targets: Tensor, logits: Tensor, offsets: Tensor | None, bags: int, classes: int) -> ValueError:
+    shape, got, hint = logits.shape, targets.shape, ""
+    dense = offsets is None
+    if dense and logits.dim() == 2:
+        hint = "; logits with two dimensions and without offsets are (N, L), one class"
+        if got == shape:
+            hint += ". The loss needs a logit for each instance, not one for each bag"
+        elif got[1:] == shape[1:]:
+            hint += "; packed logits (T, C) need offsets"
+    elif dense and (got == (bags, shape[-1]) or (shape[-1] == 1 and got == (bags,))):
+        hint = _classes_first(logits)
+    elif dense and got == shape:
+        hint = "; the loss takes labels of bags, not of instances: pass targets.flatten(2).amax(2)"
+    elif got in ((bags,), (bags, 1)):
+        indices = "targets" if targets.dim() == 1 else "targets.squeeze(1)"
+        hint = f"; if these are class indices, pass torch.nn.functional.one_hot({indices}.long(), {classes})"
+    allowed = f"({bags}, {classes})" + (f" or ({bags},)" if classes == 1 else "")
+    return ValueError(
+        f"targets: expected shape {allowed}, (bags, classes), with logits of shape {tuple(shape)}, "
+        f"got {tuple(got)}{hint}"
+    )
+
+
+def check_features(features: Tensor | None, instances: tuple[int, ...], width: int | None = None) -> None:
+    """Checks the shape of ``features``.
+
+    Args:
+        features: (N, L, D) or (T, D); None: an error.
+        instances: (N, L) or (T,).
+        width: D, or None if every D is accepted.
+    """
+    if features is not None and features.shape == (*instances, *(features.shape[-1:] if width is None else (width,))):
+        return
+    expected = f"({', '.join(map(str, instances))}, {'D' if width is None else width})"
+    if features is None:
+        raise ValueError(
+            f"features: attention pooling needs features of the instances; pass features= of shape {expected}, got None"
+        )
+    hint, got = "", features.shape
+    if len(instances) == 2 and features.dim() > 2 and got[:1] == instances[:1] and got[2:].numel() == instances[1]:
+        flat = "features" if features.dim() == 3 else "features.flatten(2)"
+        hint = f"; if the features are the second dimension, pass {flat}.transpose(1, 2)"
+    raise ValueError(f"features: expected shape {expected}, got {tuple(got)}{hint}")
+
+
+_ALWAYS_A_MEAN = "the loss is always a mean; leave this argument out. A batch of one bag gives the loss of this bag"
+#: What to use in place of an argument of BCEWithLogitsLoss or CrossEntropyLoss that not every loss here takes.
+_INSTEAD = {
+    "weight": "SGLLoss and BagLoss take class_weight=, one number for each class",
+    "class_weight": "SGLLoss and BagLoss take it",
+    "pos_weight": "SGLLoss and BagLoss take it",
+    "reduction": _ALWAYS_A_MEAN,
+    "reduce": _ALWAYS_A_MEAN,
+    "size_average": _ALWAYS_A_MEAN,
+    "ignore_index": "mark an unknown label with NaN in the targets",
+    "label_smoothing": "the targets are 0, 1 or NaN; leave this argument out",
+}
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> TypeError:
+    """The error for an argument that a loss does not take. ``known``: the arguments that it takes."""
+    import difflib  # slow to import
+
+    close = difflib.get_close_matches(name, known, 1)
+    hint = _INSTEAD.get(name) or (f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}")
+    return TypeError(f"{name}: not an argument of this loss; {hint}")
+
+
+def explains_arguments(function: Function) -> Function:
+    """``function``, a constructor, with :func:`unknown_argument` for a keyword that it does not take."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name not in known:
+                raise unknown_argument(name, known)
+        return function(*args, **keywords)
+
+    return checked  # type: ignore[return-value]
 
 
 def check_dense(name: str, value: Tensor) -> None:

@@ -74,7 +74,12 @@ __all__ = [
 
 
 class SGLTerms(NamedTuple):
-    """Scalars: ``total`` = bag + lam instance + mask_weight mask, with gradient; the terms detached, unweighted."""
+    """Scalars: ``total`` = bag + lam instance + mask_weight mask, and these three terms without their weights.
+
+    Only ``total`` has a gradient. ``bag``, ``instance`` and ``mask`` are detached, for logging: ``backward`` of one of
+    them is an error, and a sum of one of them with another loss has no gradient of it. To train with other weights set
+    ``lam`` and ``mask_weight``; to train with the bag loss alone set both to 0, or use :class:`sgl_ops.BagLoss`.
+    """
 
     total: Tensor
     bag: Tensor

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import check_impl, class_vector
+from ._checks import check_impl, class_vector, explains_arguments
 from ._ranks import Group, check_group
 from .functional import SGLTerms
 from .pooling import make_pooling
@@ -88,6 +88,7 @@ class SGLLoss(_Loss):
     pos_weight: Tensor | None
     _settings: SGLSettings
 
+    @explains_arguments
     @takes_settings
     def __init__(
         self,
@@ -202,6 +203,7 @@ class BagLoss(_Loss):
     class_weight: Tensor | None
     pos_weight: Tensor | None
 
+    @explains_arguments
     def __init__(
         self,
         pooling: str | nn.Module = "max",
@@ -263,6 +265,7 @@ class BILLoss(_Loss):
     tensor(0.4683)
     """
 
+    @explains_arguments
     def __init__(
         self,
         pooling: str | nn.Module = "mean",
@@ -313,6 +316,7 @@ class MMMLoss(_Loss):
     tensor(0.2314)
     """
 
+    @explains_arguments
     def __init__(self, *, check: bool | None = None, impl: str = "auto", process_group: Group = None):
         super().__init__()
         check_group(process_group)

@@ -56,7 +56,7 @@ from torch import Tensor, nn
 
 from . import _fused
 from ._bags import Bags, bags_of
-from ._checks import check_call, check_number, unnest
+from ._checks import check_call, check_features, check_number, unnest
 from ._tracing import is_compiled, is_scripted, is_transformed
 
 __all__ = [
@@ -357,11 +357,8 @@ class AttentionPooling(Pooling):
         self.score_layer = nn.Linear(hidden_features, 1)
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
-        if features is None:
-            raise ValueError("features: attention pooling needs instance features, got None")
-        expected = (*bags.instance_shape, self.tanh_layer.in_features)
-        if tuple(features.shape) != expected:
-            raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
+        check_features(features, bags.instance_shape, self.tanh_layer.in_features)
+        assert features is not None
         features = bags.features(features)
         hidden = torch.tanh(self.tanh_layer(features))
         if self.gate_layer is not None:
@@ -400,7 +397,11 @@ def make_pooling(pooling: str | nn.Module) -> nn.Module:
     if not isinstance(pooling, str):
         raise TypeError(f"pooling: expected a name or a module, got {type(pooling).__name__}")
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, or a module, got {pooling!r}")
+        learned = [
+            kind for kind in (AttentionPooling, AutoPooling) if kind.__name__.lower().startswith(pooling.lower())
+        ]
+        hint = f"; a pooling with learned parameters is a module: {learned[0].__name__}" if learned else ""
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, or a module, got {pooling!r}{hint}")
     return POOLINGS[pooling]()
 
 

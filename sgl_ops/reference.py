@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._bags import Bags, bags_of, working_dtype
+from ._checks import check_features
 from ._ranks import Group, all_reduce_batch
 from .pooling import MaxPooling, MeanPooling, MinPooling, by_pytorch
 from .settings import SGLSettings
@@ -220,6 +221,7 @@ def pooled(
     """Bag logits (N, C) of the pairs that take part, 0 without gradient for the others."""
     bags, labels = instances.bags, instances.labels
     if features is not None:
+        check_features(features, bags.instance_shape)
         wanted = labels.takes_part.any(1, keepdim=True)
         wanted = bags.expand_to_instances(wanted)
         wanted = wanted.transpose(1, 2) if wanted.dim() == 3 else wanted

@@ -7,16 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_constant, check_impl, looks_at_values
+from ._checks import Function, check_constant, check_impl, looks_at_values, unknown_argument
 
 __all__ = ["SGLSettings"]
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +119,9 @@ _DEFAULT = SGLSettings()
 
 def settings_of(settings: SGLSettings | None, changes: dict[str, Any]) -> SGLSettings:
     """``settings`` (None: the defaults) with ``changes``."""
+    for name in changes:
+        if name not in NAMES:
+            raise unknown_argument(name, NAMES)
     if settings is None:
         return SGLSettings(**changes) if changes else _DEFAULT
     if not isinstance(settings, SGLSettings):
