@@ -80,7 +80,7 @@ def draw(out: Path, images: Path, count: int) -> None:
     from matplotlib.figure import Figure
 
     bags = FeatureBags(out / "features")
-    boxes = read_boxes(out / "boxes.csv", [CLASS])[CLASS]
+    boxes = read_boxes(out / "boxes.csv", [CLASS], bags.names)[CLASS]
     files = find_images(images)
     found = [maps_of(load_predictions(out / loss / "parts" / "repeat0_fold0.npz"), bags, 0) for loss in ("bag", "sgl")]
     names = sorted(name for name in found[0][0] if name in boxes)[:count]

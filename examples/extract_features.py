@@ -83,10 +83,7 @@ def extract(args: argparse.Namespace) -> None:
     images = find_images(args.images)
     points = None
     if args.points is not None:
-        points = read_points(args.points)
-        absent = sorted(set(points) - set(images))
-        if absent:
-            raise ValueError(f"points: {len(absent)} bags have no image in {args.images}, for example {absent[0]}")
+        points = read_points(args.points, images)
         images = {name: path for name, path in images.items() if name in points}
     backbone = load_backbone(
         args.backbone, weights=args.weights, stages=args.stages, cut=args.cut, output_stride=args.output_stride

@@ -5,8 +5,10 @@
     python train_features.py --features SLIDES --labels labels.csv --out runs/slides --folds 5 --head gated
 
 --features: a folder of extract_features.py, or one with BAG.h5 (features, coords; CLAM, TRIDENT) or BAG.pt.
-labels.csv: a column bag, and for each class a column of 0 and 1 (empty: unknown). Optional columns: split (train, val,
-test) and patient. All bags of a patient are in the same fold.
+labels.csv: the same tables as for train_cxr.py. A column image (or bag): the file name of the bag, with or without its
+suffix. Then a column labels (class names joined by |, empty for none), or for each class a column of 0 and 1 (empty:
+unknown). Optional columns: split (train, val, test) and patient. All bags of a patient are in the same fold. Without
+--folds and without a column split, split.csv beside labels.csv gives the split.
 
 Writes metrics.json, runs.csv, bags.csv, instances.csv and report.html. An interrupted command continues with --resume.
 """
@@ -32,12 +34,12 @@ def make_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--features", type=Path, required=True, metavar="DIR", help="folder with the bags of features")
     data.add_argument("--labels", type=Path, required=True, metavar="CSV", help="labels of the bags")
-    data.add_argument("--classes", nargs="+", metavar="NAME", help="label columns to use (all columns of 0 and 1)")
+    data.add_argument("--classes", nargs="+", metavar="NAME", help="classes to use (all)")
     data.add_argument(
         "--patient", default="patient", metavar="COLUMN", help="column with the patient of a bag (patient)"
     )
-    data.add_argument("--instance-labels", type=Path, metavar="CSV", help="bag, class: one row per instance, in order")
-    data.add_argument("--boxes", type=Path, metavar="CSV", help="bag, class, x, y, w, h (or xmin, ymin, xmax, ymax)")
+    data.add_argument("--instance-labels", type=Path, metavar="CSV", help="image (or bag), class: one row per instance")
+    data.add_argument("--boxes", type=Path, metavar="CSV", help="image, label, x, y, w, h in pixels of the image")
     data.add_argument("--images", type=Path, metavar="DIR", help="folder of images for the overlays in the report")
     data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     protocol = parser.add_argument_group("protocol")
@@ -156,17 +158,14 @@ def run(args: argparse.Namespace) -> None:
     from features.training import BagReader, Settings, predicted, train
 
     bags = FeatureBags(args.features)
-    labels = tables.read_labels(args.labels, args.classes, args.patient)
-    absent = [name for name in labels.names if name not in set(bags.names)]
-    if absent:
-        raise ValueError(f"labels: {len(absent)} bags have no features in {args.features}, for example {absent[0]}")
+    labels = tables.read_labels(args.labels, args.classes, args.patient, bags.names, args.folds is None)
     truth = Truth(
         labels,
-        tables.read_instance_labels(args.instance_labels, labels.classes) if args.instance_labels else {},
-        tables.read_boxes(args.boxes, labels.classes) if args.boxes else {},
+        tables.read_instance_labels(args.instance_labels, labels.classes, labels.names) if args.instance_labels else {},
+        tables.read_boxes(args.boxes, labels.classes, labels.names) if args.boxes else {},
     )
     for name, values in truth.instances.items():
-        if name in set(labels.names) and len(values) != bags.instances(name):
+        if len(values) != bags.instances(name):
             raise ValueError(f"instance labels: {name} has {len(values)} rows, but {bags.instances(name)} instances")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     parts = args.out / "parts"

@@ -35,6 +35,9 @@ def write(path, header, rows):
     return path
 
 
+BAGS = [f"b{i:02d}" for i in range(40)]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """40 bags of 9 to 16 instances of 6 features; positive bags hold instances with feature 0 raised by 4."""
@@ -51,7 +54,7 @@ def data(tmp_path_factory):
             x[:, 0] += 4 * positive
         writer.add(f"b{i:02d}", store.Bag(x, generator.uniform(0, 99, (n, 2)), None, None))
         rows.append(
-            [f"b{i:02d}", i % 2, "" if i % 5 == 0 else (i // 2) % 2, ("train", "val", "test")[i % 3], f"p{i // 2}"]
+            [f"b{i:02d}", i % 2, "" if i % 5 == 0 else (i // 2) % 2, ("train", "val", "test")[i // 2 % 3], f"p{i // 2}"]
         )
         instances += [[f"b{i:02d}", p, 0] for p in positive]
     write(folder / "labels.csv", ["bag", "lesion", "other", "split", "patient"], rows)
@@ -239,7 +242,43 @@ def test_features_at_cell_centres_are_those_of_the_cells(timm, images):
     points = whole.coords[[0, 17, 100]]
     found = extraction.point_bag(backbone, backbone.geometry, image, points, (1.0,), False)
     np.testing.assert_allclose(found.features, whole.features[[0, 17, 100]], rtol=1e-4, atol=1e-5)
-    assert extraction.read_points(images / "points.csv")["im1"].tolist() == [[20, 10], [30, 15]]
+    assert extraction.read_points(images / "points.csv", ["im0", "im1"])["im1"].tolist() == [[20, 10], [30, 15]]
+
+
+def test_images_are_those_of_own_data(tmp_path):
+    """Images in subfolders are found, and an image is read as it is displayed: the boxes of own-data fit to it."""
+    from PIL import Image
+
+    array = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    image = Image.fromarray(array)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be displayed after a rotation by 90 degrees
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    image.save(tmp_path / "a" / "b" / "turned.tiff", exif=exif)
+    Image.fromarray(array[..., 0].astype(np.uint16) << 8).save(tmp_path / "deep.png")
+    images = extraction.find_images(tmp_path)
+    assert sorted(images) == ["deep", "turned"]
+    turned = extraction.read_image(images["turned"])
+    np.testing.assert_array_equal((turned[0] * 255).round().permute(1, 2, 0).numpy(), np.rot90(array, -1))
+    deep = extraction.read_image(images["deep"])
+    np.testing.assert_array_equal((deep[0, 0] * 255).round().numpy(), array[..., 0])
+    Image.fromarray(array).save(tmp_path / "a" / "deep.jpg")
+    with pytest.raises(ValueError, match=r"holds a/deep\.jpg and deep\.png; a bag has the name"):
+        extraction.find_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,x\nim0,1\n", "expected different column names, image or bag, x, y among them"),
+        ("image,x,y\nim0,1,one\n", "line 2: expected numbers x, y, got '1', 'one'"),
+        ("image,x,y\nim0,1,1\nim7.png,1,1\n", r"1 bags of .* have no image \(im7\.png\)"),
+    ],
+)
+def test_errors_of_points(tmp_path, text, message):
+    (tmp_path / "points.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        extraction.read_points(tmp_path / "points.csv", ["im0"])
 
 
 def test_symmetric_features_rotate_with_the_image(timm, images):
@@ -291,30 +330,153 @@ def test_files_of_clam_and_trident_are_read(tmp_path):
 # labels and folds
 
 
+def read_text(tmp_path, text, bags=("x", "y", "z.1"), **options):
+    """The labels of a labels.csv with this text."""
+    (tmp_path / "labels.csv").write_text(text)
+    return labels.read_labels(
+        tmp_path / "labels.csv", **{"classes": None, "group": "patient", "bags": list(bags)} | options
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bag,a\nx,1\nx,0\n", "names bag x twice"),
-        ("slide,a\nx,1\n", "expected the column bag in .*, found slide, a"),
-        ("bag,a\nx,red\n", "expected columns of 0 and 1 in .*, none"),
-        ("bag,a,split\nx,1,holdout\n", "expected train, val, test in the column split, got 'holdout'"),
+        ("bag,a\nx,1\nx,0\n", "line 3: x is already in .*line 2"),
+        ("image,a\nx.png,1\nsub/x.png,0\n", "line 3: x is already in .*line 2"),
+        ("slide,a\nx,1\n", r"expected different column names, image or bag among them, got \['slide', 'a'\]"),
+        ("bag,a\nx,red\n", "line 2: a: expected 1, 0, or nothing, .* got 'red'; --classes names the columns"),
+        ("bag,a,split\nx,1,holdout\n", "line 2: expected a split train, val, test, got 'holdout'"),
+        ("bag,a\nq.png,1\nx,1\n", r"1 of the 2 bags of .* have no features \(q\.png\); bags with features: x, y, z\.1"),
+        ("bag,image,a\nx,y.png,1\n", r"line 2: expected the same in .*, got image 'y\.png' and bag 'x'"),
+        ("bag,labels,a\nx,a,1\ny,a,0\n", "line 3: the column labels is 'a', but the column a is '0'"),
+        ("bag,labels,a\nx,a,1\ny,,\n", "line 3: the column labels is '', but the column a is ''"),
+        ("bag,labels\nx,\n", "the column labels is empty in all rows"),
     ],
 )
 def test_errors_of_labels(tmp_path, text, message):
-    (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        labels.read_labels(tmp_path / "labels.csv", None, "patient")
+        read_text(tmp_path, text)
+
+
+def test_errors_of_options_that_name_columns(tmp_path):
+    for text, among in (("bag,a\nx,1\n", "columns of classes"), ("bag,labels\nx,a\n", "names in the column labels")):
+        with pytest.raises(ValueError, match=f"expected {among} among a, got b"):
+            read_text(tmp_path, text, classes=["b"])
+    with pytest.raises(ValueError, match=r"expected the column who in .*, found bag, a"):
+        read_text(tmp_path, "bag,a\nx,1\n", group="who")
+
+
+@pytest.mark.parametrize("key", ["bag", "image", "bag,image"])
+@pytest.mark.parametrize("name", ["{}", "{}.png", "deep/er/{}.jpeg", "deep\\{}.h5"])
+def test_bag_is_named_by_its_file_with_or_without_suffix(tmp_path, key, name):
+    rows = [",".join([name.format(bag)] * (key.count(",") + 1)) for bag in ("y", "z.1", "x")]
+    found = read_text(tmp_path, f"{key},a\n{rows[0]},1\n{rows[1]},0\n{rows[2]},-1\n")
+    assert found.names == ["y", "z.1", "x"]
+    np.testing.assert_array_equal(found.values, [[1], [0], [np.nan]])
+
+
+def test_tables_of_own_images_are_read_as_by_the_image_commands(tmp_path):
+    """Labels, boxes and split of one folder, read for images and for bags."""
+    from images.folder import load_folder
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    names = [f"p{k}.png" for k in range(10)]
+    for k, name in enumerate(names):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (20, 30), np.uint8)).save(
+            photos / ("sub" if k % 2 else "") / name
+        )
+    shown = ["red|green", "", "red", "green", "", "red", "", "", "green", " red "]
+    boxes = [["p0.png", "red", 1, 2, 3, 4], ["p0.png", "red", 5, 6, 7, 8], ["p3.png", "green", 0, 0, 30, 20]]
+    write(photos / "boxes.csv", ["image", "label", "x", "y", "w", "h"], boxes)
+    for form in ("list", "columns"):
+        if form == "list":
+            header, rows = ["image", "patient", "labels"], [[n, f"q{k // 2}", shown[k]] for k, n in enumerate(names)]
+        else:
+            cells = [(int("red" in text), "NaN" if k == 4 else "") for k, text in enumerate(shown)]
+            header, rows = (
+                ["image", "patient", "red", "green"],
+                [[n, f"q{k // 2}", *cells[k]] for k, n in enumerate(names)],
+            )
+        write(photos / "labels.csv", header, rows)
+        index = load_folder(photos)
+        bags = sorted(extraction.find_images(photos))
+        found = labels.read_labels(photos / "labels.csv", None, "patient", bags)
+        assert found.names == [name.removesuffix(".png") for name in index.names]
+        assert tuple(found.classes) == index.classes
+        np.testing.assert_array_equal(found.values, index.labels)
+        assert found.groups.tolist() == index.patients.tolist()
+        assert (found.split == "test").tolist() == index.test.tolist()  # split.csv, which load_folder has drawn
+        assert (found.split == "val").tolist() == index.val.tolist()
+        assert labels.read_labels(photos / "labels.csv", None, "patient", bags, with_split=False).split is None
+        places = labels.read_boxes(photos / "boxes.csv", found.classes, found.names)
+        for name, placed in index.boxes.items():
+            for c, *place in placed:
+                assert place in places[index.classes[c]][name.removesuffix(".png")].tolist()
+        assert sum(len(p) for by_bag in places.values() for p in by_bag.values()) == len(boxes)
+
+
+@pytest.mark.parametrize("key", ["bag", "image"])
+@pytest.mark.parametrize("label", ["class", "label", "class,label"])
+@pytest.mark.parametrize("sides", ["x,y,w,h", "xmin,ymin,xmax,ymax"])
+def test_boxes_in_every_form(tmp_path, key, label, sides):
+    twice = label.count(",") + 1
+    place = "1,2,3,4" if sides.startswith("x,") else "1,2,4,6"
+    rows = [("x.png", "a", place), ("q", "a", place), ("x", "other", "1,1,1,1"), ("y.jpg", "a", place)]
+    lines = [f"{key},{label},{sides}", *(",".join([name, *[c] * twice, p]) for name, c, p in rows)]
+    (tmp_path / "boxes.csv").write_text("\n".join(lines) + "\n")
+    found = labels.read_boxes(tmp_path / "boxes.csv", ["a", "b"], ["x", "y"])
+    assert {c: {name: p.tolist() for name, p in by_bag.items()} for c, by_bag in found.items()} == {
+        "a": {"x": [[1, 2, 3, 4]], "y": [[1, 2, 3, 4]]},
+        "b": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bag,x,y,w,h\nx,1,1,1,1\n", "expected different column names, image or bag, label or class among them"),
+        ("bag,class,x,y\nx,a,1,1\n", "expected the columns x, y, w, h or xmin, ymin, xmax, ymax, got bag, class, x, y"),
+        ("bag,class,x,y,w,h,xmin,ymin,xmax,ymax\nx,a,1,1,1,1,1,1,2,2\n", "or xmin, ymin, xmax, ymax, got both"),
+        ("bag,class,label,x,y,w,h\nx,a,b,1,1,1,1\n", "line 2: expected the same in .*, got label 'b' and class 'a'"),
+        ("bag,class,x,y,w,h\nx,a,1,1,,1\n", "line 2: expected numbers x, y, w, h, got "),
+        ("bag,class,xmin,ymin,xmax,ymax\nx,a,5,1,2,3\n", "line 2: expected x, y of at least 0 and w, h above 0"),
+        ("bag,class,x,y,w,h\nx,b,1,1,1,1\n", r"has no box with one of the classes a in one of the bags \(x\)"),
+        ("bag,class,x,y,w,h\ny,a,1,1,1,1\n", r"has no box with one of the classes a in one of the bags \(x\)"),
+    ],
+)
+def test_errors_of_boxes(tmp_path, text, message):
+    (tmp_path / "boxes.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        labels.read_boxes(tmp_path / "boxes.csv", ["a"], ["x"])
+
+
+def test_labels_of_instances_in_both_forms(tmp_path):
+    path = tmp_path / "instances.csv"
+    for text in ("bag,a,b\nx,1,0\nx,,1\nq,1,1\n", "image,a,b\nx.png,1,0\nx.png,-1,1\nq.png,1,1\n"):
+        path.write_text(text)
+        found = labels.read_instance_labels(path, ["a", "b"], ["x", "y"])
+        assert list(found) == ["x"]
+        np.testing.assert_array_equal(found["x"], [[1, 0], [np.nan, 1]])
+    for column in ("class", "label"):
+        path.write_text(f"bag,{column},x\nx,a,3\nx,other,4\n")
+        assert labels.read_instance_labels(path, ["a"], ["x"])["x"].tolist() == [[1], [0]]
+    with pytest.raises(ValueError, match="has one of the classes b"):
+        labels.read_instance_labels(path, ["b"], ["x"])
+    with pytest.raises(ValueError, match="names one of the bags"):
+        labels.read_instance_labels(path, ["a"], ["y"])
 
 
 def test_unknown_labels_and_named_classes(data):
-    found = labels.read_labels(data / "labels.csv", None, "patient")
+    found = labels.read_labels(data / "labels.csv", None, "patient", BAGS)
     assert found.classes == ["lesion", "other"]
     assert np.isnan(found.values[::5, 1]).all() and not np.isnan(found.values[:, 0]).any()
-    assert labels.read_labels(data / "labels.csv", ["other"], "patient").classes == ["other"]
+    assert labels.read_labels(data / "labels.csv", ["other"], "patient", BAGS).classes == ["other"]
 
 
 def test_folds_keep_patients_together_and_test_each_bag_once(data):
-    table = labels.read_labels(data / "labels.csv", None, "patient")
+    table = labels.read_labels(data / "labels.csv", None, "patient", BAGS)
     tested = []
     for one in runs.plan(table, 5, 2, "test"):
         assert not set(table.groups[one.train]) & set(table.groups[one.test])
@@ -323,11 +485,23 @@ def test_folds_keep_patients_together_and_test_each_bag_once(data):
 
 
 def test_given_split_is_used(data):
-    table = labels.read_labels(data / "labels.csv", None, "patient")
+    table = labels.read_labels(data / "labels.csv", None, "patient", BAGS)
     ((_, _, train, test),) = runs.plan(table, None, 1, "test")
     assert set(table.split[train]) == {"train", "val"} and set(table.split[test]) == {"test"}
     ((_, _, train, test),) = runs.plan(table, None, 1, "val")
     assert set(table.split[train]) == {"train"} and set(table.split[test]) == {"val"}
+
+
+def test_errors_of_the_split(tmp_path):
+    table = read_text(tmp_path, "bag,a\nx,1\ny,0\n")
+    with pytest.raises(ValueError, match=r"expected --folds, or a column split in labels\.csv .* or a split\.csv"):
+        list(runs.plan(table, None, 1, "test"))
+    table = read_text(tmp_path, "bag,patient,split,a\nx,p,train,1\ny,p,test,0\n")
+    with pytest.raises(ValueError, match=r"1 patients are in more than one part of the split \(p\)"):
+        list(runs.plan(table, None, 1, "test"))
+    (tmp_path / "split.csv").write_text("image,split\nx.png,train\n")
+    with pytest.raises(ValueError, match=r"1 images of labels\.csv have no split there \(y\)"):
+        read_text(tmp_path, "bag,a\nx,1\ny,0\n")
 
 
 # training

@@ -2,64 +2,78 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from images import pixels
+from images.dataset import records_of, some
+from images.label_tables import NAMES, same
+from images.pixels import DICOM
 from torch import Tensor
 
 from features.backbones import Backbone, Geometry
+from features.labels import name_among
 from features.store import Bag
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".webp", ".bmp", ".gif", ".tif", ".tiff", *DICOM)
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """The image files of a folder, by their names without ending.
+    """The image files of a folder and its subfolders, by their names without suffix.
 
     Raises:
         ValueError: there are no images, or two have the same name.
     """
     if not folder.is_dir():
         raise ValueError(f"images: expected a folder, got {str(folder)!r}")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
-    names = [p.stem for p in paths]
-    if not paths:
+    images: dict[str, Path] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file()):
+        if path.stem in images:
+            both = " and ".join(str(p.relative_to(folder)) for p in (images[path.stem], path))
+            raise ValueError(
+                f"images: {folder} holds {both}; a bag has the name of its image without the suffix, so each name may "
+                "occur once: rename one"
+            )
+        images[path.stem] = path
+    if not images:
         raise ValueError(f"images: {folder} holds no {', '.join(IMAGES)}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"images: two files are called {twice}; a bag has the name of its image without the ending")
-    return dict(zip(names, paths, strict=True))
+    return images
 
 
 def read_image(path: Path) -> Tensor:
-    """(1, 3, height, width) in [0, 1]; gray images have three equal channels."""
-    from PIL import Image
+    """The displayed image, (1, 3, height, width) in [0, 1]; see images.pixels. Grey images have three equal channels.
 
-    try:
-        with Image.open(path) as image:
-            array = np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
+    Raises:
+        ValueError: the image cannot be read.
+    """
+    array = np.array(pixels.read_image(path).convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1).unsqueeze(0).float() / 255
 
 
-def read_points(path: Path) -> dict[str, np.ndarray]:
-    """Points x, y (n, 2) in pixels by bag, in row order, from a CSV with the columns bag (or image), x and y."""
-    if not path.is_file():
-        raise ValueError(f"points: expected a csv file, got {str(path)!r}")
+def read_points(path: Path, images: Collection[str]) -> dict[str, np.ndarray]:
+    """Points x, y (n, 2) in pixels by bag, in row order, from a CSV with the columns image (or bag), x and y.
+
+    Raises:
+        ValueError: a column is missing, a coordinate is not a number, or a bag has no image among ``images``.
+    """
+    _, records = records_of(path, [NAMES, "x", "y"])
+    name_of = name_among(images)
     points: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        bag = next((c for c in ("bag", "image") if c in columns), None)
-        if bag is None or "x" not in columns or "y" not in columns:
-            raise ValueError(f"points: expected the columns bag (or image), x, y in {path}, found {', '.join(columns)}")
-        for row in reader:
-            points.setdefault(Path(row[bag]).stem, []).append((float(row["x"]), float(row["y"])))
+    absent = {}
+    for at, cells in records:
+        name = same(cells, NAMES, at, name_of)
+        if name is None:
+            absent[next(cells[key] for key in NAMES if key in cells)] = at
+            continue
+        try:
+            points.setdefault(name, []).append((float(cells["x"]), float(cells["y"])))
+        except ValueError:
+            raise ValueError(f"{at}: expected numbers x, y, got {cells['x']!r}, {cells['y']!r}") from None
+    if absent:
+        raise ValueError(f"points: {len(absent)} bags of {path} have no image ({some(absent)})")
     return {name: np.array(places) for name, places in points.items()}
 
 

@@ -1,15 +1,20 @@
-"""Reads labels of bags and instances, and boxes, from CSV files. Divides bags into training and test."""
+"""Reads labels of bags and instances, and boxes, from CSV files. Divides bags into training and test.
+
+The tables are those of images.label_tables. They name a bag by its name, or by its file with or without suffix.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
+from images import label_tables
+from images.dataset import records_of, some
+from images.label_tables import CLASSES, NAMES, same
 
-SPLITS = ("train", "val", "test")
+PATIENT = "patient"
 
 
 class Labels(NamedTuple):
@@ -19,7 +24,7 @@ class Labels(NamedTuple):
         names: names of the N bags.
         classes: names of the C classes.
         values: (N, C) float32: 0, 1, or NaN = unknown.
-        split: (N,) names of ``SPLITS``; None without such a column.
+        split: (N,) train, val or test; None without a split.
         groups: (N,) patients; without such a column, the names of the bags.
     """
 
@@ -30,73 +35,100 @@ class Labels(NamedTuple):
     groups: np.ndarray
 
 
-def read_labels(path: Path, classes: Sequence[str] | None, group: str) -> Labels:
-    """Labels of a csv file: a column ``bag``, one column per class, and if need be ``split`` and ``group``.
+def name_among(names: Collection[str]) -> Callable[[str], str | None]:
+    """A function from a cell of a table to the bag of ``names`` that it refers to; None if there is none.
+
+    The cell is the name of a bag, or a path, whose last part is the name, with or without the suffix of a file.
+    """
+    known = set(names)
+
+    def name_of(cell: str) -> str | None:
+        place = PurePosixPath(cell.replace("\\", "/"))
+        return next((name for name in (cell, place.name, place.stem) if name in known), None)
+
+    return name_of
+
+
+def read_labels(
+    path: Path, classes: Sequence[str] | None, group: str, bags: Sequence[str], with_split: bool = True
+) -> Labels:
+    """Labels of a csv file: the columns of images.label_tables.
 
     Args:
-        classes: the label columns; None: all columns that contain only 0, 1 and empty cells.
+        classes: the classes to read; None: all.
         group: the column with the patients.
+        bags: the names of the bags that have features.
+        with_split: read the split.
 
     Raises:
-        ValueError: a file or column is missing, a bag occurs twice, or a label is not 0, 1 or empty.
+        ValueError: a file or column is missing, two columns disagree, a bag occurs twice or has no features, or a cell
+            has another value.
     """
-    table = _read_csv(path, "labels", ["bag"])
-    table["bag"] = table["bag"].astype(str)
-    if table["bag"].duplicated().any():
-        raise ValueError(f"labels: {path} names bag {table['bag'][table['bag'].duplicated()].iloc[0]} twice")
-    if classes is None:
-        others = [c for c in table if c not in ("bag", "split", group)]
-        classes = [c for c in others if pd.to_numeric(table[c], errors="coerce").dropna().isin([0, 1]).all()]
-        classes = [c for c in classes if not (pd.to_numeric(table[c], errors="coerce").isna() & table[c].notna()).any()]
-    absent = [c for c in classes if c not in table]
-    if absent or not classes:
-        raise ValueError(f"labels: expected columns of 0 and 1 in {path}, " + (f"no {absent[0]}" if absent else "none"))
-    values = table[list(classes)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
-    wrong = ~(np.isnan(values) | np.isin(values, (0, 1)))
-    if wrong.any():
-        raise ValueError(f"labels: expected 0, 1 or an empty cell in {path}, got {values[wrong][0]:g}")
-    split = None
-    if "split" in table:
-        split = table["split"].astype(str).to_numpy()
-        unknown = sorted(set(split) - set(SPLITS))
-        if unknown:
-            raise ValueError(f"labels: expected {', '.join(SPLITS)} in the column split, got {unknown[0]!r}")
-    groups = table[group if group in table else "bag"].astype(str).to_numpy()
-    return Labels(table["bag"].tolist(), list(classes), values, split, groups)
-
-
-def read_instance_labels(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Labels (L, C) of the instances by bag, in the order of the rows, NaN = unknown.
-
-    Columns: ``bag`` (or ``image``), and either ``class`` with the name of the instance's class or one column per class
-    with 0 and 1.
-    """
-    table = _read_csv(path, "instance labels", [])
-    key = _bag_column(table, path)
-    if "class" in table:
-        values = np.stack([(table["class"].astype(str) == c).to_numpy(np.float32) for c in classes], 1)
-    else:
-        absent = [c for c in classes if c not in table]
-        if absent:
-            raise ValueError(f"instance labels: expected the column class, or {absent[0]}, in {path}")
-        values = table[list(classes)].to_numpy(np.float32)
-    return {name: values[rows] for name, rows in table.groupby(key, sort=False).indices.items()}
-
-
-def read_boxes(path: Path, classes: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Boxes (n, 4) x, y, w, h by class and bag. Columns: bag (or image), class, and x, y, w, h or xmin … ymax."""
-    table = _read_csv(path, "boxes", ["class"])
-    key = _bag_column(table, path)
-    if "xmin" in table:
-        table = table.rename(columns={"xmin": "x", "ymin": "y"})
-        table["w"], table["h"] = table["xmax"] - table["x"], table["ymax"] - table["y"]
-    absent = [c for c in "xywh" if c not in table]
+    header, records = records_of(path, [NAMES])
+    if group not in header and group != PATIENT:
+        raise ValueError(f"labels: expected the column {group} in {path}, found {', '.join(header)}")
+    name_of = name_among(bags)
+    found = [same(cells, NAMES, at, name_of) for at, cells in records]
+    given = [next(cells[key] for key in NAMES if key in cells) for _, cells in records]
+    names = [cell if name is None else name for name, cell in zip(found, given, strict=True)]
+    label_tables.refuse_twice(names, records)
+    absent = [name for name, bag in zip(names, found, strict=True) if bag is None]
     if absent:
-        raise ValueError(f"boxes: expected the columns x, y, w, h or xmin, ymin, xmax, ymax in {path}, no {absent[0]}")
-    return {
-        name: {bag: rows[list("xywh")].to_numpy(float) for bag, rows in table[table["class"] == name].groupby(key)}
-        for name in classes
-    }
+        raise ValueError(
+            f"labels: {len(absent)} of the {len(names)} bags of {path} have no features ({some(absent)}); bags "
+            f"with features: {some(bags)}. The name of a bag is that of its file, without the suffix"
+        )
+    try:
+        known, values = label_tables.read_labels(header, records, (*NAMES, group, "split"), classes)
+    except ValueError as error:
+        hint = "" if classes or "labels" in header else "; --classes names the columns of the classes"
+        raise ValueError(f"{error}{hint}") from None
+    split = label_tables.read_split(header, records, names, path.parent, name_of) if with_split else None
+    groups = np.array([cells.get(group) or name for name, (_, cells) in zip(names, records, strict=True)])
+    return Labels(names, list(known), values, None if split is None else split[0], groups)
+
+
+def read_instance_labels(path: Path, classes: Sequence[str], bags: Sequence[str]) -> dict[str, np.ndarray]:
+    """Labels (L, C) of the instances by bag, in the order of the rows, NaN = unknown. Other bags are left out.
+
+    Columns: ``bag`` (or ``image``), and either ``class`` (or ``label``) with the name of the instance's class, or one
+    column per class as in the labels of the bags.
+    """
+    header, records = records_of(path, [NAMES])
+    name_of = name_among(bags)
+    named = set(CLASSES) & set(header) - set(classes)
+    absent = [name for name in classes if name not in header]
+    if absent and not named:
+        raise ValueError(f"instance labels: expected the column class, or {absent[0]}, in {path}")
+    rows: dict[str, list[list[float]]] = {}
+    for at, cells in records:
+        name = same(cells, NAMES, at, name_of)
+        if name is not None:
+            shown = same(cells, CLASSES, at) if named else None
+            row = [float(shown == c) if named else label_tables.value_of(cells, c, at) for c in classes]
+            rows.setdefault(name, []).append(row)
+    if not rows:
+        raise ValueError(f"instance labels: no row of {path} names one of the bags ({some(bags)})")
+    labels = {name: np.array(values, np.float32) for name, values in rows.items()}
+    if named and not any(values.any() for values in labels.values()):
+        raise ValueError(f"instance labels: no row of {path} has one of the classes {some(classes, 20)}")
+    return labels
+
+
+def read_boxes(path: Path, classes: Sequence[str], bags: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Boxes (n, 4) x, y, w, h by class and bag. Boxes of other bags and classes are left out.
+
+    Raises:
+        ValueError: as images.label_tables.read_boxes; also if no box is of one of the bags and classes.
+    """
+    boxes: dict[str, dict[str, list]] = {name: {} for name in classes}
+    for name, label, place in label_tables.read_boxes(path, lambda _, __, label: label in boxes, name_among(bags)):
+        boxes[label].setdefault(name, []).append(place)
+    if not any(boxes.values()):
+        raise ValueError(
+            f"boxes: {path} has no box with one of the classes {some(classes, 20)} in one of the bags ({some(bags)})"
+        )
+    return {label: {name: np.array(places) for name, places in found.items()} for label, found in boxes.items()}
 
 
 def folds(labels: Labels, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -108,25 +140,3 @@ def folds(labels: Labels, count: int, seed: int) -> Iterator[tuple[np.ndarray, n
     target = np.nan_to_num(labels.values[:, 0], nan=-1).astype(int)
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     yield from splitter.split(target, target, labels.groups)
-
-
-def _read_csv(path: Path, what: str, columns: Sequence[str]) -> pd.DataFrame:
-    if not path.is_file():
-        raise ValueError(f"{what}: expected a csv file, got {str(path)!r}")
-    try:
-        table = pd.read_csv(path, dtype={"bag": str, "image": str, "class": str})
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what}: {path} is not a readable csv file ({error})") from None
-    absent = [c for c in columns if c not in table]
-    if absent:
-        raise ValueError(f"{what}: expected the column {absent[0]} in {path}, found {', '.join(table)}")
-    return table
-
-
-def _bag_column(table: pd.DataFrame, path: Path) -> str:
-    """The column with the bag: ``bag``, or ``image`` without the suffixes of the files."""
-    if "bag" not in table and "image" not in table:
-        raise ValueError(f"expected the column bag or image in {path}, found {', '.join(table)}")
-    key = "bag" if "bag" in table else "image"
-    table[key] = table[key].map(lambda name: Path(name).stem)
-    return key

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from common.files import naming
+from images.dataset import refuse_shared_patients
 
 from features.evaluation import auc, bag_metrics, bootstrap, box_metrics, instance_metrics
 from features.labels import Labels, folds
@@ -52,12 +53,16 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
     """The runs: ``repeats`` times ``count`` folds, or ``repeats`` seeds with the given split.
 
     Args:
-        count: number of folds; None: use the column ``split``. ``test`` = ``"test"`` trains on train and val and tests
-            on test. ``"val"`` trains on train and tests on val; it does not read the test bags.
+        count: number of folds; None: use the split of ``labels``.
+        test: ``"test"`` trains on train and val and tests on test. ``"val"`` trains on train and tests on val; it does
+            not read the test bags.
     """
     if count is None:
         if labels.split is None:
-            raise ValueError("split: labels.csv has no column split; add one (train, val, test), or pass --folds")
+            raise ValueError(
+                "split: expected --folds, or a column split in labels.csv (train, val, test), or a split.csv beside it"
+            )
+        refuse_shared_patients(labels.groups, labels.split, "split")
         chosen = labels.split == test
         train = (labels.split == "train") | ((labels.split == "val") & (test == "test"))
         if not chosen.any() or not train.any():

@@ -142,20 +142,26 @@ def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def records_of(path: Path, needed: Sequence[str]) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+def records_of(
+    path: Path, needed: Sequence[str | tuple[str, ...]]
+) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """The header of a table, and (position for messages, cells by column) of every row.
 
+    Args:
+        needed: the columns that the table needs. A tuple holds alternatives, of which one is enough.
+
     Raises:
-        ValueError: a column of ``needed`` is missing, a column name occurs twice, or a row has a wrong length.
+        ValueError: a needed column is missing, a column name occurs twice, or a row has a wrong length.
     """
     rows = rows_of(path)
     line, header = next(rows, (1, []))
-    lacking = [name for name in needed if name not in header]
+    either = [(names,) if isinstance(names, str) else names for names in needed]
+    lacking = [names for names in either if not set(names) & set(header)]
     if lacking or len(set(header)) != len(header) or "" in header:
         separators = "; cells are separated by commas" if len(header) == 1 else ""
         raise ValueError(
-            f"{path}, line {line}: expected different column names, {', '.join(needed)} among them, got {header}"
-            f"{separators}"
+            f"{path}, line {line}: expected different column names, {', '.join(map(' or '.join, either))} among them, "
+            f"got {header}{separators}"
         )
     records = []
     for line, cells in rows:

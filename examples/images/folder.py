@@ -1,16 +1,13 @@
 """A folder of images with labels.csv: any classes, any depth, any format that can be read.
 
-labels.csv has the column ``image`` (a path below the folder, or a file name that is there once), optionally ``patient``
-and ``split`` (train, val, test), and then either ``labels`` (class names joined by ``|``, empty for none) or one column
-a class with 1, 0, or, for unknown, nothing, NaN or -1. Optional boxes.csv: ``image,label,x,y,w,h`` in pixels of that
-file, x and y of the upper left corner. Without ``split`` the patients (or images) are split by chance into 70, 10 and
-20 percent, and split.csv keeps who is where.
+See images.label_tables for the tables. The column ``image`` is a path below the folder, or a file name that occurs once
+in it. Without a split, the patients (or images) are split at random into 70, 10 and 20 percent, and split.csv stores
+the result.
 """
 
 from __future__ import annotations
 
 import csv
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,13 +24,11 @@ from images.dataset import (
     some,
     take,
 )
+from images.label_tables import BOXES, LABELS, PARTS, SPLIT, read_boxes, read_labels, read_split, refuse_twice
 from images.pixels import image_suffixes, read_header
 
-LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
-PARTS = ("train", "val", "test")
 #: Shares of PARTS where the table has no split.
 SHARES = (0.7, 0.1, 0.2)
-VALUES = {"1": 1.0, "0": 0.0, "-1": math.nan, "": math.nan, "nan": math.nan}
 
 
 def load_folder(
@@ -60,7 +55,7 @@ def load_folder(
     patients = np.array([cells.get("patient") or cells["image"] for _, cells in records])
     parts, split_note = parts_of(header, records, names, patients, tables, seed)
     refuse_shared_patients(patients, parts, tables)
-    boxes = read_boxes(tables / BOXES, classes, set(names)) if (tables / BOXES).is_file() else {}
+    boxes = boxes_of(tables / BOXES, classes, set(names)) if (tables / BOXES).is_file() else {}
     found, besides = find_files(Path(data_dir), names)
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
@@ -98,40 +93,6 @@ def load_folder(
     return index._replace(paths=paths, sizes=sizes, notes=tuple(notes))
 
 
-def read_labels(header: list[str], records: list[tuple[str, dict[str, str]]]) -> tuple[tuple[str, ...], np.ndarray]:
-    """The names of the classes, and the labels (rows, classes) float32.
-
-    Raises:
-        ValueError: there is no class, or a cell is not as it should be.
-    """
-    if "labels" in header:
-        lists = [[name.strip() for name in cells["labels"].split("|") if name.strip()] for _, cells in records]
-        classes = tuple(sorted({name for names in lists for name in names}))
-        if not classes:
-            raise ValueError(f"{LABELS}: the column labels is empty in all rows")
-        return classes, np.array([[name in names for name in classes] for names in lists], np.float32)
-    classes = tuple(name for name in header if name not in ("image", "patient", "split"))
-    if not classes:
-        raise ValueError(f"{LABELS}: expected a column labels, or one column a class, got {', '.join(header)}")
-    labels = np.empty((len(records), len(classes)), np.float32)
-    for row, (at, cells) in enumerate(records):
-        for c, name in enumerate(classes):
-            text = cells[name].lower().removesuffix(".0")
-            if text not in VALUES:
-                raise ValueError(f"{at}: {name}: expected 1, 0, or nothing, NaN or -1 for unknown, got {cells[name]!r}")
-            labels[row, c] = VALUES[text]
-    return classes, labels
-
-
-def refuse_twice(names: list[str], records: list[tuple[str, dict[str, str]]]) -> None:
-    """Raises ValueError where a row names no image, or one that another row names."""
-    first: dict[str, str] = {}
-    for name, (at, _) in zip(names, records, strict=True):
-        if not name or name in first:
-            raise ValueError(f"{at}: {name} is already in {first[name]}" if name else f"{at}: no image is named")
-        first[name] = at
-
-
 # the split
 
 
@@ -144,22 +105,10 @@ def parts_of(
     seed: int,
 ) -> tuple[np.ndarray, str]:
     """The part (rows,) of every image, of PARTS, and a line of where it is from."""
-    if "split" in header:
-        for at, cells in records:
-            if cells["split"] not in PARTS:
-                raise ValueError(f"{at}: expected a split {', '.join(PARTS)}, got {cells['split']!r}")
-        return np.array([cells["split"] for _, cells in records]), f"split     the column split of {LABELS}"
+    given = read_split(header, records, names, tables)
+    if given is not None:
+        return given[0], f"split     {given[1]}"
     path = tables / SPLIT
-    if path.is_file():
-        _, rows = records_of(path, ["image", "split"])
-        known = {cells["image"]: cells["split"] for _, cells in rows}
-        new = [name for name in names if known.get(name) not in PARTS]
-        if new:
-            raise ValueError(
-                f"{path}: {len(new)} images of {LABELS} have no split there ({some(new)}); add them, or remove the "
-                "file, and all images are split anew"
-            )
-        return np.array([known[name] for name in names]), f"split     {path.name}"
     parts = draw_split(patients, seed)
     try:
         with naming(path), path.open("w", newline="") as file:
@@ -188,22 +137,23 @@ def draw_split(patients: np.ndarray, seed: int) -> np.ndarray:
 # boxes and files
 
 
-def read_boxes(path: Path, classes: tuple[str, ...], names: set[str]) -> dict[str, list[Box]]:
-    """The boxes by name of the image; several of one class in an image are kept."""
-    _, records = records_of(path, ["image", "label", "x", "y", "w", "h"])
+def boxes_of(path: Path, classes: tuple[str, ...], names: set[str]) -> dict[str, list[Box]]:
+    """The boxes by name of the image. An image may have several boxes of one class.
+
+    Raises:
+        ValueError: as read_boxes; also for an image that is not in ``names`` and a class that is not in ``classes``.
+    """
+
+    def accept(at: str, name: str, label: str) -> bool:
+        if name not in names:
+            raise ValueError(f"{at}: {name!r} is not in {LABELS}")
+        if label not in classes:
+            raise ValueError(f"{at}: expected one of the classes {some(classes, 20)}, got {label!r}")
+        return True
+
     boxes: dict[str, list[Box]] = {}
-    for at, cells in records:
-        if cells["image"] not in names:
-            raise ValueError(f"{at}: {cells['image']!r} is not in {LABELS}")
-        if cells["label"] not in classes:
-            raise ValueError(f"{at}: expected one of the classes {some(classes, 20)}, got {cells['label']!r}")
-        try:
-            x, y, w, h = (float(cells[side]) for side in ("x", "y", "w", "h"))
-        except ValueError:
-            raise ValueError(f"{at}: expected numbers x, y, w, h, got {list(cells.values())}") from None
-        if not (x >= 0 and y >= 0 and 0 < w < math.inf and 0 < h < math.inf):
-            raise ValueError(f"{at}: expected x, y of at least 0 and w, h above 0, got {x:g}, {y:g}, {w:g}, {h:g}")
-        boxes.setdefault(cells["image"], []).append((classes.index(cells["label"]), x, y, w, h))
+    for name, label, place in read_boxes(path, accept):
+        boxes.setdefault(name, []).append((classes.index(label), *place))
     return boxes
 
 

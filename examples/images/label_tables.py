@@ -1,0 +1,186 @@
+"""The tables of your own data: labels.csv, split.csv and boxes.csv, of images and of bags of features.
+
+labels.csv has the column ``image`` (or ``bag``), optionally ``patient`` and ``split`` (train, val, test), and then
+either ``labels`` (class names joined by ``|``, empty for none) or one column per class with 1, 0, or, for unknown,
+nothing, NaN or -1. boxes.csv has ``image``, ``label`` (or ``class``), and ``x,y,w,h`` or ``xmin,ymin,xmax,ymax`` in
+pixels; x and y are the upper left corner. split.csv has ``image`` and ``split``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from images.dataset import records_of, some
+
+LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
+PARTS = ("train", "val", "test")
+VALUES = {"1": 1.0, "0": 0.0, "-1": math.nan, "": math.nan, "nan": math.nan}
+NAMES, CLASSES = ("image", "bag"), ("label", "class")
+SIDES, CORNERS = ("x", "y", "w", "h"), ("xmin", "ymin", "xmax", "ymax")
+
+#: Position for messages, and cells by column, of a row.
+Record = tuple[str, dict[str, str]]
+
+
+def read_labels(
+    header: Sequence[str],
+    records: Sequence[Record],
+    others: Sequence[str] = (*NAMES, "patient", "split"),
+    wanted: Sequence[str] | None = None,
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of the C classes, and the labels (rows, C) float32: 0, 1, or NaN = unknown.
+
+    Args:
+        others: columns that are not classes.
+        wanted: the classes to read, in this order; None: all of them. Other columns are not read.
+
+    Raises:
+        ValueError: there is no class or not a wanted one, a cell has another value, or the column ``labels`` and the
+            column of a class disagree.
+    """
+    if "labels" in header:
+        lists = [[name.strip() for name in cells["labels"].split("|") if name.strip()] for _, cells in records]
+        known = tuple(sorted({name for names in lists for name in names}))
+        if not known:
+            raise ValueError(f"{LABELS}: the column labels is empty in all rows")
+        classes = _wanted(wanted, known, "names in the column labels")
+        labels = np.array([[name in names for name in classes] for names in lists], np.float32)
+        for c, name in enumerate(classes):
+            if name in header and name not in others:
+                _refuse_contradiction(records, name, labels[:, c])
+        return classes, labels
+    known = tuple(name for name in header if name not in others)
+    if not known:
+        raise ValueError(f"{LABELS}: expected a column labels, or one column a class, got {', '.join(header)}")
+    classes = _wanted(wanted, known, "columns of classes")
+    return classes, np.array([[value_of(cells, name, at) for name in classes] for at, cells in records], np.float32)
+
+
+def value_of(cells: dict[str, str], name: str, at: str) -> float:
+    """The label in the column ``name``: 0, 1, or NaN = unknown. Raises ValueError for another value."""
+    text = cells[name].lower().removesuffix(".0")
+    if text not in VALUES:
+        raise ValueError(f"{at}: {name}: expected 1, 0, or nothing, NaN or -1 for unknown, got {cells[name]!r}")
+    return VALUES[text]
+
+
+def _wanted(wanted: Sequence[str] | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    absent = [name for name in wanted or () if name not in known]
+    if absent:
+        raise ValueError(f"{LABELS}: expected {what} among {some(known, 20)}, got {some(absent)}")
+    return known if wanted is None else tuple(wanted)
+
+
+def _refuse_contradiction(records: Sequence[Record], name: str, listed: np.ndarray) -> None:
+    """Raises ValueError if the column of a class differs from the column ``labels``."""
+    for (at, cells), label in zip(records, listed.tolist(), strict=True):
+        if value_of(cells, name, at) != label:
+            raise ValueError(
+                f"{at}: the column labels is {cells['labels']!r}, but the column {name} is {cells[name]!r}; keep one "
+                "of the two columns"
+            )
+
+
+def refuse_twice(names: Sequence[str], records: Sequence[Record]) -> None:
+    """Raises ValueError if a row has no name, or the name of an earlier row."""
+    first: dict[str, str] = {}
+    for name, (at, _) in zip(names, records, strict=True):
+        if not name or name in first:
+            raise ValueError(f"{at}: {name} is already in {first[name]}" if name else f"{at}: no image is named")
+        first[name] = at
+
+
+def read_split(
+    header: Sequence[str],
+    records: Sequence[Record],
+    names: Sequence[str],
+    folder: Path,
+    name_of: Callable[[str], str | None] = str,
+) -> tuple[np.ndarray, str] | None:
+    """The part (rows,) of each row, of PARTS, and its source: the column ``split``, or split.csv in ``folder``.
+
+    Args:
+        names: the names of the rows.
+        name_of: the name that a cell of split.csv refers to; None: unknown.
+
+    Returns:
+        None if there is neither a column ``split`` nor a split.csv.
+
+    Raises:
+        ValueError: a cell is not in PARTS, or split.csv lacks a row.
+    """
+    if "split" in header:
+        for at, cells in records:
+            if cells["split"] not in PARTS:
+                raise ValueError(f"{at}: expected a split {', '.join(PARTS)}, got {cells['split']!r}")
+        return np.array([cells["split"] for _, cells in records]), f"the column split of {LABELS}"
+    path = folder / SPLIT
+    if not path.is_file():
+        return None
+    _, rows = records_of(path, [NAMES, "split"])
+    known = {same(cells, NAMES, at, name_of): cells["split"] for at, cells in rows}
+    new = [name for name in names if known.get(name) not in PARTS]
+    if new:
+        raise ValueError(
+            f"{path}: {len(new)} images of {LABELS} have no split there ({some(new)}); add them, or remove the file "
+            "(train_cxr.py then draws a new split)"
+        )
+    return np.array([known[name] for name in names]), path.name
+
+
+def read_boxes(
+    path: Path, accept: Callable[[str, str, str], bool], name_of: Callable[[str], str | None] = str
+) -> Iterator[tuple[str, str, tuple[float, float, float, float]]]:
+    """The name of the image or bag, the class, and x, y, w, h of each box.
+
+    Args:
+        accept: called with the position for messages, the name and the class; False: the box is left out.
+        name_of: the name that a cell refers to; None: boxes of this cell are left out.
+
+    Raises:
+        ValueError: a column is missing, two columns disagree, or a side is not a number in its range.
+    """
+    header, records = records_of(path, [NAMES, CLASSES])
+    given = [sides for sides in (SIDES, CORNERS) if set(sides) <= set(header)]
+    if len(given) != 1:
+        raise ValueError(
+            f"{path}, line 1: expected the columns {', '.join(SIDES)} or {', '.join(CORNERS)}, got "
+            f"{'both' if given else ', '.join(header)}"
+        )
+    (sides,) = given
+    for at, cells in records:
+        name, label = same(cells, NAMES, at, name_of), same(cells, CLASSES, at)
+        if name is None or not accept(at, name, label):
+            continue
+        try:
+            x, y, w, h = (float(cells[side]) for side in sides)
+        except ValueError:
+            raise ValueError(f"{at}: expected numbers {', '.join(sides)}, got {list(cells.values())}") from None
+        if sides == CORNERS:
+            w, h = w - x, h - y
+        if not (x >= 0 and y >= 0 and 0 < w < math.inf and 0 < h < math.inf):
+            raise ValueError(f"{at}: expected x, y of at least 0 and w, h above 0, got {x:g}, {y:g}, {w:g}, {h:g}")
+        yield name, label, (x, y, w, h)
+
+
+def same(
+    cells: dict[str, str], columns: Sequence[str], at: str, name_of: Callable[[str], str | None] = str
+) -> str | None:
+    """The content of the ``columns``, which have the same meaning. A table has one of them, or several that agree.
+
+    Args:
+        name_of: the name that a cell refers to; None: unknown.
+
+    Raises:
+        ValueError: two columns disagree.
+    """
+    found = {name: cells[name] for name in columns if name in cells}
+    values = {name_of(text) for text in found.values()} - {None}
+    if len(values) > 1:
+        pairs = " and ".join(f"{name} {text!r}" for name, text in found.items())
+        raise ValueError(f"{at}: expected the same in the columns {' and '.join(found)}, got {pairs}; keep one of them")
+    return values.pop() if values else None
