@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # torch is imported after the options are read: --help is fas
 
 def take_step(training: Training, passes: list[tuple[Tensor, ...]], progress: float) -> None:
     """One optimizer step over ``passes`` of (images, labels, frames), ``progress`` epochs after the start."""
-    training.set_lam(progress)
+    training.set_progress(progress)
     for number, (images, labels, frames) in enumerate(passes):
         with training.gradients_of_pass(last=number == len(passes) - 1):
             loss, terms = training.loss_of(images, labels, frames)

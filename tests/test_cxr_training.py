@@ -73,7 +73,10 @@ def assert_same_run(one, other):
         flat = [torch.utils._pytree.tree_flatten_with_path(state) for state in states]
         assert flat[0][1] == flat[1][1]
         for (path, a), (_, b) in zip(flat[0][0], flat[1][0], strict=True):
-            same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
+            if isinstance(a, torch.Tensor):
+                same = np.array_equal(a.numpy(), b.numpy(), equal_nan=a.is_floating_point())
+            else:
+                same = a == b or (a != a and b != b)
             assert same, torch.utils._pytree.keystr(path)
     histories = [list(csv.DictReader((folder / "history.csv").open())) for folder in (one, other)]
     for rows in histories:
@@ -234,6 +237,46 @@ def test_lam_rises_after_the_delay_during_the_warmup(delay, warmup, expected):
     assert [losses.lam_at(config, at) for at in (0, 0.5, 1, 2, 7)] == expected
 
 
+@pytest.mark.parametrize(("start", "expected"), [(0.5, [392, 56, 8, 8]), (0.01, [8, 8, 8, 8]), (0.25, [196, 40, 8, 8])])
+def test_k_falls_geometrically_from_a_fraction_of_the_map(start, expected):
+    config = {"k_start": start, "k_epochs": 4.0}
+    assert [losses.k_at(config, 8, 784, at) for at in (0, 2, 4, 7)] == expected
+
+
+class Brightness(torch.nn.Module):
+    """Logits (n, 14, 8, 8) that rise with the brightness of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Conv2d(3, len(CLASSES), 7, 7)
+        torch.nn.init.constant_(self.head.weight, 0.01)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("positive", ["bright", "dark"])
+def test_measured_start_raises_lam_only_if_positive_images_rank_higher(monkeypatch, positive, accumulate):
+    """It counts steps, whatever the number of passes in a step. k of top-k pooling falls in the same training."""
+    monkeypatch.setattr(training, "make_model", lambda config: Brightness())
+    options = ["--start-auc", "0.8", "--rise", "4", "--lam", "2", "--pooling", "topk", "--k-start", "0.5", "--lr", "0"]
+    given = ["--data-dir", "x", "--out", "y", *SMALL, *options, "--accumulate", str(accumulate)]
+    config = OLDER | settings.config_of(settings.parse(given))
+    state = training.Training(config, Processes(0, 1, torch.device("cpu"), None), False)
+    bright = torch.arange(32) % 2
+    images = (bright * 200).to(torch.uint8).view(-1, 1, 1).expand(32, 56, 56)
+    labels = (bright if positive == "bright" else 1 - bright).float().view(-1, 1).expand(32, len(CLASSES))
+    one = (images, labels, torch.zeros(32, 4))
+    lams, ks = [], []
+    for step in range(6):
+        example.take_step(state, [one] * accumulate, float(step))
+        lams.append(state.criterion.lam)
+        ks.append(state.criterion.pooling.k)
+    assert lams == ([0.5, 1.0, 1.5, 2.0, 2.0, 2.0] if positive == "bright" else [0.0] * 6)
+    assert ks[0] == round(0.5 * 49) > ks[2] > 8 == ks[5]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_split_the_batches_of_one_order(accumulate):
     config = {"batch_size": 12, "accumulate": accumulate, "seed": 4}
@@ -263,7 +306,8 @@ def test_validation_share_must_leave_training_images(drawn, tmp_path, capsys):
         [], ["--out", "x"], ["--data-dir", "x"], ["--delta-l", "0.7"], ["--lam", "-1"], ["--lam", "nan"],
         ["--epochs", "0"], ["--batch-size", "9", "--accumulate", "2"], ["--loss", "mmm", "--pooling", "max"],
         ["--image-size", "100"], ["--image-size", "32"], ["--val-fraction", "1"], ["--backbone", "vgg"],
-        ["--synthetic"], ["--device", "nowhere"],
+        ["--synthetic"], ["--device", "nowhere"], ["--start-auc", "0.3"], ["--start-auc", "0.8", "--lam-delay", "1"],
+        ["--rise", "0"], ["--k-start", "0.2"], ["--k-start", "1", "--pooling", "topk"], ["--k-epochs", "-1"],
     ],
 )  # fmt: skip
 def test_invalid_options_are_errors(options, capsys):
@@ -404,7 +448,7 @@ def test_resume_with_more_epochs_equals_one_longer_run(drawn, whole, tmp_path, c
 #: Keys of a configuration that older versions did not write, in the order in which they were added.
 CAME_LATER = (
     "prior", "lam_delay", "train_labels_digest", "train_files_digest", "cut", "dataset", "title", "classes", "channels",
-    "fit",
+    "fit", "start_auc", "rise", "k_start", "k_epochs",
 )  # fmt: skip
 
 
@@ -528,7 +572,7 @@ class Tiny(torch.nn.Module):
 
 @pytest.mark.parametrize("last", [2, 3, 4, 6, 9])
 def test_resume_restores_every_state(drawn, tmp_path, monkeypatch, last):
-    """Learning rate, loss scale and random numbers, for a run that is killed in step ``last`` of 3 x 3.
+    """Learning rate, loss scale, measured start and random numbers, for a run that is killed in step ``last`` of 3 x 3.
 
     Before the run is resumed, all random generators are reseeded, as in another process.
     """
@@ -550,6 +594,7 @@ def test_resume_restores_every_state(drawn, tmp_path, monkeypatch, last):
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
     monkeypatch.setattr(example, "take_step", take_step)
     options = ["--epochs", "3", "--lr-step", "1", "--lr-factor", "0.5", "--amp", "fp16", "--save-every", "1"]
+    options += ["--start-auc", "0.5", "--rise", "5", "--pooling", "topk", "--k-start", "0.5", "--k-epochs", "2"]
     stop = None
     assert run(drawn, tmp_path / "whole", *options) == 0
     rates = [float(row["lr"]) for row in csv.DictReader((tmp_path / "whole" / "history.csv").open())]
@@ -769,6 +814,7 @@ def test_wrong_data_is_an_error_before_training(drawn, tmp_path, capsys):
     [
         ["--amp", "bf16"], ["--amp", "fp16"], ["--loss", "bag"], ["--loss", "bil"], ["--loss", "mmm"],
         ["--batch-norm", "frozen", "--accumulate", "2"], ["--lam-warmup", "3"], ["--val-fraction", "0"],
+        ["--start-auc", "0.8"], ["--pooling", "topk", "--k-start", "0.2"],
     ],
 )  # fmt: skip
 def test_dry_run_prints_a_loss_and_writes_nothing(drawn, tmp_path, monkeypatch, capsys, options):

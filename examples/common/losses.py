@@ -1,4 +1,4 @@
-"""The loss of a configuration, and the schedule of its instance term."""
+"""The loss of a configuration, and the schedules of its instance term and of k."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from common.choices import LOSSES, Config
-from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, TopKSchedule
 from sgl_ops.pooling import POOLINGS
 
 
@@ -44,3 +44,15 @@ def lam_at(config: Config, progress: float) -> float:
     begun = progress - config["lam_delay"]
     warmup = config["lam_warmup"]
     return config["lam"] * min(max(begun / warmup if warmup else float(begun >= 0), 0.0), 1.0)
+
+
+def k_at(config: Config, k: int, instances: int, progress: float) -> int:
+    """k of top-k pooling after ``progress`` epochs: from a fraction ``k_start`` of ``instances`` down to ``k``.
+
+    k falls during ``k_epochs`` epochs, as in :class:`sgl_ops.TopKSchedule`.
+    """
+    if progress >= config["k_epochs"]:
+        return k
+    schedule = TopKSchedule(k, start=max(round(config["k_start"] * instances), k), steps=1000)
+    schedule.progress = int(1000 * progress / config["k_epochs"])
+    return schedule.step()

@@ -16,6 +16,10 @@ from images.models import PatchClassifier
 #: Settings that configurations of older versions lack, with the values that these versions used.
 OLDER = {
     "lam_delay": 0.0,
+    "start_auc": 0.0,
+    "rise": 100,
+    "k_start": 0.0,
+    "k_epochs": 5.0,
     "prior": 0.5,
     "cut": None,
     "dataset": nih.DESCRIPTION.kind,

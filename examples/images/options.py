@@ -18,8 +18,9 @@ POOLING_OF = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
 #: Settings that decide a result. They must not change when a run is resumed. The images must be the same as well.
 RESUME_KEYS = (
     "backbone", "weights", "cut", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay",
-    "lam_warmup", "mask_weight", "normalize", "rescale", "weighted", "prior", "epochs", "batch_size", "accumulate",
-    "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed", "amp", "batch_norm",
+    "lam_warmup", "start_auc", "rise", "k_start", "k_epochs", "mask_weight", "normalize", "rescale", "weighted",
+    "prior", "epochs", "batch_size", "accumulate", "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed",
+    "amp", "batch_norm",
 )  # fmt: skip
 
 #: Settings of RESUME_KEYS that may be larger when a run is resumed. Training hides them from everything in an epoch.
@@ -126,6 +127,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("lam", 20.0, "weight of the instance loss")
     add("lam-delay", 0.0, "epochs without the instance loss, because an untrained network cannot guide itself")
     add("lam-warmup", 0.0, "epochs after the delay in which lam rises from 0")
+    add(
+        "start-auc",
+        0.0,
+        "lam rises when the AUC of the latest training images reaches this value, instead of after --lam-delay; 0: off",
+    )
+    add("rise", 100, "with --start-auc: steps from lam 0 to lam")
+    add("k-start", 0.0, "topk: k at the beginning, as a fraction of the map; 0: off")
+    add("k-epochs", 5.0, "with --k-start: epochs in which k falls to its final value")
     add("mask-weight", 1.0, "weight of the mask penalty; the paper does not state it")
     add(
         "normalize", "batch", "count instances in each part over the batch or within each bag", choices=("batch", "bag")
@@ -215,12 +224,23 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--cut: expected a backbone of timm (timm/NAME), got {args.backbone}")
     if args.output_stride is not None and not args.backbone.startswith("timm/") and args.output_stride not in STRIDES:
         parser.error(f"--output-stride: expected 32, 16 or 8, got {args.output_stride}")
-    for name in ("epochs", "batch_size", "accumulate", "lr_step", "save_every", "image_size", "output_stride"):
+    for name in ("epochs", "batch_size", "accumulate", "rise", "lr_step", "save_every", "image_size", "output_stride"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    for name in ("lam", "lam_delay", "lam_warmup", "mask_weight", "lr", "lr_factor", "weight_decay", "workers", "seed"):
+    for name in (
+        "lam", "lam_delay", "lam_warmup", "k_epochs", "mask_weight", "lr", "lr_factor", "weight_decay", "workers",
+        "seed",
+    ):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(args, name)}")
+    if args.start_auc != 0 and not 0.5 <= args.start_auc <= 1:
+        parser.error(f"--start-auc: expected 0 or 0.5 to 1, got {args.start_auc}")
+    if args.start_auc and (args.lam_delay or args.lam_warmup):
+        parser.error("--start-auc: cannot be combined with --lam-delay or --lam-warmup")
+    if not 0 <= args.k_start < 1:
+        parser.error(f"--k-start: expected at least 0 and below 1, got {args.k_start}")
+    if args.k_start and args.pooling != "topk":
+        parser.error("--k-start: expected --pooling topk")
     if not 0 <= args.delta_l <= 0.5:
         parser.error(f"--delta-l: expected 0 to 0.5, got {args.delta_l}")
     if not 0 <= args.val_fraction < 1:

@@ -15,12 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from common.choices import Config
 from common.files import load_state, save_atomically
-from common.losses import lam_at, make_criterion
+from common.losses import k_at, lam_at, make_criterion
 from common.metrics import auc
 from common.processes import Processes
 from torch import Tensor, nn
 
-from images.batches import batches_of, loader_of
+from images.batches import batches_of, crop_of, loader_of
 from images.checkpoint import OLDER, make_model
 from images.frames import cell_mask
 from images.items import LabelledImages
@@ -28,7 +28,7 @@ from images.models import load_weights
 from images.options import EXTENDABLE
 from images.pixels import to_input
 from images.provenance import DATA
-from sgl_ops import SGLLoss
+from sgl_ops import LamSchedule, SGLLoss
 from sgl_ops.pooling import make_pooling
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +78,13 @@ class Training:
         if compiled:
             self.model = torch.compile(self.model)
         self.criterion = make_criterion(self.config, processes.group).to(processes.device)
+        self.lam_schedule: LamSchedule | None = None
+        if self.config["start_auc"] and isinstance(self.criterion, SGLLoss):
+            rise = self.config["rise"] * self.config["accumulate"]  # the schedule counts passes
+            self.lam_schedule = LamSchedule(
+                self.config["lam"], auc=self.config["start_auc"], rise=rise, process_group=processes.group
+            )
+        self.final_k = self.criterion.pooling.k if self.config["k_start"] else None
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=self.config["lr"], weight_decay=self.config["weight_decay"]
         )
@@ -92,10 +99,13 @@ class Training:
 
     # a batch
 
-    def set_lam(self, progress: float) -> None:
-        """Sets the weight of the instance loss for ``progress`` epochs after the start."""
-        if isinstance(self.criterion, SGLLoss):
+    def set_progress(self, progress: float) -> None:
+        """Sets the weight of the instance loss and k of top-k pooling for ``progress`` epochs after the start."""
+        if isinstance(self.criterion, SGLLoss) and self.lam_schedule is None:
             self.criterion.lam = lam_at(self.config, progress)
+        if self.final_k is not None:
+            cells = (crop_of(self.config) // self.config["output_stride"]) ** 2
+            self.criterion.pooling.k = k_at(self.config, self.final_k, cells, progress)
 
     def train_mode(self) -> None:
         self.model.train()
@@ -122,8 +132,12 @@ class Training:
         """
         with self.autocast():
             logits = self.model(normalize(images, self.processes.device))
+        logits, labels = logits.float(), labels.to(self.processes.device)
         mask = self.mask_of(frames, logits)
-        return terms_of(self.criterion, logits.float(), labels.to(self.processes.device), mask)
+        if self.lam_schedule is not None:
+            with torch.no_grad():
+                self.criterion.lam = self.lam_schedule.step(self.criterion.pooling(logits, mask=mask), labels)
+        return terms_of(self.criterion, logits, labels, mask)
 
     def mask_of(self, frames: Tensor, logits: Tensor) -> Tensor | None:
         """The mask (n, h, w) of cells that are not padding, for maps (n, C, h, w). None if images are not padded."""
@@ -165,6 +179,7 @@ class Training:
             "config": self.full_config(), "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
             "step": self.step, "sums": self.sums, "history": self.history, "best_score": self.best_score,
+            "lam_schedule": None if self.lam_schedule is None else self.lam_schedule.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }  # fmt: skip
@@ -219,6 +234,8 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.history = (state[key] for key in ("epoch", "step", "history"))
         self.best_score = state["best_score"] if "best_score" in state else state["merit"]  # the name in older runs
+        if self.lam_schedule is not None:
+            self.lam_schedule.load_state_dict(state["lam_schedule"])
         self.sums = state["sums"].to(self.processes.device)
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and self.processes.device.type == "cuda":
