@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from common.import_torchvision import import_torchvision
 from images import frozen_runs
-from images.frozen import CLASSES, METHODS, Head, grad_cam, read_films, reduce_features
+from images.frozen import CLASSES, METHODS, Head, evaluate, grad_cam, read_films, reduce_features, train_head
 from images.nih import load_index
 from images.synthetic_set import write_dataset
 
@@ -108,6 +109,23 @@ def test_components_are_computed_from_the_training_list(data):
     torch.testing.assert_close(cells[kept] / cells[kept].std(), others[kept] / others[kept].std(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["attention bag", "gated sgl 3 mask 1"])
+def test_attention_is_trained_with_the_head(data, name):
+    """The attention reads the hidden layer, and its weights change in training."""
+    films = read_films(data / "data", None, data / "det10.csv", data / "features")
+    cells = reduce_features(films, 12)
+    numbers, test = films.split(validate=False)
+    method = dataclasses.replace(METHODS[name], weight_decay=0.0)
+    _, untrained, _ = train_head(cells, films, numbers, method, 0, epochs=1, batch_size=len(numbers) + 1)
+    head, pooling, _ = train_head(cells, films, numbers, method, 0, epochs=1, batch_size=16)
+    assert pooling.tanh_layer.in_features == METHODS[name].hidden
+    assert (pooling.gate_layer is not None) == name.startswith("gated")
+    for before, after in zip(untrained.parameters(), pooling.parameters(), strict=True):
+        assert before.numel() == 1 or not torch.equal(before, after)  # the bias of the score has no effect
+    result = evaluate(head, pooling, cells, films, test)
+    assert 0 <= result["auc"] <= 1 and set(result["boxes"]) >= {"det10"}
+
+
 def test_grad_cam_of_a_linear_head_is_its_class_activation_map():
     """The weights of the features are those of the head, so the map is proportional to the logits without bias."""
     torch.manual_seed(0)
@@ -126,7 +144,7 @@ def test_grad_cam_of_a_batch_is_that_of_each_image_and_class():
     for image in range(4):
         for kind in range(3):
             own = cells[image : image + 1].clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(pooling(head(own).transpose(1, 2))[0, kind], own)
+            (gradient,) = torch.autograd.grad(pooling(head(own)[0].transpose(1, 2))[0, kind], own)
             expected = (cells[image] @ gradient[0].mean(0)).clamp(min=0)
             torch.testing.assert_close(maps[image, kind], expected / expected.max().clamp(min=1e-12))
     assert (grad_cam(head, pooling, torch.zeros(1, 20, 6)) == 0).all()
@@ -160,7 +178,7 @@ def test_extraction_writes_the_features(data, tmp_path):
 
 
 def test_every_method_has_a_loss_and_a_pooling():
-    assert len(METHODS) == 15
+    assert len(METHODS) == 19
     for name, method in METHODS.items():
         assert method.loss in ("bag", "sgl", "mmm", "bil")
         assert (method.lam > 0) == (method.loss == "sgl"), name

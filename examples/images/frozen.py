@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from features.heads import make_head_pooling
 from torch import Tensor, nn
 
 from images.metrics import auc_per_class
 from images.nih import CLASSES, load_index
 from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, prior_bias
 from sgl_ops.localization import box_iou, centre_box, contains, heatmap_to_box, heatmap_to_point
-from sgl_ops.pooling import TopKPooling, make_pooling
 
 SIDE = 256  # pixels of the image that boxes are measured in
 FIRST = 31.5 / 32  # centre of the first cell of EfficientNet-Lite0's last map, which pads as TensorFlow does
@@ -49,8 +49,12 @@ METHODS = {
     "softmax bag": Method("bag", "softmax"),
     "top 30 % bag": Method("bag", "topk"),
     "max bag": Method("bag", "max", share=0.1),
+    "attention bag": Method("bag", "attention"),
+    "gated bag": Method("bag", "gated"),
     "mean sgl 3 mask 1": Method("sgl", "mean", 3.0, 1.0),
     "softmax sgl 3 mask 1": Method("sgl", "softmax", 3.0, 1.0),
+    "attention sgl 3 mask 1": Method("sgl", "attention", 3.0, 1.0),
+    "gated sgl 3 mask 1": Method("sgl", "gated", 3.0, 1.0),
     "softmax sgl 20": Method("sgl", "softmax", 20.0),
     "softmax sgl 20 at once": Method("sgl", "softmax", 20.0, at_once=True),
     "top 30 % sgl 1": Method("sgl", "topk", 1.0),
@@ -145,17 +149,20 @@ def reduce_features(films: Films, components: int) -> Tensor:
 
 
 class Head(nn.Module):
-    """Logits (n, L, C) of cells (n, L, D): linear, or with one hidden layer."""
+    """Logits (n, L, C) of cells (n, L, D), and the features of attention: linear, or with one hidden layer.
+
+    The features of attention are the hidden layer (n, L, H), or the cells.
+    """
 
     def __init__(self, features: int, hidden: int, classes: int):
         super().__init__()
         self.first = nn.Linear(features, hidden) if hidden else None
         self.last = nn.Linear(hidden or features, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.first is not None:
             x = F.dropout(F.relu(self.first(x)), 0.3, self.training)
-        return self.last(x)
+        return self.last(x), x
 
 
 def train_head(
@@ -167,12 +174,12 @@ def train_head(
     head = Head(cells.shape[2], method.hidden, labels.shape[1])
     with torch.no_grad():
         head.last.bias.copy_(prior_bias(labels[numbers], share=method.share))
-    pooling = TopKPooling(0.3) if method.pooling == "topk" else make_pooling(method.pooling)
+    pooling = make_head_pooling(method.pooling, method.pooling, 0.3, method.hidden)
     if method.loss == "sgl":
         criterion = SGLLoss(lam=method.lam, pooling=pooling, mask_weight=method.mask_weight)
     else:
         criterion = MMMLoss() if method.loss == "mmm" else {"bag": BagLoss, "bil": BILLoss}[method.loss](pooling)
-    optimizer = torch.optim.AdamW(head.parameters(), 3e-3, weight_decay=method.weight_decay)
+    optimizer = torch.optim.AdamW([*head.parameters(), *pooling.parameters()], 3e-3, weight_decay=method.weight_decay)
     steps = epochs * (len(numbers) // batch_size)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1, pct_start=0.1)
     schedule = LamSchedule(method.lam, auc=0.65, rise=60, window=len(numbers), interval=5)
@@ -182,11 +189,13 @@ def train_head(
     for epoch in range(1, epochs + 1):
         order = numbers[torch.randperm(len(numbers), generator=generator)]
         for batch in order.split(batch_size)[: len(numbers) // batch_size]:
-            logits = head(cells[batch]).transpose(1, 2)
+            logits, hidden = head(cells[batch])
+            logits = logits.transpose(1, 2)
             if method.loss == "sgl" and not method.at_once:
-                criterion.lam = schedule.step(pooling(logits.detach()), labels[batch])
+                with torch.no_grad():
+                    criterion.lam = schedule.step(pooling(logits, features=hidden), labels[batch])
                 started = epoch if started is None and criterion.lam > 0 else started
-            loss = criterion(logits, labels[batch])
+            loss = criterion(logits, labels[batch], features=hidden)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -202,7 +211,8 @@ def grad_cam(head: Head, pooling: nn.Module, cells: Tensor) -> Tensor:
     """
     cells = cells.detach().requires_grad_()
     with torch.enable_grad():
-        pooled = pooling(head(cells).transpose(1, 2)).sum(0)
+        logits, hidden = head(cells)
+        pooled = pooling(logits.transpose(1, 2), features=hidden).sum(0)
         gradients = [torch.autograd.grad(score, cells, retain_graph=True)[0] for score in pooled]
     weights = torch.stack(gradients, 1).mean(2)  # (n, C, D)
     maps = F.relu(weights @ cells.detach().transpose(1, 2))
@@ -218,8 +228,9 @@ def evaluate(
     Args:
         with_grad_cam: take the boxes from the maps of :func:`grad_cam`, not from the instance probabilities.
     """
-    logits = head(cells[numbers]).transpose(1, 2)
-    aucs = auc_per_class(pooling(logits).numpy(), films.labels[numbers].numpy(), CLASSES)
+    logits, hidden = head(cells[numbers])
+    logits = logits.transpose(1, 2)
+    aucs = auc_per_class(pooling(logits, features=hidden).numpy(), films.labels[numbers].numpy(), CLASSES)
     side = int(logits.shape[2] ** 0.5)
     heat = grad_cam(head, pooling, cells[numbers]) if with_grad_cam else torch.sigmoid(logits)
     maps = dict(zip(numbers.tolist(), heat.double().unflatten(2, (side, side)).numpy(), strict=True))
