@@ -187,7 +187,57 @@ def test_verdict_without_boxes():
         labels=np.eye(len(CLASSES)), patients=np.arange(len(CLASSES)), rows=np.arange(len(CLASSES))
     )
     run = run_with("run", truth, np.zeros((0, 4)), np.eye(len(CLASSES)))
-    assert len(verdict.verdict([run], truth, [], 20, 0)) == 1
+    first, second = verdict.verdict([run], truth, [], 20, 0)
+    assert first.startswith("Run classifies with a mean AUC of 1.00 (95 % interval 1.00 to 1.00).")
+    assert second.startswith("The AUC of Atelectasis, ") and second.endswith(
+        "fewer than 10 patients with it, or without it."
+    )
+
+
+def test_verdict_at_chance_claims_nothing():
+    """The boxes are perfect, and the probabilities are random: "beats" and "finds more" would mislead."""
+    rng = np.random.default_rng(0)
+    boxes = np.concatenate([rng.uniform(0, 700, (120, 2)), rng.uniform(150, 250, (120, 2))], axis=1)
+    truth = truth_with(boxes)
+    scores = rng.random(truth.labels.shape)
+    low, high = auc_intervals(scores, truth.labels, truth.patients, CLASSES, 50, 0)["mean"]
+    assert low < 0.5 < high
+    chance = run_with("chance", truth, boxes, scores)
+    none = np.full_like(boxes, math.nan)
+    for runs in (
+        [chance],
+        [chance, run_with("other", truth, none, scores)],
+        [run_with("other", truth, none, scores), chance],
+    ):
+        sentences = sentences_of(runs, truth)
+        assert any(line.startswith("Chance classifies") and "not above chance (0.5)." in line for line in sentences)
+        assert (
+            "The AUC of chance is not above chance, so that its boxes are no evidence that it finds the classes."
+            in sentences
+        )
+        claims = ("Chance beats", "finds more", "finds fewer", "better than")
+        assert not [line for line in sentences if any(claim in line for claim in claims)]
+    # below chance, the other run has a higher AUC, but not one above chance
+    below = run_with("below", truth, none, scores - truth.labels)
+    (line,) = [line for line in sentences_of([below, chance], truth) if "has a higher AUC" in line]
+    assert line.startswith("Chance has a higher AUC than below, but is not above chance (difference -")
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_verdict_names_classes_with_few_images(value):
+    """The AUC of Nodule comes from 9 images with it, or without it."""
+    truth = truth_with(np.zeros((0, 4)))._replace(patients=np.arange(60), rows=np.arange(60))
+    labels = np.full((60, len(CLASSES)), math.nan)
+    labels[:, MASS] = np.arange(60) % 2
+    labels[:, NODULE] = np.where(np.arange(60) < 9, value, 1 - value)
+    truth = truth._replace(labels=labels)
+    run = run_with("run", truth, np.zeros((0, 4)), labels)
+    first, second = verdict.verdict([run], truth, [], 20, 0)
+    assert first.endswith("above chance (0.5) in 1 of 1 classes.")
+    assert second == "The AUC of Nodule is unreliable: fewer than 10 patients with it, or without it."
+    labels[9, NODULE] = value
+    (only,) = verdict.verdict([run], truth, [], 20, 0)
+    assert only.endswith("above chance (0.5) in 2 of 2 classes.")
 
 
 def test_verdict_if_all_images_have_the_same_label():

@@ -352,6 +352,10 @@ def test_check_warns_of_data_that_cannot_be_learned(images, capsys):
     for part in ("train", "test"):
         assert f"\nwarning   the part {part} has no image with bird\n" in printed
         assert f"\nwarning   the part {part} has no image without dog, bird\n" in printed
+    assert "\nwarning   the part test has few images with cat (1), dog (2): their AUC is unreliable\n" in printed
+    assert "\nwarning   the part train has few images without cat (3): they are hard to learn\n" in printed
+    assert re.search(r"\ncat +3\* +1\* +0 +0\n", printed)
+    assert "\n* fewer than 10 images of the part have the class, or do not have it\n" in printed
     write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, "train", 1] for name in names))
     assert check_cxr.main(["--data-dir", str(images)]) == 0
     assert "\nwarning   there is no image in the part test\n" in capsys.readouterr().out
@@ -490,7 +494,8 @@ def test_whole_pipeline_runs_on_a_folder(tmp_path, capsys, fit):
         str(p) for p in index.patients[~index.test]
     }
     assert "of the pairs of an image and a class with boxes" in report
-    assert "patients with it" in report and "over draws of patients" in report and "of other patients;" in report
+    for words in ("patients with it", "patients without it", "over draws of patients", "of other patients;"):
+        assert words in report
     # without patients, the intervals are over images
     with (data / "labels.csv").open(newline="") as file:
         rows = [{key: cell for key, cell in row.items() if key != "patient"} for row in csv.DictReader(file)]

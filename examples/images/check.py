@@ -12,6 +12,7 @@ import numpy as np
 from common.progress import Progress
 
 from images.dataset import Index, refuse_missing, some
+from images.metrics import FEW_PATIENTS, patients_with
 from images.open_dataset import open_dataset
 from images.pixels import DICOM, bits_used, load_image, read_header, read_image
 
@@ -212,28 +213,45 @@ def _about_classes(index: Index) -> list[str]:
     boxes = Counter(box[0] for name in index.names for box in index.boxes.get(name, ()))
     parts = _parts(index)
     unknown = np.isnan(index.labels).any()
+    few = [np.min(_with_and_without(index, part), axis=0) < FEW_PATIENTS for _, part in parts]
     heads = [*(name for name, _ in parts), "boxes", *(["unknown"] if unknown else [])]
     width = max(20, *(len(name) + 2 for name in index.classes))
-    lines = [f"\n{'':{width}}" + "".join(f"{head:>10}" for head in heads)]
+    lines = [f"\n{'':{width}}" + "".join(f"{head:>10} " for head in heads).rstrip()]
     for number, name in enumerate(index.classes):
         column = index.labels[:, number]
-        counts = [(part & (column == 1)).sum() for _, part in parts] + [boxes[number]]
-        counts += [np.isnan(column).sum()] if unknown else []
-        lines.append(f"{name:{width}}" + "".join(f"{count:10}" for count in counts))
-    none = "".join(f"{(part & _negative(index)).sum():10}" for _, part in parts)
-    return [*lines, f"{index.about.negative:{width}}{none}"]
+        cells = [
+            f"{(part & (column == 1)).sum()}{'*' if marked[number] else ' '}"
+            for (_, part), marked in zip(parts, few, strict=True)
+        ]
+        cells += [f"{boxes[number]} ", *([f"{np.isnan(column).sum()} "] if unknown else [])]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells).rstrip())
+    none = "".join(f"{(part & _negative(index)).sum():10} " for _, part in parts)
+    lines.append(f"{index.about.negative:{width}}{none.rstrip()}")
+    if np.any(few):
+        lines.append(f"* fewer than {FEW_PATIENTS} {index.about.units} of the part have the class, or do not have it")
+    return lines
+
+
+def _with_and_without(index: Index, part: np.ndarray) -> tuple[list[int], list[int]]:
+    """The numbers of patients with each class and without it, among the images of ``part`` (n,)."""
+    labels, patients = index.labels[part], index.patients[part]
+    return patients_with(1, labels, patients), patients_with(0, labels, patients)
 
 
 def _about_learning(index: Index) -> list[str]:
-    """Classes that cannot be learned or evaluated (all labels of a part are equal), and parts without images."""
-    (train, part), *_, (_, test) = _parts(index)
-    lines = []
-    for name, rows in ((train, part), ("test", test)):
+    """Classes that cannot be learned or evaluated, because a part has no or few labels of a kind; empty parts."""
+    lines, units = [], index.about.units
+    for name, rows in _parts(index):
         if not rows.any():
             lines.append(f"warning   there is no image in the part {name}")
             continue
-        for value, words in ((1, "with"), (0, "without")):
-            lacking = [c for c, column in zip(index.classes, index.labels[rows].T, strict=True) if value not in column]
+        for words, counts in zip(("with", "without"), _with_and_without(index, rows), strict=True):
+            of_class = dict(zip(index.classes, counts, strict=True))
+            lacking = [c for c, count in of_class.items() if not count]
+            few = [f"{c} ({count})" for c, count in of_class.items() if 0 < count < FEW_PATIENTS]
             if lacking:
                 lines.append(f"warning   the part {name} has no image {words} {', '.join(lacking)}")
+            if few:
+                about = "they are hard to learn" if name.startswith("train") else "their AUC is unreliable"
+                lines.append(f"warning   the part {name} has few {units} {words} {', '.join(few)}: {about}")
     return ["", *lines] if lines else []

@@ -18,7 +18,7 @@ from common.choices import Config
 from images.checkpoint import OLDER, load_network
 from images.dataset import Index
 from images.frames import to_image, to_square
-from images.metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals
+from images.metrics import auc_intervals, auc_per_class, best_threshold, mean_intervals, patients_with
 from images.prediction import Predictions, name_of, predict
 from images.thresholds import HALF, VALIDATION, Relative
 from images.truth import Truth, trivial_boxes
@@ -166,7 +166,8 @@ def evaluate(network: Network, truth: Truth, args: argparse.Namespace) -> Evalua
         "seed": args.seed,
         "grid": list(predictions.maps[0].shape) if predictions.maps else [],
         "first_cell": predictions.first,
-        "patients": {name: len(set(truth.patients[truth.labels[:, c] > 0])) for c, name in enumerate(names)},
+        "patients": dict(zip(names, patients_with(1, truth.labels, truth.patients), strict=True)),
+        "patients_without": dict(zip(names, patients_with(0, truth.labels, truth.patients), strict=True)),
         "boxes": {
             name: sum(len(true) for true, of in zip(truth.boxes, classes, strict=True) if of == c)
             for c, name in enumerate(names)

@@ -10,8 +10,13 @@ import numpy as np
 from common.metrics import auc
 from sklearn.metrics import roc_curve
 
-#: An interval from fewer patients is unreliable.
+#: An AUC and its interval from fewer patients with the class, or without it, are unreliable.
 FEW_PATIENTS = 10
+
+
+def patients_with(value: int, labels: np.ndarray, patients: np.ndarray) -> list[int]:
+    """For each class, the number of patients with an image whose label (n, C) is ``value``, 0 or 1."""
+    return [len(np.unique(patients[column == value])) for column in labels.T]
 
 
 class Interval(NamedTuple):

@@ -32,29 +32,32 @@ def with_interval(value: float, ci: Sequence[float]) -> str:
 
 def auc_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup:
     official = truth.official
-    patients = runs[0].details["patients"]
+    details, units = runs[0].details, truth.index.about.units
+    patients, without = details["patients"], details["patients_without"]
     papers = paper.AUC if official else {}
     rows, bars = [], []
     for name in (*(name for name in truth.class_names if patients[name]), "mean"):
-        marked = f"{name}*" if 0 < patients.get(name, 0) < FEW_PATIENTS else name
+        few = name != "mean" and min(patients[name], without[name]) < FEW_PATIENTS
+        marked = f"{name}*" if few else name
         values = [(run.metrics["auc"][name], run.metrics["auc_ci"][name]) for run in runs]
         printed = [page.number(row.get(name), 2) for row in papers.values()]
-        rows.append([marked, *(with_interval(*v) for v in values), *printed, patients.get(name, "")])
+        counts = [count.get(name, "") for count in (patients, without)]
+        rows.append([marked, *(with_interval(*v) for v in values), *printed, *counts])
         spans = [page.Span(ci[0], value, ci[1], k) for k, (value, ci) in enumerate(values)]
         bars.append((marked, spans))
     lowest = min([0.5, *(span.low for _, spans in bars for span in spans if not math.isnan(span.low))])
     notes = []
     if any(row[0].endswith("*") for row in rows):
-        about = f"* fewer than {FEW_PATIENTS} {truth.index.about.units}: the interval says little."
+        about = f"* fewer than {FEW_PATIENTS} {units} with it, or without it: the AUC and its interval are unreliable."
         notes.append(page.paragraph(about, "note"))
     if official:
         notes.append(page.paragraph(paper.NOTE, "note"))
     return page.section(
         "Classification",
         page.table(
-            ["class", *(run.name for run in runs), *papers, f"{truth.index.about.units} with it"],
+            ["class", *(run.name for run in runs), *papers, f"{units} with it", f"{units} without it"],
             rows,
-            f"AUC over {runs[0].metrics['images']} test images, 95 % interval over {truth.index.about.units}",
+            f"AUC over {runs[0].metrics['images']} test images, 95 % interval over {units}",
         ),
         *notes,
         page.intervals(bars, "AUC and its interval", math.floor(10 * lowest) / 10, 1.0),
@@ -261,8 +264,8 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
 
 def verdict_section(sentences: Sequence[str], units: str) -> page.Markup:
     about = (
-        f"One side beats the other where the 95 % interval of the difference, over draws of {units}, lies above 0. "
-        "Boxes are compared without gate."
+        f"One side beats the other where the 95 % interval of the difference, over draws of {units}, lies above 0, "
+        "and where the mean AUC of the side is above chance (0.5). Boxes are compared without gate."
     )
     return page.section("Verdict", page.bullets(sentences), page.paragraph(about, "note"))
 

@@ -1,7 +1,8 @@
 """The result of an evaluation as text: the better run, and the boxes without a network that are better than the runs.
 
 Comparisons are paired: both sides are measured on the same images and boxes. The confidence interval is that of the
-difference of their means over the classes, over draws of patients. One side is better if its interval is above 0.
+difference of their means over the classes, over draws of patients. One side is better if its interval is above 0. A run
+is better than something only if its mean AUC is above chance: the interval of the AUC is above 0.5.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from images.evaluation import Evaluated, trivial_of
-from images.metrics import Interval, auc_difference_interval, difference_intervals
+from images.metrics import FEW_PATIENTS, Interval, auc_difference_interval, difference_intervals, patients_with
 from images.truth import CEILING, Truth
 from sgl_ops.localization import T_IOU, per_class
 
@@ -68,6 +69,17 @@ def listed(items: Iterable[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def _at_chance(run: Evaluated) -> bool:
+    """Whether the run has a mean AUC that is not above chance. False if no AUC is defined."""
+    return run.metrics["auc_ci"]["mean"][0] <= 0.5
+
+
+def _unreliable(truth: Truth) -> list[str]:
+    """Classes that too few patients have, or too few do not have, for an AUC."""
+    counts = zip(*(patients_with(value, truth.labels, truth.patients) for value in (0, 1)), strict=True)
+    return [name for name, count in zip(truth.class_names, counts, strict=True) if min(count) < FEW_PATIENTS]
+
+
 def _where(steps: Sequence[float]) -> str:
     return "at every IoU" if len(steps) == len(T_IOU) else f"at IoU > {listed(f'{t:g}' for t in steps)}"
 
@@ -84,9 +96,9 @@ def _against_trivial(run: Evaluated, comparisons: Sequence[Comparison]) -> list[
                 worse = [c.t for c in own if c.other == other and c.worse]
                 clearly = f", clearly worse {_where(worse)}" if worse and not wanted else ""
                 found.append(f"the {other} ({_where(steps)}{clearly})")
-        if found:
+        if found and not (wanted and _at_chance(run)):
             sentences.append(f"{run.name} {kind} {listed(found)}.")
-        elif wanted:
+        elif wanted and not found:
             sentences.append(f"{run.name} beats no box that needs no network.")
     return sentences
 
@@ -105,19 +117,29 @@ def verdict(
 def _sentences(
     runs: Sequence[Evaluated], truth: Truth, comparisons: Sequence[Comparison], draws: int, seed: int
 ) -> list[str]:
-    sentences = []
+    sentences, units = [], truth.index.about.units
+    unreliable = _unreliable(truth)
     for run in runs:
         low, high = run.metrics["auc_ci"]["mean"]
         names = [name for name in run.metrics["auc"] if name != "mean" and not math.isnan(run.metrics["auc"][name])]
-        above = sum(run.metrics["auc_ci"][name][0] > 0.5 for name in names)
+        reliable = [name for name in names if name not in unreliable]
+        above = sum(run.metrics["auc_ci"][name][0] > 0.5 for name in reliable)
         if not names:
             sentences.append(
                 f"The AUC of {run.name} is not defined: no class has test images both with and without it."
             )
             continue
+        mean = run.metrics["auc"]["mean"]
+        sentence = f"{run.name} classifies with a mean AUC of {mean:.2f} (95 % interval {low:.2f} to {high:.2f})"
+        if _at_chance(run):
+            sentence += ", which is not above chance (0.5)"
+        elif reliable:
+            sentence += f"; above chance (0.5) in {above} of {len(reliable)} classes"
+        sentences.append(f"{sentence}.")
+    few = [name for name in unreliable if any(not math.isnan(run.metrics["auc"][name]) for run in runs)]
+    if few:
         sentences.append(
-            f"{run.name} classifies with a mean AUC of {run.metrics['auc']['mean']:.2f} (95 % interval {low:.2f} to "
-            f"{high:.2f}); above chance (0.5) in {above} of {len(names)} classes."
+            f"The AUC of {listed(few)} is unreliable: fewer than {FEW_PATIENTS} {units} with it, or without it."
         )
     if len(runs) > 1 and not math.isnan(runs[0].metrics["auc"]["mean"]):
         a, b = runs
@@ -128,7 +150,10 @@ def _sentences(
         gap += f"{between.low:+.3f} to {between.high:+.3f}"
         if between.low > 0 or between.high < 0:
             better, worse = (a, b) if between.low > 0 else (b, a)
-            sentences.append(f"{better.name} classifies better than {worse.name} ({gap}).")
+            chance = _at_chance(better)
+            words = "has a higher AUC than" if chance else "classifies better than"
+            but = ", but is not above chance" if chance else ""
+            sentences.append(f"{better.name} {words} {worse.name}{but} ({gap}).")
         else:
             sentences.append(f"The AUC does not tell {a.name} from {b.name} ({gap}).")
     if not len(truth.boxes):
@@ -141,15 +166,20 @@ def _sentences(
         )
     if len(runs) > 1:
         between_runs = [c for c in comparisons if c.other == runs[1].name]
-        for words, steps in (
-            ("finds more boxes than", [c.t for c in between_runs if c.better]),
-            ("finds fewer boxes than", [c.t for c in between_runs if c.worse]),
+        for better, words, steps in (
+            (runs[0], "finds more boxes than", [c.t for c in between_runs if c.better]),
+            (runs[1], "finds fewer boxes than", [c.t for c in between_runs if c.worse]),
         ):
-            if steps:
+            if steps and not _at_chance(better):
                 sentences.append(f"{runs[0].name} {words} {runs[1].name} {_where(steps)}.")
         if not any(c.better or c.worse for c in between_runs):
             sentences.append(f"The boxes do not tell {runs[0].name} from {runs[1].name} at any IoU.")
     trivial = [c for c in comparisons if c.other not in {run.name for run in runs}]
+    sentences += [
+        f"The AUC of {run.name} is not above chance, so that its boxes are no evidence that it finds the classes."
+        for run in runs
+        if _at_chance(run)
+    ]
     for run in runs:
         sentences += _against_trivial(run, trivial)
     if len(truth.boxes) < FEW_BOXES:
