@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -115,6 +116,10 @@ def test_run_writes_its_files(tmp_path):
     for entry in metrics["runs"]:
         assert entry["epoch"] == 2
         assert entry["best_val"]["epoch"] in (1, 2)
+        validation = [
+            r["val_auc"] for r in csv.DictReader((tmp_path / "history.csv").open()) if int(r["seed"]) == entry["seed"]
+        ]
+        assert entry["best_val"]["validation_auc"] == max(map(float, validation))
         for which in ("last", "best_val"):
             assert all(0 <= entry[which][name] <= 1 for name in ("auc", "iou", "iou_pooled"))
     for name in ("auc", "iou", "iou_pooled"):
@@ -136,14 +141,36 @@ def test_validation_every_n_epochs(tmp_path):
         assert other == one if validated else other == one | {n: "" for n in one if n.startswith("val_")}
 
 
-def test_without_loss_both_methods_are_compared(tmp_path, capsys):
-    assert example.main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "comparison.png").exists()
+def test_without_loss_both_methods_are_compared(tmp_path, capsys, monkeypatch):
+    headings = {}
+    monkeypatch.setattr(
+        experiment, "draw_panels", lambda panels, columns, heading, path, *_: headings.update({path.name: heading})
+    )
+    assert example.main([*SMALL, "--epochs", "1", "--seed", "3", "--out", str(tmp_path / "drawn")]) == 0
+    assert headings["comparison.png"].startswith(
+        "Networks of seed 3 after the last epoch, trained with the label of each"
+    )
+    assert (
+        "Each picture shows the 20 instances of a bag with the highest probability, in falling order"
+        in headings["comparison.png"]
+    )
+    assert "The bags are the first test bags: 4 positive, 1 negative." in headings["comparison.png"]
+    assert "network of seed 3: the probability of each instance, the highest first" in headings["bags.png"]
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert example.main([*SMALL, "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "comparison.png").exists()
     for name, loss in (("sgl", "sgl"), ("max", "bag")):
-        assert json.loads((tmp_path / name / "metrics.json").read_text())["config"]["loss"] == loss
+        assert json.loads((tmp_path / "out" / name / "metrics.json").read_text())["config"]["loss"] == loss
     printed = capsys.readouterr().out
     assert "sgl (max) seed 0: epoch 1 of 1, loss" in printed  # one line per epoch if the output is not a terminal
     assert "SGL against max pooling alone: bag AUC" in printed
+    assert "comparison.png shows the same test bags under both losses, with the networks of seed 0.\n" in printed
+    for name in ("sgl", "max"):
+        for entry in json.loads((tmp_path / "out" / name / "metrics.json").read_text())["runs"]:
+            best = entry["best_val"]
+            numbers = f"{best['validation_auc']:.3f} +{best['auc']:.3f}"
+            assert re.search(rf"\n{name} +{entry['seed']} +1 +{numbers}\n", printed)
     for column in training.METRICS:
         assert f"\n{column} " in printed  # the explanation of the column
 

@@ -76,6 +76,9 @@ def numbers_to_show(bags: Bags, positives: int, negatives: int) -> list[int]:
     return [*labels.nonzero()[:positives, 0].tolist(), *(labels == 0).nonzero()[:negatives, 0].tolist()]
 
 
+SHOWN = "The bags are the first test bags: {} positive, {} negative."
+
+
 def title_of(bags: Bags, number: int) -> str:
     return f"test bag {number}: labelled {'positive' if bags.labels[number] else 'negative'}"
 
@@ -98,22 +101,29 @@ def train_method(
             first = model
             panels = [panel(model, images["test"], bags["test"], n, title_of(bags["test"], n))
                       for n in numbers_to_show(bags["test"], 3, 1)]  # fmt: skip
-            heading = f"{name}: what the network says of each instance (class {config['target']} makes a bag positive)"
-            draw_panels(panels, 2, heading, folder / "bags.png")
+            heading = f"{name}, network of seed {seed}: the probability of each instance, the highest first"
+            about = f"A bag with an instance of class {config['target']} is labelled positive."
+            draw_panels(panels, 2, f"{heading}\n{about} {SHOWN.format(3, 1)}", folder / "bags.png")
         metrics = {"config": config, "runs": runs, **summarize(runs), "seconds": round(time.perf_counter() - start, 1)}
         write_json(metrics, folder / "metrics.json")
         write_history(histories, folder / "history.csv")
     return metrics, first
 
 
-def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, target: int, path: Path) -> None:
-    """Draws both methods on the same test bags, with the twenty most probable instances of each bag."""
+def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, args: argparse.Namespace, path: Path) -> None:
+    """Draws the networks of both methods of the first seed on the same test bags."""
+    shown = 20
     panels = [
         panel(models[name], images, bags, n, f"{label}, {title_of(bags, n)}")
         for n in numbers_to_show(bags, 4, 1)
         for name, label in (("max", "max pooling"), ("sgl", "SGL"))
     ]
-    draw_panels(panels, 2, f"Told only which bags hold a {target}: the probability of each instance", path, shown=20)
+    heading = (
+        f"Networks of seed {args.seed} after the last epoch, trained with the label of each bag: does it hold a "
+        f"{args.target}?\nEach picture shows the {shown} instances of a bag with the highest probability, in falling "
+        f"order, row by row.\n{SHOWN.format(4, 1)}"
+    )
+    draw_panels(panels, 2, heading, path, shown)
 
 
 def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
@@ -134,6 +144,25 @@ def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
         f"\nauc         area under the ROC curve of the bag labels: is there a {target} in the bag?\n"
         f"iou         overlap of instances with p > 0.5 and the true ones (class {target}), mean over bags: where?\n"
         "iou_pooled  the same, the instances of 64 bags taken together"
+    )
+
+
+def validation_table(results: dict[str, dict[str, Any]], config: Config) -> str:
+    """The validation AUC and the test AUC of the network of the best epoch, for each method and seed."""
+    lines = ["", 'AUC of each network of the row "best validation":', ""]
+    lines.append(f"{'loss':6}{'seed':>4}{'epoch':>7}{'validation':>12}{'test':>7}")
+    for name, metrics in results.items():
+        for run in metrics["runs"]:
+            best = run["best_val"]
+            cells = f"{run['seed']:4}{best['epoch']:7}{best['validation_auc']:12.3f}{best['auc']:7.3f}"
+            lines.append(f"{name:6}{cells}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The validation AUC is the highest of all epochs, on {config['val_bags']} bags. So it is too high,",
+            "most of all for a network that has not learned. Compare networks on the test bags.",
+        ]
     )
 
 
@@ -186,7 +215,7 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
             folder.mkdir(parents=True, exist_ok=True)
             results[method], models[method] = train_method(method, config, args, instances, make_model, folder)
         if len(models) > 1:
-            compare(models, images["test"], bags["test"], args.target, out / "comparison.png")
+            compare(models, images["test"], bags["test"], args, out / "comparison.png")
     except (ValueError, OSError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
@@ -194,10 +223,13 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
         print("\nstopped; --resume with the same --out and options goes on after the last full epoch", file=sys.stderr)
         return 130
     print_table(results, args.target)
+    print(validation_table(results, next(iter(configs.values()))))
     print()
     if len(models) > 1:
         print(conclusion(results))
-        print(f"{out}/comparison.png shows the same test bags under both losses.")
+        print(
+            f"{out}/comparison.png shows the same test bags under both losses, with the networks of seed {args.seed}."
+        )
     print(f"Figures and pictures are in {out}/.")
     next_step("train on your own data, see docs/own-loop.md and docs/own-data.md")
     return 0

@@ -210,7 +210,7 @@ def train_run(
         best.eval()
         logits = instance_logits(best, images["test"], bags["test"].index)
         entry["best_val"] = measure(logits, bags["test"], config["pooling"])
-    entry["best_val"]["epoch"] = state["best"]["epoch"]
+    entry["best_val"] |= {"epoch": state["best"]["epoch"], "validation_auc": state["best"]["merit"][0]}
     return entry, state["history"], model
 
 
