@@ -3,6 +3,7 @@
     python extract_features.py --images DIR --backbone timm/resnet18 --cut layer3 --out features
     python extract_features.py --images DIR --backbone timm/resnet50.tv_in1k --weights FILE.safetensors --out features
     python extract_features.py --images DIR --points nuclei.csv --backbone timm/resnet18 --out features
+    python extract_features.py --backbone timm/resnet18 --list-stages
 
 A bag is an image. Its instances are the cells of the network's feature map, or the points of --points. The command
 prints the stride of the map, its grid, and the receptive field of a cell. After an interruption, the same command
@@ -22,12 +23,12 @@ from common import options
 def make_parser() -> argparse.ArgumentParser:
     parser = options.make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images; an image is a bag")
+    data.add_argument("--images", type=Path, metavar="DIR", help="folder of images; an image is a bag")
     data.add_argument("--points", type=Path, metavar="CSV", help="columns bag (or image), x, y: one instance per point")
     data.add_argument(
         "--points-from-one", action="store_true", help="the coordinates of the first pixel are 1, 1 (0, 0)"
     )
-    data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the features")
+    data.add_argument("--out", type=Path, metavar="DIR", help="folder for the features")
     data.add_argument(
         "--format",
         choices=("store", "h5"),
@@ -43,6 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--stages", nargs="+", default=[], metavar="STAGE", help="stages whose features are concatenated; see --cut"
     )
     network.add_argument("--cut", metavar="STAGE", help="use the network up to this stage, a number or a name")
+    network.add_argument(
+        "--list-stages", action="store_true", help="print the stages of --backbone with their receptive fields"
+    )
     network.add_argument("--output-stride", type=int, metavar="N", help="dilate the network to this stride")
     view = parser.add_argument_group("view")
     view.add_argument(
@@ -59,11 +63,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.patch is not None and args.points is None:
         parser.error("--patch: expected together with --points")
+    if not args.list_stages and (args.images is None or args.out is None):
+        parser.error("--images and --out are needed, or --list-stages")
     import torch
 
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        if args.list_stages:
+            from features.backbones import stage_table
+
+            print(stage_table(args.backbone))
+            return 0
         extract(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -76,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def extract(args: argparse.Namespace) -> None:
     """Writes the bags of all images that are not yet in ``args.out``."""
-    from features.backbones import load_backbone
+    from features.backbones import field_warning, load_backbone
     from features.extraction import find_images, map_bag, patch_bag, point_bag, read_image, read_points
     from features.store import FileWriter, StoreWriter
 
@@ -89,14 +100,19 @@ def extract(args: argparse.Namespace) -> None:
         args.backbone, weights=args.weights, stages=args.stages, cut=args.cut, output_stride=args.output_stride
     )
     geometry = backbone.geometry
-    sees = "the whole image" if geometry.field is None else f"{geometry.field} pixels"
+    # in pixels of the image
+    field = None if geometry.field is None else geometry.field / min(args.scales)
+    sees = "the whole image" if field is None else f"{field:g} pixels"
     first = read_image(next(iter(images.values())))
     grid = [int(n * args.scales[0]) // geometry.stride for n in first.shape[2:]]
     print(
-        f"{args.backbone}, stages {', '.join(backbone.stages)}: stride {geometry.stride}, a cell sees {sees}; "
-        f"the first image ({first.shape[3]}x{first.shape[2]}) has a grid of {grid[1]}x{grid[0]} cells",
+        f"{args.backbone}, stages {', '.join(backbone.stages)}: stride {geometry.stride / args.scales[0]:g}, a cell "
+        f"sees {sees}; the first image ({first.shape[3]}x{first.shape[2]}) has a grid of {grid[1]}x{grid[0]} cells",
         flush=True,
     )
+    warning = None if args.patch is not None else field_warning(field, first.shape[3], first.shape[2])
+    if warning is not None:
+        print(f"{warning}: --list-stages prints the stages for --cut", flush=True)
     settings = {
         "backbone": args.backbone,
         "weights": Path(args.weights).name,

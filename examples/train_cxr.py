@@ -115,6 +115,7 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
     Raises:
         ValueError: the data or the settings are invalid, or ``--out`` holds a run with other settings.
     """
+    from common.losses import lam_warning
     from images.run_folder import RunFolder, locked, refuse_existing
     from images.sources import open_sources
     from images.training import Training, dry_run
@@ -130,6 +131,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
         training = Training(config, processes, args.compile)
         if processes.first:
             print(training.network.description(config["image_size"]), flush=True)
+            if (warning := lam_warning(config)) is not None:
+                print(warning, flush=True)
         if args.dry_run:
             dry_run(training, train_data, sources.split.train, args, take_step)
             return
@@ -141,6 +144,8 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
             row, better = finish_epoch(training, eval_data, sources.split.val, args, speed)
             if folder is not None:
                 folder.keep(training, row, better)
+        if processes.first and (warning := lam_warning(config, training.history)) is not None:
+            print(f"\n{warning}", flush=True)
 
 
 def following(args: argparse.Namespace) -> str:

@@ -152,6 +152,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains the runs that are not finished, and writes tables and report."""
     import torch
     from features import labels as tables
+    from features.advice import lam_advice
     from features.report import write_report
     from features.runs import Truth, load_predictions, plan, save_predictions, summary, write_tables
     from features.store import FeatureBags
@@ -183,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
         seed = one.repeat * 1000 + one.fold
         model = train(reader, names, targets[torch.from_numpy(one.train)], settings, seed, history.append)
         predictions = predicted(model, reader, [labels.names[i] for i in one.test])
-        state = {"model": model.state_dict(), "transform": reader.transform._asdict()}
+        state = {"model": model.state_dict(), "transform": reader.transform._asdict(), "history": history}
         save_atomically(state, parts / f"{one.name}.pt")
         save_predictions(path, predictions)
         begun = next((row["epoch"] for row in history if row["lam"] > 0), None)
@@ -192,9 +193,14 @@ def run(args: argparse.Namespace) -> None:
     repeats: dict[int, list] = {}
     for one in runs:
         repeats.setdefault(one.repeat, []).append(load_predictions(parts / f"{one.name}.npz"))
+    # a checkpoint of an older version has no history
+    saved = [torch.load(parts / f"{one.name}.pt", weights_only=True).get("history", []) for one in runs]
+    advice = lam_advice(saved, [labels.values[one.train] for one in runs], settings)
+    if advice is not None:
+        print(f"warning: {advice}", flush=True)
     result, rows = summary(list(repeats.values()), truth, bags)
     write_tables(args.out, list(repeats.values()), labels, bags, result, rows)
-    write_report(args.out, next(iter(repeats.values())), truth, bags, result, args.images, args.overlays)
+    write_report(args.out, next(iter(repeats.values())), truth, bags, result, args.images, args.overlays, advice)
     for name, values in result.items():
         line = ", ".join(
             f"{key} {values[key]:.3f}"

@@ -277,6 +277,30 @@ def test_measured_start_raises_lam_only_if_positive_images_rank_higher(monkeypat
     assert ks[0] == round(0.5 * 49) > ks[2] > 8 == ks[5]
 
 
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [(["--lam-delay", "2"], True), (["--lam-delay", "1.5"], False), (["--lam-delay", "2", "--loss", "bag"], False)],
+)
+def test_dry_run_warns_if_lam_stays_zero(drawn, capsys, options, warns):
+    assert example.main(["--data-dir", str(drawn), *SMALL, "--epochs", "2", *options, "--dry-run"]) == 0
+    text = "warning: lam stays 0, because --lam-delay 2 is not below --epochs 2."
+    assert (text in capsys.readouterr().out) == warns
+
+
+def test_warning_after_a_measured_start_that_never_came():
+    config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", "--start-auc", "0.9"]))
+    idle = [{"lam": 0.0}, {"lam": 0.0}]
+    found = losses.lam_warning(config, idle)
+    assert found.startswith(
+        "warning: lam stayed 0, because the AUC of the training images did not reach --start-auc 0.9"
+    )
+    assert "--k-start" in found and "--k-start" not in losses.lam_warning(config | {"k_start": 0.2}, idle)
+    assert losses.lam_warning(config, [*idle, {"lam": 0.5}]) is None
+    assert losses.lam_warning(config, []) is None
+    for change in ({"loss": "bag"}, {"lam": 0.0}):
+        assert losses.lam_warning(config | change, idle) is None
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_split_the_batches_of_one_order(accumulate):
     config = {"batch_size": 12, "accumulate": accumulate, "seed": 4}

@@ -22,7 +22,7 @@ for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
 
 import extract_features  # noqa: E402
 import train_features  # noqa: E402
-from features import backbones, extraction, labels, runs, store, training  # noqa: E402
+from features import advice, backbones, extraction, labels, runs, store, training  # noqa: E402
 from features.evaluation import bootstrap, box_metrics, instance_metrics  # noqa: E402
 from features.heads import Candidates, Head  # noqa: E402
 
@@ -125,6 +125,47 @@ def timm():
         pytest.skip(str(error))
 
 
+def test_list_of_stages_has_their_geometry(timm, capsys):
+    assert extract_features.main(["--backbone", "timm/test_efficientnet", "--list-stages"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["stage", "number", "features", "stride", "receptive", "field", "in", "pixels"]
+    network = timm.create_model("test_efficientnet")
+    blocks = [f"blocks.{k}" for k in range(len(network.blocks))]
+    assert [line.split()[0] for line in lines] == blocks
+    listed = backbones.stage_names(network)
+    x = torch.rand(1, 3, 64, 64)
+    for line in lines:
+        stage = line.split()[0]
+        backbone = backbones.load_backbone("test_efficientnet", weights="none", cut=stage)
+        geometry = backbone.geometry
+        field = "the whole image" if geometry.field is None else str(geometry.field)
+        number = [str(listed.index(stage))] if stage in listed else []
+        features = str(backbone(x).shape[1])
+        assert line.split() == [stage, *number, features, str(geometry.stride), *field.split()]
+        for given in number:  # a number and its name are the same stage
+            assert backbones.load_backbone("test_efficientnet", weights="none", cut=given).stages == (stage,)
+    with pytest.raises(SystemExit):
+        extract_features.main(["--backbone", "resnet18"])
+    assert "--images and --out are needed, or --list-stages" in capsys.readouterr().err
+
+
+def test_geometry_of_a_network_with_layer_norm(timm):
+    """A patch of 4 pixels, then 7x7 convolutions at stride 4: 4 + 24 for each."""
+    network = timm.create_model("convnext_atto", depths=(2, 1, 1, 1))
+    assert backbones.geometry_of(network, "stages.0", 96) == backbones.Geometry(4, 2.0, 4 + 2 * 24)
+
+
+@pytest.mark.parametrize(
+    ("field", "width", "height", "warns"),
+    [(49, 48, 64, True), (48, 48, 64, False), (49, 64, 48, True), (None, 9, 9, False)],
+)
+def test_warning_of_a_receptive_field_that_exceeds_the_image(field, width, height, warns):
+    found = backbones.field_warning(field, width, height)
+    assert (found is not None) == warns
+    if warns:
+        assert f"{field} pixels, exceeds the image of {width}x{height} pixels" in found
+
+
 def test_nothing_after_the_cut_is_computed(timm):
     backbone = backbones.load_backbone("timm/resnet18", weights="none", cut="layer1")
     calls = []
@@ -160,7 +201,11 @@ def test_half_precision_weights_are_loaded_exactly(timm, tmp_path):
     ("options", "message"),
     [
         ({"name": "resnet18x"}, "timm has no model 'resnet18x'; similar names: "),
-        ({"cut": "layer9"}, r"expected 0 to 4 \(act1, layer1, .*\) or the name of a submodule, got 'layer9'"),
+        (
+            {"cut": "layer9"},
+            r"expected one of act1, layer1, .*, or 0 to 4 \(act1, layer1, .*\), or the name of another submodule, got "
+            r"'layer9'; extract_features.py --list-stages",
+        ),
         ({"weights": "missing.pt"}, "expected 'pretrained', 'none' or a file, got 'missing.pt'"),
         ({"cut": "1", "stages": ["2"]}, "expected cut or stages, got both"),
     ],
@@ -224,6 +269,26 @@ def test_extraction_continues_and_both_forms_hold_equal_features(timm, images, t
     again = store.FeatureBags(out)
     assert np.array_equal(again["im1"].features, bag.features)
     assert len(again["im2"].features) == 12 * 24
+
+
+@pytest.mark.parametrize(
+    ("options", "sees", "warns"),
+    [
+        (("--cut", "layer1"), "stride 4, a cell sees 43 pixels", False),
+        (("--cut", "layer2"), "stride 8, a cell sees 99 pixels", True),
+        (("--cut", "layer2", "--scales", "4"), "stride 2, a cell sees 24.75 pixels", False),
+        (("--cut", "layer2", "--scales", "4", "1"), "stride 2, a cell sees 99 pixels", True),
+    ],
+)
+def test_extraction_warns_of_a_receptive_field_larger_than_the_image(
+    timm, images, tmp_path, options, sees, warns, capsys
+):
+    options = ("--images", str(images), "--out", str(tmp_path), *NETWORK[:4], *options)
+    assert extract_features.main(list(options)) == 0
+    printed = capsys.readouterr().out
+    assert sees in printed
+    text = "warning: the receptive field of a cell, 99 pixels, exceeds the image of 64x48 pixels"
+    assert (text in printed) == warns == ("--list-stages prints the stages for --cut" in printed)
 
 
 def test_store_with_other_settings_is_an_error(timm, images, tmp_path, capsys):
@@ -616,6 +681,42 @@ def test_lam_stays_zero_for_random_labels(data):
     settings = training.Settings(epochs=3, batch_size=10, lr=1e-5, share=0.3)
     training.train(reader, bags.names, values, settings, 0, history.append)
     assert [row["lam"] for row in history] == [0.0, 0.0, 0.0]
+
+
+def test_command_explains_lam_that_stayed_zero(data, tmp_path, capsys):
+    """A tiny learning rate: the training AUC stays below 1. In the second command lam rises at once."""
+    options = ("--folds=2", "--classes=lesion", "--epochs=3", "--lr=1e-6", "--pooling=mean")
+    assert command(data, tmp_path / "never", *options, "--start-auc=1") == 0
+    printed = capsys.readouterr().out
+    assert "run 1 of 2: " in printed and "lam stayed 0" in printed
+    text = "lam stayed 0 in 2 of 2 runs. These runs trained with the bag loss only: SGL had no effect."
+    assert f"warning: {text}" in printed
+    for change in ("--epochs 6", "--pooling topk", "--k-start 0.2 --restarts 4", "--stages", "--start at_once"):
+        assert change in printed
+    best = float(re.search(r"The highest AUC was ([\d.]+)\.", printed)[1])
+    histories = [torch.load(path)["history"] for path in (tmp_path / "never" / "parts").glob("*.pt")]
+    assert best == pytest.approx(max(row["auc"][0] for rows in histories for row in rows), abs=0.005)
+    assert text in (tmp_path / "never" / "report.html").read_text()
+    # a finished run is not trained again, but still explained
+    assert command(data, tmp_path / "never", *options, "--start-auc=1", "--resume") == 0
+    assert text in capsys.readouterr().out
+    assert command(data, tmp_path / "rises", *options, "--start=at_once") == 0
+    assert command(data, tmp_path / "bag", *options, "--loss=bag") == 0
+    assert command(data, tmp_path / "off", *options, "--lam=0") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert "Warning" not in (tmp_path / "rises" / "report.html").read_text()
+
+
+def test_advice_names_the_cause_and_what_is_not_yet_used():
+    history = [{"epoch": 1, "loss": 0.5, "lam": 0.0, "auc": [math.nan, 0.61]}, {"epoch": 2, "lam": 0.0, "auc": []}]
+    labels = np.repeat([[0.0], [1.0]], 20, 0).astype(np.float32)
+    settings = training.Settings(k_start=0.2, restarts=4)
+    text = advice.lam_advice([history, [], [{"lam": 0.5, "auc": [0.9]}]], [labels] * 3, settings)
+    assert "lam stayed 0 in 1 of 3 runs" in text and "The highest AUC was 0.61" in text
+    assert "--k-start" not in text and "--pooling topk" not in text
+    few = advice.lam_advice([history], [labels[17:23]], settings)
+    assert "too few training bags" in few and "--epochs" not in few
+    assert advice.lam_advice([[{"lam": 0.5, "auc": [0.9]}]], [labels], settings) is None
 
 
 def test_initial_probability_of_the_head_is_the_prior():

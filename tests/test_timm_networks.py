@@ -43,6 +43,8 @@ def test_resnet_of_timm_equals_that_of_torchvision(tmp_path, stride):
     assert ours.grid == theirs.grid
     assert ours.description(224).startswith(f"stride {stride}, a grid of {224 // stride}x{224 // stride} patches")
     assert ours.field == 435
+    warning = "warning: the receptive field of a cell, 435 pixels, exceeds the image of 224x224 pixels"
+    assert warning in ours.description(224) and "warning" not in ours.description(448)
 
 
 def test_cut_network_is_the_first_part_of_the_network():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,31 @@ def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
     if config["loss"] == "mmm":
         return MMMLoss()
     raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {config['loss']!r}")
+
+
+def lam_warning(config: Config, history: Sequence[dict[str, Any]] = ()) -> str | None:
+    """A warning if lam is 0 in every step although the configuration has an instance loss; else None.
+
+    Args:
+        history: the rows of the finished epochs, with ``lam``. A measured start is judged from them.
+    """
+    if config["loss"] != "sgl" or config["lam"] == 0:
+        return None
+    if config["start_auc"]:
+        if not history or any(row["lam"] for row in history):
+            return None
+        better = "" if config["k_start"] else ", or start with --pooling topk --k-start 0.2"
+        return (
+            "warning: lam stayed 0, because the AUC of the training images did not reach --start-auc "
+            f"{config['start_auc']:g}. The run trained with the bag loss only: SGL had no effect. Raise --epochs, or "
+            f"lower --start-auc{better}"
+        )
+    if config["lam_delay"] < config["epochs"]:
+        return None
+    return (
+        f"warning: lam stays 0, because --lam-delay {config['lam_delay']:g} is not below --epochs {config['epochs']}. "
+        "The run trains with the bag loss only: SGL has no effect. Raise --epochs, or lower --lam-delay"
+    )
 
 
 def lam_at(config: Config, progress: float) -> float:

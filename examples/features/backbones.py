@@ -19,7 +19,7 @@ class Geometry(NamedTuple):
     Attributes:
         stride: the distance between the centres of neighbouring cells.
         centre: the centre of the first cell from the edge of the image; the first pixel covers 0 to 1.
-        field: the side of the receptive field of a cell. None: a cell depends on the whole image.
+        field: the side of the receptive field of a cell. None: a cell depends on the whole image, or unknown.
     """
 
     stride: int
@@ -211,7 +211,7 @@ def import_timm():
     try:
         import timm
     except ModuleNotFoundError:
-        raise ValueError("backbone: timm is not installed: pip install 'sgl-ops[features]'") from None
+        raise ValueError("backbone: timm is not installed: pip install timm") from None
     return timm
 
 
@@ -223,6 +223,51 @@ def stage_names(network: nn.Module) -> list[str]:
     return [name for name in names if name in known] or [name for name, _ in network.named_children()]
 
 
+def stages_in(network: nn.Module) -> list[str]:
+    """The names of the stages that timm lists, and of the modules beside them: blocks.3 of an EfficientNet, too."""
+    listed = stage_names(network)
+    parents = {name.rpartition(".")[0] for name in listed if "." in name}
+    return [
+        name for name, _ in network.named_modules() if name in listed or (name and name.rpartition(".")[0] in parents)
+    ]
+
+
+def stage_table(name: str) -> str:
+    """The stages of a model of timm as a text table: name, number, features, stride and receptive field.
+
+    Raises:
+        ValueError: timm is missing, or has no such model.
+    """
+    backbone = load_backbone(name, weights="none")
+    network, size = backbone.network, backbone.size
+    names, listed = stages_in(network), stage_names(network)
+    with torch.no_grad():
+        maps = stage_maps(network, names, torch.zeros(1, 3, size, size), backbone.tokens)
+    rows = [("stage", "number", "features", "stride", "receptive field in pixels")]
+    for stage, features in zip(names, maps, strict=True):
+        geometry = geometry_of(network, stage, size, backbone.tokens)
+        number = str(listed.index(stage)) if stage in listed else ""
+        field = "the whole image" if geometry.field is None else str(geometry.field)
+        rows.append((stage, number, str(features.shape[1]), str(geometry.stride), field))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{row[0]:{width}}  {row[1]:>6}  {row[2]:>8}  {row[3]:>6}  {row[4]}" for row in rows)
+
+
+def field_warning(field: float | None, width: int, height: int) -> str | None:
+    """A warning if the receptive field of a cell exceeds an image of ``width`` x ``height`` pixels; else None.
+
+    Args:
+        field: its side in pixels; None: unknown, or the whole image.
+    """
+    if field is None or field <= min(width, height):
+        return None
+    return (
+        f"warning: the receptive field of a cell, {field:g} pixels, exceeds the image of {width}x{height} pixels. "
+        "Cells far from an object also respond to it, and boxes become too large. Choose an earlier stage, or larger "
+        "images"
+    )
+
+
 def stage_of(network: nn.Module, stage: str) -> str:
     """The name of the submodule for a stage, given as a number or a name."""
     names = stage_names(network)
@@ -231,7 +276,8 @@ def stage_of(network: nn.Module, stage: str) -> str:
     if stage and stage in dict(network.named_modules()):
         return stage
     raise ValueError(
-        f"stage: expected 0 to {len(names) - 1} ({', '.join(names)}) or the name of a submodule, got {stage!r}"
+        f"stage: expected one of {', '.join(stages_in(network))}, or 0 to {len(names) - 1} ({', '.join(names)}), or "
+        f"the name of another submodule, got {stage!r}; extract_features.py --list-stages prints their receptive fields"
     )
 
 
@@ -243,7 +289,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         try:
             from safetensors.torch import load_file
         except ModuleNotFoundError:
-            raise ValueError("weights: safetensors is not installed: pip install 'sgl-ops[features]'") from None
+            raise ValueError("weights: safetensors is not installed: pip install safetensors") from None
         state = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -324,6 +370,8 @@ def _measured(probe: nn.Module, stage: str, side: int, tokens: int | None) -> Ge
     stride = round(side / len(cells))
     (gradient,) = torch.autograd.grad(cells[middle, column], strip)
     seen = gradient[0].abs().sum((0, 2)).nonzero()
+    if not len(seen):
+        return Geometry(stride, stride / 2, None)
     low, high = int(seen[0]), int(seen[-1]) + 1
     if low == 0 or high == side:
         return Geometry(stride, stride / 2, None)
@@ -337,6 +385,8 @@ def _make_positive(network: nn.Module) -> None:
             if isinstance(child, nn.MaxPool2d):
                 pool = nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode)
                 setattr(module, name, pool)
+            elif isinstance(child, nn.LayerNorm):  # over the channels of a cell; equal values would give no gradient
+                setattr(module, name, nn.Identity())
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.weight.fill_(0.5 / module.weight[0].numel())  # sums below 1: ReLU6 is never saturated
             if module.bias is not None:

@@ -43,12 +43,14 @@ def write_report(
     result: dict[str, dict[str, float]],
     images: Path | None,
     count: int,
+    advice: str | None = None,
 ) -> None:
     """``report.html``: metrics by class, and the first ``count`` positive test bags (by name) of the first class.
 
     Args:
         parts: predictions of the first repeat.
         images: folder of the images of the bags; None: draw the positions without an image.
+        advice: a warning about the training, shown first.
     """
     shown = [(key, title) for key, title in COLUMNS if any(key in values for values in result.values())]
     rows = "".join(
@@ -65,9 +67,10 @@ def write_report(
         for name, i in _positive(predictions, truth)[:count]
     )
     first = escape(truth.labels.classes[0])
+    warning = "" if advice is None else f"<p><strong>Warning:</strong> {escape(advice)}</p>"
     with naming(folder / "report.html"):
         (folder / "report.html").write_text(
-            f"<!doctype html><meta charset=utf-8><title>Features</title><style>{STYLE}</style><h1>Results</h1>"
+            f"<!doctype html><meta charset=utf-8><title>Features</title><style>{STYLE}</style><h1>Results</h1>{warning}"
             f"<table><tr><th>class</th>{titles}</tr>{rows}</table>"
             f"<h2>The first positive test bags of {first}</h2><p>Colour: probability of an instance. "
             f"Orange: the box found. Green: true boxes.</p>{figures}"

@@ -208,7 +208,8 @@ def train(
     """Trains a head on the bags ``names`` with ``labels`` (N, C), NaN = unknown, and returns it.
 
     Args:
-        log: called after each epoch with the number of the epoch, loss, lam and training AUC per class.
+        log: called after each epoch with ``epoch``, ``loss``, ``lam``, and ``auc``: the training AUC of each class, or
+            nothing if the start of lam is not measured.
     """
     transform = reader.fit(names, settings.components)
     model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
@@ -247,7 +248,8 @@ def train(
                 optimizer.step()
                 total += loss.item() * (len(batch.offsets) - 1)
                 step += 1
-            log({"epoch": epoch, "loss": total / len(names), "lam": getattr(criterion, "lam", 0.0)})
+            auc = [] if schedule.class_auc is None else schedule.class_auc.tolist()
+            log({"epoch": epoch, "loss": total / len(names), "lam": getattr(criterion, "lam", 0.0), "auc": auc})
     return model.eval()
 
 

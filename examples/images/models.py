@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from common.files import load_state
 from common.import_torchvision import import_torchvision
+from features.backbones import field_warning
 from torch import Tensor, nn
 
 from images.backbones import BACKBONES, STRIDES, THREES, TORCHVISION
@@ -58,7 +59,10 @@ class PatchClassifier(nn.Module):
         stride = int(self.grid.step)
         side = image_size // stride
         field = "most of the image" if self.field is None else f"{self.field} pixels"
-        return f"stride {stride}, a grid of {side}x{side} patches, receptive field of a patch: {field}"
+        warning = field_warning(self.field, image_size, image_size)
+        return f"stride {stride}, a grid of {side}x{side} patches, receptive field of a patch: {field}" + (
+            "" if warning is None else f"\n{warning}"
+        )
 
 
 def grid_of(features: nn.Module) -> Grid:
