@@ -165,6 +165,11 @@ def test_code_of_is_it_working_runs(capsys):
     assert names["diagnosis"].measures.positives.item() == 15
     assert str(names["diagnosis"]) in capsys.readouterr().out
     assert set(logged) == {"bag AUC", "range of p"}
+    columns = re.search(r"\| column .*?\n\n", page, re.S)[0].strip().splitlines()[2:]
+    titles, attributes, _ = zip(*(row.strip("|").split("|") for row in columns), strict=True)
+    assert str(names["diagnosis"]).splitlines()[0].split() == ["class", *" ".join(titles).replace(",", "").split()]
+    for attribute in re.findall(r"`(\w+)`", " ".join(attributes)):
+        assert len(getattr(names["diagnosis"].measures, attribute)) == 1
     documented = re.findall(r'``"([a-z A-Z-]+)"``', sgl_ops.diagnosis.Finding.__doc__)
     table = re.search(r"\| finding .*?\n\n", page, re.S)[0]
     assert len(documented) == 9
