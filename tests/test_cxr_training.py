@@ -472,7 +472,7 @@ def test_resume_with_more_epochs_equals_one_longer_run(drawn, whole, tmp_path, c
 #: Keys of a configuration that older versions did not write, in the order in which they were added.
 CAME_LATER = (
     "prior", "lam_delay", "train_labels_digest", "train_files_digest", "cut", "dataset", "title", "classes", "channels",
-    "fit", "start_auc", "rise", "k_start", "k_epochs",
+    "fit", "start_auc", "rise", "k_start", "k_epochs", "freeze",
 )  # fmt: skip
 
 

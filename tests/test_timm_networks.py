@@ -119,6 +119,9 @@ def test_settings_come_from_the_network():
         (["--backbone", SMALL, "--cut", "9"], "--cut: timm/test_resnet has the stages 0 to 4, got 9"),
         (["--backbone", SMALL, "--cut", "1", "--output-stride", "8"], "has 4 at this stage, got 8"),
         (["--backbone", "local33", "--cut", "1"], "--cut: expected a backbone of timm"),
+        (["--backbone", "local33", "--freeze", "1"], "--freeze: expected a backbone of timm"),
+        (["--backbone", SMALL, "--cut", "1", "--freeze", "3"], "--freeze: expected at most the 2 stages"),
+        (["--backbone", SMALL, "--freeze", "-1"], "--freeze: expected a finite number >= 0"),
         (["--backbone", "resnet50", "--output-stride", "4"], "--output-stride: expected 32, 16 or 8, got 4"),
         (["--backbone", SMALL, "--output-stride", "0"], "--output-stride: expected at least 1"),
     ],
@@ -127,6 +130,47 @@ def test_invalid_options_are_errors(options, message, capsys):
     with pytest.raises(SystemExit):
         parsed(*options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "first", "before"),
+    [
+        ("tf_efficientnet_lite0", 2, "blocks.2.", ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.")),
+        ("resnet18", 1, "layer1.", ("conv1.", "bn1.")),
+        ("resnet18", 2, "layer2.", ("conv1.", "bn1.", "layer1.")),
+        ("convnext_atto", 1, "stages_1.", ("stem_0.", "stem_1.", "stages_0.")),
+    ],
+)
+def test_frozen_stages_are_the_first_ones(name, frozen, first, before):
+    features = TimmFeatures(f"timm/{name}", 2, 8 if name != "convnext_atto" else 16)
+    features.freeze(frozen)
+    fixed = {key for key, value in features.network.named_parameters() if not value.requires_grad}
+    trained = [key for key, value in features.network.named_parameters() if value.requires_grad]
+    assert all(key.startswith(before) for key in fixed)
+    assert {part for part in before if any(key.startswith(part) for key in fixed)} == set(before)
+    assert trained[0].startswith(first) and not any(key.startswith(before) for key in trained)
+
+
+def test_training_changes_no_frozen_stage(tmp_path):
+    """Neither the weights nor the statistics of batch norm. The run can be resumed with the same option only."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_dataset(data, images=24, size=64, seed=2)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    options = [
+        "--data-dir", str(data), "--out", str(out), "--allow-missing", "--backbone", SMALL, "--weights",
+        str(tmp_path / "weights.pth"), "--cut", "3", "--freeze", "2", "--image-size", "64", "--batch-size", "8",
+        "--workers", "0", "--device", "cpu", "--val-fraction", "0.3", "--epochs", "1",
+    ]  # fmt: skip
+    assert example.main(options) == 0
+    start = PatchClassifier(SMALL, 16, 14, 3)
+    load_weights(start, SMALL, str(tmp_path / "weights.pth"))
+    before, after = start.state_dict(), load_run(out, "cpu")[0].state_dict()
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    early = {key for key in before if key.startswith("features.network.") and "layer" not in key}
+    early |= {key for key in before if key.startswith("features.network.layer1.")}
+    assert early <= same
+    assert not any("running" in key or "weight" in key for key in same - early)
+    assert example.main([*options[:-1], "2", "--resume", "--freeze", "1"]) == 2
 
 
 def test_network_that_cannot_be_dilated_is_an_error():

@@ -22,6 +22,7 @@ OLDER = {
     "k_epochs": 5.0,
     "prior": 0.5,
     "cut": None,
+    "freeze": 0,
     "dataset": nih.DESCRIPTION.kind,
     "title": nih.DESCRIPTION.title,
     "classes": list(nih.CLASSES),

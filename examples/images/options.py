@@ -17,10 +17,10 @@ POOLING_OF = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
 
 #: Settings that decide a result. They must not change when a run is resumed. The images must be the same as well.
 RESUME_KEYS = (
-    "backbone", "weights", "cut", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam", "lam_delay",
-    "lam_warmup", "start_auc", "rise", "k_start", "k_epochs", "mask_weight", "normalize", "rescale", "weighted",
-    "prior", "epochs", "batch_size", "accumulate", "lr", "lr_step", "lr_factor", "weight_decay", "val_fraction", "seed",
-    "amp", "batch_norm",
+    "backbone", "weights", "cut", "freeze", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam",
+    "lam_delay", "lam_warmup", "start_auc", "rise", "k_start", "k_epochs", "mask_weight", "normalize", "rescale",
+    "weighted", "prior", "epochs", "batch_size", "accumulate", "lr", "lr_step", "lr_factor", "weight_decay",
+    "val_fraction", "seed", "amp", "batch_norm",
 )  # fmt: skip
 
 #: Settings of RESUME_KEYS that may be larger when a run is resumed. Training hides them from everything in an epoch.
@@ -113,6 +113,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="STAGE",
     )
+    add("freeze", 0, "with timm/NAME: do not train the first N stages (0: train all)", metavar="N")
     strides = (
         "pixels between neighbouring patches: 32, 16 or 8 (32; local and bagnet: 8; timm/NAME: that of the network)"
     )
@@ -198,6 +199,9 @@ def fill_from_timm(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         defaults = defaults_of(args.backbone, args.cut)
     except ValueError as error:
         parser.error(f"--{error}")
+    trained = defaults.stages if args.cut is None else args.cut + 1
+    if args.freeze > trained:
+        parser.error(f"--freeze: expected at most the {trained} stages of the network, got {args.freeze}")
     args.output_stride = args.output_stride or defaults.stride
     if args.output_stride > defaults.stride:
         parser.error(f"--output-stride: {args.backbone} has {defaults.stride} at this stage, got {args.output_stride}")
@@ -222,6 +226,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--data-dir and --out are needed, or --synthetic")
     if args.cut is not None and not args.backbone.startswith("timm/"):
         parser.error(f"--cut: expected a backbone of timm (timm/NAME), got {args.backbone}")
+    if args.freeze and not args.backbone.startswith("timm/"):
+        parser.error(f"--freeze: expected a backbone of timm (timm/NAME), got {args.backbone}")
     if args.output_stride is not None and not args.backbone.startswith("timm/") and args.output_stride not in STRIDES:
         parser.error(f"--output-stride: expected 32, 16 or 8, got {args.output_stride}")
     for name in ("epochs", "batch_size", "accumulate", "rise", "lr_step", "save_every", "image_size", "output_stride"):
@@ -229,7 +235,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     for name in (
         "lam", "lam_delay", "lam_warmup", "k_epochs", "mask_weight", "lr", "lr_factor", "weight_decay", "workers",
-        "seed",
+        "seed", "freeze",
     ):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {getattr(args, name)}")

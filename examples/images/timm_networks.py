@@ -22,11 +22,13 @@ class Defaults(NamedTuple):
         stride: pixels from one cell to the next in the map of the stage, without dilation.
         image_size: side in pixels of the images that its weights were trained with.
         stages: the number of stages.
+        modules: the name of the last module of each stage.
     """
 
     stride: int
     image_size: int
     stages: int
+    modules: tuple[str, ...]
 
 
 def defaults_of(name: str, cut: int | None) -> Defaults:
@@ -44,7 +46,8 @@ def defaults_of(name: str, cut: int | None) -> Defaults:
     stage = stages - 1 if cut is None else cut
     timm = import_timm()
     size = timm.get_pretrained_cfg(name.removeprefix(PREFIX), allow_unregistered=True)
-    return Defaults(info.reduction()[stage], size.input_size[-1] if size is not None else 224, stages)
+    side = size.input_size[-1] if size is not None else 224
+    return Defaults(info.reduction()[stage], side, stages, tuple(info.module_name()))
 
 
 class TimmFeatures(nn.Module):
@@ -68,11 +71,25 @@ class TimmFeatures(nn.Module):
             raise ValueError(f"output stride: {name} has {defaults.stride} at this stage, got {output_stride}")
         stage = defaults.stages - 1 if cut is None else cut
         self.network = _create(name, (stage,), output_stride if output_stride < defaults.stride else None)
+        self.stage_modules = defaults.modules
         (self.channels,) = self.network.feature_info.channels()
         config = self.network.pretrained_cfg if hasattr(self.network, "pretrained_cfg") else {}
         mean, std = (torch.tensor(config.get(key, given)) for key, given in (("mean", MEAN), ("std", STD)))
         self.register_buffer("scale", (torch.tensor(STD) / std).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", ((torch.tensor(MEAN) - mean) / std).view(3, 1, 1), persistent=False)
+
+    def freeze(self, stages: int) -> None:
+        """Excludes the first ``stages`` stages, and the layers before them, from the training."""
+        if not stages:
+            return
+        last = self.stage_modules[stages - 1]
+        listed = list(self.network.named_modules())
+        names = [name for name, _ in listed]
+        last = last if last in names else last.replace(".", "_")  # timm flattens the stages of some networks
+        end = max(i for i, name in enumerate(names) if name == last or name.startswith(f"{last}."))
+        for _, module in listed[: end + 1]:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         (features,) = self.network(x * self.scale + self.shift)

@@ -66,6 +66,8 @@ class Training:
         self.network = make_model(self.config)
         if processes.first or self.config["weights"] != "imagenet":  # others get them from the first
             load_weights(self.network, self.config["backbone"], self.config["weights"])
+        if self.config["freeze"]:
+            self.network.features.freeze(self.config["freeze"])
         with torch.no_grad():
             self.network.head.bias.add_(math.log(self.config["prior"] / (1 - self.config["prior"])))
         if self.config["batch_norm"] == "sync" and processes.group is not None:
@@ -109,9 +111,10 @@ class Training:
 
     def train_mode(self) -> None:
         self.model.train()
-        if self.config["batch_norm"] == "frozen":
-            for part in self.model.modules():
-                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        for part in self.model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                trained = part.weight is None or part.weight.requires_grad
+                if self.config["batch_norm"] == "frozen" or not trained:
                     part.eval()
 
     def autocast(self) -> torch.autocast:
