@@ -39,6 +39,7 @@ DEVICES = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_ava
 
 
 #: The modules of the tier "quick": kernels, values, losses. Their tests with emulated kernels are the tier "emulated".
+#: Their tests of the reference are in "quick" only where there is no compiled kernel: they take most of the time.
 QUICK = {
     "test_layouts",
     "test_losses",
@@ -72,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if "emulated" in item.fixturenames or "emulated" in names:
             item.add_marker("emulated")
-        elif item.module.__name__ in QUICK:
+        elif item.module.__name__ in QUICK and (NO_KERNEL or "reference" not in names):
             item.add_marker("quick")
 
 

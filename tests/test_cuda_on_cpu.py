@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from hypothesis import strategies as st
 
 from sgl_ops import SGLLoss
 
-sys.path.append(str(ROOT / "tools"))
-from cuda_toolkit import ARCHITECTURES, architecture_flags, architectures, compile_command, find_toolkit
+sys.path += [str(ROOT / "tools"), str(ROOT / "tests" / "device_code")]
+import build_device_code
+from cuda_toolkit import ARCHITECTURES, architecture_flags, architectures, find_toolkit
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values
@@ -168,34 +168,56 @@ def test_sanitized_kernels_agree_with_the_cpu(comparison, sanitizer, examples):
     check_all(comparison(sanitizer), cases(small=sanitizer == "threads"), examples, Phase.generate, Phase.shrink)
 
 
-# A bug in a kernel: the file, the original code, the wrong code, and the sanitizer that must find it.
+# A bug in a kernel: the file, the original code, the code with the bug where BUG is true, and the sanitizer that must
+# find it. One program a sanitizer has all its bugs; the environment variable SEEDED_BUG chooses one.
 BUGS = {
     "no barrier before the warps' sums are read": (
-        "group.cuh", "    __syncthreads();\n    std::memcpy(&value", "    std::memcpy(&value", "threads"),
-    "the warps' sums are overwritten at once": ("group.cuh", "    turn_ ^= 1;\n", "", "threads"),
+        "group.cuh", "    __syncthreads();\n    std::memcpy(&value",
+        "    if (!BUG) __syncthreads();\n    std::memcpy(&value", "threads"),
+    "the warps' sums are overwritten at once": ("group.cuh", "    turn_ ^= 1;\n", "    turn_ ^= !BUG;\n", "threads"),
     "no barrier before pairs are finalized": (
-        "forward.cuh", "    __syncthreads();\n    const", "    const", "threads"),
+        "forward.cuh", "    __syncthreads();\n    const", "    if (!BUG) __syncthreads();\n    const", "threads"),
     "no fence before a block says that it is done": (
-        "forward.cuh", "threadIdx.x];\n    __threadfence();\n", "threadIdx.x];\n", "threads"),
+        "forward.cuh", "threadIdx.x];\n    __threadfence();\n", "threadIdx.x];\n    if (!BUG) __threadfence();\n",
+        "threads"),
     "no fence before the last block reads the others": (
-        "forward.cuh", "gridDim.x - 1;\n    __threadfence();\n", "gridDim.x - 1;\n", "threads"),
-    "the counter is not set back": ("forward.cuh", "blocks_done, gridDim.x - 1)", "blocks_done, gridDim.x)", "none"),
-    "one instance too many": ("rows.cuh", "live = j < n;", "live = j <= n;", "memory"),
-    "one pack too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + 1 :", "memory"),
-    "one logit too many in backward": ("backward.cuh", "j + step < n)", "j + step <= n)", "memory"),
-    "the tail of a row is left out": ("rows.cuh", "p * row.width < row.n", "p * row.width + 1 < row.n", "none"),
+        "forward.cuh", "gridDim.x - 1;\n    __threadfence();\n", "gridDim.x - 1;\n    if (!BUG) __threadfence();\n",
+        "threads"),
+    "the counter is not set back": (
+        "forward.cuh", "blocks_done, gridDim.x - 1)", "blocks_done, gridDim.x - !BUG)", "none"),
+    "one instance too many": ("rows.cuh", "live = j < n;", "live = j < n + BUG;", "memory"),
+    "one pack too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + BUG :", "memory"),
+    "one logit too many in backward": ("backward.cuh", "j + step < n)", "j + step < n + BUG)", "memory"),
+    "the tail of a row is left out": (
+        "rows.cuh", "p * row.width < row.n", "p * row.width + BUG < row.n", "none"),
 }  # fmt: skip
+IS_SEEDED = """#include <cstdlib>
+#include <cstring>
+inline bool is_seeded(const char* bug) {
+  const char* seeded = std::getenv("SEEDED_BUG");
+  return seeded != nullptr && std::strcmp(seeded, bug) == 0;
+}
+"""
+
+
+def root_with_bugs(folder: Path, sanitizer: str) -> Path:
+    """A copy of csrc in ``folder`` with every bug that the sanitizer must find."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    cuda = folder / "csrc" / "cuda"
+    for bug, (name, right, wrong, found_by) in BUGS.items():
+        if found_by == sanitizer:
+            text = (cuda / name).read_text()
+            assert right in text, f"{bug}: what it replaces is not in {name}"
+            (cuda / name).write_text(text.replace(right, wrong.replace("BUG", f'is_seeded("{bug}")')))
+    launch = cuda / "launch.cu"
+    launch.write_text(IS_SEEDED + launch.read_text())
+    return folder
 
 
 def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
     """Runs cases with the wrong kernel until one fails."""
-    name, right, wrong, sanitizer = BUGS[bug]
-    shutil.copytree(ROOT / "csrc", folder / "root" / "csrc")
-    path = folder / "root" / "csrc" / "cuda" / name
-    text = path.read_text()
-    assert right in text, f"{bug}: what it replaces is not in {name}"
-    path.write_text(text.replace(right, wrong))
-    program = Comparison(folder / "program", sanitizer, folder / "root")
+    sanitizer = BUGS[bug][3]
+    program = Comparison(folder / "program", sanitizer, root_with_bugs(folder / "root", sanitizer), {"SEEDED_BUG": bug})
     # an access out of bounds may also be invisible to the sanitizer and change the result
     report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|again"
     with pytest.raises(AssertionError, match=report):
@@ -207,6 +229,14 @@ def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
 @pytest.mark.parametrize("bug", BUGS)
 def test_sanitizer_finds_the_seeded_bug(tmp_path, bug):
     look_for(bug, tmp_path, Phase.generate)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("sanitizer", "examples"), [("none", 60), ("memory", 30), ("threads", 8)])
+def test_no_error_is_found_when_no_bug_is_chosen(tmp_path, sanitizer, examples):
+    program = Comparison(tmp_path / "program", sanitizer, root_with_bugs(tmp_path / "root", sanitizer))
+    check_all(program, cases(sanitizer == "threads"), examples, Phase.generate)
+    program.close()
 
 
 @pytest.mark.sanitizer
@@ -229,22 +259,17 @@ def toolkit():
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_compiles_without_stack_and_spills(toolkit, tmp_path, monkeypatch, architecture):
+def test_every_architecture_compiles_without_stack_and_spills(toolkit, monkeypatch, architecture):
     """A stack frame or spills in the compiler's report mean that the values of a thread do not fit into registers."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    shipped = {name.removesuffix("+PTX"): name for name in architectures(toolkit / "bin" / "nvcc")}
-    if architecture not in shipped:
+    if architecture not in {name.removesuffix("+PTX") for name in architectures(toolkit / "bin" / "nvcc")}:
         pytest.skip(f"this nvcc does not compile for {architecture}")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", shipped[architecture])
-    command = compile_command(toolkit, str(ROOT / "csrc/cuda/launch.cu"), str(tmp_path / "launch.o"), ["-fPIC"])
-    command.insert(1, "-Xptxas=-v")
-    result = subprocess.run(command, capture_output=True, text=True)
-    report = result.stdout + result.stderr
-    assert result.returncode == 0, report
+    number = architecture.replace(".", "")
+    report = (build_device_code.compiled(number) / "report.txt").read_text()
     assert "warning" not in report, report
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     kernels = re.findall(r"Compiling entry function '\S*(?:forward|backward)_kernel\S*' for '(sm_\w+)'", report)
-    assert kernels == [f"sm_{architecture.replace('.', '')}"] * 8  # forward and backward of four dtypes
+    assert kernels == [f"sm_{number}"] * 8  # forward and backward of four dtypes
     assert len(frames) >= len(kernels)
     assert set(frames) == {("0", "0", "0")}, report
 

@@ -1,8 +1,8 @@
 """The machine code that nvcc makes of the CUDA kernels, run by the interpreters of tests/device_code.
 
-A tier of its own: ``pytest -m device_code``. It has three architectures, the types float32 and bfloat16, three seeded
-faults and the counts. With ``--all-device-code`` it covers every type and architecture that is shipped, PTX too, other
-orders of threads and every seeded fault; the release check does that.
+A tier of its own: ``pytest -m device_code``. It has three architectures, every type, three seeded faults and the
+counts. With ``--all-device-code`` it covers every architecture that is shipped, PTX too, other orders of threads and
+every seeded fault; the release check does that.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def run_cases(code: build_device_code.DeviceCode, *arguments: str) -> str:
 def test_machine_code_agrees_with_the_reference(architecture, whole_tier):
     if architecture not in QUICK and not whole_tier:
         pytest.skip("needs --all-device-code")
-    code = build_device_code.build([architecture], two_types=not whole_tier)
-    assert not run_cases(code, architecture, "sass", "--quick")
+    assert not run_cases(build_device_code.build([architecture]), architecture, "sass", "--quick")
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -92,7 +91,8 @@ def test_no_count_regresses_by_more_than_3_percent(case):
     """After an intended change: ``bench_device_code.py --update``, and a row in the log of benchmarks/README.md."""
     if build_device_code.nvcc_version() != COUNTED["nvcc"]:
         pytest.skip(f"the counts are of nvcc {COUNTED['nvcc']}, this is {build_device_code.nvcc_version()}")
-    counts = bench_device_code.kept(bench_device_code.measure(case))
+    code = build_device_code.build([case.architecture])  # with every type, as the tests above: compiled once
+    counts = bench_device_code.kept(bench_device_code.measure(case, code))
     assert not bench_device_code.risen(COUNTED["cases"][case.name], counts)
 
 

@@ -1,4 +1,4 @@
-"""Training steps with DDP, FSDP, Lightning, torch.func and forward-mode differentiation.
+"""Training steps with DDP, FSDP, Lightning, nested tensors, torch.func and forward-mode differentiation.
 
 torch.compile, export, autocast and functional_call are in test_compile.py; copies, pickles and state_dict in
 test_losses.py.
@@ -10,6 +10,7 @@ import importlib.util
 
 import pytest
 import torch
+from batches import packed, random_batch, run
 from common.import_torchvision import import_torchvision
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -105,6 +106,20 @@ def test_training_with_lightning_updates_the_model(tmp_path):
     trainer.save_checkpoint(tmp_path / "checkpoint")
     state = torch.load(tmp_path / "checkpoint", weights_only=True)["state_dict"]
     torch.testing.assert_close(state["step.criterion.class_weight"], torch.tensor([1.0, 2.0]))
+
+
+def test_nested_tensors_give_the_loss_of_packed_bags(impl, device):
+    batch = random_batch([3, 7, 2], classes=2, positives=0.6)
+    rows = [bag.T.contiguous() for bag in batch.logits]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged, device=device, requires_grad=True)
+    value, gradient = run(SGLLoss(impl=impl), batch, device, packed)
+    loss = SGLLoss(impl=impl)(nested, batch.labels.to(device))
+    loss.backward()
+    # the operator copies both layouts into the same rows; the order of the reference's sums depends on the layout
+    tolerance = {"rtol": 0.0, "atol": 0.0} if impl == "fused" else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(loss.detach().cpu(), value, **tolerance)
+    for got, want in zip(nested.grad.unbind(), gradient, strict=True):
+        torch.testing.assert_close(got.T.contiguous().cpu(), want.contiguous(), **tolerance)
 
 
 def test_gradient_through_functional_call(device):

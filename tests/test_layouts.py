@@ -117,18 +117,6 @@ def test_shapes_with_and_without_a_class_dimension_give_the_same_loss(impl, devi
         compare(impl, gradient2.reshape(3, 1, 8), gradient)
 
 
-def test_nested_tensors_give_the_loss_of_packed_bags(impl, device):
-    batch = random_batch([3, 7, 2], classes=2, positives=0.6)
-    rows = [bag.T.contiguous() for bag in batch.logits]
-    nested = torch.nested.nested_tensor(rows, layout=torch.jagged, device=device, requires_grad=True)
-    value, gradient = run(SGLLoss(impl=impl), batch, device, packed)
-    loss = SGLLoss(impl=impl)(nested, batch.labels.to(device))
-    loss.backward()
-    compare(impl, loss.detach().cpu(), value)
-    for got, want in zip(nested.grad.unbind(), gradient, strict=True):
-        compare(impl, got.T.contiguous().cpu(), want.contiguous())
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float16, torch.float64])
 def test_dtype_of_targets_does_not_change_the_loss(impl, device, dtype):
     logits = torch.randn(3, 2, 5).to(device)

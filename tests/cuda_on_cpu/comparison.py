@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,16 @@ SANITIZERS = {
 
 
 class Comparison:
-    """A process that runs cases until one fails. The test is skipped if the sanitizer is not available."""
+    """A process that runs cases until one fails. The test is skipped if the sanitizer is not available.
 
-    def __init__(self, folder: Path, name: str, root: Path = ROOT):
+    Args:
+        folder: is made, for the reports of the sanitizer.
+        name: a key of SANITIZERS.
+        root: the checkout, or a changed copy of it, that has the kernels.
+        environment: further environment variables of the process.
+    """
+
+    def __init__(self, folder: Path, name: str, root: Path = ROOT, environment: Mapping[str, str] | None = None):
         folder.mkdir()
         sanitizer = SANITIZERS[name]
         trial = folder / "nothing.cpp"
@@ -31,18 +39,18 @@ class Comparison:
                 pytest.skip(f"no programs can be compiled and run here with {sanitizer}")
         self.program = build_comparison(sanitizer, root)
         self.reports = folder / "reports"  # of sanitizers
+        # nothing from outside: it might contain options of sanitizers
+        self.environment = {"PATH": "/usr/bin:/bin", "TSAN_OPTIONS": "halt_on_error=1", **(environment or {})}
         self.process: subprocess.Popen[str] | None = None
         self.failed: Case | None = None  # the last failing case
 
     def check(self, case: Case) -> None:
         """Runs a case. Raises AssertionError with the message of the program, the sanitizer or the emulator."""
         if self.process is None:
-            # an empty environment: it might contain options of sanitizers
-            environment = {"PATH": "/usr/bin:/bin", "TSAN_OPTIONS": "halt_on_error=1"}
             with open(self.reports, "w") as reports:
                 self.process = subprocess.Popen(
                     [self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=reports, text=True,
-                    env=environment,
+                    env=self.environment,
                 )  # fmt: skip
         assert self.process.stdin is not None and self.process.stdout is not None
         too_long = threading.Timer(120, self.process.kill)

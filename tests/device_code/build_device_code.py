@@ -86,23 +86,40 @@ def kernel_sources(root: Path) -> list[Path]:
     return sorted([*(root / "csrc").glob("*.h"), *(root / "csrc" / "cuda").iterdir()])
 
 
-def device_code(architecture: str, root: Path, two_types: bool) -> dict[str, str]:
-    """Paths of the PTX and the disassembled machine code for an architecture such as "90"."""
+def compiled(architecture: str, root: Path = ROOT, two_types: bool = False) -> Path:
+    """The folder of code.ptx, code.cubin and the compiler's report for an architecture such as "90".
+
+    report.txt has what nvcc printed: warnings, and each kernel's registers, stack frame and spills.
+    """
     flags = [*LANGUAGE_FLAGS, *(["-DSGL_TWO_TYPES"] if two_types else [])]
-    nvdisasm = find_nvdisasm()
-    assert nvdisasm is not None
 
     def make(folder: Path) -> None:
         ptx, cubin = folder / "code.ptx", folder / "code.cubin"
-        arguments = [*flags, f"-arch=compute_{architecture}", root / "csrc/cuda/launch.cu"]
-        subprocess.run([nvcc(), "-ptx", *arguments, "-o", ptx], check=True)
-        subprocess.run([nvcc(), "-cubin", f"-arch=sm_{architecture}", ptx, "-o", cubin], check=True)
-        with (folder / "code.sass").open("w") as file:
-            subprocess.run([nvdisasm, cubin], check=True, stdout=file)
+        commands = [
+            [nvcc(), "-ptx", *flags, f"-arch=compute_{architecture}", root / "csrc/cuda/launch.cu", "-o", ptx],
+            [nvcc(), "-cubin", "-Xptxas=-v", f"-arch=sm_{architecture}", ptx, "-o", cubin],
+        ]
+        with (folder / "report.txt").open("w") as report:
+            for command in commands:
+                report.write(subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr)
 
-    settings = [flags, architecture, compiler_version(nvcc()), compiler_version(str(nvdisasm))]
-    folder = cached_build("device-code", kernel_sources(root), settings, make)
-    return {kind: str(folder / f"code.{kind}") for kind in ("ptx", "sass")}
+    settings = [flags, architecture, compiler_version(nvcc())]
+    return cached_build("device-code", kernel_sources(root), settings, make)
+
+
+def device_code(architecture: str, root: Path, two_types: bool) -> dict[str, str]:
+    """Paths of the PTX and the disassembled machine code for an architecture such as "90"."""
+    nvdisasm = find_nvdisasm()
+    assert nvdisasm is not None
+    folder = compiled(architecture, root, two_types)
+
+    def make(target: Path) -> None:
+        with (target / "code.sass").open("w") as file:
+            subprocess.run([nvdisasm, folder / "code.cubin"], check=True, stdout=file)
+
+    settings = [compiler_version(str(nvdisasm))]
+    disassembled = cached_build("disassembly", [folder / "code.cubin"], settings, make)
+    return {"ptx": str(folder / "code.ptx"), "sass": str(disassembled / "code.sass")}
 
 
 def interpreter_library() -> Path:
