@@ -294,10 +294,29 @@ struct Coefficients {
 };
 
 template <class T>
+SGL_HD Kind kind_of(const T* row) {
+  return static_cast<Kind>(static_cast<int>(row[kColumnKind]));
+}
+
+// slope1 and slope2 of the pooling, times the gradient of the loss with respect to the bag logit.
+template <class T>
+struct BagSlopes {
+  T slope1, slope2;
+
+  SGL_HD bool zero() const { return slope1 == T(0) && slope2 == T(0); }
+};
+
+template <class T>
+SGL_HD BagSlopes<T> bag_slopes(const T* row, const T* denominators, T grad_output) {
+  const T bag = grad_output * denominators[kDenominatorPair] * row[kColumnPooling];
+  return {bag * row[kColumnSlope1], bag * row[kColumnSlope2]};
+}
+
+template <class T>
 SGL_HD Coefficients<T> coefficients(
     const T* row, const T* denominators, T grad_output, T pos_weight, const Settings& settings) {
   Coefficients<T> k;
-  k.kind = static_cast<Kind>(static_cast<int>(row[kColumnKind]));
+  k.kind = kind_of(row);
   const Extent<T> extent{row[kColumnLow], row[kColumnHigh], row[kColumnReference], row[kColumnTieWeight]};
   k.low = extent.low;
   k.high = extent.high;
@@ -305,15 +324,15 @@ SGL_HD Coefficients<T> coefficients(
   k.ambiguous = grad_output * denominators[kDenominatorAmbiguous] * row[kColumnAmbiguous];
   k.positive = grad_output * denominators[kDenominatorPositive] * row[kColumnPositive];
   k.mask = grad_output * denominators[kDenominatorPair] * row[kColumnMask];
-  const T bag = grad_output * denominators[kDenominatorPair] * row[kColumnPooling];
-  k.slope1 = bag * row[kColumnSlope1];
-  k.slope2 = bag * row[kColumnSlope2];
+  const BagSlopes<T> of_bag = bag_slopes(row, denominators, grad_output);
+  k.slope1 = of_bag.slope1;
+  k.slope2 = of_bag.slope2;
   k.pos_weight = pos_weight;
   k.scale = pooling_scale(settings.pooling, extent);
   k.guide = Guide<T>{};
   if (k.kind == Kind::kPositive)
     k.guide = guide_of(extent.low, extent.high, k.scale, settings.delta_l, settings.rescale);
-  k.pooling_code = k.slope1 == T(0) && k.slope2 == T(0) ? NoPooling::kCode : settings.pooling;
+  k.pooling_code = of_bag.zero() ? NoPooling::kCode : settings.pooling;
   k.pooling = pooling_settings(settings.pooling, extent, settings.pooling_parameter);
   return k;
 }

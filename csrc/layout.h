@@ -44,6 +44,29 @@ inline std::vector<Dimension> collapse(const std::vector<Dimension>& all) {
   return kept;
 }
 
+// Counts pairs, with the bag and the class of each, without a division per pair.
+struct PairIndex {
+  int64_t pair, bag = 0, cls = 0;
+
+  PairIndex(int64_t first, int64_t number_of_classes) : pair(first), classes(number_of_classes) {
+    if (classes > 0) {
+      bag = first / classes;
+      cls = first % classes;
+    }
+  }
+
+  void next() {
+    ++pair;
+    if (++cls == classes) {
+      cls = 0;
+      ++bag;
+    }
+  }
+
+ private:
+  int64_t classes;
+};
+
 // The instances of one pair.
 struct Instances {
   const Dimension* dimensions;

@@ -56,15 +56,17 @@ void gradient_of(const Coefficients<T>& k, const Row<T>& row, T* grad, ParallelF
 // Whether all instances of the pair have the same gradient, which needs no logits. It is not computed as a product:
 // logits of an excluded pair may be NaN, and a weight of 0 must not hide a NaN.
 template <class T>
-bool has_one_gradient(const Coefficients<T>& k, T& gradient) {
-  if (k.kind == Kind::kExcluded || k.kind == Kind::kNonFinite) {
-    gradient = k.kind == Kind::kExcluded ? T(0) : nan_of(T());
+bool has_one_gradient(const T* columns, const T* denominators, T grad_output, int64_t pooling, T& gradient) {
+  const Kind kind = kind_of(columns);
+  if (kind == Kind::kExcluded || kind == Kind::kNonFinite) {
+    gradient = kind == Kind::kExcluded ? T(0) : nan_of(T());
     return true;
   }
-  if (k.kind != Kind::kBagOnly && k.kind != Kind::kConstant) return false;
-  if (k.pooling_code != NoPooling::kCode && !adds_logits(k.pooling_code)) return false;
-  gradient = k.pooling_code == NoPooling::kCode ? T(0) : k.slope1;
-  return true;
+  if (kind != Kind::kBagOnly && kind != Kind::kConstant) return false;
+  const BagSlopes<T> of_bag = bag_slopes(columns, denominators, grad_output);
+  const bool is_zero = pooling == NoPooling::kCode || of_bag.zero();
+  gradient = is_zero ? T(0) : of_bag.slope1;
+  return is_zero || adds_logits(pooling);
 }
 
 template <class T, class Out>
@@ -75,16 +77,14 @@ void backward_range_as(
   const T* denominators = saved.rows + layout.bags * layout.classes * kColumns;
   T* row_grad = scratch + row_step(layout);
   RowLoader<T> rows(problem, end, scratch, parallel_for);
-  for (int64_t pair = begin; pair < end; ++pair) {
-    const int64_t cls = pair % layout.classes;
-    const Instances r = instances_of(layout, pair / layout.classes, cls);
+  for (PairIndex at(begin, layout.classes); at.pair < end; at.next()) {
+    const int64_t pair = at.pair;
+    const Instances r = instances_of(layout, at.bag, at.cls);
     if (r.positions == 0) continue;
     const T* columns = saved.rows + pair * kColumns;
-    const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
     const T grad_output = saved.grad_output[saved.per_pair ? pair : 0];
-    const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, problem.settings);
     T value;
-    if (has_one_gradient(k, value)) {
+    if (has_one_gradient(columns, denominators, grad_output, problem.settings.pooling, value)) {
       if (rows.together()) {
         const int64_t n = rows.row(pair, r).n;
         for (int64_t j = 0; j < n; ++j) rows.memory(pair)[j] = value;
@@ -94,6 +94,8 @@ void backward_range_as(
       }
       continue;
     }
+    const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[at.cls];
+    const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, problem.settings);
     const Row<T> row = rows.row(pair, r);
     if (rows.together()) {
       gradient_of(k, row, rows.memory(pair), parallel_for);

@@ -430,13 +430,13 @@ Batch forward_range(
   const Layout& layout = *problem.layout;
   Batch batch = {};
   RowLoader<T> rows(problem, end, scratch, parallel_for);
-  for (int64_t pair = begin; pair < end; ++pair) {
-    const int64_t cls = pair % layout.classes;
+  for (PairIndex at(begin, layout.classes); at.pair < end; at.next()) {
+    const int64_t pair = at.pair;
     const Label label = labels == nullptr ? Label::kPositive : labels[pair];
     Row<T> row{nullptr, 0};
-    if (label != Label::kUnknown) row = rows.row(pair, instances_of(layout, pair / layout.classes, cls));
-    const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[cls];
-    const double class_weight = problem.class_weight == nullptr ? 1.0 : problem.class_weight[cls];
+    if (label != Label::kUnknown) row = rows.row(pair, instances_of(layout, at.bag, at.cls));
+    const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[at.cls];
+    const double class_weight = problem.class_weight == nullptr ? 1.0 : problem.class_weight[at.cls];
     const Sums sums = sums_of(problem.settings, label, pos_weight, row, parallel_for);
     const Pair found = finalize_pair(sums, problem.settings, pos_weight);
     add(batch, found, class_weight);
