@@ -81,7 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
-    options.next_step(f"python train_features.py --features {args.out} --labels labels.csv --out runs")
+    labels = args.images / "labels.csv"
+    options.next_step(
+        f"python train_features.py --features {args.out} --labels {labels if labels.is_file() else labels.name} "
+        f"--images {args.images} --folds 5 --out runs"
+    )
     return 0
 
 

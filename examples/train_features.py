@@ -1,6 +1,6 @@
 """Trains a head on bags of features and evaluates its predictions for bags, instances and boxes.
 
-    python train_features.py --features DIR --labels labels.csv --out runs/sgl
+    python train_features.py --features DIR --labels labels.csv --folds 5 --out runs/sgl
     python train_features.py --features DIR --labels labels.csv --out runs/folds --folds 10 --repeats 5
     python train_features.py --features SLIDES --labels labels.csv --out runs/slides --folds 5 --head gated
 

@@ -822,31 +822,78 @@ def test_defaults_of_the_command_are_those_of_the_settings(data):
     )
 
 
+PAGE = (ROOT / "docs" / "own-features.md").read_text()
+#: Language and content of the code blocks of the page.
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S)
+#: Networks of the page, and small ones with the same names of stages.
+SMALL = {"timm/tf_efficientnet_lite0": "timm/test_efficientnet", "timm/resnet18": "timm/resnet18"}
+
+
+@pytest.mark.examples
+def test_list_of_stages_in_own_features_is_that_of_the_command(timm):
+    (shown,) = [text for _, text in BLOCKS if text.startswith("stage ")]
+    assert backbones.stage_table("tf_efficientnet_lite0") == shown.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        ("tf_efficientnet_lite0", [f"blocks.{k}" for k in range(7)]),
+        ("mobilenetv3_small_050", ["bn1", *(f"blocks.{k}" for k in range(6))]),
+        ("convnext_atto", [f"stages.{k}" for k in range(4)]),
+        ("vit_tiny_patch16_224", [f"blocks.{k}" for k in range(12)]),
+    ],
+)
+def test_names_of_stages_are_those_of_own_features(timm, name, stages):
+    with torch.device("meta"):
+        assert backbones.stages_in(timm.create_model(name)) == stages
+
+
+def test_tables_of_own_features_are_read(tmp_path):
+    tables = [text for _, text in BLOCKS if text.startswith(("image,", "bag,"))]
+    assert len(tables) == 4
+    for first, second, bags in ((*tables[:2], ["photo_001", "photo_002"]), (*tables[2:], ["slide_1", "slide_2"])):
+        found = read_text(tmp_path, first, bags)
+        assert found.names == bags and found.values[:, 0].tolist() == [1, 0]
+        (tmp_path / "boxes.csv").write_text(second)
+        places = labels.read_boxes(tmp_path / "boxes.csv", found.classes, bags)
+        assert list(places[found.classes[0]]) == bags[:1]
+
+
 @pytest.mark.examples
 def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsys):
-    """Every command of docs/own-features.md, with a network without weights and one epoch."""
-    page = (ROOT / "docs" / "own-features.md").read_text()
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
-    commands = [line for line in commands if line.startswith("python ")]
-    assert len(commands) >= 5
+    """Every command of docs/own-features.md in its order, with small networks without weights and one epoch."""
+    from PIL import Image
+
+    blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+    commands = [line.split()[1:] for line in blocks.splitlines()]
+    assert len(commands) == 7
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "images").symlink_to(images)
-    points = (images / "points.csv").read_text()
-    (tmp_path / "nuclei.csv").write_text(points)
-    write(
-        tmp_path / "labels.csv",
-        ["bag", "lesion", "split"],
-        [["im0", 1, "train"], ["im1", 0, "train"], ["im2", 1, "test"]],
-    )
-    write(tmp_path / "boxes.csv", ["bag", "class", "x", "y", "w", "h"], [["im2", "lesion", 8, 8, 20, 20]])
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(8):
+        array = np.random.default_rng(k).integers(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(array).save(photos / f"photo_{k}.jpg")
+    write(photos / "labels.csv", ["image", "labels"], [[f"photo_{k}.jpg", "lesion" * (k % 2)] for k in range(8)])
+    write(photos / "boxes.csv", ["image", "label", *"xywh"], [["photo_1.jpg", "lesion", 8, 8, 20, 20]])
+    points = [[f"photo_{k}.jpg", 10 * k, 20] for k in range(3)]
+    write(tmp_path / "nuclei.csv", ["image", "x", "y"], points)
     slides = tmp_path / "slides"
     slides.mkdir()
     for i in range(6):
         torch.save(torch.randn(5 + i, 4), slides / f"s{i}.pt")
     write(tmp_path / "slides.csv", ["bag", "tumour", "patient"], [[f"s{i}", i % 2, f"p{i // 2}"] for i in range(6)])
-    for line in commands:
-        words = line.replace("\\", "").split()[1:]
-        short = {"extract_features.py": ["--weights", "none"], "train_features.py": ["--epochs", "1"]}[words[0]]
-        main = {"extract_features.py": extract_features, "train_features.py": train_features}[words[0]].main
-        assert main(words[1:] + short) == 0, line
+    short = {
+        "extract_features.py": ["--weights", "none"],
+        "train_features.py": ["--epochs", "1", "--trial-epochs", "1"],
+    }
+    for script, *words in commands:
+        main = {"extract_features.py": extract_features, "train_features.py": train_features}[script].main
+        words = [SMALL.get(word, word) for word in words]
+        assert main([*words, *short[script]]) == 0, words
     assert "next: open" in capsys.readouterr().out
+    for loss in ("sgl", "bag"):
+        result = json.loads((tmp_path / "runs" / loss / "metrics.json").read_text())["lesion"]
+        assert result["images"] == 1 and "iou_0.3" in result
+        assert "<img" in (tmp_path / "runs" / loss / "report.html").read_text()
