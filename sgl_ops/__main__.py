@@ -1,6 +1,6 @@
 """``python -m sgl_ops``: versions and kernels for a bug report, and a test of the kernels on this machine.
 
-Exit status 1 if one of them does not.
+Exit status 1 if a kernel does not give the result of the reference.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def about() -> list[str]:
     if not _fused.DEVICES:
         lines.append(f"extension not loaded, the reference is used everywhere: {_fused.REASON}")
         if (Path(__file__).parents[1] / "setup.py").exists():
-            lines.append("this is a source tree: to see what is installed, ask from another folder")
+            lines.append("this is a source tree: to check what is installed, run the command in another folder")
         return lines
     ops = torch.ops.sgl_ops
     asked = os.environ.get("SGL_OPS_CPU")
@@ -50,7 +50,7 @@ def about() -> list[str]:
             "cuda      no kernels: built without a CUDA toolkit, or beside a torch without CUDA, or SGL_OPS_CUDA=0"
         )
     elif not _fused.HAS_CUDA:
-        lines.append(f"cuda      kernels for {compiled}, of no use to this torch, which has no CUDA")
+        lines.append(f"cuda      kernels for {compiled}, not used: this torch has no CUDA")
     else:
         lines.append(f"cuda      kernels for {compiled}")
     for index in range(torch.cuda.device_count()):
@@ -63,7 +63,8 @@ def about() -> list[str]:
 def runs_on(compiled: str, major: int, minor: int) -> bool:
     """Whether a GPU of this capability runs code for ``compiled``, as in "7.5 8.0 9.0+PTX".
 
-    Code for one of a generation runs on the later ones of it, PTX on everything later; "9.0a" on that one alone.
+    Code for a GPU runs on later GPUs of the same generation (the major number). PTX runs on all later GPUs. Code for
+    "9.0a" runs on this GPU alone.
     """
     for have_major, have_minor, alone, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", compiled):
         have = (int(have_major), int(have_minor))

@@ -1,4 +1,4 @@
-"""Diagnosis of a training from the maps of a batch or an epoch: the problems, and what to change."""
+"""Diagnosis of a training from the logits of a batch or an epoch: the problems, and what to change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 
 
 class BagMeasures(NamedTuple):
-    """The measures of the verdicts: one number per class, (C,) float64 on the CPU, NaN if it cannot be measured.
+    """The measured values: one number per class, (C,) float64 on the CPU, NaN if it cannot be measured.
 
     Attributes:
         positives, negatives: bags whose label is 1, 0.
@@ -80,11 +80,11 @@ class BagMeasures(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """The result of :func:`diagnose`. ``print`` shows the measures as a table, and each problem with its remedy.
+    """The result of :func:`diagnose`. ``print`` shows a table of the measures, and each problem with what to change.
 
     Attributes:
-        findings: the problems, the first to deal with first.
-        measures: the numbers behind them, per class.
+        findings: the problems, in the order in which to fix them.
+        measures: the measured values per class.
         names: names of the classes.
     """
 
@@ -136,10 +136,11 @@ def diagnose(
     delta_l: float = 0.3,
     names: Sequence[str] | None = None,
 ) -> Diagnosis:
-    r"""Finds problems of a training in a batch, or in the concatenated batches of an epoch, and how to fix them.
+    r"""Finds problems of a training in a batch, or in the concatenated batches of an epoch, and says what to change.
 
-    More bags give surer verdicts: some hundred, of training or validation. Per class, over the bags whose label is
-    known, with theta and M of Eq. 5 and 6 and :math:`\delta_h = 1 - \delta_l`:
+    Use some hundred bags, of training or validation: findings from few bags are uncertain. The conditions are tested
+    for each class, over the bags with a known label. theta and M are those of Eq. 5 and 6, and
+    :math:`\delta_h = 1 - \delta_l`:
 
     ========================== ====================================================================================
     finding                    condition
@@ -147,7 +148,7 @@ def diagnose(
     ``non-finite logits``      a bag holds a NaN or infinite logit
     ``no positive bags``       no label is 1
     ``no negative bags``       no label is 0
-    ``too few bags``           too few to tell an AUC of 1 from chance
+    ``too few bags``           so few that an AUC of 1 may be chance
     ``nothing learnt``         bag AUC below 1/2 + 2 standard deviations of the AUC of random scores
     ``flat maps``              max p - min p < 0.05 in most positive bags (and not flooded)
     ``flooded maps``           in most positive bags, over half of the instances have theta or p above delta_h
@@ -159,9 +160,9 @@ def diagnose(
         logits: instance logits, in any layout of :mod:`sgl_ops.functional`.
         targets: bag labels, (N, C), or (N,) for one class: 0, 1, or NaN = unknown.
         mask, offsets, features: as in :mod:`sgl_ops.functional`.
-        pooling: that of the loss: a name or a module.
-        delta_l: that of the loss.
-        names: C names of the classes; their numbers if None.
+        pooling: the pooling of the loss, a name or a module.
+        delta_l: ``delta_l`` of the loss.
+        names: C names of the classes. None: their numbers.
 
     Errors: as in :mod:`sgl_ops.functional`; ``ValueError`` for a wrong number of names.
 

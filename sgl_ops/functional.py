@@ -19,21 +19,21 @@ Arguments of every call:
 
 * ``targets``: bag labels (N, C), or (N,) for one class; bool, integer or floating; 0, 1, or NaN = unknown.
 * ``features``: (N, L, D) or (T, D). Only :class:`~sgl_ops.pooling.AttentionPooling` uses them.
-* ``process_group``: a ``torch.distributed.ProcessGroup`` whose ranks each hold a part of the batch. Every denominator
-  is then counted over all ranks, and every rank returns the loss of the whole batch. ``DistributedDataParallel``
-  averages the gradients of the ranks; the result is the gradient of one process that has the whole batch. All ranks
-  have to call the loss equally often. A rank without bags passes one bag whose labels are unknown. Without a group each
-  rank computes the loss of its own bags, with denominators of these bags.
+* ``process_group``: a ``torch.distributed.ProcessGroup`` whose ranks each have a part of the batch. Every denominator
+  then counts the bags and instances of all ranks, and every rank returns the loss of the whole batch.
+  ``DistributedDataParallel`` averages the gradients of the ranks. The result is the gradient of one process that has
+  the whole batch. All ranks must call the loss equally often. A rank without bags passes one bag with unknown labels.
+  Without a group, each rank computes the loss of its own bags, and the denominators count these bags only.
 * ``check``: whether the *values* of targets, offsets and class weights are checked: on the CPU only (None), always
   (True; on CUDA this waits for the device), or never (False). Types and shapes are always checked. Values are never
   checked while ``torch.compile`` traces, nor those of a tensor that ``torch.func.vmap`` batches.
 
-A (bag, class) pair with an unknown label contributes nothing, and neither does an empty bag, whatever their logits are.
-For finite logits of a magnitude up to 1e15 every loss and its gradient are finite. A NaN or infinite logit of another
-pair makes the loss NaN, and the gradient of this pair.
+A (bag, class) pair with an unknown label contributes nothing, and an empty bag contributes nothing, for any value of
+their logits. For finite logits of a magnitude up to 1e15 every loss and its gradient are finite. A NaN or infinite
+logit of any other pair makes the loss NaN. It also makes the gradient of this pair NaN.
 
-Errors: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a shape, device or value; both name the argument and
-the value.
+Errors: ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape, device or value. Both name the
+argument and the value.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ r"""Pooling: from the logits of a bag's instances to the logit of the bag (Eq. 3
 Every module here takes instance logits in any layout and returns **bag logits**
 :math:`z = \log P - \log(1 - P)`, where :math:`P` pools the instance probabilities
 :math:`p_j = \sigma(x_j)`; :math:`q_j = 1 - p_j`. Bag logits go into ``BCEWithLogitsLoss``;
-``torch.sigmoid`` makes them bag probabilities. They are worked out in log space, so that they and their gradients are
-right and finite for logits of a magnitude up to 1e15, also where :math:`P` itself would round to 0 or 1.
+``torch.sigmoid`` makes them bag probabilities. They are computed in log space. So they and their gradients are correct
+and finite for logits of a magnitude up to 1e15, also if :math:`P` itself would round to 0 or 1.
 
 ================================ ==================== ===================================================
 module                           name                 P
@@ -31,7 +31,7 @@ Arguments of every ``forward`` (logits, \*, mask, offsets, features):
 * ``features``: (N, L, D) or (T, D), for :class:`AttentionPooling` alone (a map is flattened, L = H W).
 
 Returns (N, C), or (N,) where the logits have no class axis; float32, or float64 for float64 logits. An empty bag gives
-NaN and gradient 0; a bag that holds a NaN or infinite logit gives NaN, and NaN as its gradient.
+NaN and gradient 0. A bag with a NaN or infinite logit gives NaN, and its gradient is NaN.
 
 >>> import torch
 >>> from sgl_ops.pooling import MaxPooling, SoftmaxPooling
@@ -158,7 +158,7 @@ class MeanLogitsPooling(Pooling):
 
 
 class SoftmaxPooling(Pooling):
-    """P = sum p e^p / sum e^p: the paper's choice for chest X-rays. The weights lie between 1 and e: nearly a mean."""
+    """P = sum p e^p / sum e^p: the paper's pooling for chest X-rays. It is near the mean: the weights are 1 to e."""
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         return _weighted(bags, x, _sigmoid(x))
@@ -219,7 +219,7 @@ class TopKPooling(Pooling):
 
 
 class LSEPooling(Pooling):
-    """P = (1/r) log mean e^(r p): from the mean (r near 0) to the maximum (r large).
+    """P = (1/r) log mean e^(r p): between the mean (r near 0) and the maximum (large r).
 
     Args:
         r: sharpness, > 0.
@@ -267,11 +267,12 @@ class NoisyOrPooling(Pooling):
 
 
 class GeneralizedMeanPooling(Pooling):
-    """P = (mean p^r)^(1/r): the mean at r = 1, towards the maximum for large r.
+    """P = (mean p^r)^(1/r): the mean for r = 1, near the maximum for large r.
 
     Args:
-        r: exponent, > 0 (where it is learned: its start).
-        num_classes: given, r is learned, one per class, through ``log_r`` (C,), so that it stays positive.
+        r: exponent, > 0. With ``num_classes``: its initial value.
+        num_classes: C. r is then learned, one value per class. The parameter is ``log_r`` (C,), so that r stays
+            positive.
     """
 
     def __init__(self, r: float = 1.0, *, num_classes: int | None = None):
@@ -316,11 +317,13 @@ class GeneralizedMeanPooling(Pooling):
 
 
 class AutoPooling(Pooling):
-    """P = sum p e^(a p) / sum e^(a p): a learned per class (McFee et al. 2018): 0 is the mean, 1 softmax pooling.
+    """P = sum p e^(a p) / sum e^(a p) with a learned number a per class (McFee et al. 2018).
+
+    a = 0 is mean pooling, and a = 1 is softmax pooling.
 
     Args:
         num_classes: C.
-        a: where every class starts.
+        a: the initial value for every class.
     """
 
     def __init__(self, num_classes: int, a: float = 1.0):
@@ -336,12 +339,14 @@ class AutoPooling(Pooling):
 
 
 class AttentionPooling(Pooling):
-    r"""P = sum a_j p_j with a = softmax over the bag of w^T tanh(V f_j) (Ilse et al. 2018), shared by the classes.
+    r"""P = sum a_j p_j (Ilse et al. 2018). a is the softmax over the bag of w^T tanh(V f_j), and all classes share it.
+
+    Pass the feature vectors f_j as ``features`` to the loss and to the pooling: (N, L, D), or (T, D) with ``offsets``.
 
     Args:
-        in_features: D, length of an instance's feature vector.
-        hidden_features: rows of V.
-        gated: w^T (tanh(V f_j) \* sigmoid(U f_j)) instead.
+        in_features: D, length of the feature vector of an instance.
+        hidden_features: number of rows of V.
+        gated: True takes w^T (tanh(V f_j) \* sigmoid(U f_j)) instead.
 
     >>> import torch
     >>> from sgl_ops.pooling import AttentionPooling

@@ -3,9 +3,9 @@
 Equation numbers are those of Seibold et al., "Self-Guided Multiple Instance Learning for Weakly Supervised Disease
 Classification and Localization in Chest Radiographs", ACCV 2020.
 
-*An idea of your own.* ``SGLLoss(guide=f)`` takes targets, parts and weights from ``f``, a function from
-:class:`Instances` to :class:`Guidance`. It is computed here, in every layout and with a process group. This one takes
-soft thresholds, and the 10 % and 90 % quantiles of a bag in place of its minimum and maximum:
+*Your own targets.* ``SGLLoss(guide=f)`` takes targets, parts and weights from ``f``, a function of :class:`Instances`
+that returns a :class:`Guidance`. This module computes the loss, in every layout and with a process group. The function
+of this example has soft thresholds. It takes the 10 % and 90 % quantiles of a bag in place of its minimum and maximum:
 
 >>> import torch
 >>> from sgl_ops import SGLLoss
@@ -29,7 +29,7 @@ soft thresholds, and the 10 % and 90 % quantiles of a bag in place of its minimu
 >>> bool((logits.grad[1] > 0).all())     # the loss lowers every instance of the negative bag
 True
 
-Other functions to build on: :func:`read`, :func:`guide`, :func:`rescaled`, :func:`bce`, :func:`sgl_terms`,
+Other public functions: :func:`read`, :func:`guide`, :func:`rescaled`, :func:`bce`, :func:`sgl_terms`,
 :func:`bag_loss`, :func:`bil_loss`, :func:`mmm_loss`. They do not check their arguments;
 :mod:`sgl_ops.functional` does.
 """
@@ -62,17 +62,17 @@ class Labels(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """The targets of the instances and their parts: what :func:`guide` and a function ``SGLLoss(guide=f)`` give.
+    """The targets of the instances and their parts: the result of :func:`guide` and of ``f`` in ``SGLLoss(guide=f)``.
 
-    The loss takes all of it for constants: no gradient flows through it. Every tensor has the dtype of ``x``.
+    No gradient flows through these tensors. Every tensor has the dtype of ``x``.
 
     Attributes:
         targets: M in [0, 1], in the shape of ``x``.
         negative, ambiguous, positive: the membership of each instance in the three parts, numbers >= 0 in the shape of
             ``x``. Each part of the loss is a mean over its instances, weighted by the membership.
         weight: w of Eq. 7, (N, C).
-        alpha: confidence of Eq. 8, (N, C), which ``self_guidance`` shows and the loss does not use. None: that of
-            w = 2^(alpha - 1).
+        alpha: confidence of Eq. 8, (N, C). ``self_guidance`` returns it, and the loss does not use it. None: it is
+            computed from w = 2^(alpha - 1).
     """
 
     targets: Tensor
@@ -90,7 +90,7 @@ class Guidance(NamedTuple):
 
 
 class Instances(NamedTuple):
-    """The logits of a call, ready for arithmetic: what a function ``SGLLoss(guide=f)`` gets.
+    """The logits of a call, in float32 or float64: the argument of ``f`` in ``SGLLoss(guide=f)``.
 
     Attributes:
         bags: reductions of a tensor in the shape of ``x`` to (N, C): ``sum``, ``mean``, ``max``, ``min``, ``median``,

@@ -1,10 +1,10 @@
 r"""The start of a training with :class:`~sgl_ops.SGLLoss`: when the instance loss begins, and with which bias.
 
-Self-guidance takes its targets from the network's own ranking of the instances. A network that cannot tell positive
-from negative bags yet ranks at random, and the instance loss then teaches it that ranking. :class:`LamSchedule` keeps
-lam at 0 until the bag loss has learnt, and raises it afterwards. :class:`TopKSchedule` lets top-k pooling begin with
-many instances of a large bag and end with few. :func:`prior_bias` gives the head a bias with which the first outputs
-match the frequencies of the labels.
+The instance loss takes its targets from the network's own ranking of the instances. At the start, the network does not
+separate positive from negative bags, and its ranking is random. The instance loss would train it to keep this ranking.
+:class:`LamSchedule` keeps lam at 0 until the bag loss has learnt, and raises it afterwards. :class:`TopKSchedule` lets
+top-k pooling begin with many instances of a large bag and end with few. :func:`prior_bias` computes a bias of the last
+layer from the frequencies of the labels.
 
 >>> import torch
 >>> from sgl_ops import LamSchedule, SGLLoss, prior_bias
@@ -41,51 +41,53 @@ __all__ = ["LamSchedule", "TopKSchedule", "prior_bias"]
 
 
 class LamSchedule:
-    r"""lam of each step: 0 until the bag loss has learnt, then rising linearly to its value.
+    r"""lam of each step: 0 until the bag loss has learnt, then a linear rise to the final value.
 
-    *Measured, not timed.* The schedule keeps the bag logits and labels of the last ``window`` training bags and
+    *The measurement.* The schedule keeps the bag logits and labels of the last ``window`` training bags and
     computes the AUC of each class over them. A class has learnt when
 
     .. math:: AUC_c \ge \max(a, \; 1/2 + 3 \sigma_c), \quad \sigma_c^2 = \frac{n_1 + n_0 + 1}{12\, n_1 n_0}
 
     with a = ``auc`` and :math:`\sigma_c` the standard deviation of the AUC of random scores for :math:`n_1` positive
-    and :math:`n_0` negative bags in the window: few bags need a higher AUC. A class counts if the bound is below 1,
-    which takes at least four positive and four negative bags.
+    and :math:`n_0` negative bags in the window. With few bags, the required AUC is higher. A class counts if the
+    required AUC is below 1. This needs at least four positive and four negative bags.
 
     *Several classes.* lam is one number for all classes. It rises
 
     * when at least half of the classes that count have learnt,
-    * or when any class has learnt and ``patience`` steps have passed since the first one did. A class that never learns
-      (wrong labels, too few bags, nothing to see) therefore delays the others by at most ``patience`` steps.
+    * or when any class has learnt and ``patience`` steps have passed since the first class has learnt. So a class that
+      never learns (wrong labels, too few bags) delays the others by at most ``patience`` steps.
 
-    *The rise.* lam is ``lam * k / rise`` after k steps in which this condition held, up to ``lam``. In a step in which
-    it does not hold, lam keeps its value. A rise that a chance window started therefore stops by itself.
+    *The rise.* lam is ``lam * k / rise`` after k steps in which this condition was true, up to ``lam``. In a step in
+    which it is not true, lam keeps its value. So if the AUC of one window is high by chance, the rise stops after a few
+    steps.
 
-    *Nothing learnt.* lam stays 0, and training continues with the bag loss alone. :func:`sgl_ops.diagnose` says what to
-    change. This often happens in large bags with max pooling; try :class:`~sgl_ops.pooling.TopKPooling`.
+    *If nothing is learnt,* lam stays 0, and the training continues with the bag loss alone. :func:`sgl_ops.diagnose`
+    says what to change. This often happens in large bags with max pooling: use
+    :class:`~sgl_ops.pooling.TopKPooling`.
 
     *Unknown labels* (NaN) and bag logits that are not finite do not count.
 
     *Process groups.* With ``process_group`` the counts of pairs are summed over the ranks, so that every rank has the
-    same lam; each window then holds ``window`` bags of its own rank. All ranks have to call ``step`` equally often.
+    same lam. The window of a rank has ``window`` bags of this rank. All ranks must call ``step`` equally often.
 
     Args:
         lam: the value after the rise, finite, >= 0.
         auc: the AUC that a class needs, in [0.5, 1].
         rise: steps from 0 to ``lam``, >= 1.
-        window: bags that the AUC is taken over, >= 8; the bags of the last step always count, even if they are more.
-            About an epoch of a small data set; more where positive bags are rare.
+        window: number of bags from which the AUC is computed, >= 8. If the last step has more bags, all of them count.
+            Use about an epoch of a small data set, and more if positive bags are rare.
         patience: steps after the first class has learnt, >= 0.
-        interval: steps between two measurements, >= 1. A measurement copies the window's bag logits to the host.
+        interval: steps between two measurements, >= 1. A measurement copies the bag logits of the window to the host.
         process_group: the ranks that share the batch, as in :class:`~sgl_ops.SGLLoss`.
 
     Attributes:
         value: lam of the last step.
         progress: steps of the rise that are done, 0 to ``rise``.
-        class_auc: (C,) float64, the AUC of each class at the last measurement; NaN where the window has no pair. None
-            before the first.
+        class_auc: (C,) float64, the AUC of each class at the last measurement. NaN for a class without positive or
+            without negative bags in the window. None before the first measurement.
 
-    :meth:`pretrained` and :meth:`from_scratch` are the settings to begin with.
+    :meth:`pretrained` and :meth:`from_scratch` have settings to begin with.
 
     >>> import torch
     >>> from sgl_ops import LamSchedule
@@ -141,7 +143,7 @@ class LamSchedule:
     def from_scratch(cls, lam: float = 1.0, **settings: Any) -> LamSchedule:
         """For a network with random weights: AUC 0.7, a rise of 300 steps. ``settings`` are those of the constructor.
 
-        A network without pretrained features needs the instance loss earlier, to find the features at all.
+        Without pretrained features, the network needs the instance loss earlier, because it has to learn the features.
         """
         return cls(lam, **({"auc": 0.7, "rise": 300} | settings))
 
@@ -149,7 +151,7 @@ class LamSchedule:
         """lam for the loss of this step. Call it once a step, in training only.
 
         Args:
-            bag_logits: (N, C) or (N,), e.g. ``criterion.pooling(logits)``; no gradient flows through them.
+            bag_logits: (N, C) or (N,), for example ``criterion.pooling(logits)``. No gradient flows through them.
             targets: bag labels, (N, C) or (N,): 0, 1, or NaN = unknown.
         """
         scores, labels = _per_class("bag_logits", bag_logits), _per_class("targets", targets)
@@ -196,7 +198,7 @@ class LamSchedule:
     def state_dict(self) -> dict[str, Any]:
         """The state for ``torch.save``. After :meth:`load_state_dict` training continues as without an interruption.
 
-        Settings are not part of it. With a process group it is that of the rank: the window differs from rank to rank.
+        It does not contain the settings. With a process group, save it for each rank: the windows of the ranks differ.
         """
         return {
             "value": self.value,
@@ -228,19 +230,20 @@ class LamSchedule:
 class TopKSchedule:
     r"""k of each step for :class:`~sgl_ops.pooling.TopKPooling`: from many instances of a bag down to a few.
 
-    Top-k pooling passes its gradient to k instances. Where k is a small part of a large bag, these are at first
-    instances that the initial weights happen to prefer, and training may never leave them. With many instances the
-    gradient begins with what distinguishes positive bags from negative ones on average. k then falls geometrically:
+    Top-k pooling gives its gradient to k instances. If k is a small part of a large bag, the random initial weights
+    choose these instances, and the network may only learn to keep them. With many instances, the network first learns
+    what distinguishes positive from negative bags on average. Then k falls geometrically:
 
     .. math:: k_t = k_0 \left(\frac{k_1}{k_0}\right)^{\min(t / T,\; 1)}, \quad t = 0, 1, \ldots
 
-    with :math:`k_0` = ``start``, :math:`k_1` = ``k`` and T = ``steps``; a number of instances is rounded. The measured
-    gain is on the page "When SGL helps, and when not". Begin the instance loss when k has arrived (:attr:`done`).
+    with :math:`k_0` = ``start``, :math:`k_1` = ``k`` and T = ``steps``. A number of instances is rounded. The page
+    "When SGL helps, and when not" has the measured gain. Begin the instance loss when k has its final value
+    (:attr:`done`).
 
     Args:
         k: the value at the end, as for :class:`~sgl_ops.pooling.TopKPooling`: an int >= 1, or a fraction of the bag.
-        start: the value at the beginning, of the same kind and at least ``k``. A fifth of the bag is a good guess.
-        steps: steps from ``start`` to ``k``, >= 1. Half of the training is a good guess.
+        start: the value at the beginning, of the same type as ``k`` and at least ``k``. Begin with a fifth of the bag.
+        steps: steps from ``start`` to ``k``, >= 1. Begin with half of the steps of the training.
 
     Attributes:
         value: k of the last step; ``start`` before the first.
@@ -280,7 +283,7 @@ class TopKSchedule:
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on as if training had not stopped. Settings are not part of it."""
+        """The state for ``torch.save``. It does not contain the settings."""
         return {"value": self.value, "progress": self.progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -296,14 +299,14 @@ def prior_bias(targets: Tensor, *, share: float = 1.0) -> Tensor:
 
     .. math:: b_c = \mathrm{logit}\left(s \, \frac{n_1 + 1/2}{n_1 + n_0 + 1}\right)
 
-    for :math:`n_1` positive and :math:`n_0` negative bags of class c. With it, a network whose other outputs are near 0
-    begins with instances as probable as they are on average. Without it, the first steps only move the bias: every
-    instance begins at probability 0.5, and in large bags the maximum or a noisy-or begins at 1.
+    for :math:`n_1` positive and :math:`n_0` negative bags of class c. If the other terms of the logits are near 0, the
+    first probability of an instance is then the fraction of positive instances in the training bags. Without this bias,
+    it is 0.5, and the first steps only change the bias. In large bags, a noisy-or has a first probability near 1.
 
     Args:
         targets: labels of the training bags, (N, C), or (N,) for one class; NaN = unknown.
-        share: s, the share of a positive bag's instances that are positive, in (0, 1]. A guess is enough: 1 if
-            every instance of a positive bag shows the class, 0.02 if the class covers a fiftieth of the image.
+        share: s, the fraction of the instances of a positive bag that are positive, in (0, 1]. A guess is enough: 1 if
+            every instance of a positive bag shows the class, 0.02 if the class covers 2 % of the image.
 
     >>> import torch
     >>> from sgl_ops import prior_bias

@@ -35,13 +35,13 @@ class SGLSettings:
             batch. ``"bag"``: the number in the bag and class; the loss is then averaged over bags and classes.
         rescale: False takes theta = p instead of Eq. 5 (the paper's ablation "No Rescale").
         weighted: False takes w = 1 in Eq. 7 (the ablation without weighting).
-        guide: a function that gives targets, parts and weights in place of Eq. 5 to 8: see :mod:`sgl_ops.reference`. It
-            runs by the reference, and ``delta_l``, ``rescale`` and ``weighted`` are not used.
+        guide: a function that returns targets, parts and weights in place of Eq. 5 to 8: see :mod:`sgl_ops.reference`.
+            The reference then computes the loss, and ``delta_l``, ``rescale`` and ``weighted`` are not used.
         check: whether the values of targets, offsets, class vectors and tensor weights are checked. None: on the CPU
             only. True: always; on a GPU the call then waits for the device. False: never.
         impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"`` or
             ``"reference"``. The operator has no second derivative. It does not work under ``torch.func`` and in forward
-            mode, where ``"auto"`` takes the reference.
+            mode: there ``"auto"`` takes the reference.
 
     Raises:
         TypeError: a setting is of a wrong kind.

@@ -6,13 +6,12 @@ Conventions, the same in every function:
   half-open: it covers [x, x + w) and [y, y + h). Pixel (row r, column c) is the box (c, r, 1, 1).
 - Boxes are returned as float64 arrays (..., 4). Four NaN mean "no box", which is a miss at every threshold.
 - Sizes are (height, width) in pixels. Points are x, y in pixels.
-- A heat map is an array (h, w) of cells, usually of probabilities. All its values must be finite: NaN and infinite
-  values are refused with a ValueError in every function. A cell that is not to count (padding) takes the map's least
-  value.
+- A heat map is an array (h, w) of cells, usually of probabilities. All its values must be finite: every function raises
+  a ValueError for NaN and infinite values. Give a cell that must not count (padding) the smallest value of the map.
 - A map of k cells along n pixels has one cell every n / k pixels. ``first`` is the centre of the first cell, in cells
-  from the edge of the image. At 0.5 the cells divide the image evenly. A network that pads evenly and takes every
-  second pixel from the first on, such as a ResNet, has its first cell near 0. A pixel belongs to the cell with the
-  nearest centre.
+  from the edge of the image. With 0.5, the cells divide the image evenly. The first cell of a ResNet is near 0, because
+  its layers pad evenly and take every second pixel, from the first one on. A pixel belongs to the cell with the nearest
+  centre.
 - Arguments may be NumPy arrays, nested lists or torch tensors on any device. Computation is in float64, so that boxes
   of unsigned integers do not wrap.
 

@@ -33,7 +33,7 @@ def to_boxes(boxes: Values, name: str = "boxes") -> Floats:
 def box_iou(a: Values, b: Values) -> Floats:
     """Intersection over union of boxes ``a`` (..., 4) and ``b`` (..., 4), broadcast; 0 for "no box" and empty boxes.
 
-    Not pairwise: for all pairs of (n, 4) and (m, 4) write ``box_iou(a[:, None], b)``.
+    For all pairs of (n, 4) and (m, 4) boxes write ``box_iou(a[:, None], b)``.
 
     Raises:
         ValueError: the last dimension is not 4, a side is negative, or a number is infinite.
@@ -52,7 +52,7 @@ def contains(boxes: Values, points: Values) -> npt.NDArray[np.bool_]:
     """Whether the points (..., 2) lie in the half-open boxes (..., 4), broadcast. "No box" contains nothing.
 
     Raises:
-        ValueError: the last dimensions are not 4 and 2, or a box is not one.
+        ValueError: the last dimensions are not 4 and 2, or a box is not valid.
 
     >>> contains([10, 10, 255, 255], [[10, 264], [8, 12]]).tolist()
     [True, False]
@@ -82,7 +82,7 @@ def to_classes(classes: Values, count: int, names: Sequence[str]) -> npt.NDArray
 def per_class(values: Values, classes: Values, names: Sequence[str]) -> dict[str, float]:
     """The mean of ``values`` (n,) for each class number of ``classes`` (n,), by name, and the "mean" of those means.
 
-    A class without a value is left out, of the "mean" as well. The "mean" of no class is NaN.
+    A class without a value is left out, also of the "mean". If no class has a value, the "mean" is NaN.
 
     Raises:
         ValueError: the shapes are not (n,) both, or a class number has no name.
@@ -105,14 +105,14 @@ def localization_accuracy(
     predicted: Values | None = None,
     at: Iterable[float] = T_IOU,
 ) -> dict[str, dict[str, float]]:
-    """The share of boxes with IoU > T_IoU, per class and mean over the classes, for every T_IoU of ``at``.
+    """The fraction of boxes with IoU > T_IoU, per class and mean over the classes, for every T_IoU of ``at``.
 
     Args:
         overlaps: (n,) IoU of the found box and the true one.
         classes: (n,) class number of each box.
         names: names of the classes.
-        predicted: (n,) whether the class is predicted in the image: a box counts only where it is. None: every box
-            counts.
+        predicted: (n,) bool, whether the class is predicted in the image. If it is not, the box counts as not found.
+            None: the class is predicted in every image.
         at: thresholds of IoU.
 
     Returns:
@@ -158,23 +158,23 @@ def max_box_accuracy(
     """MaxBoxAcc: the localization accuracy at the threshold at which it is highest (Choe et al., CVPR 2020).
 
     Each map is scaled to 0 ... 1 by the cells that have a pixel. One threshold of 0, 1 / steps, ... is chosen for all
-    maps together: the one with the highest mean over the classes *on these boxes*. So MaxBoxAcc tells what the maps are
-    worth if the threshold were known. It is not a result of a method that has to choose one. There is no class gate and
-    no opening and closing. A constant map has no box.
+    maps together: the one with the highest mean over the classes *on these boxes*. So MaxBoxAcc measures the maps for
+    the best threshold. It is not a result of a method that has to choose a threshold. There is no class gate and no
+    opening and closing. A constant map has no box.
 
-    Differences to the authors' code (wsolevaluation), which make the figures comparable but not equal:
+    Differences from the authors' code (wsolevaluation). They make the values comparable, but not equal:
 
-    - it takes the largest component (``component="largest"``); the default here is that of the maximum;
-    - a pixel counts where its value is greater than *or equal to* the threshold, a box where its IoU is; here both must
+    - it takes the largest component (``component="largest"``); the default here is the component of the maximum;
+    - a pixel counts if its value is greater than *or equal to* the threshold, and a box if its IoU is; here both must
       be greater;
-    - its boxes include the pixel at their end, w = x1 - x0 + 1 of contour points; here boxes are half-open;
+    - its boxes include their last pixel, w = x1 - x0 + 1 of contour points; here boxes are half-open;
     - its mean is over the images; here it is over the classes.
 
-    On 200 maps of drawn lesions, the authors' rules gave figures from 0.2 points lower to 2.9 points higher.
+    On 200 maps of drawn lesions, the authors' rules gave values from 0.2 points lower to 2.9 points higher.
 
     Args:
         heatmaps: n maps (h, w), finite; their shapes may differ.
-        boxes: (n, 4) the true box of each map, or n arrays (m, 4): of several boxes the best one counts.
+        boxes: (n, 4) the true box of each map, or n arrays (m, 4): the box with the largest IoU counts.
         classes: (n,) class number of each map.
         names: names of the classes.
         size: (height, width) of the images, in which the boxes are given.
@@ -185,7 +185,8 @@ def max_box_accuracy(
         component: "peak" or "largest", as in ``heatmap_to_box``.
 
     Returns:
-        Per T_IoU of ``at`` the accuracy per class, their "mean", and the "threshold" chosen, the lowest of equal ones.
+        For each T_IoU of ``at``: the accuracy of each class, their "mean", and the chosen "threshold". If thresholds
+        are equally good, it is the lowest one.
 
     Raises:
         ValueError: an argument is not as described.
@@ -220,9 +221,9 @@ def pointing_game(
     size: Size,
     first: float = 0.5,
 ) -> dict[str, float]:
-    """The share of maps whose greatest cell has its centre in a true box, per class and mean over the classes.
+    """The fraction of maps whose largest cell has its centre in a true box, per class and mean over the classes.
 
-    Without tolerance. Arguments and errors are those of ``max_box_accuracy``.
+    There is no tolerance around a box. Arguments and errors are those of ``max_box_accuracy``.
 
     >>> pointing_game([[[0.1, 0.9]], [[0.7, 0.2]]], [[8, 0, 8, 8], [8, 0, 8, 8]], [0, 0], ["mass"], (8, 16))
     {'mass': 0.5, 'mean': 0.5}

@@ -24,9 +24,8 @@ _TOUCHING = np.ones((3, 3), bool)
 def open_and_close(mask: Values, side: int) -> npt.NDArray[np.bool_]:
     """Morphological opening, then closing, of ``mask`` (H, W) by a square of ``side`` pixels.
 
-    A side of 1 changes nothing.
-    Only the part of each square that lies in the image counts, so that a mask at the edge does not shrink from outside.
-    A gap of up to half a square between mask and edge closes.
+    A side of 1 changes nothing. Only the part of a square that lies in the image counts, so that a mask at the edge of
+    the image does not shrink there. Closing fills a gap of up to half a square between the mask and the edge.
 
     Raises:
         ValueError: ``side`` is even or below 1: the square has no middle.
@@ -100,13 +99,13 @@ def heatmap_to_box(
     relative: bool = False,
     component: str = "peak",
 ) -> Floats:
-    """The box (4,) of a map in an image of ``size``; four NaN where there is none.
+    """The box (4,) of a map in an image of ``size``; four NaN if there is none.
 
     Steps, as in section 4.4 of Seibold et al. (ACCV 2020): upsample to the size of the image, keep the pixels with
     p > ``threshold``, open and close by a square, choose one connected component (8 neighbours), take its bounding box.
     The paper does not give the side of the square. With "nearest", a square smaller than a cell changes nothing.
 
-    There is no box where no pixel is above the threshold, or where opening removes all of them.
+    There is no box if no pixel is above the threshold, or if opening removes all pixels.
 
     Args:
         heatmap: (h, w), finite, usually probabilities.
@@ -115,10 +114,10 @@ def heatmap_to_box(
         mode: "nearest" or "bilinear", as in ``upsample``.
         side: side of the square that opens and closes, odd, in pixels; 1 for none.
         first: centre of the first cell, in cells from the edge of the image.
-        relative: the threshold is a share of the upsampled map's maximum, 0 <= threshold < 1. The map must not have
-            negative values.
-        component: "peak" takes the component that holds the map's maximum, sought in what opening and closing leave;
-            "largest" the one with the most pixels. Of equal ones the first, row by row.
+        relative: True: the threshold is a fraction of the maximum of the upsampled map, 0 <= threshold < 1. The map
+            must not have negative values.
+        component: "peak": the component with the maximum of the map, among the pixels that remain after opening and
+            closing. "largest": the component with the most pixels. If two are equal, the first one, row by row.
 
     Raises:
         ValueError: an argument is not as described.
@@ -142,10 +141,10 @@ def heatmap_to_boxes(
     *,
     relative: bool = False,
 ) -> Floats:
-    """The boxes (n, 4) of every connected component, the one with the greatest value first. n may be 0.
+    """The boxes (n, 4) of all connected components, sorted by their maximum, the largest first. n may be 0.
 
-    Arguments and errors are those of ``heatmap_to_box``. Of components with equal greatest values, the one
-    whose greatest value comes first, row by row. The first box is that of ``heatmap_to_box`` with ``component="peak"``.
+    Arguments and errors are those of ``heatmap_to_box``. Components with equal maxima are sorted by the place of the
+    maximum, row by row. The first box is that of ``heatmap_to_box`` with ``component="peak"``.
 
     >>> heatmap_to_boxes([[0.6, 0.0, 0.9]], (8, 24)).tolist()
     [[16.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 8.0]]
@@ -167,12 +166,12 @@ def boxes_by_threshold(
     *,
     component: str = "peak",
 ) -> Floats:
-    """The boxes (k, 4) at each of the rising ``thresholds`` (k,), without opening and closing.
+    """The boxes (k, 4) at each of the increasing ``thresholds`` (k,), without opening and closing.
 
     The same as k calls of ``heatmap_to_box`` with ``side=1``, but faster.
 
     Raises:
-        ValueError: an argument is not as in ``heatmap_to_box``, or the thresholds do not rise.
+        ValueError: an argument is not as in ``heatmap_to_box``, or the thresholds do not increase.
     """
     _check_component(component)
     image, size, steps = to_heatmap(heatmap), to_size(size), to_array(thresholds).astype(np.float64)

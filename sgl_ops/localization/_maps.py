@@ -73,7 +73,7 @@ def _positions(pixels: int, cells: int, first: float) -> Floats:
 def nearest_cells(pixels: int, cells: int, first: float = 0.5) -> npt.NDArray[np.int64]:
     """The number of the cell (pixels,) that each pixel of a line belongs to.
 
-    It is the cell with the nearest centre, the further one of two that are equally near.
+    It is the cell with the nearest centre. If two are equally near, it is the one with the larger number.
 
     >>> nearest_cells(6, 2).tolist()
     [0, 0, 0, 1, 1, 1]
@@ -84,15 +84,15 @@ def nearest_cells(pixels: int, cells: int, first: float = 0.5) -> npt.NDArray[np
 
 
 def cell_edges(pixels: int, cells: int, first: float = 0.5) -> npt.NDArray[np.int64]:
-    """The pixel (cells + 1,) at which each cell of a line begins, and the pixel after the last cell.
+    """The first pixel of each cell of a line, and the pixel after the last cell: (cells + 1,).
 
-    A cell that no pixel belongs to begins where it ends.
+    A cell without a pixel begins at the pixel at which the next cell begins.
     """
     return np.searchsorted(nearest_cells(pixels, cells, first), np.arange(cells + 1)).astype(np.int64)
 
 
 def seen_cells(grid: Size, size: Size, first: float = 0.5) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The rows and the columns of a map of ``grid`` (h, w) cells that have a pixel in an image of ``size``."""
+    """The rows and the columns of cells, of a map of ``grid`` (h, w), that have a pixel in an image of ``size``."""
     rows, columns = (np.unique(nearest_cells(n, k, first)) for n, k in zip(to_size(size), grid, strict=True))
     return rows, columns
 
@@ -132,10 +132,10 @@ def upsample(heatmap: Values, size: Size, mode: str = "nearest", first: float = 
 
 
 def heatmap_to_point(heatmap: Values, size: Size, first: float = 0.5) -> tuple[float, float]:
-    """x, y in pixels of an image of ``size`` (height, width): the centre of the greatest cell of ``heatmap`` (h, w).
+    """x, y in pixels of an image of ``size`` (height, width): the centre of the largest cell of ``heatmap`` (h, w).
 
-    Of equal cells the first, row by row. Only cells that have a pixel count. Where the centre lies outside the
-    image, the point is the centre of the pixel at the edge.
+    If cells are equal, the first one counts, row by row. Only cells with a pixel count. If the centre lies outside of
+    the image, the point is the centre of the nearest pixel at the edge.
 
     Raises:
         ValueError: the map is not (h, w) of finite values, or the size is not (height, width).

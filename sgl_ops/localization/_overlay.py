@@ -29,15 +29,15 @@ def overlay(
 
         alpha = 255 * opacity * q
 
-    so that an image in which the class is improbable everywhere is hardly tinted.
+    So the tint is weak where the class is improbable.
 
     Args:
         heatmap: (h, w), finite, usually probabilities.
         size: (height, width) of the layer in pixels.
         mode: "nearest" or "bilinear", as in ``upsample``.
         first: centre of the first cell, in cells from the edge of the image.
-        limits: low and high. None: the least and the greatest value of the layer; a constant map is transparent then.
-        opacity: that of q = 1, from 0 to 1.
+        limits: low and high. None: the smallest and the largest value of the layer; then a constant map is transparent.
+        opacity: the opacity of q = 1, from 0 to 1.
         colours: (n, 3) uint8 RGB, n >= 2, of q from 0 to 1 in equal steps, interpolated.
 
     Raises:

@@ -28,10 +28,10 @@ def centre_box(size: Size) -> Floats:
 
 
 def mean_boxes(boxes: Values, classes: Values, groups: Values) -> Floats:
-    """For each of the boxes (n, 4) the mean of x, y, w, h over the boxes of its class in *other* groups.
+    """For each of the boxes (n, 4), the mean of x, y, w, h over the boxes of its class in *other* groups.
 
-    With patients as groups, no box is predicted from a box of the same patient. The prediction uses the other test
-    boxes, which no network here does. Four NaN where no other group has a box of the class.
+    With patients as groups, no box is predicted from a box of the same patient. This prediction uses the other test
+    boxes. A network does not see them. Four NaN if no other group has a box of the class.
 
     Args:
         boxes: (n, 4) true boxes.
@@ -54,11 +54,11 @@ def mean_boxes(boxes: Values, classes: Values, groups: Values) -> Floats:
 
 
 def grid_ceiling(boxes: Values, grid: Size, size: Size, first: float = 0.5) -> Floats:
-    """For each of the boxes (n, 4) the best box that whole cells of a map of ``grid`` (h, w) can give.
+    """For each of the boxes (n, 4), the best box that consists of whole cells of a map of ``grid`` (h, w).
 
-    It bounds what any threshold can reach with "nearest" upsampling in images of ``size`` (height, width). In the best
-    box each edge is one of the two grid lines beside the true edge: a line further out only adds to the union, a line
-    further in only takes from the intersection.
+    No threshold can give a better box with "nearest" upsampling in images of ``size`` (height, width). Each edge of the
+    best box is one of the two grid lines beside the true edge. A line further out only adds to the union, and a line
+    further in only reduces the intersection.
     """
     array, size = to_boxes(boxes).reshape(-1, 4), to_size(size)
     spans = []
