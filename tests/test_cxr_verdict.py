@@ -141,10 +141,10 @@ def test_verdict_if_a_run_finds_everything():
     )
     assert "At IoU > 0.3 good finds 100 % of the boxes (mean over the classes), 100 %" in sentences[1]
     assert sentences[2] == (
-        "Good beats the whole image (at every IoU), the centre box (at every IoU) and the mean box of the class (at "
-        "every IoU)."
+        "Good is better than the whole image (at every IoU), the centre box (at every IoU) and the mean box of the class "
+        "(at every IoU)."
     )
-    assert not [line for line in sentences if "does not beat" in line]
+    assert not [line for line in sentences if "is not better" in line]
     assert sentences[-1] == "There are only 60 boxes: the intervals are wide."
 
 
@@ -155,8 +155,8 @@ def test_verdict_if_the_centre_box_is_better():
     scores = np.random.default_rng(1).random((120, len(CLASSES)))
     blind = run_with("blind", truth, np.full((120, 4), math.nan), scores)
     sentences = sentences_of([blind], truth)
-    assert "Blind beats no box that needs no network." in sentences
-    (line,) = [line for line in sentences if "does not beat" in line]
+    assert not [line for line in sentences if "is better" in line]
+    (line,) = [line for line in sentences if "is not better" in line]
     assert "the centre box (at every IoU, clearly worse at every IoU)" in line
     assert "the whole image (at every IoU, clearly worse at IoU > 0.1)" in line  # above IoU 1/4, both find none
     assert not [line for line in sentences if "only" in line]
@@ -195,7 +195,7 @@ def test_verdict_without_boxes():
 
 
 def test_verdict_at_chance_claims_nothing():
-    """The boxes are perfect, and the probabilities are random: "beats" and "finds more" would mislead."""
+    """The boxes are perfect, and the probabilities are random: "is better" and "finds more" would mislead."""
     rng = np.random.default_rng(0)
     boxes = np.concatenate([rng.uniform(0, 700, (120, 2)), rng.uniform(150, 250, (120, 2))], axis=1)
     truth = truth_with(boxes)
@@ -215,7 +215,7 @@ def test_verdict_at_chance_claims_nothing():
             "The AUC of chance is not above chance, so that its boxes are no evidence that it finds the classes."
             in sentences
         )
-        claims = ("Chance beats", "finds more", "finds fewer", "better than")
+        claims = ("is better", "finds more", "finds fewer", "classifies better")
         assert not [line for line in sentences if any(claim in line for claim in claims)]
     # below chance, the other run has a higher AUC, but not one above chance
     below = run_with("below", truth, none, scores - truth.labels)

@@ -264,8 +264,8 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
 
 def verdict_section(sentences: Sequence[str], units: str) -> page.Markup:
     about = (
-        f"One side beats the other where the 95 % interval of the difference, over draws of {units}, lies above 0, "
-        "and where the mean AUC of the side is above chance (0.5). Boxes are compared without gate."
+        f"One side is better if the 95 % interval of the difference, over draws of {units}, lies above 0, "
+        "and if the mean AUC of its run is above chance (0.5). Boxes are compared without gate."
     )
     return page.section("Verdict", page.bullets(sentences), page.paragraph(about, "note"))
 

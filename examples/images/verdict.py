@@ -85,10 +85,10 @@ def _where(steps: Sequence[float]) -> str:
 
 
 def _against_trivial(run: Evaluated, comparisons: Sequence[Comparison]) -> list[str]:
-    """Two sentences: the boxes without a network that are worse than ``run``, and those that are not."""
+    """Up to two sentences: the boxes without a network that are worse than ``run``, and those that are not."""
     own = [c for c in comparisons if c.name == run.name]
     sentences = []
-    for kind, wanted in (("beats", True), ("does not beat", False)):
+    for kind, wanted in (("is better than", True), ("is not better than", False)):
         found = []
         for other in dict.fromkeys(c.other for c in own):
             steps = [c.t for c in own if c.other == other and c.better == wanted]
@@ -98,8 +98,6 @@ def _against_trivial(run: Evaluated, comparisons: Sequence[Comparison]) -> list[
                 found.append(f"the {other} ({_where(steps)}{clearly})")
         if found and not (wanted and _at_chance(run)):
             sentences.append(f"{run.name} {kind} {listed(found)}.")
-        elif wanted and not found:
-            sentences.append(f"{run.name} beats no box that needs no network.")
     return sentences
 
 
