@@ -141,8 +141,8 @@ def test_verdict_if_a_run_finds_everything():
     )
     assert "At IoU > 0.3 good finds 100 % of the boxes (mean over the classes), 100 %" in sentences[1]
     assert sentences[2] == (
-        "Good is better than the whole image (at every IoU), the centre box (at every IoU) and the mean box of the class "
-        "(at every IoU)."
+        "Good is better than the whole image (at every IoU), the centre box (at every IoU) and the mean box of the "
+        "class (at every IoU)."
     )
     assert not [line for line in sentences if "is not better" in line]
     assert sentences[-1] == "There are only 60 boxes: the intervals are wide."
