@@ -153,6 +153,8 @@ def _wrong_targets(targets: Tensor, logits: Tensor, offsets: Tensor | None, bags
         hint = _classes_first(logits)
     elif dense and got == shape:
         hint = "; the loss takes labels of bags, not of instances: pass targets.flatten(2).amax(2)"
+    elif offsets is not None and got[:1] == (bags + 1,):
+        hint = "; if offsets are the sizes of the bags, pass torch.nn.functional.pad(offsets.cumsum(0), (1, 0))"
     elif got in ((bags,), (bags, 1)):
         indices = "targets" if targets.dim() == 1 else "targets.squeeze(1)"
         hint = f"; if these are class indices, pass torch.nn.functional.one_hot({indices}.long(), {classes})"
@@ -261,6 +263,8 @@ def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> N
         if bool(wrong.any()):
             value = targets[wrong][0].item()
             hint = ": mark an unknown label with NaN" if value == -1 else ""
+            if targets.dim() == 1 and value > 1 and value % 1 == 0:  # inf % 1 is NaN
+                hint = "; class indices need logits of C classes: pass torch.nn.functional.one_hot(targets.long(), C)"
             raise ValueError(f"targets: expected 0, 1 or NaN (unknown), got {value}{hint}")
     if offsets is not None:
         first, last = int(offsets[0]), int(offsets[-1])

@@ -20,7 +20,7 @@ INDICES = torch.tensor([0, 2, 1, 0])
 def suggestion(message: str) -> tuple[str, str]:
     """(name, expression) of "pass <expression>" at the end of a message: the argument to replace, and by what."""
     expression = re.search(r"pass (\S.*?)( if |$)", message)[1]
-    return re.search(r"(logits|targets|mask|features)\b", expression)[1], expression
+    return re.search(r"(logits|targets|mask|features|offsets)\b", expression)[1], expression
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -47,6 +47,10 @@ def suggestion(message: str) -> tuple[str, str]:
         (
             {"logits": torch.randn(9, 3), "targets": INDICES, "offsets": torch.tensor([0, 2, 4, 6, 9])},
             "targets: expected shape (4, 3), (bags, classes), with logits of shape (9, 3), got (4,); if these",
+        ),
+        (
+            {"logits": torch.randn(9, 3), "targets": LABELS, "offsets": torch.tensor([2, 2, 2, 3])},
+            "got (4, 3); if offsets are the sizes of the bags, pass torch.nn.functional.pad(offsets.cumsum(0), (1, 0))",
         ),
         (
             {"logits": torch.randn(4, 3, 7, 7), "targets": (torch.randn(4, 3, 7, 7) > 2).float()},
@@ -85,6 +89,12 @@ def test_message_of_a_wrong_shape_suggests_what_works(loss, arguments, message):
 @pytest.mark.parametrize(
     ("logits", "targets", "message"),
     [
+        (torch.randn(4, 50), INDICES * torch.inf, "targets: expected 0, 1 or NaN (unknown), got inf"),
+        (
+            torch.randn(4, 50),
+            INDICES,
+            "got 2; class indices need logits of C classes: pass torch.nn.functional.one_hot",
+        ),
         (torch.randn(4, 3), LABELS, "The loss needs a logit for each instance, not one for each bag"),
         (torch.randn(9, 3), LABELS, "packed logits (T, C) need offsets"),
         (torch.randn(4, 3, 50), LABELS[:3], "targets: expected shape (4, 3), (bags, classes), with logits of shape"),
