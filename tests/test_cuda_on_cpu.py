@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: compiled by nvcc for every architecture, and run on the CPU under sanitizers.
+"""The CUDA kernels without a GPU: run on the CPU, and under sanitizers.
 
 All tests with the fixture ``impl`` test the values of these kernels, as impl "emulated". The tests of this file check
 that the results do not depend on the order of threads and blocks, that sanitizers report no error in the kernels, and
@@ -7,7 +7,6 @@ that they report errors in kernels with seeded bugs.
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,9 +21,8 @@ from hypothesis import strategies as st
 
 from sgl_ops import SGLLoss
 
-sys.path += [str(ROOT / "tools"), str(ROOT / "tests" / "device_code")]
-import build_device_code
-from cuda_toolkit import ARCHITECTURES, architecture_flags, architectures, find_toolkit
+sys.path.append(str(ROOT / "tools"))
+from cuda_toolkit import architecture_flags, find_toolkit
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values
@@ -136,21 +134,6 @@ def test_too_large_shapes_raise_an_error(kernels):
 # Sanitizers
 
 
-@pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    built: dict[str, Comparison] = {}
-    folder = tmp_path_factory.mktemp("compare")
-
-    def program(name: str) -> Comparison:
-        if name not in built:
-            built[name] = Comparison(folder / name, name)
-        return built[name]
-
-    yield program
-    for program in built.values():
-        program.close()
-
-
 def check_all(program: Comparison, drawn: st.SearchStrategy[Case], examples: int, *phases: Phase) -> None:
     """Checks cases that hypothesis draws, until the program reports an error."""
 
@@ -162,14 +145,9 @@ def check_all(program: Comparison, drawn: st.SearchStrategy[Case], examples: int
     check()
 
 
-@pytest.mark.sanitizer
-@pytest.mark.parametrize(("sanitizer", "examples"), [("none", 300), ("memory", 150), ("threads", 40)])
-def test_sanitized_kernels_agree_with_the_cpu(comparison, sanitizer, examples):
-    check_all(comparison(sanitizer), cases(small=sanitizer == "threads"), examples, Phase.generate, Phase.shrink)
-
-
 # A bug in a kernel: the file, the original code, the code with the bug where BUG is true, and the sanitizer that must
-# find it. One program a sanitizer has all its bugs; the environment variable SEEDED_BUG chooses one.
+# find it. One program a sanitizer has all its bugs, because its compilation takes long. The environment variable
+# SEEDED_BUG chooses one; without it, the kernels are correct.
 BUGS = {
     "no barrier before the warps' sums are read": (
         "group.cuh", "    __syncthreads();\n    std::memcpy(&value",
@@ -191,33 +169,38 @@ BUGS = {
     "the tail of a row is left out": (
         "rows.cuh", "p * row.width < row.n", "p * row.width + BUG < row.n", "none"),
 }  # fmt: skip
-IS_SEEDED = """#include <cstdlib>
-#include <cstring>
-inline bool is_seeded(const char* bug) {
-  const char* seeded = std::getenv("SEEDED_BUG");
-  return seeded != nullptr && std::strcmp(seeded, bug) == 0;
-}
+SEEDED_BUG = """#include <cstdlib>
+inline const int seeded_bug = std::getenv("SEEDED_BUG") == nullptr ? -1 : std::atoi(std::getenv("SEEDED_BUG"));
 """
 
 
-def root_with_bugs(folder: Path, sanitizer: str) -> Path:
-    """A copy of csrc in ``folder`` with every bug that the sanitizer must find."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    cuda = folder / "csrc" / "cuda"
-    for bug, (name, right, wrong, found_by) in BUGS.items():
+def program_with_bugs(folder: Path, sanitizer: str, bug: str | None = None) -> Comparison:
+    """The program whose kernels contain every bug that the sanitizer must find, with one of them chosen, or none."""
+    shutil.copytree(ROOT / "csrc", folder / "root" / "csrc")
+    cuda = folder / "root" / "csrc" / "cuda"
+    for number, (name, (file, right, wrong, found_by)) in enumerate(BUGS.items()):
         if found_by == sanitizer:
-            text = (cuda / name).read_text()
-            assert right in text, f"{bug}: what it replaces is not in {name}"
-            (cuda / name).write_text(text.replace(right, wrong.replace("BUG", f'is_seeded("{bug}")')))
+            text = (cuda / file).read_text()
+            assert right in text, f"{name}: what it replaces is not in {file}"
+            (cuda / file).write_text(text.replace(right, wrong.replace("BUG", f"(seeded_bug == {number})")))
     launch = cuda / "launch.cu"
-    launch.write_text(IS_SEEDED + launch.read_text())
-    return folder
+    launch.write_text(SEEDED_BUG + launch.read_text())
+    environment = {} if bug is None else {"SEEDED_BUG": str(list(BUGS).index(bug))}
+    return Comparison(folder / "program", sanitizer, folder / "root", environment)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("sanitizer", "examples"), [("none", 300), ("memory", 150), ("threads", 40)])
+def test_sanitized_kernels_agree_with_the_cpu(tmp_path, sanitizer, examples):
+    program = program_with_bugs(tmp_path, sanitizer)
+    check_all(program, cases(small=sanitizer == "threads"), examples, Phase.generate, Phase.shrink)
+    program.close()
 
 
 def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
     """Runs cases with the wrong kernel until one fails."""
     sanitizer = BUGS[bug][3]
-    program = Comparison(folder / "program", sanitizer, root_with_bugs(folder / "root", sanitizer), {"SEEDED_BUG": bug})
+    program = program_with_bugs(folder, sanitizer, bug)
     # an access out of bounds may also be invisible to the sanitizer and change the result
     report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|again"
     with pytest.raises(AssertionError, match=report):
@@ -229,14 +212,6 @@ def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
 @pytest.mark.parametrize("bug", BUGS)
 def test_sanitizer_finds_the_seeded_bug(tmp_path, bug):
     look_for(bug, tmp_path, Phase.generate)
-
-
-@pytest.mark.sanitizer
-@pytest.mark.parametrize(("sanitizer", "examples"), [("none", 60), ("memory", 30), ("threads", 8)])
-def test_no_error_is_found_when_no_bug_is_chosen(tmp_path, sanitizer, examples):
-    program = Comparison(tmp_path / "program", sanitizer, root_with_bugs(tmp_path / "root", sanitizer))
-    check_all(program, cases(sanitizer == "threads"), examples, Phase.generate)
-    program.close()
 
 
 @pytest.mark.sanitizer
@@ -255,23 +230,6 @@ def toolkit():
     if toolkit is None:
         pytest.skip("there is no CUDA toolkit: CUDA_HOME says where to look")
     return toolkit
-
-
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_compiles_without_stack_and_spills(toolkit, monkeypatch, architecture):
-    """A stack frame or spills in the compiler's report mean that the values of a thread do not fit into registers."""
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    if architecture not in {name.removesuffix("+PTX") for name in architectures(toolkit / "bin" / "nvcc")}:
-        pytest.skip(f"this nvcc does not compile for {architecture}")
-    number = architecture.replace(".", "")
-    report = (build_device_code.compiled(number) / "report.txt").read_text()
-    assert "warning" not in report, report
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    kernels = re.findall(r"Compiling entry function '\S*(?:forward|backward)_kernel\S*' for '(sm_\w+)'", report)
-    assert kernels == [f"sm_{number}"] * 8  # forward and backward of four dtypes
-    assert len(frames) >= len(kernels)
-    assert set(frames) == {("0", "0", "0")}, report
 
 
 def test_architectures_are_selected_by_name(toolkit, monkeypatch):

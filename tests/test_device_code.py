@@ -8,6 +8,7 @@ every seeded fault; the release check does that.
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -48,6 +49,20 @@ def test_machine_code_agrees_with_the_reference(architecture, whole_tier):
     if architecture not in QUICK and not whole_tier:
         pytest.skip("needs --all-device-code")
     assert not run_cases(build_device_code.build([architecture]), architecture, "sass", "--quick")
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_no_kernel_has_a_stack_frame_or_spills(architecture, whole_tier):
+    """In the compiler's report, either means that the values of a thread do not fit into registers."""
+    if architecture not in QUICK and not whole_tier:
+        pytest.skip("needs --all-device-code")
+    report = (build_device_code.compiled(architecture) / "report.txt").read_text()
+    assert "warning" not in report, report
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    kernels = re.findall(r"Compiling entry function '\S*(?:forward|backward)_kernel\S*' for '(sm_\w+)'", report)
+    assert kernels == [f"sm_{architecture}"] * 8  # forward and backward of four dtypes
+    assert len(frames) >= len(kernels)
+    assert set(frames) == {("0", "0", "0")}, report
 
 
 @pytest.mark.parametrize("architecture", ALL)
