@@ -13,7 +13,7 @@ from . import functional
 from ._checks import check_impl, class_vector, explains_arguments
 from ._ranks import Group, check_group
 from .functional import SGLTerms
-from .pooling import make_pooling
+from .pooling import pooling_of_loss
 from .settings import NAMES, SGLSettings, settings_of, takes_settings
 
 __all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
@@ -106,7 +106,7 @@ class SGLLoss(_Loss):
             value = getattr(self._settings, name)
             if isinstance(value, nn.Parameter):
                 self._parameters[name] = value
-        self.pooling = make_pooling(pooling)
+        self.pooling = pooling_of_loss(pooling)
         self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
         self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
         check_group(process_group)
@@ -218,7 +218,7 @@ class BagLoss(_Loss):
         check_group(process_group)
         check_impl(impl)
         self.process_group = process_group
-        self.pooling = make_pooling(pooling)
+        self.pooling = pooling_of_loss(pooling)
         self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
         self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
         self.check = check
@@ -278,7 +278,7 @@ class BILLoss(_Loss):
         check_group(process_group)
         check_impl(impl)
         self.process_group = process_group
-        self.pooling = make_pooling(pooling)
+        self.pooling = pooling_of_loss(pooling)
         self.check = check
         self.impl = impl
 

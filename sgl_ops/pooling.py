@@ -46,6 +46,7 @@ tensor([ 5., -1.])
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -408,6 +409,21 @@ def make_pooling(pooling: str | nn.Module) -> nn.Module:
         hint = f"; a pooling with learned parameters is a module: {learned[0].__name__}" if learned else ""
         raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, or a module, got {pooling!r}{hint}")
     return POOLINGS[pooling]()
+
+
+def pooling_of_loss(pooling: str | nn.Module) -> nn.Module:
+    """:func:`make_pooling` with a check of the arguments that the module takes, for the constructors of the losses."""
+    module = make_pooling(pooling)
+    try:
+        inspect.signature(module.forward).bind(None, mask=None, offsets=None, features=None)
+    except TypeError:
+        raise TypeError(
+            "pooling: expected a module that takes (logits, *, mask, offsets, features) and returns bag logits, got "
+            f"{type(module).__name__}; the poolings with a name are {', '.join(POOLINGS)}"
+        ) from None
+    except ValueError:  # a function without a signature
+        pass
+    return module
 
 
 def _weighted(bags: Bags, x: Tensor, log_weight: Tensor, keep: Tensor | None = None) -> Tensor:

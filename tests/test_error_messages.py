@@ -134,6 +134,14 @@ def test_name_of_a_learned_pooling_suggests_the_module():
         make_pooling("median")
 
 
+@pytest.mark.parametrize("loss", [SGLLoss, BagLoss, BILLoss])
+def test_pooling_of_torch_is_refused_with_the_names_of_the_poolings(loss):
+    with pytest.raises(
+        TypeError, match=r"^pooling: .* takes \(logits, \*, mask, .*got AdaptiveMaxPool2d; .* max, mean"
+    ):
+        loss(pooling=nn.AdaptiveMaxPool2d(1))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_arguments_of_the_losses_of_torch_are_taken_or_explained(loss):
     """A user replaces BCEWithLogitsLoss or CrossEntropyLoss, and keeps its arguments."""
