@@ -152,6 +152,13 @@ def test_links_of_the_readme_are_absolute():
         assert page is None or (DOCS / f"{page[1]}.md").exists() or (DOCS / f"{page[1]}.ipynb").exists(), link
 
 
+def test_no_line_of_prose_is_a_quotation():
+    """A line that begins with ">", as in "IoU\\n> 0.5", would be shown as a quotation."""
+    for page in [path for path in ROOT.rglob("*.md") if not {"_build", "build", ".git"} & set(path.parts)]:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        assert not re.findall(r"(?m)^ *>.*", prose), page
+
+
 def test_code_of_is_it_working_runs(capsys):
     """Runs the code blocks of docs/is-it-working.md in order, and compares its table with the list of findings."""
     page = (DOCS / "is-it-working.md").read_text()
