@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Trains the runs that are not finished, and writes tables and report."""
+    import numpy as np
     import torch
     from features import labels as tables
     from features.advice import lam_advice
@@ -174,6 +175,10 @@ def run(args: argparse.Namespace) -> None:
     reader = BagReader(bags, labels.names, args.cache_gb * 1e9)
     targets = torch.tensor(labels.values)
     runs = list(plan(labels, args.folds, args.repeats, args.test))
+    for name, column in zip(labels.classes, labels.values.T, strict=True):
+        counts = f"{(column == 1).sum()} positive, {(column == 0).sum()} negative, {np.isnan(column).sum()} unknown"
+        print(f"{name}: {len(column)} bags, {counts}")
+    print(f"first run: {len(runs[0].train)} bags for training, {len(runs[0].test)} for the test", flush=True)
     for number, one in enumerate(runs, 1):
         path = parts / f"{one.name}.npz"
         if path.exists():

@@ -758,6 +758,14 @@ def test_tables_hold_every_bag_and_instance(data, tmp_path):
     assert "<img" in (tmp_path / "report.html").read_text()
 
 
+def test_command_prints_how_it_read_the_labels(data, tmp_path, capsys):
+    assert command(data, tmp_path, "--epochs", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "lesion: 40 bags, 20 positive, 20 negative, 0 unknown"
+    assert lines[1].startswith("other: 40 bags, ") and lines[1].endswith(", 8 unknown")
+    assert lines[2] == "first run: 28 bags for training, 12 for the test"
+
+
 @pytest.mark.examples
 def test_reading_without_a_cache_gives_the_same_training(data, tmp_path):
     options = ("--epochs", "2", "--batch-size", "3")
