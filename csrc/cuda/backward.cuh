@@ -159,7 +159,7 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     if (at >= lengthwise || cls >= classes) continue;
     const uint32_t pair = bag * classes + cls;
     const Place place = place_of(rows, bag, cls);
-    const Row<In> row(call, place);
+    const Row<In> row(call, place, lengthwise);
     write_row(
         call, row, grad + place.grad, saved + int64_t{pair} * kColumns, denominators,
         grad_output[backward.per_pair ? pair : 0], cls, (item - strip * pieces) * lengthwise + at, pieces * lengthwise);

@@ -1,6 +1,6 @@
-// Forward: a group of threads processes one pair (bag, class) after another. The first pass loads the logits from memory, and
-// the others find them in the cache. A negative pair needs the first pass alone, unless its pooling has sums. A block
-// finalizes several pairs together, one thread per pair, and the last block that ends adds up the blocks.
+// Forward: a group of threads processes one pair (bag, class) after another, or several pairs at once. The first pass loads the
+// logits from memory, and the others find them in the cache. A negative pair needs the first pass alone, unless its pooling
+// has sums. A block finalizes several pairs together, one thread per pair, and the last block that ends adds up the blocks.
 #pragma once
 
 #include <type_traits>
@@ -21,6 +21,11 @@ struct FirstPass {
   T low, high;
   std::conditional_t<ties, int, T> more;  // instances at high, or the smallest |x|
   int n;
+
+  // Of no instances.
+  SGL_DEVICE FirstPass() : loss(0), low(infinity_of(T())), high(-infinity_of(T())), more(0), n(0) {
+    if constexpr (!ties) more = infinity_of(T());
+  }
 
   SGL_DEVICE void merge(const FirstPass& o) {
     loss += o.loss;
@@ -87,12 +92,29 @@ struct LargestPass {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
+// The division of the work
+
+// A long pair takes two launches: the blocks of the first one process pieces of pairs, and the second one continues with what
+// they found.
+enum class Stage {
+  kAll,
+  kFirstPass,
+  kOthers
+};
+
+// How Plan divides the work of a launch: 2^group_bits threads form a group, with 2^part_bits parts; 2^piece_bits blocks divide
+// the pairs of a group between them, in both stages.
+struct Work {
+  Stage stage;
+  int group_bits, part_bits, piece_bits;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
 // The passes
 
 template <bool negative, bool ties, class T, class In>
-SGL_DEVICE FirstFound<T> first_pass_as(const Row<In>& row, Group& group) {
-  FirstPass<T, ties> found = {0, infinity_of(T()), -infinity_of(T()), {}, 0};
-  if (!ties) found.more = infinity_of(T());
+SGL_DEVICE FirstPass<T, ties> first_pass(const Row<In>& row, const Group& group) {
+  FirstPass<T, ties> found;
   T not_finite = T(0), above = T(0);
   LogOfProduct<T> product;
   for_instances<kPacks<In>, T>(
@@ -130,18 +152,30 @@ SGL_DEVICE FirstFound<T> first_pass_as(const Row<In>& row, Group& group) {
         product = LogOfProduct<T>();
       });
   found.loss += static_cast<double>(not_finite);
-  found = group.reduce(found);
-  if constexpr (ties)
-    return {found.loss, found.low, found.high, T(0), found.more, found.n};
-  else
-    return {found.loss, found.low, found.high, found.more, 0, found.n};
+  return found;
 }
 
-// A variant for each combination: no instance pays for what its row does not need.
-template <class T, class In>
-SGL_DEVICE FirstFound<T> first_pass(const Row<In>& row, bool negative, bool ties, Group& group) {
-  if (negative) return ties ? first_pass_as<true, true, T>(row, group) : first_pass_as<true, false, T>(row, group);
-  return ties ? first_pass_as<false, true, T>(row, group) : first_pass_as<false, false, T>(row, group);
+// The first pass of this part of the group. `partial`: what it found in each piece of the pair. `piece`: of this block. False if
+// the launch ends with it.
+template <bool ties, class T, class In>
+SGL_DEVICE bool find_first(
+    const Row<In>& row, bool negative, const Work& work, PartialResult* partial, unsigned piece, Group& group,
+    FirstFound<T>& result) {
+  FirstPass<T, ties> found;
+  static_assert(sizeof(found) <= sizeof(PartialResult), "fits into the workspace");
+  if (work.stage == Stage::kOthers) {
+    if (group.rank() < 1 << work.piece_bits) std::memcpy(&found, &partial[group.rank()], sizeof(found));
+  } else {
+    // A variant for each combination: no instance pays for what its row does not need.
+    found = negative ? first_pass<true, ties, T>(row, group) : first_pass<false, ties, T>(row, group);
+  }
+  found = group.reduce(found);
+  if (work.stage == Stage::kFirstPass) {
+    if (group.rank() == 0) std::memcpy(&partial[piece], &found, sizeof(found));
+    return false;
+  }
+  result = {found.loss, found.low, found.high, ties ? T(0) : T(found.more), ties ? int(found.more) : 0, found.n};
+  return true;
 }
 
 template <bool scaled, class T, class In>
@@ -273,78 +307,76 @@ SGL_HD bool first_pass_suffices(const Settings& settings, bool positive) {
   return !(positive && has_instances) && settings.loss != kMinMeanMaxLoss && !is_pooled;
 }
 
-// Thread 0 of the group writes the result to `out`. For parts of a warp, first_pass_suffices() has to be true, and all labels
-// have to be negative if the loss has an instance term.
-template <class T, class In>
-SGL_DEVICE void find_sums(
-    const Settings& settings, const Row<In>& row, Label label, T pos_weight, Group& group, Sums& out) {
-  const bool writes = group.rank() == 0, positive = label == Label::kPositive;
+// Thread 0 of each part writes to `out` what the first pass found. The result is whether the pair needs other passes, too.
+template <class T>
+SGL_DEVICE bool save_first(
+    const Settings& settings, const FirstFound<T>& first, Label label, const Group& group, Sums& out) {
+  const bool positive = label == Label::kPositive, exists = label != Label::kUnknown && first.n > 0;
   const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
-  const bool against_zero = has_instances && !positive;
-  if (writes) {
-    out.kind = Kind::kExcluded;
+  const bool against_zero = has_instances && !positive, finite = first.loss == first.loss;
+  if (group.rank() == 0) {
+    out.kind = !exists                                                                            ? Kind::kExcluded
+               : !finite                                                                          ? Kind::kNonFinite
+               : against_zero                                                                     ? Kind::kNegative
+               : settings.loss == kSelfGuidingLoss && settings.rescale && first.low == first.high ? Kind::kConstant
+               : settings.loss == kSelfGuidingLoss                                                ? Kind::kPositive
+               : settings.loss == kBagInstanceLoss                                                ? Kind::kRounded
+               : settings.loss == kMinMeanMaxLoss                                                 ? Kind::kExtremes
+                                                                                                  : Kind::kBagOnly;
     out.positive = positive;
-    for (int k = 0; k < 3; ++k) out.loss[k] = out.count[k] = 0;
-    out.square = 0;
-  }
-  if (label == Label::kUnknown) return;
-  const bool ties = counts_maxima(settings.pooling) || settings.loss == kMinMeanMaxLoss;
-  const FirstFound<T> first = first_pass<T>(row, against_zero, ties, group);
-  if (first.n == 0) return;
-  const bool finite = first.loss == first.loss;
-  const bool constant = positive && settings.loss == kSelfGuidingLoss && settings.rescale && first.low == first.high;
-  const bool guided = positive && settings.loss == kSelfGuidingLoss && !constant;
-  if (writes) {
-    out.kind = !finite                             ? Kind::kNonFinite
-               : constant                          ? Kind::kConstant
-               : guided                            ? Kind::kPositive
-               : against_zero                      ? Kind::kNegative
-               : settings.loss == kBagInstanceLoss ? Kind::kRounded
-               : settings.loss == kMinMeanMaxLoss  ? Kind::kExtremes
-                                                   : Kind::kBagOnly;
     out.n = first.n;
     const bool nearest = pooling_reference(settings.pooling) == Reference::kNearestToZero;
     out.extent = {first.low, first.high, nearest ? first.nearest : T(0), 0};
+    for (int k = 0; k < 3; ++k) out.loss[k] = out.count[k] = 0;
     if (against_zero) {
       out.loss[0] = first.loss;
       out.count[0] = first.n;
     }
+    out.square = 0;
     out.highs = first.ties;
     if (counts_maxima(settings.pooling)) out.pooled[0] = first.ties;
   }
-  if (!finite) return;
+  return exists && finite && !first_pass_suffices(settings, positive);
+}
+
+// The other passes of a pair, by the undivided group. `out` has what the first pass found.
+template <class T, class In>
+SGL_DEVICE void find_others(const Settings& settings, const Row<In>& row, T pos_weight, Group& group, Sums& out) {
+  const bool writes = group.rank() == 0, guided = out.kind == Kind::kPositive;
+  const T low = static_cast<T>(out.extent.low), high = static_cast<T>(out.extent.high);
+  const int n = static_cast<int>(out.n);
   if (guided) {
     // p is scaled by the same power of e as for any pooling
-    const Scale<T> scale = scale_of(first.low, first.high);
-    const Guide<T> guide = guide_of(first.low, first.high, scale, settings.delta_l, settings.rescale);
+    const Scale<T> scale = scale_of(low, high);
+    const Guide<T> guide = guide_of(low, high, scale, settings.delta_l, settings.rescale);
     const GuidedPass sums = group.reduce(
-        scale.any ? guided_pass<true>(row, guide, scale, pos_weight, first.low, group)
-                  : guided_pass<false>(row, guide, scale, pos_weight, first.low, group));
+        scale.any ? guided_pass<true>(row, guide, scale, pos_weight, low, group)
+                  : guided_pass<false>(row, guide, scale, pos_weight, low, group));
     if (writes) {
       for (int k = 0; k < 3; ++k) out.loss[k] = sums.loss[k];
       out.count[0] = sums.negatives;
       out.count[2] = sums.positives;
-      out.count[1] = first.n - sums.negatives - sums.positives;
+      out.count[1] = n - sums.negatives - sums.positives;
       out.square = sums.square;
     }
   } else if (settings.loss == kBagInstanceLoss) {
-    if (!positive) return;  // its loss is that of the instances
+    if (!out.positive) return;  // its loss is that of the instances
     const double loss = rounded_pass<T>(row, group);
     if (writes) out.loss[0] = loss;
   } else if (settings.loss == kMinMeanMaxLoss) {
-    const int64_t lows = count_equal(row, first.low, group);
+    const int64_t lows = count_equal(row, low, group);
     if (writes) out.lows = lows;
   }
   // The median, then the k-th largest logit: one copy of the search.
   const bool has_kth = pooling_reference(settings.pooling) == Reference::kKthLargest;
 #pragma unroll 1
   for (int round = guided && settings.weighted ? 0 : 1; round < (has_kth ? 2 : 1); ++round) {
-    const int64_t k = round == 0 ? 0 : TopKPooling::places(first.n, settings.pooling_parameter);
-    const T found = ranked(row, first.n, k, first.low, first.high, group);
+    const int64_t k = round == 0 ? 0 : TopKPooling::places(n, settings.pooling_parameter);
+    const T found = ranked(row, n, k, low, high, group);
     if (round == 0) {
       if (writes) out.median = found;
     } else {
-      const int64_t above = first.n - count_up_to(row, found, group), tied = count_equal(row, found, group);
+      const int64_t above = n - count_up_to(row, found, group), tied = count_equal(row, found, group);
       if (writes) {
         out.extent.reference = found;
         out.extent.tie_weight = static_cast<double>(k - above) / static_cast<double>(tied);
@@ -369,7 +401,7 @@ SGL_DEVICE void find_sums(
 
 // Pairs that a block finalizes together, one thread per pair, at most: the arithmetic in double of one pair takes as long
 // as a pass.
-constexpr unsigned kSlots = 64;
+constexpr unsigned kSlots = 32;
 
 // A Batch as numbers, integers first. Thread c adds up number c of all rows: no thread holds a whole Batch.
 using BatchRow = uint64_t[kBatchNumbers];
@@ -395,11 +427,6 @@ struct ForwardShared {
   bool is_last;
 };
 
-// `groups`: the number of groups in the block
-SGL_DEVICE unsigned pair_of(unsigned groups, unsigned round, unsigned index) {
-  return (round * gridDim.x + blockIdx.x) * groups + index;
-}
-
 template <class T>
 SGL_DEVICE void finalize_one(
     const Call& call, const Forward& forward, const Sums& sums, unsigned pair, BatchRow& batch) {
@@ -416,63 +443,80 @@ SGL_DEVICE void finalize_one(
   std::memcpy(batch, &of_pair, sizeof(of_pair));
 }
 
-// The sums over the pairs of this block, to shared.total. In round r, a group processes its r-th pair.
+// The sums over the pairs of this block, to shared.total. In round r, a group processes its r-th pairs, one for each of its
+// parts. False if another launch continues.
 template <class T, class In>
-SGL_DEVICE void sums_of_block(const Call& call, const Forward& forward, int group_bits, ForwardShared& shared) {
+SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Work& work, ForwardShared& shared) {
   const Settings& settings = call.settings;
+  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
-  Group group(group_bits, shared.group);
-  const unsigned groups = blockDim.x >> group_bits;
-  // rounds whose pairs are finalized together: a slot for each pair of them, and a thread for each slot
-  const unsigned together = (blockDim.x < kSlots ? blockDim.x : kSlots) / groups;
+  Group group(work.group_bits, shared.group);
+  // the pairs of a round of this block, and the rounds whose pairs are finalized together: a slot and a thread for each pair
+  const unsigned pairs = (blockDim.x >> work.group_bits) << work.part_bits, together = kSlots / pairs;
+  // blocks that process pieces of the same pairs count as one
+  const int piece_bits = work.stage == Stage::kFirstPass ? work.piece_bits : 0;
+  const unsigned block = blockIdx.x >> piece_bits, blocks = gridDim.x >> piece_bits;
   if (threadIdx.x < kBatchNumbers) shared.total[threadIdx.x] = 0;
 
   // Recomputed each round to save registers. The conditions of the loop are the same for the whole block.
-  for (unsigned round = 0; pair_of(groups, round, 0) < call.rows.units; ++round) {
+  for (unsigned round = 0; (round * blocks + block) * pairs < call.rows.units; ++round) {
     const unsigned waiting = round % together;
-    // Parts of a warp first process the pairs for which the first pass is enough. Then the whole warp processes the others,
-    // one after another.
-    unsigned index = threadIdx.x >> group_bits, left = 0;
-    group.resize(group_bits);
+    // First every part of the group has a pair of its own. Then the whole group processes those that need more than the first
+    // pass, one after another.
+    const unsigned first_index = (threadIdx.x >> work.group_bits) << work.part_bits;
+    unsigned index = first_index, left = 0;
 #pragma unroll 1
     for (unsigned visit = 0; visit == 0 || left != 0; ++visit) {
-      if (visit > 0) {
+      if (visit == 0) {
+        group.divide(work.part_bits);
+        index += group.part();
+      } else {
         const bool skipped = (left & 1) == 0;
-        left >>= kPart;
+        left >>= 1;
         if (skipped) continue;
-        index = ((threadIdx.x & ~(kWarp - 1u)) >> group_bits) + visit - 1;
-        group.resize(kWarpBits);
-        __syncwarp();  // the part has written to the same slot
+        index = first_index + visit - 1;
+        group.divide(0);
       }
-      const unsigned pair = pair_of(groups, round, index);
+      const unsigned pair = (round * blocks + block) * pairs + index;
       const bool exists = pair < call.rows.units;
-      if (!exists && !group.is_part()) break;
       const unsigned bag = exists ? pair / call.rows.classes : 0, cls = exists ? pair - bag * call.rows.classes : 0;
-      Label label = forward.targets.data == nullptr ? Label::kPositive : label_of(forward.targets, bag, cls);
+      Sums& sums = shared.sums[waiting * pairs + index];
       Place place = place_of(call.rows, bag, cls);
-      if (group.is_part()) {
-        const bool known = exists && label != Label::kUnknown;
-        const bool suffices = first_pass_suffices(settings, label == Label::kPositive);
-        left = __ballot_sync(kAllLanes, known && !suffices);
-        if (!known || !suffices) {
-          // The part takes part in the reductions with a row of no instances.
-          label = Label::kNegative;
-          place.positions = 0;
-        }
+      if (visit > 0) {
+        const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
+        find_others(settings, Row<In>(call, place, group.size()), pos_weight, group, sums);
+        continue;
       }
-      const Row<In> row(call, place);
-      const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-      find_sums(settings, row, label, pos_weight, group, shared.sums[waiting * groups + index]);
+      const Label label = !exists                           ? Label::kUnknown
+                          : forward.targets.data == nullptr ? Label::kPositive
+                                                            : label_of(forward.targets, bag, cls);
+      if (label == Label::kUnknown) place.positions = 0;
+      const unsigned piece = blockIdx.x & ((1u << piece_bits) - 1);
+      if (piece_bits > 0) place = piece_of(call.rows, place, piece, piece_bits);
+      const Row<In> row(call, place, group.size());
+      // parts have to do the same
+      const bool negative = has_instances && (work.part_bits > 0 || label != Label::kPositive);
+      const bool ties = counts_maxima(settings.pooling) || settings.loss == kMinMeanMaxLoss;
+      PartialResult* const partial = forward.partial + (pair << work.piece_bits);
+      FirstFound<T> first;
+      const bool continues = ties ? find_first<true, T>(row, negative, work, partial, piece, group, first)
+                                  : find_first<false, T>(row, negative, work, partial, piece, group, first);
+      if (!continues) return false;
+      const bool more = save_first(settings, first, label, group, sums);
+      // The lanes of a warp begin with one lane of each part. So all warps of a block get the same bits.
+      left = __ballot_sync(kAllLanes, more) & ((2u << ((1 << work.part_bits) - 1)) - 1);
+      group.sync();
     }
-    if (waiting + 1 < together && pair_of(groups, round + 1, 0) < call.rows.units) continue;
+    const unsigned next = (round + 1) * blocks + block;
+    if (waiting + 1 < together && next * pairs < call.rows.units) continue;
     __syncthreads();
-    const unsigned slot = threadIdx.x, first = pair_of(groups, round - waiting, 0);
-    // the pairs of a round follow one another, and those of the next one are gridDim.x blocks further on
-    const unsigned slots = (waiting + 1) * groups;
+    const unsigned slot = threadIdx.x, first = ((round - waiting) * blocks + block) * pairs;
+    // the pairs of a round follow one another, and those of the next one are `blocks` blocks further on
+    const unsigned slots = (waiting + 1) * pairs;
     if (slot < slots) {
-      const unsigned later = slot / groups;
-      const unsigned of_slot = first + later * gridDim.x * groups + slot - later * groups;
+      const unsigned later = slot / pairs;
+      const unsigned of_slot = first + later * blocks * pairs + slot - later * pairs;
       if (of_slot < call.rows.units) {
         finalize_one<T>(call, forward, shared.sums[slot], of_slot, shared.batch[slot]);
       } else {
@@ -483,6 +527,7 @@ SGL_DEVICE void sums_of_block(const Call& call, const Forward& forward, int grou
     const unsigned c = threadIdx.x;
     if (c < kBatchNumbers) shared.total[c] = add_rows(shared.total[c], shared.batch, 0, slots, 1, c);
   }
+  return true;
 }
 
 // Called by the last block that ends: adds up the blocks.
@@ -515,9 +560,9 @@ __global__ void finalize_kernel(
 
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>)
-    forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Forward forward, const int group_bits) {
+    forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Forward forward, const Work work) {
   SGL_SHARED(ForwardShared, shared);
-  sums_of_block<T, In>(call, forward, group_bits, shared);
+  if (!sums_of_block<T, In>(call, forward, work, shared)) return;
   if (threadIdx.x < kBatchNumbers) {
     reinterpret_cast<BatchRow*>(forward.of_block)[blockIdx.x][threadIdx.x] = shared.total[threadIdx.x];
     __threadfence();

@@ -1,5 +1,5 @@
-// A group of threads that processes one pair (bag, class), and its reductions: sums and extremes. A group is a part of a
-// warp, a warp, or a block.
+// A group of threads that processes one pair (bag, class), or several at once, and its reductions: sums and extremes. A group
+// is a warp or a block.
 //
 // Numbers are added in a fixed order and without atomics, so that the same launch gives the same bits.
 #pragma once
@@ -42,22 +42,25 @@ SGL_DEVICE R from_other_lane(const R& value, int lanes) {
 }
 
 // The results of the warps of a block. There are two buffers, used in turn: a thread that writes one of them has passed the
-// barrier after the reads of the other.
+// barrier after the reads of the other. The results of parts take the space of both: of 16 parts in float, of 8 in double.
 struct GroupShared {
-  uint64_t of_warp[2][kMaxThreads / kWarp][kMaxWords / 2];
+  static constexpr int kBuffer = kMaxThreads / kWarp * kMaxWords / 2;
+  uint64_t of_warp[8 * kBuffer];
 };
 
-// 2^bits threads: kPart lanes of a warp, a warp, or the whole block. The parts of a warp reduce together: either all of them
-// call reduce(), or none.
+// 2^bits threads: a warp or the whole block. It can be divided into parts, which process a pair each: neighbouring threads
+// belong to neighbouring parts. The parts reduce together: either all of them call reduce(), or none.
 class Group {
  public:
-  SGL_DEVICE Group(int bits, GroupShared& shared) : bits_(bits), turn_(0), shared_(shared) {}
+  SGL_DEVICE Group(int bits, GroupShared& shared) : bits_(bits), part_bits_(0), turn_(0), shared_(shared) {}
 
-  SGL_DEVICE bool is_part() const { return bits_ < kWarpBits; }
-  SGL_DEVICE int rank() const { return threadIdx.x & (size() - 1); }
-  SGL_DEVICE int size() const { return 1 << bits_; }
+  SGL_DEVICE int part() const { return threadIdx.x & ((1 << part_bits_) - 1); }
+  // of the thread in its part, and the number of threads in a part
+  SGL_DEVICE int rank() const { return (threadIdx.x & ((1 << bits_) - 1)) >> part_bits_; }
+  SGL_DEVICE int size() const { return 1 << (bits_ - part_bits_); }
 
-  SGL_DEVICE void resize(int bits) { bits_ = bits; }
+  // Into 2^part_bits parts, at most a warp's lanes.
+  SGL_DEVICE void divide(int part_bits) { part_bits_ = part_bits; }
 
   SGL_DEVICE void sync() const {
     if (bits_ <= kWarpBits) {
@@ -67,7 +70,8 @@ class Group {
     }
   }
 
-  // R::merge(const R&) is exactly commutative. Therefore every thread gets the same result.
+  // R::merge(const R&) is exactly commutative. Therefore every thread of a part gets the same result. Small R are reduced by
+  // undivided groups only.
   template <class R>
   SGL_DEVICE R reduce(R value) {
     static_assert(sizeof(R) <= kMaxWords * sizeof(uint32_t) && alignof(R) <= 8, "fits into GroupShared");
@@ -77,25 +81,30 @@ class Group {
       for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
     } else {
 #pragma unroll 1
-      for (int lanes = (is_part() ? kPart : kWarp) / 2; lanes > 0; lanes /= 2)
-        value.merge(from_other_lane(value, lanes));
+      for (int lanes = kWarp / 2; lanes >> part_bits_ > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
     }
     if (bits_ <= kWarpBits) return value;
-    if (threadIdx.x % kWarp == 0) std::memcpy(shared_.of_warp[turn_][threadIdx.x / kWarp], &value, sizeof(R));
+    constexpr int kWords = sizeof(R) / sizeof(uint64_t) + (sizeof(R) % sizeof(uint64_t) != 0);
+    const int parts = 1 << part_bits_;
+    if (parts > 1) __syncthreads();  // other threads may still read either buffer
+    uint64_t* const of_warp = shared_.of_warp + (parts > 1 ? 0 : turn_ * GroupShared::kBuffer);
+    const int lane = threadIdx.x % kWarp;
+    if (lane < parts) std::memcpy(of_warp + (threadIdx.x / kWarp * parts + lane) * kWords, &value, sizeof(R));
     __syncthreads();
-    std::memcpy(&value, shared_.of_warp[turn_][0], sizeof(R));
+    std::memcpy(&value, of_warp + part() * kWords, sizeof(R));
 #pragma unroll 1
     for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
       R other;
-      std::memcpy(&other, shared_.of_warp[turn_][warp], sizeof(R));
+      std::memcpy(&other, of_warp + (warp * parts + part()) * kWords, sizeof(R));
       value.merge(other);
     }
+    if (parts > 1) __syncthreads();
     turn_ ^= 1;
     return value;
   }
 
  private:
-  int bits_;
+  int bits_, part_bits_;
   int turn_;
   GroupShared& shared_;
 };

@@ -66,7 +66,7 @@ uint32_t counter_of_stream(int device, unsigned long long id) {
   return index;
 }
 
-cudaError_t counter_for(const Forward& forward, const Plan& plan, int device, cudaStream_t stream, uint32_t** counter) {
+cudaError_t counter_for(const Forward& forward, int device, cudaStream_t stream, uint32_t** counter) {
   static std::atomic<uint32_t*> base[kMaxDevices];
   if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
   if (base[device].load() == nullptr) {
@@ -91,14 +91,32 @@ cudaError_t counter_for(const Forward& forward, const Plan& plan, int device, cu
     *counter = base[device].load() + index;
     return cudaSuccess;
   }
-  *counter = reinterpret_cast<uint32_t*>(forward.of_block + plan.forward_blocks);
+  *counter = static_cast<uint32_t*>(forward.workspace);
   return cudaMemsetAsync(*counter, 0, sizeof(uint32_t), stream);
 }
+
+int bits_of_block(int threads) {
+  int bits = kWarpBits;
+  while (1 << bits < threads) ++bits;
+  return bits;
+}
+
+// Groups of 2^part_bits pairs.
+uint32_t groups_of(const Call& call, int part_bits) { return (call.rows.units + (1u << part_bits) - 1) >> part_bits; }
 
 // SGL_TWO_TYPES: only the kernels for float and bfloat16, which tests/device_code compiles in half the time.
 template <class T, class In>
 cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& plan, cudaStream_t stream) {
-  SGL_LAUNCH((forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward, plan.forward_bits);
+  if (plan.piece_bits > 0) {
+    const int bits = bits_of_block(plan.first_threads);
+    const Work first{Stage::kFirstPass, bits, plan.first_part_bits, plan.piece_bits};
+    SGL_LAUNCH(
+        (forward_kernel<T, In>), groups_of(call, plan.first_part_bits) << plan.piece_bits, plan.first_threads, stream,
+        call, forward, first);
+  }
+  const Work work{
+      plan.piece_bits > 0 ? Stage::kOthers : Stage::kAll, plan.forward_bits, plan.part_bits, plan.piece_bits};
+  SGL_LAUNCH((forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward, work);
   return cudaGetLastError();
 }
 
@@ -112,51 +130,77 @@ cudaError_t backward_as(const Call& call, const Backward& backward, const Plan& 
 
 }  // namespace
 
+// The counter if no other one is left, a Batch for each block, and a PartialResult for each piece.
+int64_t workspace_bytes(const Call& call, const Plan& plan) {
+  const int64_t pairs =
+      plan.piece_bits == 0 ? 0 : int64_t{groups_of(call, plan.first_part_bits)} << plan.first_part_bits;
+  return sizeof(Batch) + plan.forward_blocks * sizeof(Batch) + (pairs << plan.piece_bits) * sizeof(PartialResult);
+}
+
 Plan plan_of(const Call& call, int multiprocessors) {
   const Rows& rows = call.rows;
   const int64_t units = rows.units;
   // for packed bags only the mean is known here
-  const int64_t positions = rows.offsets == nullptr ? rows.positions : 2 * (rows.positions / rows.bags);
+  const int64_t length = rows.offsets == nullptr ? rows.positions : rows.positions / rows.bags;
+  const int64_t positions = rows.offsets == nullptr ? length : 2 * length;
   const auto at_most = [](int64_t n, int64_t most) {
     return static_cast<int>(std::max<int64_t>(1, std::min(n, most)));
   };
-  Plan plan;
+  Plan plan = {};
+  // A block reads classes that lie side by side together, up to 64 bytes by neighbouring threads.
+  int part_bits = 0;
+  if (classes_across(rows, kWarp) > 1)
+    while (part_bits < (call.type == Type::kDouble ? 3 : 4) && 1u << part_bits < rows.classes) ++part_bits;
+  const int64_t all_groups = groups_of(call, part_bits);
+  const bool is_long = positions > 16 * kWarp;
+  // If there are fewer groups than multiprocessors, blocks divide their pairs, as long as a thread gets 32 instances.
+  plan.first_part_bits = part_bits;
+  plan.first_threads = 128;
+  if (is_long && rows.dimensions == 1 && call.mask == nullptr) {
+    const int64_t instances = 32 * (plan.first_threads >> part_bits);
+    while (plan.piece_bits < 6 && all_groups << plan.piece_bits < multiprocessors &&
+           length >= instances << (plan.piece_bits + 1))
+      ++plan.piece_bits;
+  }
+  const bool side_by_side = is_long && part_bits > 0 && plan.piece_bits == 0 && all_groups >= multiprocessors;
+  if (side_by_side) plan.part_bits = part_bits;
   // A warp reduces faster than a block. With many pairs, warps keep the GPU busy at any length.
-  const bool in_warps = positions <= 16 * kWarp || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors);
+  const bool in_warps =
+      !side_by_side && (!is_long || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors));
   // Parts of a warp issue less. They need enough pairs to hide latency: four warps on each multiprocessor, or eight if a
   // thread gets more than 16 instances.
   const int64_t warps = positions <= kShort ? 4 : 8;
-  const bool in_parts = positions <= 64 * kPart && units * kPart >= warps * kWarp * multiprocessors;
+  const bool in_parts = in_warps && positions <= 64 * kPart && units * kPart >= warps * kWarp * multiprocessors;
   int groups = 1;
   if (in_warps) {
-    plan.forward_bits = in_parts && first_pass_suffices(call.settings, false) ? kPartBits : kWarpBits;
-    // as many groups per block as possible while every multiprocessor gets a block
-    groups = kMaxThreads >> plan.forward_bits;
-    while (groups > 1 && units < static_cast<int64_t>(groups) * multiprocessors) groups /= 2;
-    plan.threads = groups << plan.forward_bits;
+    plan.forward_bits = kWarpBits;
+    if (in_parts && first_pass_suffices(call.settings, false)) plan.part_bits = kWarpBits - kPartBits;
+    // as many pairs per block as possible while every multiprocessor gets a block
+    groups = kMaxThreads >> kWarpBits;
+    while (groups > 1 && units < static_cast<int64_t>(groups << plan.part_bits) * multiprocessors) groups /= 2;
+    plan.threads = groups << kWarpBits;
   } else {
     // A few threads for each pair reduce faster. Many threads hide the latency of memory if there are few pairs.
+    const int64_t all = positions << plan.part_bits, threads = units * 128 >> plan.part_bits;
     plan.threads = 128;
     while (plan.threads < kMaxThreads &&
-           (positions > 64 * plan.threads ||
-            (positions > 16 * plan.threads && units * plan.threads < int64_t{1024} * multiprocessors)))
+           (all > 64 * plan.threads || (all > 16 * plan.threads && threads < int64_t{1024} * multiprocessors)))
       plan.threads *= 2;
-    for (plan.forward_bits = kWarpBits; 1 << plan.forward_bits < plan.threads;) ++plan.forward_bits;
+    plan.forward_bits = bits_of_block(plan.threads);
   }
   // a thread may use kRegisters of the 65536 registers of a multiprocessor
   const int registers = call.type == Type::kDouble ? kRegisters<double> : kRegisters<float>;
   const int resident = multiprocessors * std::min(65536 / (registers * plan.threads), 32);
-  plan.forward_blocks = at_most((units + groups - 1) / groups, resident);
+  const int64_t pairs = int64_t{groups} << plan.part_bits;
+  plan.forward_blocks = at_most((units + pairs - 1) / pairs, resident);
   // Backward: a thread has up to 64 instances, which share the cost of the numbers of the pair, and fewer if there would
   // be too few blocks. Work items are counted in 32 bits.
   // Backward has no reductions. Classes that lie side by side get as many neighbouring threads as a warp has.
-  plan.backward_bits =
-      in_parts && classes_across(rows, kWarp) == 1 ? kPartBits : std::max(plan.forward_bits, kWarpBits);
+  plan.backward_bits = in_parts && classes_across(rows, kWarp) == 1 ? kPartBits : plan.forward_bits;
   groups = plan.threads >> plan.backward_bits;
   const uint32_t size = 1u << plan.backward_bits, across = classes_across(rows, size);
   const int64_t strips = rows.bags * ((rows.classes + across - 1) / across);
   // the mean for packed bags: a thread has more instances in a longer bag
-  const int64_t length = rows.offsets == nullptr ? positions : positions / 2;
   const auto pieces_of = [&](int64_t instances) {
     const int64_t tile = instances * (size / across);
     return at_most(std::min<int64_t>((length + tile - 1) / tile, kMaxItems / std::max<int64_t>(strips, 1)), 1024);
@@ -171,8 +215,10 @@ Plan plan_of(const Call& call, int multiprocessors) {
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const RelaxedCapture relaxed;
-  const cudaError_t error = counter_for(forward, plan, device, stream, &forward.blocks_done);
+  const cudaError_t error = counter_for(forward, device, stream, &forward.blocks_done);
   if (error != cudaSuccess) return cleared(error);
+  forward.of_block = static_cast<Batch*>(forward.workspace) + 1;
+  forward.partial = reinterpret_cast<PartialResult*>(forward.of_block + plan.forward_blocks);
   switch (call.type) {
     case Type::kFloat:
       return forward_as<float, float>(call, forward, plan, stream);

@@ -28,7 +28,7 @@ struct Rows {
 // The number of classes that neighbouring threads of a group process in backward. Packed bags and channels_last maps hold the
 // classes of an instance side by side, so that neighbouring threads access neighbouring addresses.
 SGL_HD uint32_t classes_across(const Rows& rows, uint32_t threads) {
-  const bool side_by_side = rows.logits_class == 1 && rows.grad_class == 1;
+  const bool side_by_side = rows.logits_class == 1 && rows.grad_class <= 1;  // 0 in forward
   if (!side_by_side || rows.classes < 2 || rows.dimension[rows.dimensions - 1].logits == 1) return 1;
   const uint32_t strips = (rows.classes + threads - 1) / threads;
   return (rows.classes + strips - 1) / strips;
@@ -52,14 +52,22 @@ struct Call {
   Settings settings;
 };
 
+// What the first pass of a piece of a pair found.
+struct PartialResult {
+  uint64_t words[6];
+};
+
 struct Forward {
   Targets targets;
   const void* class_weight;  // like pos_weight
   void *total, *parts, *saved;  // of the loss's type
   void* bag_logits;  // one for each pair, of the loss's type; null: not wanted
-  Batch* of_block;  // one for each block of the plan, and one more
+  void* workspace;  // of workspace_bytes(), aligned to 8 bytes
   Batch* sums;  // null, or what gets the sums over the batch
-  uint32_t* blocks_done;  // set by launch_forward: a counter that is 0 before and after the launch
+  // set by launch_forward
+  Batch* of_block;  // one for each block of the plan
+  PartialResult* partial;  // one for each piece of a pair
+  uint32_t* blocks_done;  // a counter that is 0 before and after the launch
 };
 
 struct Backward {
@@ -71,12 +79,19 @@ struct Backward {
 // How a call is divided among the multiprocessors of a GPU. Only the shape and the GPU decide it, and with it the order of
 // the additions.
 struct Plan {
-  int forward_bits, backward_bits;  // 2^bits threads of a block process a pair: a part of a warp, a warp, or the block
+  // 2^forward_bits threads of a block form a group: a warp or the block. Its 2^part_bits parts process a pair each.
+  // Backward: 2^backward_bits threads process a pair: a part of a warp, a warp, or the block.
+  int forward_bits, part_bits, backward_bits;
+  // If piece_bits > 0, another launch of forward comes first: 2^piece_bits blocks of `first_threads` divide the pairs of a group,
+  // which is the block and has 2^first_part_bits parts.
+  int piece_bits, first_part_bits, first_threads;
   int threads, forward_blocks, backward_blocks;
   int pieces;  // backward: work items of a pair, or of several pairs side by side
 };
 
 Plan plan_of(const Call& call, int multiprocessors);
+
+int64_t workspace_bytes(const Call& call, const Plan& plan);
 
 // These functions return an error code of the CUDA runtime, 0 for success.
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream);

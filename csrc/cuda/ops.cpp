@@ -144,22 +144,23 @@ int multiprocessors_of(int device) {
 
 // What forward writes.
 struct Outputs {
-  Tensor total, parts, saved, of_block;
+  Tensor total, parts, saved, workspace;
   Forward forward = {};
 
-  Outputs(const Tensor& logits, const std::optional<Tensor>& class_weight, const Layout& layout, const Plan& plan)
+  Outputs(
+      const Tensor& logits, const std::optional<Tensor>& class_weight, const Layout& layout, const Call& call,
+      const Plan& plan)
       : total(torch::stable::new_empty(logits, {}, loss_type(logits))),
         parts(torch::stable::new_empty(logits, {3}, loss_type(logits))),
         saved(torch::stable::new_empty(logits, {layout.bags * layout.classes + 1, kColumns}, loss_type(logits))),
-        of_block(
+        workspace(
             torch::stable::new_empty(
-                logits, {(plan.forward_blocks + 1) * static_cast<int64_t>(sizeof(Batch) / sizeof(double))},
-                ScalarType::Double)) {
+                logits, {workspace_bytes(call, plan) / static_cast<int64_t>(sizeof(double))}, ScalarType::Double)) {
     forward.class_weight = class_vector(class_weight, "class_weight", logits, layout);
     forward.total = total.mutable_data_ptr();
     forward.parts = parts.mutable_data_ptr();
     forward.saved = saved.mutable_data_ptr();
-    forward.of_block = static_cast<Batch*>(of_block.mutable_data_ptr());
+    forward.workspace = workspace.mutable_data_ptr();
   }
 };
 
@@ -174,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const SelectedDevice selected(device);
   const Plan plan = plan_of(call, multiprocessors_of(device));
 
-  Outputs out(logits, class_weight, layout, plan);
+  Outputs out(logits, class_weight, layout, call, plan);
   out.forward.targets = targets_of(targets, layout);
   out.forward.sums = sums;
   check(launch_forward(call, out.forward, plan, device, current_stream(device)));
@@ -231,7 +232,7 @@ std::tuple<Tensor, Tensor> pool_forward(
   const int device = device_of(logits);
   const SelectedDevice selected(device);
   const Plan plan = plan_of(call, multiprocessors_of(device));
-  Outputs out(logits, std::nullopt, layout, plan);
+  Outputs out(logits, std::nullopt, layout, call, plan);
   Tensor bag_logits = torch::stable::new_empty(logits, {layout.bags, layout.classes}, loss_type(logits));
   out.forward.bag_logits = bag_logits.mutable_data_ptr();
   check(launch_forward(call, out.forward, plan, device, current_stream(device)));

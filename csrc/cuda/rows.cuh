@@ -1,8 +1,8 @@
 // The addresses of the instances of a pair (bag, class), and loads and stores of 16 bytes where the alignment allows them.
 //
-// The group and the length of the row decide which thread gets which instance. The layout does not. V is the number of logits
-// in 16 bytes, or 1 in a short row. In a group of s threads, thread r has the positions r V to r V + V - 1, then those s V
-// further on, and so on. Therefore sums are bitwise the same for a map, a channels_last map and packed rows.
+// In a group of s threads, thread r has the positions r V to r V + V - 1, then those s V further on, and so on. V is the
+// number of logits in 16 bytes, or 1 in a short row. In a row with a stride, V is 1, too: neighbouring threads read
+// neighbouring instances.
 #pragma once
 
 #include "group.cuh"
@@ -131,6 +131,15 @@ SGL_DEVICE Steps steps_to(const Rows& rows, int j) {
 
 SGL_DEVICE bool lies_on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Piece `piece` of 2^bits of a row of one stride. It begins at a multiple of 16 positions, so that packs stay aligned.
+SGL_DEVICE Place piece_of(const Rows& rows, Place place, int piece, int bits) {
+  const int length = (((place.positions + (1 << bits) - 1) >> bits) + 15) & ~15;
+  const int begin = piece * length < place.positions ? piece * length : place.positions;
+  place.logits += begin * rows.dimension[0].logits;
+  place.positions = length < place.positions - begin ? length : place.positions - begin;
+  return place;
+}
+
 // Rows of at most this many positions are short.
 constexpr int kShort = 4 * kWarp;
 
@@ -143,9 +152,10 @@ struct Row {
   bool is_simple;  // one stride, and every position is an instance
   bool is_contiguous;  // simple, with stride 1, and packs lie on 16 bytes
   int width;  // neighbouring positions of a thread: a pack, or 1 in a short row, so that more threads have work
-  int whole_packs;  // none in a short row
+  int whole_packs;  // of all threads together; none in a short row
 
-  SGL_DEVICE Row(const Call& call, const Place& place)
+  // `threads`: a power of 2, that process the row
+  SGL_DEVICE Row(const Call& call, const Place& place, int threads)
       : x(static_cast<const In*>(call.logits) + place.logits),
         mask(call.mask == nullptr ? nullptr : call.mask + place.mask),
         rows(&call.rows),
@@ -153,23 +163,24 @@ struct Row {
     const Rows& r = call.rows;
     is_simple = r.dimensions == 1 && mask == nullptr;
     is_contiguous = is_simple && r.dimension[0].logits == 1 && lies_on_16_bytes(x);
-    width = n <= kShort ? 1 : Pack<In>::kSize;
-    whole_packs = is_simple && n > kShort ? n / Pack<In>::kSize : 0;
+    width = n <= kShort || (is_simple && !is_contiguous) ? 1 : Pack<In>::kSize;
+    whole_packs = 0;
+    if (is_simple && n > kShort) whole_packs = is_contiguous ? n / Pack<In>::kSize : n / Pack<In>::kSize & -threads;
   }
 
-  // Packs first, first + step, ... of a simple row. One branch for all of them.
+  // Packs first, first + threads, ... of a simple row. One branch for all of them. `rank`: of the thread
   template <int kCount>
-  SGL_DEVICE void load(Pack<In> (&packs)[kCount], int first, int step) const {
+  SGL_DEVICE void load(Pack<In> (&packs)[kCount], int first, int rank, int threads) const {
     if (is_contiguous) {
 #pragma unroll
-      for (int u = 0; u < kCount; ++u) packs[u] = reinterpret_cast<const Pack<In>*>(x)[first + u * step];
+      for (int u = 0; u < kCount; ++u) packs[u] = reinterpret_cast<const Pack<In>*>(x)[first + u * threads];
     } else {
-      const int64_t stride = rows->dimension[0].logits;
+      const int64_t stride = rows->dimension[0].logits, step = threads * stride;
+      const In* from = x + ((first - rank) * Pack<In>::kSize + rank) * stride;
 #pragma unroll
       for (int u = 0; u < kCount; ++u) {
-        const In* from = x + static_cast<int64_t>(first + u * step) * Pack<In>::kSize * stride;
 #pragma unroll
-        for (int v = 0; v < Pack<In>::kSize; ++v, from += stride) packs[u].x[v] = *from;
+        for (int v = 0; v < Pack<In>::kSize; ++v, from += step) packs[u].x[v] = *from;
       }
     }
   }
@@ -208,11 +219,12 @@ template <int kTogether, class T, class In, class F, class Flush>
 SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f, const Flush& flush) {
   constexpr int kSize = Pack<In>::kSize;
   static_assert(kTogether <= 1 || kTogether == kPacks<In>, "nothing, a pack or a run");
-  int p = group.rank();
+  const int rank = group.rank();
+  int p = rank;
   if constexpr (kTogether > 1) {
     for (; p + (kTogether - 1) * group.size() < row.whole_packs; p += kTogether * group.size()) {
       Pack<In> packs[kTogether];
-      row.load(packs, p, group.size());
+      row.load(packs, p, rank, group.size());
       T x[kTogether * kSize];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
@@ -238,7 +250,7 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
   }
   int of_run = 0;
   const auto count_pack = [&] {
-    if (++of_run == kPacks<In>) {
+    if (++of_run == kPacks<In> * (row.width == 1 ? kSize : 1)) {
       flush();
       of_run = 0;
     }
@@ -247,13 +259,16 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
 #pragma unroll 1
     for (; p < row.whole_packs; p += group.size()) {
       Pack<In> pack[1];
-      row.load(pack, p, 0);
+      row.load(pack, p, rank, group.size());
       T x[kSize];
 #pragma unroll
       for (int v = 0; v < kSize; ++v) x[v] = read_as(T(), pack[0].x[v]);
       f(x, true);
       count_pack();
     }
+  }
+  if constexpr (kTogether > 0) {
+    if (row.width == 1) p = row.whole_packs * kSize + rank;
   }
 #pragma unroll 1
   for (; p * row.width < row.n; p += group.size()) {

@@ -70,9 +70,13 @@ def plans(small: bool) -> st.SearchStrategy[list[int]]:
     """Any plan gives a correct result. Unusual plans test the code for large problems with small ones."""
     most = 3 if small else 9
     blocks = st.integers(1, most)
-    of_warps = st.tuples(st.sampled_from([(3, 3), (3, 5), (5, 5)]), st.sampled_from([32, 64, 128]))
-    of_blocks = st.sampled_from([((6, 6), 64), ((7, 7), 128)])
-    groups = (of_warps | of_blocks).map(lambda bits_and_threads: [*bits_and_threads[0], bits_and_threads[1]])
+    # forward_bits, part_bits, backward_bits, piece_bits, first_part_bits, threads
+    parts, divided = st.sampled_from([0, 1, 2, 3]), (st.sampled_from([0, 0, 1, 2, 4]), st.sampled_from([0, 1, 2, 3]))
+    groups = st.tuples(
+        st.just(5), st.sampled_from([0, 2, 3]), st.sampled_from([3, 5]), *divided, st.sampled_from([32, 64, 128])
+    )
+    for bits in (6, 7):
+        groups |= st.tuples(st.just(bits), parts, st.just(bits), *divided, st.just(1 << bits))
     return st.builds(lambda *members: [*members[0], *members[1:]], groups, blocks, blocks, st.integers(1, 3))
 
 

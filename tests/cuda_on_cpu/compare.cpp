@@ -233,19 +233,19 @@ bool run_emulated(const Problem& problem, Result& result) {
   const int working = c.type == 1 ? 8 : 4;
   Plan plan = plan_of(call, static_cast<int>(problem.multiprocessors));
   if (!problem.plan.empty()) {
-    plan.forward_bits = static_cast<int>(problem.plan[0]);
-    plan.backward_bits = static_cast<int>(problem.plan[1]);
-    plan.threads = static_cast<int>(problem.plan[2]);
-    plan.forward_blocks = static_cast<int>(problem.plan[3]);
-    plan.backward_blocks = static_cast<int>(problem.plan[4]);
-    plan.pieces = static_cast<int>(problem.plan[5]);
+    int* const members[] = {&plan.forward_bits,   &plan.part_bits,       &plan.backward_bits,
+                            &plan.piece_bits,     &plan.first_part_bits, &plan.threads,
+                            &plan.forward_blocks, &plan.backward_blocks, &plan.pieces};
+    for (size_t k = 0; k < problem.plan.size(); ++k) *members[k] = static_cast<int>(problem.plan[k]);
+    plan.first_threads = 64;
+    if (call.mask != nullptr || call.rows.dimensions != 1) plan.piece_bits = 0;  // only simple rows are divided
   }
   const int type = c.type == 1 ? 1 : 0;
-  std::vector<Batch> of_block(plan.forward_blocks + 1);
+  std::vector<double> workspace(workspace_bytes(call, plan) / sizeof(double));
   Forward forward = {};
   forward.targets = {targets.data(), c.classes, 1, 4, true, false};
   forward.class_weight = c.class_weight;
-  forward.of_block = of_block.data();
+  forward.workspace = workspace.data();
   const int64_t sizes[] = {working, 3 * working, (c.bags * c.classes + 1) * kColumns * working};
   std::vector<Buffer> out, again;
   for (std::vector<Buffer>* to : {&again, &out}) {

@@ -35,7 +35,7 @@ QUICK = {
     "a shuffle without the upper half of the warp": Fault(
         "cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu", "map 32x14x256"),
     "one vector too many at the end of a row": Fault(
-        "cuda/rows.cuh", "? n / Pack<In>::kSize : 0", "? (n + Pack<In>::kSize - 1) / Pack<In>::kSize : 0", "odd rows"),
+        "cuda/rows.cuh", "? n / Pack<In>::kSize :", "? (n + Pack<In>::kSize - 1) / Pack<In>::kSize :", "odd rows"),
 }  # fmt: skip
 
 #: Found by the whole tier, with those above.
