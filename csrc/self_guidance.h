@@ -29,13 +29,25 @@ SGL_HD Guide<T> guide_of(T low, T high, const Scale<T>& scale, double delta_l, b
   return {low, high, T(1) / p_high, lift, T(1) / (span * lift), static_cast<T>(delta_l), delta_h};
 }
 
+// expm1(low - x) / expm1(low - high)
+template <class F, class T>
+SGL_HD F rise_of(F x, const Guide<T>& g) {
+  return (expm1_negative(g.low - x) * g.lift) * g.inverse_span;
+}
+#if defined(__CUDA_ARCH__) || defined(SGL_EMULATE)
+// If the logits differ by ln 2 or more, exp(...) - 1 is precise enough: its error is at most 4 ulp of theta = 1.
+SGL_HD float rise_of(float x, const Guide<float>& g) {
+  if (g.inverse_span < -2.0f) return rise_of<float, float>(x, g);
+  return std::fma(exp2_instruction((g.low - x) * 1.44269504f), g.inverse_span, -g.inverse_span);
+}
+#endif
+
 // theta = (p - min p) / (max p - min p) (Eq. 5). Differences of probabilities lose precision where the sigmoid
 // saturates. sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)) does not, so theta is computed as [p /
 // max p] [expm1(min x - x) / expm1(min x - max x)].
 template <class F, class T>
 SGL_HD F theta_of(F x, const Probability<F>& o, const Guide<T>& g) {
-  const F rise = (expm1_negative(g.low - x) * g.lift) * g.inverse_span;
-  const F theta = (o.scaled_p * g.inverse_p_high) * rise;
+  const F theta = (o.scaled_p * g.inverse_p_high) * rise_of(x, g);
   return select((theta > T(1)) | (x == g.high), F(T(1)), theta);
 }
 

@@ -164,44 +164,58 @@ SGL_DEVICE bool find_first(
   FirstPass<T, ties> found;
   static_assert(sizeof(found) <= sizeof(PartialResult), "fits into the workspace");
   if (work.stage == Stage::kOthers) {
-    if (group.rank() < 1 << work.piece_bits) std::memcpy(&found, &partial[group.rank()], sizeof(found));
+    if (group.rank() < 1 << work.piece_bits)
+      found = *reinterpret_cast<const FirstPass<T, ties>*>(partial + group.rank());
   } else {
     // A variant for each combination: no instance pays for what its row does not need.
     found = negative ? first_pass<true, ties, T>(row, group) : first_pass<false, ties, T>(row, group);
   }
   found = group.reduce(found);
   if (work.stage == Stage::kFirstPass) {
-    if (group.rank() == 0) std::memcpy(&partial[piece], &found, sizeof(found));
+    if (group.rank() == 0) *reinterpret_cast<FirstPass<T, ties>*>(partial + piece) = found;
     return false;
   }
   result = {found.loss, found.low, found.high, ties ? T(0) : T(found.more), ties ? int(found.more) : 0, found.n};
   return true;
 }
 
+// With pos_weight = 1, the logarithms of the BCE all have the weight 1. So three products take the place of a logarithm for each
+// instance. An ambiguous instance of another weight needs its own.
 template <bool scaled, class T, class In>
 SGL_DEVICE GuidedPass
-guided_pass(const Row<In>& row, const Guide<T>& guide, const Scale<T>& scale, T pos_weight, T harmless, Group& group) {
+guided_pass(const Row<In>& row, const Guide<T>& guide, const Scale<T>& scale, T pos_weight, const Group& group) {
   GuidedPass found = {};
   T negative = T(0), ambiguous = T(0), positive = T(0), square = T(0);
+  LogOfProduct<T> of_negative, of_ambiguous, of_positive;
   for_instances<0, T>(
-      row, group, one_by_one([&](T x, bool live) {
-        x = live ? x : harmless;
+      row, group, one_by_one([&](T x, bool) {
         const Probability<T> o = probability<scaled>(x, scale);
-        const Target<T> t = target_of(theta_of(x, o, guide), guide);
-        const T l = live ? bce(x, o, t.m, pos_weight) : T(0);
-        negative += l * t.negative;
-        ambiguous += l * t.ambiguous;
-        positive += l * t.positive;
-        square += live && t.m > T(0) ? o.scaled_p * o.scaled_p : T(0);
-        found.negatives += live && t.negative != T(0) ? 1 : 0;
-        found.positives += live && t.positive != T(0) ? 1 : 0;
+        const T theta = theta_of(x, o, guide);
+        const bool is_negative = theta<guide.delta_l, is_positive = theta> guide.delta_h;
+        const bool is_ambiguous = !is_negative && !is_positive;
+        const T above = larger(T(0), x), below = above - x;  // exact
+        negative += is_negative ? above : T(0);
+        positive += is_positive ? below : T(0);
+        of_negative.multiply_by_1_plus(is_negative ? o.u : T(0));
+        of_positive.multiply_by_1_plus(is_positive ? o.u : T(0));
+        T linear = (T(1) - theta) * above + pos_weight * theta * below;
+        if (pos_weight != T(1)) {
+          linear += (T(1) - theta + pos_weight * theta) * log1p_unit(o.u);
+        } else {
+          of_ambiguous.multiply_by_1_plus(is_ambiguous ? o.u : T(0));
+        }
+        ambiguous += is_ambiguous ? linear : T(0);
+        square += !is_negative && theta > T(0) ? o.scaled_p * o.scaled_p : T(0);
+        found.negatives += is_negative ? 1 : 0;
+        found.positives += is_positive ? 1 : 0;
       }),
       [&] {
-        found.loss[0] += static_cast<double>(negative);
-        found.loss[1] += static_cast<double>(ambiguous);
-        found.loss[2] += static_cast<double>(positive);
+        found.loss[0] += static_cast<double>(negative + of_negative.log());
+        found.loss[1] += static_cast<double>(ambiguous + of_ambiguous.log());
+        found.loss[2] += static_cast<double>(pos_weight * (positive + of_positive.log()));
         found.square += static_cast<double>(square);
         negative = ambiguous = positive = square = T(0);
+        of_negative = of_ambiguous = of_positive = LogOfProduct<T>();
       });
   return found;
 }
@@ -212,8 +226,7 @@ SGL_DEVICE double rounded_pass(const Row<In>& row, Group& group) {
   SumPass found = {0};
   LogOfProduct<T> product;
   for_instances<0, T>(
-      row, group, one_by_one([&](T x, bool live) { product.multiply_by_1_plus(live ? exp(-magnitude_of(x)) : T(0)); }),
-      [&] {
+      row, group, one_by_one([&](T x, bool) { product.multiply_by_1_plus(exp(-magnitude_of(x))); }), [&] {
         found.sum += static_cast<double>(product.log());
         product = LogOfProduct<T>();
       });
@@ -222,15 +235,15 @@ SGL_DEVICE double rounded_pass(const Row<In>& row, Group& group) {
 
 // The sums of terms(x) over the instances.
 template <int kSums, class T, class In, class Terms>
-SGL_DEVICE PooledPass pooled_pass(const Row<In>& row, T harmless, Group& group, const Terms& terms) {
+SGL_DEVICE PooledPass pooled_pass(const Row<In>& row, const Group& group, const Terms& terms) {
   PooledPass found = {};
   T a = T(0), b = T(0), c = T(0);
   for_instances<0, T>(
-      row, group, one_by_one([&](T x, bool live) {
-        const PoolingTerms<T> t = terms(live ? x : harmless);
-        a += live ? t.a : T(0);
-        if (kSums > 1) b += live ? t.b : T(0);
-        if (kSums > 2) c += live ? t.c : T(0);
+      row, group, one_by_one([&](T x, bool) {
+        const PoolingTerms<T> t = terms(x);
+        a += t.a;
+        if (kSums > 1) b += t.b;
+        if (kSums > 2) c += t.c;
       }),
       [&] {
         found.sum[0] += static_cast<double>(a);
@@ -246,7 +259,7 @@ SGL_DEVICE PooledPass
 pooled_sums(int64_t code, const Row<In>& row, const Scale<T>& scale, const PoolingSettings<T>& settings, Group& group) {
   if (scale.any) {
     // This is rare: one loop chooses the pooling for each instance, which saves code.
-    return pooled_pass<3, T>(row, settings.high, group, [&](T x) {
+    return pooled_pass<3, T>(row, group, [&](T x) {
       const Probability<T> o = probability<true>(x, scale);
       return with_pooling(
           code, [&](auto pooling) { return decltype(pooling)::template terms<true>(x, o, scale, settings); });
@@ -255,9 +268,8 @@ pooled_sums(int64_t code, const Row<In>& row, const Scale<T>& scale, const Pooli
   return with_pooling(code, [&](auto pooling) {
     using P = decltype(pooling);
     if constexpr (P::kSums > 0 && !P::kCountsMaxima) {
-      return pooled_pass<P::kSums, T>(row, settings.high, group, [&](T x) {
-        return P::template terms<false>(x, probability<false>(x, scale), scale, settings);
-      });
+      return pooled_pass<P::kSums, T>(
+          row, group, [&](T x) { return P::template terms<false>(x, probability<false>(x, scale), scale, settings); });
     } else {
       return PooledPass{};
     }
@@ -278,6 +290,96 @@ SGL_DEVICE int64_t count_equal(const Row<In>& row, T value, Group& group) {
   return group.reduce(found).n;
 }
 
+// The bins in which the logits of a pair are counted: a warp has 256 of them, a block more. `found` and `taken` are those of a
+// group at the number of its first warp.
+struct SearchShared {
+  static constexpr int kBins = 8, kTaken = 4;  // of a thread: its bins, and the logits that fit into their memory
+  struct Found {
+    uint32_t bin, before, inside;
+  };
+  alignas(8) uint32_t bins[kMaxThreads * kBins];
+  uint32_t of_warp[kMaxThreads / kWarp];
+  Found found[kMaxThreads / kWarp];
+  uint32_t taken[kMaxThreads / kWarp];
+};
+
+// x >= 0 rounded to an integer. It has to be less than 2^23.
+SGL_DEVICE uint32_t rounded_fma(float a, float b) { return bits_of<uint32_t>(std::fma(a, b, 8388608.0f)) & 0x7fffffu; }
+SGL_DEVICE uint32_t rounded_fma(double a, double b) {
+  return static_cast<uint32_t>(bits_of<uint64_t>(std::fma(a, b, 4503599627370496.0)));
+}
+
+// The `wanted`-th smallest logit in two passes. The first one counts the logits in bins of equal width between `low` and `high`.
+// The second one takes the logits of the bin that has the result. False if they are too many, or if there are no such bins.
+template <class T, class In>
+SGL_DEVICE bool search_bins(
+    const Row<In>& row, uint32_t wanted, T low, T high, Group& group, SearchShared& shared, T& result) {
+  const T range = high - low;
+  if (!(range > T(1e-30) && range < T(1e30))) return false;
+  const int rank = group.rank(), size = group.size(), first = group.first_thread(), warp = first / kWarp;
+  uint32_t* const bins = shared.bins + first * SearchShared::kBins;
+  uint32_t* const own = bins + rank * SearchShared::kBins;
+  const T scale = static_cast<T>(size * SearchShared::kBins - 1) / range;
+  group.sync();  // other threads may still read the bins of an earlier search
+#pragma unroll
+  for (int k = 0; k < SearchShared::kBins; ++k) own[k] = 0;
+  group.sync();
+  for_instances<1, T>(
+      row, group, one_by_one([&](T x, bool live) {
+        if (live) atomicAdd(bins + rounded_fma(x - low, scale), 1u);
+      }),
+      [] {});
+  group.sync();
+  uint32_t inside = 0, before = 0;
+#pragma unroll
+  for (int k = 0; k < SearchShared::kBins; ++k) inside += own[k];
+  uint32_t total = inside;
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const uint32_t others = from_other_lane(total, lanes);
+    if (threadIdx.x & lanes) before += others;
+    total += others;
+  }
+  if (size > kWarp) {
+    if (threadIdx.x % kWarp == 0) shared.of_warp[threadIdx.x / kWarp] = total;
+    __syncthreads();
+    for (unsigned k = 0; k < threadIdx.x / kWarp; ++k) before += shared.of_warp[k];
+  }
+  if (before < wanted && wanted <= before + inside) {
+    int k = 0;
+    while (before + own[k] < wanted) before += own[k++];
+    shared.found[warp] = {static_cast<uint32_t>(rank * SearchShared::kBins + k), before, own[k]};
+    shared.taken[warp] = 0;
+  }
+  group.sync();
+  const uint32_t bin = shared.found[warp].bin, place = wanted - 1 - shared.found[warp].before;
+  const int taken = shared.found[warp].inside;
+  if (taken > size * SearchShared::kTaken) return false;
+  // now the memory of the bins holds the logits of this one
+  for_instances<1, T>(
+      row, group, one_by_one([&](T x, bool live) {
+        if (!live || rounded_fma(x - low, scale) != bin) return;
+        std::memcpy(bins + atomicAdd(&shared.taken[warp], 1u) * (sizeof(T) / sizeof(*bins)), &x, sizeof(T));
+      }),
+      [] {});
+  group.sync();
+  // Their order in memory differs between launches. The result, the smallest that more than `place` do not exceed, does not.
+  LargestPass<T> negative_of = {-high};
+  for (int j = rank; j < taken; j += size) {
+    T x, other;
+    std::memcpy(&x, bins + j * (sizeof(T) / sizeof(*bins)), sizeof(T));
+    uint32_t up_to = 0;
+#pragma unroll 4
+    for (int i = 0; i < taken; ++i) {
+      std::memcpy(&other, bins + i * (sizeof(T) / sizeof(*bins)), sizeof(T));
+      up_to += other <= x ? 1 : 0;
+    }
+    if (up_to > place) negative_of.x = larger(negative_of.x, -x);
+  }
+  result = -group.reduce(negative_of).x;
+  return true;
+}
+
 // The smallest logit that at least `wanted` logits do not exceed.
 template <class T, class In>
 SGL_DEVICE T order_statistic_of(const Row<In>& row, int n, int64_t wanted, T low, T high, T guess, Group& group) {
@@ -293,11 +395,15 @@ SGL_DEVICE T order_statistic_of(const Row<In>& row, int n, int64_t wanted, T low
 
 // The median (k = 0) or the k-th largest logit: one copy of the code for both.
 template <class T, class In>
-SGL_DEVICE T ranked(const Row<In>& row, int n, int64_t k, T low, T high, Group& group) {
+SGL_DEVICE T ranked(const Row<In>& row, int n, int64_t k, T low, T high, Group& group, SearchShared& shared) {
+  const int64_t wanted = k == 0 ? median_rank(n) : n - k + 1;
+  T result;
+  if (wanted >= n) return high;
+  if (search_bins(row, static_cast<uint32_t>(wanted), low, high, group, shared, result)) return result;
   // The middle instead of the mean, which would be one more number to reduce in the first pass.
   const T middle = low + (high - low) * T(0.5);
   const T guess = k == 0 ? middle : middle + (high - middle) * T(0.5);
-  return order_statistic_of(row, n, k == 0 ? median_rank(n) : n - k + 1, low, high, guess, group);
+  return order_statistic_of(row, n, wanted, low, high, guess, group);
 }
 
 // Whether the first pass alone gives all sums of a pair.
@@ -341,7 +447,8 @@ SGL_DEVICE bool save_first(
 
 // The other passes of a pair, by the undivided group. `out` has what the first pass found.
 template <class T, class In>
-SGL_DEVICE void find_others(const Settings& settings, const Row<In>& row, T pos_weight, Group& group, Sums& out) {
+SGL_DEVICE void find_others(
+    const Settings& settings, const Row<In>& row, T pos_weight, Group& group, SearchShared& search, Sums& out) {
   const bool writes = group.rank() == 0, guided = out.kind == Kind::kPositive;
   const T low = static_cast<T>(out.extent.low), high = static_cast<T>(out.extent.high);
   const int n = static_cast<int>(out.n);
@@ -350,8 +457,8 @@ SGL_DEVICE void find_others(const Settings& settings, const Row<In>& row, T pos_
     const Scale<T> scale = scale_of(low, high);
     const Guide<T> guide = guide_of(low, high, scale, settings.delta_l, settings.rescale);
     const GuidedPass sums = group.reduce(
-        scale.any ? guided_pass<true>(row, guide, scale, pos_weight, low, group)
-                  : guided_pass<false>(row, guide, scale, pos_weight, low, group));
+        scale.any ? guided_pass<true>(row, guide, scale, pos_weight, group)
+                  : guided_pass<false>(row, guide, scale, pos_weight, group));
     if (writes) {
       for (int k = 0; k < 3; ++k) out.loss[k] = sums.loss[k];
       out.count[0] = sums.negatives;
@@ -372,7 +479,7 @@ SGL_DEVICE void find_others(const Settings& settings, const Row<In>& row, T pos_
 #pragma unroll 1
   for (int round = guided && settings.weighted ? 0 : 1; round < (has_kth ? 2 : 1); ++round) {
     const int64_t k = round == 0 ? 0 : TopKPooling::places(n, settings.pooling_parameter);
-    const T found = ranked(row, n, k, low, high, group);
+    const T found = ranked(row, n, k, low, high, group, search);
     if (round == 0) {
       if (writes) out.median = found;
     } else {
@@ -421,6 +528,7 @@ add_rows(uint64_t sum, const BatchRow* rows, unsigned first, unsigned end, unsig
 
 struct ForwardShared {
   GroupShared group;
+  SearchShared search;
   Sums sums[kSlots];
   BatchRow batch[kSlots];
   BatchRow total;
@@ -457,7 +565,9 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
   // blocks that process pieces of the same pairs count as one
   const int piece_bits = work.stage == Stage::kFirstPass ? work.piece_bits : 0;
   const unsigned block = blockIdx.x >> piece_bits, blocks = gridDim.x >> piece_bits;
-  if (threadIdx.x < kBatchNumbers) shared.total[threadIdx.x] = 0;
+  if (threadIdx.x == 0)
+    for (int c = 0; c < kBatchNumbers; ++c) shared.total[c] = 0;
+  __syncthreads();  // a block may have no pairs
 
   // Recomputed each round to save registers. The conditions of the loop are the same for the whole block.
   for (unsigned round = 0; (round * blocks + block) * pairs < call.rows.units; ++round) {
@@ -485,7 +595,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
       Place place = place_of(call.rows, bag, cls);
       if (visit > 0) {
         const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-        find_others(settings, Row<In>(call, place, group.size()), pos_weight, group, sums);
+        find_others(settings, Row<In>(call, place, group.size()), pos_weight, group, shared.search, sums);
         continue;
       }
       const Label label = !exists                           ? Label::kUnknown

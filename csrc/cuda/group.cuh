@@ -17,12 +17,12 @@ constexpr int kPartBits = 3, kPart = 1 << kPartBits;
 constexpr int kMaxThreads = 256;
 // Registers per thread, at most: as few as possible without spills. Then many threads are resident, which hides latency.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kRegistersInFloat = 112;
+constexpr int kRegistersInFloat = 112, kRegistersInDouble = 144;
 #else
-constexpr int kRegistersInFloat = 96;
+constexpr int kRegistersInFloat = 96, kRegistersInDouble = 128;
 #endif
 template <class T>
-constexpr int kRegisters = sizeof(T) == sizeof(double) ? 128 : kRegistersInFloat;
+constexpr int kRegisters = sizeof(T) == sizeof(double) ? kRegistersInDouble : kRegistersInFloat;
 
 // The largest struct that is reduced is FirstPass<double>.
 constexpr int kMaxWords = 12;
@@ -54,6 +54,7 @@ class Group {
  public:
   SGL_DEVICE Group(int bits, GroupShared& shared) : bits_(bits), part_bits_(0), turn_(0), shared_(shared) {}
 
+  SGL_DEVICE int first_thread() const { return threadIdx.x & -(1 << bits_); }
   SGL_DEVICE int part() const { return threadIdx.x & ((1 << part_bits_) - 1); }
   // of the thread in its part, and the number of threads in a part
   SGL_DEVICE int rank() const { return (threadIdx.x & ((1 << bits_) - 1)) >> part_bits_; }

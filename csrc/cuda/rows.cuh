@@ -213,13 +213,39 @@ SGL_DEVICE OneByOne<F> one_by_one(const F& f) {
 }
 
 // Calls f(several x, are they instances) for this thread's positions of the row, and flush() after every run.
-// kTogether: how many packs are loaded before f gets the first one: a whole run, or 1. With 0, f gets single instances. This
-// saves code and registers in passes whose arithmetic takes longer than the loads.
+// kTogether: how many packs are loaded before f gets the first one: a whole run, or 1. With 0, f gets single instances, and
+// neighbouring threads have neighbouring ones. This saves code and registers in passes whose arithmetic takes longer than the
+// loads. Then f only gets positions that are instances.
 template <int kTogether, class T, class In, class F, class Flush>
 SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f, const Flush& flush) {
   constexpr int kSize = Pack<In>::kSize;
   static_assert(kTogether <= 1 || kTogether == kPacks<In>, "nothing, a pack or a run");
   const int rank = group.rank();
+  if constexpr (kTogether == 0) {
+    const int size = group.size();
+    const In* from = row.x + rank * row.rows->dimension[0].logits;
+    int of_run = 0;
+#pragma unroll 1
+    for (int j = rank; j < row.n; j += size) {
+      In now;
+      if (row.is_simple) {
+        now = *from;
+        from += size * row.rows->dimension[0].logits;
+      } else {
+        bool live;
+        now = row.at(j, live);
+        if (!live) continue;
+      }
+      const T x[1] = {read_as(T(), now)};
+      f(x, true);
+      if (++of_run == kPacks<In> * kSize) {
+        flush();
+        of_run = 0;
+      }
+    }
+    flush();
+    return;
+  }
   int p = rank;
   if constexpr (kTogether > 1) {
     for (; p + (kTogether - 1) * group.size() < row.whole_packs; p += kTogether * group.size()) {
@@ -255,21 +281,17 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
       of_run = 0;
     }
   };
-  if constexpr (kTogether > 0) {
 #pragma unroll 1
-    for (; p < row.whole_packs; p += group.size()) {
-      Pack<In> pack[1];
-      row.load(pack, p, rank, group.size());
-      T x[kSize];
+  for (; p < row.whole_packs; p += group.size()) {
+    Pack<In> pack[1];
+    row.load(pack, p, rank, group.size());
+    T x[kSize];
 #pragma unroll
-      for (int v = 0; v < kSize; ++v) x[v] = read_as(T(), pack[0].x[v]);
-      f(x, true);
-      count_pack();
-    }
+    for (int v = 0; v < kSize; ++v) x[v] = read_as(T(), pack[0].x[v]);
+    f(x, true);
+    count_pack();
   }
-  if constexpr (kTogether > 0) {
-    if (row.width == 1) p = row.whole_packs * kSize + rank;
-  }
+  if (row.width == 1) p = row.whole_packs * kSize + rank;
 #pragma unroll 1
   for (; p * row.width < row.n; p += group.size()) {
 #pragma unroll 1

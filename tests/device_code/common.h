@@ -105,7 +105,8 @@ void count_shared(const uint32_t* addresses, uint32_t mask, int size);
 
 // The last accesses to a byte of shared memory, with the number of block and warp barriers before them.
 struct Touch {
-  int16_t writer = -1, reader = -1;  // -1: none; reader -2: threads of several warps
+  int16_t writer = -1, reader = -1;  // -1: none; -2: threads of several warps
+  bool atomic = false;  // the last write
   uint32_t written_block = 0, written_warp = 0, read_block = 0, read_warp = 0;
 };
 struct SharedMemory {
@@ -120,13 +121,14 @@ struct SharedMemory {
     warp_epoch.assign(warps, 1);
     block_epoch = 1;
   }
-  uint8_t* at(uint32_t address, int size, int thread, bool store, uint32_t pc) {
+  uint8_t* at(uint32_t address, int size, int thread, bool store, uint32_t pc, bool atomic = false) {
     if (address + uint64_t(size) > bytes.size()) fail("shared memory: %u of %zu at pc %u", address, bytes.size(), pc);
     if (address % size != 0) fail("shared memory: misaligned %u by %d at pc %u", address, size, pc);
-    if (options.races) note(address, size, thread, store, pc);
+    if (options.races) note(address, size, thread, store, pc, atomic);
     return bytes.data() + address;
   }
-  void note(uint32_t address, int size, int thread, bool store, uint32_t pc) {
+  // Atomic writes need no order among each other. The first of a warp, or -2, stands for all of them.
+  void note(uint32_t address, int size, int thread, bool store, uint32_t pc, bool atomic) {
     const uint32_t of_warp = warp_epoch[thread / 32];
     const auto ordered = [&](int other, uint32_t block, uint32_t warp) {
       if (other == -1 || other == thread || block < block_epoch) return true;
@@ -134,14 +136,17 @@ struct SharedMemory {
     };
     for (int k = 0; k < size; ++k) {
       Touch& t = touched[address + k];
-      if (!ordered(t.writer, t.written_block, t.written_warp))
+      const bool written_before = ordered(t.writer, t.written_block, t.written_warp);
+      if (!written_before && !(atomic && t.atomic))
         fail(
             "race in shared memory at %u: thread %d %s what %d wrote, pc %u", address + k, thread,
             store ? "writes" : "reads", t.writer, pc);
       if (store) {
         if (!ordered(t.reader, t.read_block, t.read_warp))
           fail("race in shared memory at %u: thread %d writes what %d read, pc %u", address + k, thread, t.reader, pc);
-        t.writer = thread;
+        const bool joins = atomic && t.atomic && !written_before;
+        t.writer = !joins ? thread : t.writer >= 0 && t.writer / 32 == thread / 32 ? t.writer : -2;
+        t.atomic = atomic;
         t.written_block = block_epoch;
         t.written_warp = of_warp;
         t.reader = -1;

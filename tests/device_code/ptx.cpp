@@ -346,6 +346,7 @@ void fill_table() {
     put<uint16_t>(w, i.v[0], l, uint16_t(x));
     put<uint16_t>(w, i.v[1], l, uint16_t(x >> 16));
   });
+  END DEF("trap", kOther) for_lanes(m, [&](int) { fail("the kernel traps"); });
   END DEF("nothing", kBarrier) END DEF("atom.global.inc.u32", kGlobal) uint64_t at[32];
   for_lanes(m, [&](int l) {
     const uint64_t address = at[l] = get<uint64_t>(w, i.a, l) + i.offset;
@@ -357,6 +358,20 @@ void fill_table() {
   });
   count_global(at, m, 4, true);
   END
+}
+
+void atomic_add_shared(Warp& w, const Instruction& i, uint32_t m) {
+  uint32_t at[32];
+  for_lanes(m, [&](int l) {
+    at[l] = (i.a < 0 ? 0 : get<uint32_t>(w, i.a, l)) + static_cast<uint32_t>(i.offset);
+    uint8_t* p = w.block->shared.at(at[l], 4, w.index * 32 + l, true, 0, true);
+    uint32_t old;
+    memcpy(&old, p, 4);
+    const uint32_t sum = old + get<uint32_t>(w, i.b, l);
+    memcpy(p, &sum, 4);
+    put<uint32_t>(w, i.d, l, old);
+  });
+  count_shared(at, m, 4);
 }
 
 // ld and st in any state space; the opcode holds the type.
@@ -715,6 +730,11 @@ class Builder {
       i.function = function_;
       return emit();
     }
+    if (op == "trap") {
+      i.run = table().at(op).run;
+      i.cls = kBranch;
+      return emit();
+    }
     if (op == "call.uni") {
       i.kind = kCall;
       i.cls = kBranch;
@@ -816,12 +836,13 @@ class Builder {
       }
     }
     if (op.compare(0, 5, "atom.") == 0) {
-      if (op != "atom.global.inc.u32") fail("what is %s?", op.c_str());
+      const bool shared = op == "atom.shared.add.u32";
+      if (!shared && op != "atom.global.inc.u32") fail("what is %s?", op.c_str());
       i.d = operand(o[0]);
       address(i, o[1]);
       i.b = operand(o[2]);
-      i.run = table().at(op).run;
-      i.cls = kGlobal;
+      i.run = shared ? &atomic_add_shared : table().at(op).run;
+      i.cls = shared ? Class::kShared : kGlobal;
       return emit();
     }
     const auto found = table().find(op);

@@ -794,6 +794,19 @@ RUN(sts) {
   });
   count_shared(at, m, i.size);
 }
+RUN(atoms_add) {
+  uint32_t at[32];
+  for_lanes(m, [&](int l) {
+    at[l] = shared_address(w, i, l);
+    uint8_t* p = w.block->shared.at(at[l], 4, w.index * 32 + l, true, i.pc, true);
+    uint32_t old;
+    memcpy(&old, p, 4);
+    const uint32_t sum = old + row(w, i.b)[l];
+    memcpy(p, &sum, 4);
+    w.r(i.d)[l] = old;
+  });
+  count_shared(at, m, 4);
+}
 RUN(atomg_inc) {
   uint64_t at[32];
   for_lanes(m, [&](int l) {
@@ -1545,6 +1558,20 @@ class Section {
       }
       if (global && i.scale != 1) fail("a scaled address of global memory is not supported");
       if (global && !i.base64 && i.base != kRZ) i.base64 = true;
+      return none_left();
+    }
+    if (name == "ATOMS") {
+      const bool increments = has("POPC") && has("INC") && has("32");
+      if (!increments && !(has("ADD") && mods.size() == 2)) fail("this ATOMS is not supported");
+      set(atoms_add, Class::kShared);
+      dest();
+      address(i, next());
+      if (increments) {
+        i.b.kind = Operand::kImm;
+        i.b.row = immediate_row(1, 0);
+      } else {
+        i.b = operand(next(), kIntImm);
+      }
       return none_left();
     }
     if (name == "ATOMG") {
