@@ -106,6 +106,7 @@ def kept(counts: dict[str, Any]) -> dict[str, float]:
         "forward": round(forward["issued"], 2),
         "backward": round(backward["issued"], 2),
         "forward_fp64": round(forward["by_class"]["fp64"], 2),
+        "forward_load_sectors": round(sectors(forward["loads"]), 3),
         "load_sectors": round(sectors(backward["loads"]), 3),
         "store_sectors": round(sectors(backward["stores"]), 3),
     }

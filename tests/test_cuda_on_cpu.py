@@ -123,6 +123,16 @@ def test_targets_may_have_any_dtype(kernels, dtype):
 
 
 @needs_kernel
+@pytest.mark.parametrize("by", [1, 2, 3, 7, 14, 527, 641, 1 << 20, (1 << 30) + 1, (1 << 31) - 1])
+def test_division_by_a_product_is_exact(kernels, by):
+    most = (1 << 31) - 1
+    near = [k * by + more for k in (0, 1, 2, 1000, most // by) for more in (-1, 0, 1)]
+    for n in [*near, *torch.randint(most, (1000,)).tolist(), most]:
+        if 0 <= n <= most:
+            assert kernels.quotient_of(n, by) == n // by
+
+
+@needs_kernel
 def test_too_large_shapes_raise_an_error(kernels):
     """The tensors are expanded, so that they need no memory."""
     rows = torch.zeros(1).expand(1 << 30)

@@ -132,48 +132,39 @@ SGL_DEVICE void write_row(
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     const __grid_constant__ Call call, const __grid_constant__ Backward backward, const int group_bits,
-    const uint32_t pieces) {
+    const Tiling tiling) {
   const Rows& rows = call.rows;
   const T* saved = static_cast<const T*>(backward.saved);
-  const uint32_t classes = rows.classes, pairs = rows.units, bags = static_cast<uint32_t>(rows.bags);
+  const uint32_t classes = rows.classes, pairs = rows.units;
   const T* denominators = saved + int64_t{pairs} * kColumns;
   const T* grad_output = static_cast<const T*>(backward.grad_output);
   In* grad = static_cast<In*>(backward.grad);
 
-  // 32 bits: division takes a fraction of the instructions of 64 bits (plan_of limits the items)
-  const uint32_t size = 1u << group_bits, groups = blockDim.x >> group_bits;
-  const uint32_t group = threadIdx.x >> group_bits, rank = threadIdx.x & (size - 1);
-  // Neighbouring threads have neighbouring classes, then neighbouring instances. Few layouts pay for the divisions.
-  const uint32_t across = classes_across(rows, size);
-  uint32_t strips = classes, lengthwise = size, at = rank, class_at = 0;
-  if (across > 1) {
-    strips = (classes + across - 1) / across;
-    lengthwise = size / across;
-    at = rank / across;
-    class_at = rank - at * across;
-  }
-  for (uint32_t item = blockIdx.x * groups + group; item < bags * strips * pieces; item += gridDim.x * groups) {
-    uint32_t strip = item;
-    if (pieces > 1) strip = item / pieces;
-    const uint32_t bag = strip / strips, cls = (strip - bag * strips) * across + class_at;
-    if (at >= lengthwise || cls >= classes) continue;
+  const uint32_t groups = blockDim.x >> group_bits, rank = threadIdx.x & ((1u << group_bits) - 1);
+  // Neighbouring threads have neighbouring classes, then neighbouring instances.
+  const uint32_t at = quotient_of(rank, tiling.across), class_at = rank - at * tiling.across.by;
+  for (uint32_t item = blockIdx.x * groups + (threadIdx.x >> group_bits); item < tiling.items;
+       item += gridDim.x * groups) {
+    const uint32_t strip = quotient_of(item, tiling.pieces), bag = quotient_of(strip, tiling.strips);
+    const uint32_t cls = (strip - bag * tiling.strips.by) * tiling.across.by + class_at;
+    if (at >= tiling.lengthwise || cls >= classes) continue;
     const uint32_t pair = bag * classes + cls;
     const Place place = place_of(rows, bag, cls);
-    const Row<In> row(call, place, lengthwise);
+    const Row<In> row(call, place, tiling.lengthwise);
     write_row(
         call, row, grad + place.grad, saved + int64_t{pair} * kColumns, denominators,
-        grad_output[backward.per_pair ? pair : 0], cls, (item - strip * pieces) * lengthwise + at, pieces * lengthwise);
+        grad_output[backward.per_pair ? pair : 0], cls, (item - strip * tiling.pieces.by) * tiling.lengthwise + at,
+        tiling.pieces.by * tiling.lengthwise);
   }
 
-  if (rows.offsets == nullptr) return;
-  // rows of no bag, before the first and after the last: there are none where the offsets are right
+  if (rows.offsets == nullptr || blockIdx.x > 0) return;
+  // rows of no bag, before the first and after the last: there are none where the offsets are right, so one block is enough
   const int64_t begin = clamped(offset_at(rows, 0), 0, rows.positions);
   const int64_t end = clamped(offset_at(rows, rows.bags), begin, rows.positions);
   const int64_t outside = (begin + rows.positions - end) * static_cast<int64_t>(classes);
   In zero;
   write_as(&zero, T(0));
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < outside;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  for (int64_t i = threadIdx.x; i < outside; i += blockDim.x) {
     const int64_t row = i / classes, cls = i - row * classes;
     grad[(row < begin ? row : row - begin + end) * rows.grad_bag + cls * rows.grad_class] = zero;
   }

@@ -122,9 +122,13 @@ cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& pla
 
 template <class T, class In>
 cudaError_t backward_as(const Call& call, const Backward& backward, const Plan& plan, cudaStream_t stream) {
+  const uint32_t size = 1u << plan.backward_bits, pieces = plan.pieces, across = classes_across(call.rows, size);
+  const uint32_t strips = (call.rows.classes + across - 1) / across;
+  const Tiling tiling{
+      divisor_of(across), divisor_of(strips), divisor_of(pieces), size / across,
+      static_cast<uint32_t>(call.rows.bags) * strips * pieces};
   SGL_LAUNCH(
-      (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.backward_bits,
-      static_cast<uint32_t>(plan.pieces));
+      (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.backward_bits, tiling);
   return cudaGetLastError();
 }
 

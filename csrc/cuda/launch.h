@@ -25,6 +25,21 @@ struct Rows {
   bool offsets_are_64_bit;
 };
 
+// Division of numbers below 2^31 by a number that a launch keeps: a product in place of some 20 instructions.
+struct Divisor {
+  uint32_t by, multiplier, shift;
+};
+
+inline Divisor divisor_of(uint32_t by) {
+  uint32_t shift = 0;
+  while (uint64_t{1} << shift < by) ++shift;
+  return {by, static_cast<uint32_t>((((uint64_t{1} << shift) - by) << 32) / by + 1), shift};
+}
+
+SGL_HD uint32_t quotient_of(uint32_t n, const Divisor& d) {
+  return (static_cast<uint32_t>((static_cast<uint64_t>(n) * d.multiplier) >> 32) + n) >> d.shift;
+}
+
 // The number of classes that neighbouring threads of a group process in backward. Packed bags and channels_last maps hold the
 // classes of an instance side by side, so that neighbouring threads access neighbouring addresses.
 SGL_HD uint32_t classes_across(const Rows& rows, uint32_t threads) {
@@ -92,6 +107,13 @@ struct Plan {
 Plan plan_of(const Call& call, int multiprocessors);
 
 int64_t workspace_bytes(const Call& call, const Plan& plan);
+
+// How backward divides its work: an item is a piece of a strip of `across` classes, which lie side by side in memory, of a bag.
+struct Tiling {
+  Divisor across, strips, pieces;
+  uint32_t lengthwise;  // threads of a group for each of these classes
+  uint32_t items;
+};
 
 // These functions return an error code of the CUDA runtime, 0 for success.
 int launch_forward(const Call& call, Forward forward, const Plan& plan, int device, void* stream);

@@ -89,21 +89,24 @@ SGL_DEVICE int64_t offset_at(const Rows& rows, int64_t i) {
                                  : static_cast<const int32_t*>(rows.offsets)[at];
 }
 
-SGL_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
-  return value < low ? low : value > high ? high : value;
+SGL_DEVICE int clamped(int64_t value, int64_t low, int64_t high) {
+  return static_cast<int>(value < low ? low : value > high ? high : value);
 }
 
-SGL_DEVICE Place place_of(const Rows& rows, int64_t bag, int64_t cls) {
-  int64_t first = bag, positions = rows.positions;
+SGL_DEVICE Place place_of(const Rows& rows, uint32_t bag, uint32_t cls) {
+  // at most 2^30 - 1 of each
+  int64_t first = bag;
+  int positions = static_cast<int>(rows.positions);
   if (rows.offsets != nullptr) {
     // Offsets are clamped, so that invalid ones never address other memory. If they decrease, bags overlap, and a shared row
     // gets the gradient of one of these bags. Which one is undefined.
-    first = clamped(offset_at(rows, bag), 0, rows.positions);
-    positions = clamped(offset_at(rows, bag + 1), first, rows.positions) - first;
+    const int begin = clamped(offset_at(rows, bag), 0, positions);
+    positions = clamped(offset_at(rows, int64_t{bag} + 1), begin, positions) - begin;
+    first = begin;
   }
   return {
       first * rows.logits_bag + cls * rows.logits_class, first * rows.mask_bag,
-      first * rows.grad_bag + cls * rows.grad_class, static_cast<int>(positions)};
+      first * rows.grad_bag + cls * rows.grad_class, positions};
 }
 
 // Steps from the first position of a bag to position j.
