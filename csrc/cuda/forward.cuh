@@ -107,6 +107,8 @@ enum class Stage {
 struct Work {
   Stage stage;
   int group_bits, part_bits, piece_bits;
+  int pair_bits;  // 2^pair_bits pairs of a block are processed at once
+  Divisor classes;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -537,8 +539,9 @@ struct ForwardShared {
 
 template <class T>
 SGL_DEVICE void finalize_one(
-    const Call& call, const Forward& forward, const Sums& sums, unsigned pair, BatchRow& batch) {
-  const unsigned cls = pair % call.rows.classes;
+    const Call& call, const Forward& forward, const Divisor& classes, const Sums& sums, unsigned pair,
+    BatchRow& batch) {
+  const unsigned cls = pair - quotient_of(pair, classes) * classes.by;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const T* class_weights = static_cast<const T*>(forward.class_weight);
   const double pos_weight = pos_weights == nullptr ? 1.0 : pos_weights[cls];
@@ -561,7 +564,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
 
   Group group(work.group_bits, shared.group);
   // the pairs of a round of this block, and the rounds whose pairs are finalized together: a slot and a thread for each pair
-  const unsigned pairs = (blockDim.x >> work.group_bits) << work.part_bits, together = kSlots / pairs;
+  const unsigned pairs = 1u << work.pair_bits, together = kSlots >> work.pair_bits;
   // blocks that process pieces of the same pairs count as one
   const int piece_bits = work.stage == Stage::kFirstPass ? work.piece_bits : 0;
   const unsigned block = blockIdx.x >> piece_bits, blocks = gridDim.x >> piece_bits;
@@ -571,7 +574,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
 
   // Recomputed each round to save registers. The conditions of the loop are the same for the whole block.
   for (unsigned round = 0; (round * blocks + block) * pairs < call.rows.units; ++round) {
-    const unsigned waiting = round % together;
+    const unsigned waiting = round & (together - 1);
     // First every part of the group has a pair of its own. Then the whole group processes those that need more than the first
     // pass, one after another.
     const unsigned first_index = (threadIdx.x >> work.group_bits) << work.part_bits;
@@ -590,7 +593,8 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
       }
       const unsigned pair = (round * blocks + block) * pairs + index;
       const bool exists = pair < call.rows.units;
-      const unsigned bag = exists ? pair / call.rows.classes : 0, cls = exists ? pair - bag * call.rows.classes : 0;
+      const unsigned bag = exists ? quotient_of(pair, work.classes) : 0,
+                     cls = exists ? pair - bag * work.classes.by : 0;
       Sums& sums = shared.sums[waiting * pairs + index];
       Place place = place_of(call.rows, bag, cls);
       if (visit > 0) {
@@ -625,10 +629,10 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
     // the pairs of a round follow one another, and those of the next one are `blocks` blocks further on
     const unsigned slots = (waiting + 1) * pairs;
     if (slot < slots) {
-      const unsigned later = slot / pairs;
+      const unsigned later = slot >> work.pair_bits;
       const unsigned of_slot = first + later * blocks * pairs + slot - later * pairs;
       if (of_slot < call.rows.units) {
-        finalize_one<T>(call, forward, shared.sums[slot], of_slot, shared.batch[slot]);
+        finalize_one<T>(call, forward, work.classes, shared.sums[slot], of_slot, shared.batch[slot]);
       } else {
         for (int c = 0; c < kBatchNumbers; ++c) shared.batch[slot][c] = 0;
       }

@@ -107,16 +107,24 @@ uint32_t groups_of(const Call& call, int part_bits) { return (call.rows.units + 
 // SGL_TWO_TYPES: only the kernels for float and bfloat16, which tests/device_code compiles in half the time.
 template <class T, class In>
 cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& plan, cudaStream_t stream) {
+  const auto work_of = [&](Stage stage, int threads, int group_bits, int part_bits) {
+    return Work{
+        stage,
+        group_bits,
+        part_bits,
+        plan.piece_bits,
+        bits_of_block(threads) - group_bits + part_bits,
+        divisor_of(call.rows.classes)};
+  };
   if (plan.piece_bits > 0) {
-    const int bits = bits_of_block(plan.first_threads);
-    const Work first{Stage::kFirstPass, bits, plan.first_part_bits, plan.piece_bits};
+    const int threads = plan.first_threads, part_bits = plan.first_part_bits;
     SGL_LAUNCH(
-        (forward_kernel<T, In>), groups_of(call, plan.first_part_bits) << plan.piece_bits, plan.first_threads, stream,
-        call, forward, first);
+        (forward_kernel<T, In>), groups_of(call, part_bits) << plan.piece_bits, threads, stream, call, forward,
+        work_of(Stage::kFirstPass, threads, bits_of_block(threads), part_bits));
   }
-  const Work work{
-      plan.piece_bits > 0 ? Stage::kOthers : Stage::kAll, plan.forward_bits, plan.part_bits, plan.piece_bits};
-  SGL_LAUNCH((forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward, work);
+  SGL_LAUNCH(
+      (forward_kernel<T, In>), plan.forward_blocks, plan.threads, stream, call, forward,
+      work_of(plan.piece_bits > 0 ? Stage::kOthers : Stage::kAll, plan.threads, plan.forward_bits, plan.part_bits));
   return cudaGetLastError();
 }
 

@@ -31,6 +31,7 @@ struct Divisor {
 };
 
 inline Divisor divisor_of(uint32_t by) {
+  by = by > 0 ? by : 1;  // no classes: nothing is divided
   uint32_t shift = 0;
   while (uint64_t{1} << shift < by) ++shift;
   return {by, static_cast<uint32_t>((((uint64_t{1} << shift) - by) << 32) / by + 1), shift};
