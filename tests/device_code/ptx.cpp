@@ -346,6 +346,25 @@ void fill_table() {
     put<uint16_t>(w, i.v[0], l, uint16_t(x));
     put<uint16_t>(w, i.v[1], l, uint16_t(x >> 16));
   });
+  END DEF("bfi.b64", kAlu) for_lanes(m, [&](int l) {
+    const uint32_t at = get<uint32_t>(w, i.c, l) & 255, length = get<uint32_t>(w, i.v[0], l) & 255;
+    uint64_t field = length >= 64 ? ~uint64_t(0) : (uint64_t(1) << length) - 1;
+    field = at >= 64 ? 0 : field << at;
+    const uint64_t inserted = at >= 64 ? 0 : get<uint64_t>(w, i.a, l) << at;
+    put<uint64_t>(w, i.d, l, (get<uint64_t>(w, i.b, l) & ~field) | (inserted & field));
+  });
+  END DEF("prmt.b32", kAlu) for_lanes(m, [&](int l) {
+    const uint64_t bytes = get<uint32_t>(w, i.a, l) | uint64_t(get<uint32_t>(w, i.b, l)) << 32;
+    const uint32_t selectors = get<uint32_t>(w, i.c, l);
+    uint32_t result = 0;
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t selector = selectors >> 4 * k & 15;
+      uint32_t byte = uint32_t(bytes >> 8 * (selector & 7)) & 255;
+      if (selector & 8) byte = byte & 128 ? 255 : 0;
+      result |= byte << 8 * k;
+    }
+    put<uint32_t>(w, i.d, l, result);
+  });
   END DEF("trap", kOther) for_lanes(m, [&](int) { fail("the kernel traps"); });
   END DEF("nothing", kBarrier) END DEF("atom.global.inc.u32", kGlobal) uint64_t at[32];
   for_lanes(m, [&](int l) {
@@ -728,6 +747,16 @@ class Builder {
       i.kind = kReturn;
       i.cls = kBranch;
       i.function = function_;
+      return emit();
+    }
+    if (op == "bfi.b64") {
+      i.d = operand(o[0]);
+      i.a = operand(o[1]);
+      i.b = operand(o[2]);
+      i.c = operand(o[3]);
+      i.v[0] = operand(o[4]);
+      i.run = table().at(op).run;
+      i.cls = table().at(op).cls;
       return emit();
     }
     if (op == "trap") {
