@@ -684,6 +684,7 @@ def test_lam_stays_zero_for_random_labels(data):
     assert [row["lam"] for row in history] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.examples
 def test_command_explains_lam_that_stayed_zero(data, tmp_path, capsys):
     """A tiny learning rate: the training AUC stays below 1. In the second command lam rises at once."""
     options = ("--folds=2", "--classes=lesion", "--epochs=3", "--lr=1e-6", "--pooling=mean")
@@ -695,7 +696,7 @@ def test_command_explains_lam_that_stayed_zero(data, tmp_path, capsys):
     for change in ("--epochs 6", "--pooling topk", "--k-start 0.2 --restarts 4", "--stages", "--start at_once"):
         assert change in printed
     best = float(re.search(r"The highest AUC was ([\d.]+)\.", printed)[1])
-    histories = [torch.load(path)["history"] for path in (tmp_path / "never" / "parts").glob("*.pt")]
+    histories = [torch.load(path, weights_only=True)["history"] for path in (tmp_path / "never" / "parts").glob("*.pt")]
     assert best == pytest.approx(max(row["auc"][0] for rows in histories for row in rows), abs=0.005)
     assert text in (tmp_path / "never" / "report.html").read_text()
     # a finished run is not trained again, but still explained
