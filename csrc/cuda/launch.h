@@ -99,7 +99,8 @@ struct Plan {
   // Backward: 2^backward_bits threads process a pair: a part of a warp, a warp, or the block.
   int forward_bits, part_bits, backward_bits;
   // If piece_bits > 0, another launch of forward comes first: 2^piece_bits blocks of `first_threads` divide the pairs of a group,
-  // which is the block and has 2^first_part_bits parts.
+  // which is the block and has 2^first_part_bits parts. Then part_bits has to be 0, and the group of forward the block, with at
+  // least 2^piece_bits threads: they merge what the pieces of a pair gave.
   int piece_bits, first_part_bits, first_threads;
   int threads, forward_blocks, backward_blocks;
   int pieces;  // backward: work items of a pair, or of several pairs side by side
