@@ -227,7 +227,8 @@ def test_sanitizer_finds_the_seeded_bug(tmp_path, bug):
 @pytest.mark.sanitizer
 def test_failing_case_is_minimized(tmp_path):
     case = look_for("the tail of a row is left out", tmp_path, Phase.generate, Phase.shrink).failed
-    assert (case.sizes, case.classes, case.plan) == ([1], 1, [])
+    # Rows of up to 128 have another loop. Of the longer ones, 0 + 97 * 4 has no tail, and 0 + 97 * 5 has one.
+    assert (case.sizes, case.classes, case.plan) == ([485], 1, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
