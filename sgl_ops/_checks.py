@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch.autograd import forward_ad
 
 from ._tracing import is_traced, is_transformed
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TARGET_DTYPES = frozenset(
@@ -211,18 +210,19 @@ def unknown_argument(name: str, known: Iterable[str]) -> TypeError:
     return TypeError(f"{name}: not an argument of this loss; {hint}")
 
 
-def explains_arguments(function: Callable[P, R]) -> Callable[P, R]:
+def explains_arguments(function: Function) -> Function:
     """``function``, a constructor, with :func:`unknown_argument` for a keyword that it does not take."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
-    def checked(*args: P.args, **keywords: P.kwargs) -> R:
+    def checked(*args: Any, **keywords: Any) -> Any:
         for name in keywords:
             if name not in known:
                 raise unknown_argument(name, known)
         return function(*args, **keywords)
 
-    return checked
+    # functools.wraps keeps the signature, which mypy does not see
+    return checked  # type: ignore[return-value]
 
 
 def check_dense(name: str, value: Tensor) -> None:
