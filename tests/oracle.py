@@ -28,8 +28,13 @@ def exp(x):
     return exp_with(mp.prec, x)
 
 
+@lru_cache(1 << 16)
+def sigmoid_with(precision, x):
+    return 1 / (1 + mpmath.exp(-x))
+
+
 def sigmoid(x):
-    return 1 / (1 + exp(-x))
+    return sigmoid_with(mp.prec, x)
 
 
 def bce(p, target, pos_weight=1):
@@ -106,8 +111,9 @@ def guidance(xs, label, delta_l, rescale=True, weighted=True):
     if rescale and max(xs) == min(xs):
         return [mpf(0)] * len(xs), ["none"] * len(xs), alpha, weight
     targets, parts = [], []
+    low, high = min(p), max(p)
     for v in p:
-        theta = (v - min(p)) / (max(p) - min(p)) if rescale else v
+        theta = (v - low) / (high - low) if rescale else v
         if theta < mpf(delta_l):
             targets.append(mpf(0))
             parts.append("negative")

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused, functional
 from sgl_ops.pooling import POOLINGS as NAMED
-from sgl_ops.pooling import AutoPooling
+from sgl_ops.pooling import AutoPooling, make_pooling
 
 WORLD = 2
 KINDS = ("ddp", "fsdp")
@@ -219,6 +219,14 @@ def test_second_derivatives_equal_those_of_the_reference(device, layout):
     loss, x = SGLLoss(pooling="softmax"), x.detach()
     torch.testing.assert_close(torch.func.hessian(lambda x: loss(x, y, **call))(x), expected)
     torch.testing.assert_close(torch.func.jacrev(lambda x: torch.func.grad(loss)(x, y, **call))(x), expected)
+
+
+def test_torch_func_gives_the_hessian_of_a_pooling(device):
+    x = torch.randn(2, 3, 5, dtype=torch.float64).to(device)
+    pooling = make_pooling("softmax")
+    expected = torch.autograd.functional.hessian(lambda x: pooling.reference(x).sum(), x)
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(torch.func.hessian(lambda x: pooling(x).sum())(x), expected)
 
 
 def test_auto_uses_the_reference_only_inside_transforms(fused_device, monkeypatch):

@@ -50,8 +50,9 @@ def check_sgl(batch: Batch, impl: str, device, dtype=torch.float64, make=packed,
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_sgl_equals_the_oracle_for_every_pooling_and_dtype(impl, device, pooling, dtype):
-    batch = random_batch([7, 1, 18, 4], classes=3, unknown=0.2, seed=3)
+    batch = random_batch([7, 1, 18, 4], classes=2, unknown=0.2, seed=3)
     assert not near_threshold(batch.to(dtype), 0.3)
+    assert {str(y) for y in batch.labels.flatten().tolist()} == {"0.0", "1.0", "nan"}
     check_sgl(batch, impl, device, dtype, pooling=pooling, mask_weight=0.5, lam=2.0)
 
 
@@ -86,7 +87,7 @@ def test_sgl_equals_the_oracle_for_sizes_next_to_the_width_of_the_kernel(impl, d
 def test_saturated_logits_lose_no_precision(impl, device, pooling, shift):
     """If p or 1 - p is 1e-22, the loss still has the precision of float32."""
     batch = random_batch([6, 9], classes=2, shift=shift, seed=2)
-    with oracle.mp.workdps(300):  # noisy_or: 1 - P is e^-450
+    with oracle.mp.workdps(300 if pooling == "noisy_or" else 60):  # 1 - P is e^-450
         check_sgl(batch, impl, device, torch.float32, pooling=pooling, mask_weight=0.5)
 
 
@@ -96,7 +97,7 @@ def test_sgl_equals_the_oracle_for_extreme_thresholds(impl, device, delta_l):
     check_sgl(batch, impl, device, delta_l=delta_l)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     classes=st.integers(1, 3),
