@@ -15,6 +15,7 @@ from bags import experiment, instances, networks, options, training
 from bags.drawing import draw_bags, take
 from bags.metrics import iou, iou_pooled
 from common.metrics import auc
+from sklearn.metrics import roc_auc_score
 
 import sgl_ops
 
@@ -82,7 +83,14 @@ def test_metrics_equal_a_calculation_by_hand():
     assert iou_pooled(found, positive, offsets, batch_size=2) == pytest.approx((1 / 3 + 0) / 2)
     assert np.isnan(iou(found & False, positive & False, offsets))
     assert auc(np.array([0.1, 0.4, 0.3]), np.array([0, 1, 0])) == 1
+    generator = np.random.default_rng(0)
+    for kind in (np.float32, np.float64):
+        for decimals in (1, 9):  # with ties and without
+            scores, labels = generator.normal(size=50).round(decimals).astype(kind), generator.integers(0, 2, 50)
+            assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), rel=1e-13)
     assert np.isnan(auc(np.array([0.1, 0.4]), np.array([1, 1])))
+    with pytest.raises(ValueError, match="got NaN"):
+        auc(np.array([0.1, np.nan]), np.array([0, 1]))
 
 
 def test_parts_share_no_image():

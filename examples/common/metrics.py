@@ -5,9 +5,22 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve of bag scores; NaN if all labels are equal."""
-    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else math.nan
+    """Area under the ROC curve of bag scores (n,) and labels (n,), 0 or 1; NaN if all labels are equal.
+
+    It is the share of the pairs of a positive and a negative bag in which the positive one has the higher score; ties
+    count half. Ranks give this share in one sort. scikit-learn's function takes 20 times as long for 40 bags, and an
+    interval needs 1000 of them.
+    """
+    positive = labels > 0
+    ones = np.count_nonzero(positive)
+    zeros = len(labels) - ones
+    if ones == 0 or zeros == 0:
+        return math.nan
+    if np.isnan(scores).any():
+        raise ValueError("scores: expected numbers, got NaN")
+    ranks = rankdata(scores)  # from 1; tied scores share the mean of their ranks
+    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
