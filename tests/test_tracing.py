@@ -25,10 +25,11 @@ LOSSES = {
     "bil": BILLoss(),
     "mmm": MMMLoss(),
 }
+#: With every pooling: their formulas differ in the reference. The operators get a code and a parameter, as for "topk".
 ALL = LOSSES | {
     f"{name} {impl}": SGLLoss(impl=impl, pooling=name)
     for name in POOLINGS
-    for impl in (["reference"] if name in ("mean", "mean_logits") else IMPLS)
+    for impl in (IMPLS if name == "topk" else ["reference"])
 }
 
 
