@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,14 @@ def build_module() -> Path:
     torch_folder = Path(torch.__file__).parent
     library = torch_folder / "lib"
     includes = (torch_folder / "include", pybind11.get_include(), sysconfig.get_path("include"))
-    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *EMULATE, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-Og", "-fPIC", "-fvisibility=hidden", *EMULATE, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{include}" for include in includes]
     name = f"sgl_ops_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     def make(folder: Path) -> None:
         sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "csrc/cuda/ops.cpp", HERE / "module.cpp"]
-        objects = [compile_one(source, flags, folder / f"{source.name}.o") for source in sources]
+        with ThreadPoolExecutor(2) as pool:  # the other workers of pytest-xdist may wait for the result
+            objects = list(pool.map(lambda source: compile_one(source, flags, folder / f"{source.name}.o"), sources))
         link(objects, folder / name, ["-shared", f"-L{library}", "-ltorch_cpu", f"-Wl,-rpath,{library}"])
 
     folder = cached_build("module", emulator_sources(), [flags, compiler_version(compiler())], make)
@@ -63,18 +65,22 @@ def build_module() -> Path:
     return folder / name
 
 
-@functools.cache
-def objects_beside_kernels(sanitizer: tuple[str, ...]) -> list[Path]:
-    """The parts of the program of compare.cpp that do not depend on the kernels, from the cache if possible."""
+def object_file(source: Path, flags: list[str]) -> Path:
+    """A source that does not depend on the kernels, compiled, from the cache if possible."""
 
     def make(folder: Path) -> None:
-        # The program compares with the CPU kernels. They need no sanitizer, and -O1 makes them fast enough.
-        compile_one(HERE / "case_on_cpu.cpp", ["-O1", "-fopenmp-simd"], folder / "case_on_cpu.o")
-        compile_one(HERE / "compare.cpp", [*UNOPTIMIZED, *sanitizer], folder / "compare.o")
+        compile_one(source, flags, folder / "object.o")
 
-    settings = [UNOPTIMIZED, sanitizer, compiler_version(compiler())]
-    folder = cached_build("compare-objects", emulator_sources(), settings, make)
-    return [folder / "case_on_cpu.o", folder / "compare.o"]
+    settings = [flags, compiler_version(compiler())]
+    return cached_build(source.stem, emulator_sources(), settings, make) / "object.o"
+
+
+@functools.cache
+def objects_beside_kernels(sanitizer: tuple[str, ...]) -> list[Path]:
+    """The parts of the program of compare.cpp that do not depend on the kernels."""
+    # The program compares with the CPU kernels. They need no sanitizer, and -O1 makes them fast enough.
+    on_cpu = object_file(HERE / "case_on_cpu.cpp", ["-O1", "-fopenmp-simd"])
+    return [on_cpu, object_file(HERE / "compare.cpp", [*UNOPTIMIZED, *sanitizer])]
 
 
 def build_comparison(sanitizer: list[str], root: Path = ROOT) -> Path:
@@ -82,7 +88,9 @@ def build_comparison(sanitizer: list[str], root: Path = ROOT) -> Path:
     flags = [*UNOPTIMIZED, *sanitizer]
 
     def make(folder: Path) -> None:
-        kernels = compile_one(root / "csrc/cuda/launch.cu", flags, folder / "launch.o")
-        link([*objects_beside_kernels(tuple(sanitizer)), kernels], folder / "compare", sanitizer)
+        with ThreadPoolExecutor(2) as pool:
+            kernels = pool.submit(compile_one, root / "csrc/cuda/launch.cu", flags, folder / "launch.o")
+            objects = objects_beside_kernels(tuple(sanitizer))
+        link([*objects, kernels.result()], folder / "compare", sanitizer)
 
     return cached_build("compare", emulator_sources(root), [flags, compiler_version(compiler())], make) / "compare"

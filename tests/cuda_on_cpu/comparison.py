@@ -14,7 +14,8 @@ from cases import Case
 
 SANITIZERS = {
     "none": [],
-    "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    # AddressSanitizer reports accesses at address 0, too: checks for null would be a third of the compilation
+    "memory": ["-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all"],
     "threads": ["-fsanitize=thread"],
 }
 
