@@ -130,8 +130,9 @@ def interpreter_library() -> Path:
     csrc, toolkit = ROOT / "csrc", Path(nvcc()).parents[1]
     includes = [f"-I{folder}" for folder in (torch_folder / "include", toolkit / "include", csrc)]
     torch_flags = ["-std=c++17", *HOST_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    # PTX alone: this device code is never run, and machine code takes most of the time
-    launch = [*LANGUAGE_FLAGS, "-gencode=arch=compute_75,code=compute_75", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    # PTX alone, not optimized: this device code is never run, and it would take most of the time
+    launch = [*LANGUAGE_FLAGS, "-gencode=arch=compute_75,code=compute_75", "-Xcicc", "-O0"]
+    launch += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     interpreters = [HERE / f"{name}.cpp" for name in ("ptx", "sass", "common")]
     header, runtime = HERE / "common.h", HERE / "runtime.cpp"
     version = compiler_version("g++")
