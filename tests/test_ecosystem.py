@@ -12,6 +12,7 @@ import pytest
 import torch
 from batches import packed, random_batch, run
 from common.import_torchvision import import_torchvision
+from ranks import start_ranks
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
@@ -63,7 +64,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.integration
 def test_gradients_of_two_processes_are_averaged(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=WORLD)
+    start_ranks(work, str(tmp_path), count=WORLD)
     step, batches = step_and_batches()
     torch.stack([step(*batch) for batch in batches]).mean().backward()
     expected = {name: p.grad for name, p in step.named_parameters()}

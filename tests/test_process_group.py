@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from batches import external_pooling
 from conftest import needs_kernel
+from ranks import start_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -144,7 +145,7 @@ def ranks(tmp_path_factory):
     """The results of every rank."""
     world = len(SPLIT)
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank, (world, os.fspath(folder)), nprocs=world)
+    start_ranks(rank, world, os.fspath(folder), count=world)
     return [torch.load(folder / f"rank{k}.pt", weights_only=True) for k in range(world)]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import settled
+from ranks import start_ranks
 from test_guide import soft_guide
 
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, _fused
@@ -154,7 +155,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (os.fspath(folder),), nprocs=2)
+    start_ranks(work, os.fspath(folder), count=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import start_ranks
 
 from sgl_ops import BagLoss, LamSchedule, TopKSchedule, prior_bias
 from sgl_ops._ranking import rank_bags
@@ -225,7 +226,7 @@ def rank(number, folder):
 @pytest.mark.integration
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_every_rank_has_the_same_lam(tmp_path):
-    torch.multiprocessing.spawn(rank, (os.fspath(tmp_path),), nprocs=2)
+    start_ranks(rank, os.fspath(tmp_path), count=2)
     results = [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in range(2)]
     for values, auc in results:
         assert values == [0.25, 0.5, 0.5, 0.5, 0.5]

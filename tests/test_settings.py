@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from batches import external_pooling, settled
+from ranks import start_ranks
 from torch import nn
 
 from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, functional
@@ -316,7 +317,7 @@ def learn(rank: int, folder: str) -> None:
 @pytest.mark.integration
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_learned_weights_of_two_processes_get_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(learn, (os.fspath(tmp_path),), nprocs=2)
+    start_ranks(learn, os.fspath(tmp_path), count=2)
     model = Learned("reference", None)
     model(*batch(torch.device("cpu"))).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
