@@ -11,11 +11,30 @@ import reproduce_figures as figures
 import torch
 from bags import plots
 from bags.instances import load_instances
+from common import workers
 
 TINY = [
     "--figure", "5a", "--data", "digits", "--sizes", "6", "--bags", "8", "12", "--epochs", "1", "--workers", "1",
     "--device", "cpu",
 ]  # fmt: skip
+
+
+@pytest.fixture
+def threads_kept():
+    """Restores the number of threads, which a run in this process changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_this_process(threads_kept, monkeypatch):
+    """Computes the runs without workers, which import torch. test_runs_are_computed_once_and_averaged has them."""
+
+    def compute_here(compute, runs, workers, *given):
+        return ((run, compute(run, *given)) for run in runs)
+
+    monkeypatch.setattr(workers, "compute_in_workers", compute_here)
 
 
 def test_settings_are_those_of_the_paper():
@@ -96,6 +115,7 @@ def test_runs_are_computed_once_and_averaged(tmp_path, capfd):
 
 
 @pytest.mark.examples
+@pytest.mark.usefixtures("in_this_process")
 def test_table_replaces_the_files(tmp_path, capfd):
     arguments = [*TINY, "--seeds", "2", "--methods", "max", "sgl", "--bags", "8"]
     runs, results = tmp_path / "runs", tmp_path / "results"
@@ -126,6 +146,7 @@ def test_table_replaces_the_files(tmp_path, capfd):
 
 
 @pytest.mark.examples
+@pytest.mark.usefixtures("in_this_process")
 def test_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "bags", [8])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "sizes", [6])
@@ -144,14 +165,6 @@ def test_file_that_is_no_table_is_an_error(tmp_path, capsys):
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     assert figures.main([*TINY, "--out", str(tmp_path), "--draw-only"]) == 2
     assert "has no column method, seed, auc" in capsys.readouterr().err
-
-
-@pytest.fixture
-def threads_kept():
-    """Restores the number of threads, which a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("threads_kept")
@@ -195,6 +208,7 @@ def test_interrupted_run_continues(tmp_path, monkeypatch):
 
 
 @pytest.mark.examples
+@pytest.mark.usefixtures("in_this_process")
 def test_figure_5b_shows_the_data_of_the_runs(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "draw_bags", lambda panels, *rest, **more: drawn.extend(panels))
@@ -214,6 +228,7 @@ def test_figure_5b_shows_the_data_of_the_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.examples
+@pytest.mark.usefixtures("in_this_process")
 def test_figure_6_varies_the_number_of_positives(tmp_path):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
