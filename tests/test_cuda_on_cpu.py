@@ -200,7 +200,7 @@ def program_with_bugs(folder: Path, sanitizer: str, bug: str | None = None) -> C
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize(("sanitizer", "examples"), [("none", 300), ("memory", 150), ("threads", 40)])
+@pytest.mark.parametrize(("sanitizer", "examples"), [("none", 200), ("memory", 100), ("threads", 40)])
 def test_sanitized_kernels_agree_with_the_cpu(tmp_path, sanitizer, examples):
     program = program_with_bugs(tmp_path, sanitizer)
     check_all(program, cases(small=sanitizer == "threads"), examples, Phase.generate, Phase.shrink)

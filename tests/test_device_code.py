@@ -1,7 +1,7 @@
 """The machine code that nvcc makes of the CUDA kernels, run by the interpreters of tests/device_code.
 
 A tier of its own: ``pytest -m device_code``. It has sm_90 with every type, sm_75 and sm_120 with float32 and bfloat16,
-three seeded faults and the counts. Most of its time is the compilation of the kernels. With ``--all-device-code`` it
+two seeded faults and the counts. Most of its time is the compilation of the kernels. With ``--all-device-code`` it
 covers every architecture that is shipped with every type, PTX too, other orders of threads and every seeded fault; the
 release check does that.
 """

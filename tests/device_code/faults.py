@@ -32,14 +32,14 @@ class Fault:
 QUICK = {
     "no block barrier before partial results are read": Fault(
         "cuda/group.cuh", "    __syncthreads();\n    std::memcpy(&value, ", "    std::memcpy(&value, ", "map 4x3x4096"),
-    "a shuffle without the upper half of the warp": Fault(
-        "cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu", "map 32x14x256"),
     "one vector too many at the end of a row": Fault(
         "cuda/rows.cuh", "? n / Pack<In>::kSize :", "? (n + Pack<In>::kSize - 1) / Pack<In>::kSize :", "odd rows"),
 }  # fmt: skip
 
 #: Found by the whole tier, with those above.
 OTHER = {
+    "a shuffle without the upper half of the warp": Fault(
+        "cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu", "map 32x14x256"),
     "no warp barrier": Fault("cuda/group.cuh", "      __syncwarp();\n", "      ;\n", "map 32x14x256"),
     "no alignment check": Fault("cuda/rows.cuh", " && lies_on_16_bytes(x);", ";", "storage offset"),
     "one exchange buffer instead of two": Fault("cuda/group.cuh", "    turn_ ^= 1;\n", "", "map 4x3x4096"),
