@@ -123,7 +123,8 @@ def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
 @pytest.mark.parametrize("functional_call", [False, True], ids=["module", "function"])
 @pytest.mark.parametrize("kind", [LSEPooling, GeneralizedMeanPooling])
 def test_twenty_values_need_two_graphs(impl, device, kind, functional_call):
-    if impl == "emulated" or (kind is GeneralizedMeanPooling and functional_call):
+    # both implementations get the settings in the same way; the reference takes longest to compile
+    if impl == "emulated" or (functional_call and (kind is GeneralizedMeanPooling or impl == "reference")):
         pytest.skip("covered by the other cases")
     step, counter = compiled_steps(impl, kind(), functional_call)
     x, y = batch(device)
