@@ -22,8 +22,9 @@ for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
 
 import bccd_demo  # noqa: E402
 import extract_features  # noqa: E402
+import finetune_features  # noqa: E402
 import train_features  # noqa: E402
-from features import advice, backbones, extraction, labels, runs, store, training  # noqa: E402
+from features import advice, backbones, extraction, finetuning, labels, runs, store, training  # noqa: E402
 from features.evaluation import bootstrap, box_metrics, instance_metrics  # noqa: E402
 from features.heads import Candidates, Head  # noqa: E402
 
@@ -807,7 +808,7 @@ def test_the_bootstrap_interval_of_a_mean():
 # commands
 
 
-@pytest.mark.parametrize("script", ["extract_features.py", "train_features.py", "bccd_demo.py"])
+@pytest.mark.parametrize("script", ["extract_features.py", "train_features.py", "finetune_features.py", "bccd_demo.py"])
 def test_help_does_not_import_torch(script):
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = ['x', '--help']\n"
     code += f"import runpy\ntry: runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')\n"
@@ -908,6 +909,112 @@ def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsy
         result = json.loads((tmp_path / "runs" / loss / "metrics.json").read_text())["lesion"]
         assert result["images"] == 1 and "iou_0.3" in result
         assert "<img" in (tmp_path / "runs" / loss / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(timm, tmp_path_factory):
+    """Features of six images before and after the last block of a stage, and a run of train_features.py on them."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "photos").mkdir()
+    for k in range(6):
+        array = np.random.default_rng(k).integers(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(array).save(folder / "photos" / f"p{k}.png")
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", zero_init_last=False)  # otherwise new blocks are the identity
+    torch.save(network.state_dict(), folder / "weights.pt")
+    rows = [[f"p{k}", k % 2, ("train", "test")[k // 4]] for k in range(6)]
+    labels = write(folder / "labels.csv", ["bag", "red", "split"], rows)
+    boxes = write(folder / "boxes.csv", ["image", "label", "x", "y", "w", "h"], [["p5", "red", 5, 6, 25, 36]])
+    common = ["--images", str(folder / "photos"), "--backbone", "timm/resnet18", "--weights", f"{folder}/weights.pt"]
+    for out, stages in (("before", ["layer1.0"]), ("start", ["maxpool"]), ("features", ["layer1", "maxpool"])):
+        assert extract_features.main([*common, "--stages", *stages, "--out", str(folder / out)]) == 0
+    command = ["--features", str(folder / "features"), "--labels", str(labels), "--boxes", str(boxes), "--overlays=1"]
+    command += ["--epochs=2", "--repeats=2", "--out", str(folder / "run")]
+    assert train_features.main(command) == 0
+    return folder
+
+
+def finetune(folder, out, *options):
+    command = ["--run", str(folder / "run"), "--before", str(folder / "before"), "--weights", f"{folder}/weights.pt"]
+    return finetune_features.main([*command, "--out", str(out), "--overlays=1", "--epochs=1", *options])
+
+
+BLOCK = ("--blocks", "layer1.1")
+
+
+def test_blocks_without_training_give_the_predictions_of_the_stored_features(trained, tmp_path):
+    assert finetune(trained, tmp_path, *BLOCK, "--lr=0", "--batch-size=2") == 0
+    for name in ("repeat0_fold0.npz", "repeat1_fold0.npz"):
+        own, frozen = (runs.load_predictions(folder / "parts" / name) for folder in (tmp_path, trained / "run"))
+        assert own.names.tolist() == frozen.names.tolist() == ["p4", "p5"]
+        found, wanted = (np.log(p.instances / (1 - p.instances)) for p in (own, frozen))
+        # half precision of the stored features
+        np.testing.assert_allclose(found, wanted, atol=0.01)
+        assert wanted.std() > 0.1
+
+
+def test_fine_tuning_trains_blocks_and_head_but_not_the_statistics_of_batch_norm(trained, tmp_path):
+    assert finetune(trained, tmp_path, *BLOCK, "--repeats=1") == 0
+    start = torch.load(trained / "weights.pt", weights_only=True)
+    own = torch.load(tmp_path / "parts" / "repeat0_fold0.pt", weights_only=True)["model"]
+    head = torch.load(trained / "run" / "parts" / "repeat0_fold0.pt", weights_only=True)["model"]
+    for name in ("conv1.weight", "conv2.weight", "bn1.weight", "bn1.running_mean", "bn2.running_var"):
+        equal = torch.equal(own[f"head.blocks.0.{name}"], start[f"layer1.1.{name}"])
+        assert equal == ("running" in name), name
+    assert not torch.equal(own["head.head.first.weight"], head["head.first.weight"])
+
+
+def test_frozen_blocks_are_computed_and_not_trained(trained, tmp_path):
+    assert finetune(trained, tmp_path / "one", *BLOCK, "--repeats=1") == 0
+    options = ["--before", str(trained / "start"), "--blocks", "layer1.0", "layer1.1", "--freeze=1", "--repeats=1"]
+    assert finetune(trained, tmp_path / "two", *options) == 0
+    parts = [tmp_path / name / "parts" / "repeat0_fold0.pt" for name in ("one", "two")]
+    one, two = (torch.load(path, weights_only=True)["model"] for path in parts)
+    assert list(one) == list(two)
+    for name, value in one.items():
+        # the stored features have half precision
+        torch.testing.assert_close(two[name], value, rtol=0.02, atol=0.002)
+
+
+def test_fine_tuning_continues_and_writes_the_tables_of_train_features(trained, tmp_path, capsys):
+    assert finetune(trained, tmp_path / "whole", *BLOCK) == 0
+    out = tmp_path / "resumed"
+    assert finetune(trained, out, *BLOCK, "--repeats=1") == 0
+    assert finetune(trained, out, *BLOCK, "--resume") == 0
+    assert "next: open" in capsys.readouterr().out
+    for name in ("runs.csv", "bags.csv", "instances.csv", "metrics.json"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+    columns = (out / "runs.csv").read_text().splitlines()
+    assert columns[0] == (trained / "run" / "runs.csv").read_text().splitlines()[0] and len(columns) == 3
+    with pytest.raises(SystemExit):
+        finetune(trained, out, *BLOCK)
+    assert "pass --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--blocks", "layer1.0"], "expected that the blocks turn the features"),
+        (["--blocks", "layer3.1"], "expected that the blocks turn the features"),
+        (["--blocks", "layer9"], "stage: expected one of"),
+        ([*BLOCK, "--run", "absent"], "run: expected a folder of train_features.py"),
+    ],
+)
+def test_errors_of_fine_tuning(trained, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        finetune(trained, tmp_path / "out", *options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_fine_tuning_needs_images_of_one_size(tmp_path):
+    writer = store.StoreWriter(tmp_path, {})
+    for name, grid in (("a", (2, 3)), ("b", (3, 2))):
+        writer.add(name, store.Bag(np.zeros((6, 4)), None, grid, None))
+    bags = store.FeatureBags(tmp_path)
+    with pytest.raises(ValueError, match="expected maps of one size"):
+        finetuning.MapReader(bags, bags, ["a", "b"], 4, torch.nn.Identity())
 
 
 @pytest.mark.examples

@@ -146,7 +146,9 @@ def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
     return Transform(origin + shift.float(), vectors.float())
 
 
-def batches(reader: BagReader, names: Sequence[str], labels: Tensor, size: int, order: Tensor) -> Iterator[Batch]:
+def batches(
+    reader: Callable[[str], Tensor], names: Sequence[str], labels: Tensor, size: int, order: Tensor
+) -> Iterator[Batch]:
     """Yields batches of ``size`` of the bags ``names`` with ``labels`` (N, C), in ``order``."""
     for chosen in order.split(size):
         parts = [reader(names[i]) for i in chosen.tolist()]
@@ -213,10 +215,23 @@ def train(
     """
     transform = reader.fit(names, settings.components)
     model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
-    head, criterion = model["head"], model["loss"]
-    head.start(labels, settings.share)
+    model["head"].start(labels, settings.share)
     if settings.restarts > 1 or settings.k_start:
         choose_start(model, reader, names, labels, settings, seed)
+    return fit(model, reader, names, labels, settings, seed, log)
+
+
+def fit(
+    model: nn.ModuleDict,
+    reader: Callable[[str], Tensor],
+    names: Sequence[str],
+    labels: Tensor,
+    settings: Settings,
+    seed: int,
+    log: Callable[[dict], None] = lambda _: None,
+) -> nn.ModuleDict:
+    """Trains ``model`` (``head`` and ``loss``) for ``settings.epochs``. For the arguments see :func:`train`."""
+    head, criterion = model["head"], model["loss"]
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(names) / settings.batch_size)
     schedule = LamSchedule(
@@ -315,7 +330,7 @@ def falling_k(reader: BagReader, names: Sequence[str], settings: Settings) -> To
 
 
 @torch.no_grad()
-def predicted(model: nn.ModuleDict, reader: BagReader, names: Sequence[str]) -> Predictions:
+def predicted(model: nn.ModuleDict, reader: Callable[[str], Tensor], names: Sequence[str]) -> Predictions:
     """Probabilities of the bags ``names`` and of their instances, computed bag by bag."""
     bags, instances = [], []
     for name in names:

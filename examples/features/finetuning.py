@@ -1,0 +1,123 @@
+"""Fine-tuning of the last blocks of a network behind a trained head, on cached maps of the blocks before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from features.backbones import load_backbone
+from features.heads import Head
+from features.store import FeatureBags
+from features.training import Transform
+
+
+class MapReader:
+    """Reads the input of :class:`BlocksHead`: the maps before the trained blocks, and the features of other stages.
+
+    Args:
+        before: bags with the output of the stage before the trained blocks, B features.
+        after: the bags that the head was trained on. Their first ``width`` features are the output of the blocks.
+        names: names of the bags to read.
+        width: number of features of the output of the blocks.
+        frozen: blocks between ``before`` and the trained blocks, which are computed once.
+
+    Attributes:
+        inputs: B, the number of features before the trained blocks.
+
+    Raises:
+        ValueError: the bags are not maps of one size, or those of ``before`` and ``after`` differ in size.
+    """
+
+    def __init__(self, before: FeatureBags, after: FeatureBags, names: Sequence[str], width: int, frozen: nn.Module):
+        self.before, self.after, self.width, self.frozen = before, after, width, frozen.eval()
+        grids = {bags.shape(name).grid for name in names for bags in (before, after)}
+        if len(grids) != 1 or None in grids:
+            raise ValueError(f"fine-tuning: expected maps of one size, found {sorted(grids, key=str)}")
+        (self.grid,) = grids
+        self.inputs = self._maps(names[0]).shape[1]
+        self.cache: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        """The B features before the blocks and those of the other stages, (L, B + D - width), float32."""
+        if name not in self.cache:
+            others = torch.from_numpy(self.after[name].features[:, self.width :].astype(np.float32))
+            self.cache[name] = torch.cat([self._maps(name), others], 1)
+        return self.cache[name]
+
+    @torch.no_grad()
+    def _maps(self, name: str) -> Tensor:
+        """The input of the trained blocks, (L, B)."""
+        return _applied(self.frozen, self.before[name].features, self.grid)
+
+
+class BlocksHead(nn.Module):
+    """Blocks of a network and a head behind them: instance logits (L, C) of the rows of :class:`MapReader`.
+
+    The statistics of batch norm are constant. Without training, the logits are those of the head on stored features.
+
+    Args:
+        blocks: the last blocks of a network, B to ``width`` channels, with the stride 1.
+        head: the trained head.
+        transform: the transform of the features that the head was trained with.
+        inputs: B.
+        grid: rows and columns of the maps.
+    """
+
+    def __init__(self, blocks: nn.Module, head: Head, transform: Transform, inputs: int, grid: tuple[int, int]):
+        super().__init__()
+        self.blocks, self.head, self.inputs, self.grid = blocks.requires_grad_(True).eval(), head, inputs, grid
+        self.register_buffer("mean", transform.mean)
+        self.register_buffer("weight", transform.weight)
+
+    def train(self, mode: bool = True) -> BlocksHead:
+        super().train(mode)
+        self.blocks.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (L, C) and the input of attention; L is a multiple of the number of cells of a map."""
+        maps = x[:, : self.inputs].unflatten(0, (-1, *self.grid)).permute(0, 3, 1, 2)
+        tuned = self.blocks(maps).permute(0, 2, 3, 1).flatten(0, 2)
+        return self.head(Transform(self.mean, self.weight)(torch.cat([tuned, x[:, self.inputs :]], 1)))
+
+
+def load_blocks(name: str, weights: str, blocks: Sequence[str]) -> nn.Sequential:
+    """The submodules ``blocks`` of a network of timm, one after the other.
+
+    Raises:
+        ValueError: an unknown network or block, or weights that do not fit.
+    """
+    network = load_backbone(name, weights=weights, stages=blocks).network
+    return nn.Sequential(*(network.get_submodule(block) for block in blocks))
+
+
+@torch.no_grad()
+def width_of(blocks: nn.Module, before: FeatureBags, after: FeatureBags) -> int:
+    """The number of features of the output of ``blocks``.
+
+    Raises:
+        ValueError: ``blocks`` does not turn the maps of ``before`` into the first features of ``after``.
+    """
+    wanted = f"expected that the blocks turn the features in {before.folder} into the first ones in {after.folder}"
+    first = before.names[0]
+    bag = before[first]
+    if bag.grid is None or first not in after.names:
+        raise ValueError(f"fine-tuning: {wanted}; {first} is not a map in both folders")
+    try:
+        found = _applied(blocks.eval(), bag.features, bag.grid)
+    except RuntimeError as error:  # the numbers of channels do not fit
+        raise ValueError(f"fine-tuning: {wanted} ({error})") from None
+    stored = torch.from_numpy(after[first].features[:, : found.shape[1]].astype(np.float32))
+    # the stored features have half precision
+    if found.shape != stored.shape or (found - stored).abs().mean() > 0.02 * stored.abs().mean():
+        raise ValueError(f"fine-tuning: {wanted}, and with the weights of the extraction")
+    return found.shape[1]
+
+
+def _applied(blocks: nn.Module, features: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """The output (L, D) of ``blocks`` for the features (L, B) of a map."""
+    x = torch.from_numpy(features.astype(np.float32)).T.unflatten(1, grid)[None]
+    return blocks(x)[0].flatten(1).T

@@ -1,0 +1,152 @@
+"""Fine-tunes the last blocks of a network and the heads that train_features.py trained on its features.
+
+    python extract_features.py --images DIR --backbone timm/tf_efficientnet_lite0 --stages blocks.3 --out features
+    python extract_features.py --images DIR --backbone timm/tf_efficientnet_lite0 --stages blocks.3.0 --out before
+    python train_features.py --features features --labels labels.csv --out runs/sgl
+    python finetune_features.py --run runs/sgl --before before --blocks blocks.3.1 blocks.3.2 --out runs/tuned
+
+Every run of --run is continued with its own split, seed and loss. The blocks before --blocks are not computed again:
+their output is in --before. All images must have the same size. The statistics of batch norm do not change. SGL begins
+with the lam that the run reached. Writes the same files as train_features.py. An interrupted command continues with
+--resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from common import options
+from common.files import save_atomically
+from train_features import keep_settings
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = options.make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of train_features.py")
+    data.add_argument(
+        "--before", type=Path, required=True, metavar="DIR", help="features of the stage before the first of --blocks"
+    )
+    data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    data.add_argument("--resume", action="store_true", help="keep the finished runs in --out")
+    data.add_argument("--repeats", type=int, metavar="R", help="only the first R repeats or seeds of --run (all)")
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--weights",
+        default="pretrained",
+        metavar="FILE",
+        help="weights of the extraction: pretrained, or a file (pretrained)",
+    )
+    network.add_argument(
+        "--blocks", nargs="+", required=True, metavar="BLOCK", help="the blocks to train, up to the first stage"
+    )
+    network.add_argument("--freeze", type=int, default=0, metavar="N", help="do not train the first N of --blocks (0)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, default=4, help="passes over the training bags (4)")
+    training.add_argument("--batch-size", type=int, default=16, help="bags per step (16)")
+    training.add_argument("--lr", type=float, default=3e-4, help="learning rate of AdamW, falling to 0 (0.0003)")
+    training.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
+    training.add_argument("--overlays", type=int, default=12, metavar="N", help="bags shown in the report (12)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name in ("epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.repeats is not None and args.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {args.repeats}")
+    if not 0 <= args.freeze < len(args.blocks):
+        parser.error(f"--freeze: expected 0 to {len(args.blocks) - 1}, got {args.freeze}")
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
+        return 130
+    options.next_step(f"open {args.out / 'report.html'}")
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fine-tunes the runs that are not finished, and writes tables and report."""
+    import copy
+    import json
+    from dataclasses import replace
+
+    import torch
+    from features import labels as tables
+    from features.finetuning import BlocksHead, MapReader, load_blocks, width_of
+    from features.report import write_report
+    from features.runs import Truth, load_predictions, plan, save_predictions, summary, write_tables
+    from features.store import FeatureBags
+    from features.training import Settings, Transform, fit, make_model, predicted
+
+    path = args.run / "settings.json"
+    if not path.is_file():
+        raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
+    known = json.loads(path.read_text())
+    settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
+    after, before = FeatureBags(Path(known["features"])), FeatureBags(args.before)
+    labels = tables.read_labels(
+        Path(known["labels"]), known["classes"], known["patient"], after.names, known["folds"] is None
+    )
+    boxes = tables.read_boxes(Path(known["boxes"]), labels.classes, labels.names) if known["boxes"] else {}
+    truth = Truth(labels, {}, boxes)
+    blocks = load_blocks(after.settings["backbone"], args.weights, args.blocks)
+    width = width_of(blocks, before, after)
+    reader = MapReader(before, after, labels.names, width, blocks[: args.freeze])
+    blocks = torch.nn.Sequential(*blocks[args.freeze :])
+    parts = args.out / "parts"
+    keep_settings(args, parts)
+    targets = torch.tensor(labels.values)
+    runs = list(plan(labels, known["folds"], min(args.repeats or known["repeats"], known["repeats"]), known["test"]))
+    for number, one in enumerate(runs, 1):
+        if (parts / f"{one.name}.npz").exists():
+            continue
+        begun = time.process_time()
+        state = torch.load(args.run / "parts" / f"{one.name}.pt", weights_only=True)
+        history = state.get("history", [])
+        # a checkpoint of an older version has no history
+        lam = history[-1]["lam"] if history else settings.lam
+        seed = one.repeat * 1000 + one.fold
+        model = make_model(settings, after.features, len(labels.classes), seed)
+        model.load_state_dict(state["model"])
+        transform = Transform(**state["transform"])
+        model["head"] = BlocksHead(copy.deepcopy(blocks), model["head"], transform, reader.inputs, reader.grid)
+        if settings.loss == "sgl":
+            model["loss"].lam = lam
+        own = replace(settings, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, start="at_once", noise=0.0)
+        names = [labels.names[i] for i in one.train]
+        log: list[dict] = []
+        fit(model, reader, names, targets[torch.from_numpy(one.train)], own, seed, log.append)
+        predictions = predicted(model, reader, [labels.names[i] for i in one.test])
+        save_atomically({"model": model.state_dict(), "history": log}, parts / f"{one.name}.pt")
+        save_predictions(parts / f"{one.name}.npz", predictions)
+        losses = " ".join(f"{row['loss']:.3f}" for row in log)
+        seconds = time.process_time() - begun
+        print(f"run {number} of {len(runs)}: loss {losses}, {seconds:.0f} s of processor time", flush=True)
+    repeats: dict[int, list] = {}
+    for one in runs:
+        repeats.setdefault(one.repeat, []).append(load_predictions(parts / f"{one.name}.npz"))
+    result, rows = summary(list(repeats.values()), truth, after)
+    write_tables(args.out, list(repeats.values()), labels, after, result, rows)
+    images = Path(known["images"]) if known["images"] else None
+    write_report(args.out, next(iter(repeats.values())), truth, after, result, images, args.overlays, None)
+    for name, values in result.items():
+        keys = (key for key in ("auc", "pointing", "iou_0.3", "iou_0.5") if key in values)
+        print(f"{name}: {', '.join(f'{key} {values[key]:.3f}' for key in keys)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
