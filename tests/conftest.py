@@ -12,6 +12,10 @@ import pytest
 
 # Idle torch threads sleep, so that the other workers of pytest-xdist get the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A worker, and each process that it starts, has a thread for each core of its share. More threads wait for each other.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 ROOT = Path(__file__).resolve().parents[1]
 
