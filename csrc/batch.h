@@ -88,6 +88,18 @@ SGL_HD Pair nonfinite_pair(const Sums& s) {
   return b;
 }
 
+template <class F>
+struct BagLoss {
+  F loss, slope;  // BCE(P, y) and its derivative by the bag logit
+};
+
+// BCE(P, y) of the bag logit z (Eq. 3). `bag` is probability(z).
+template <class F, class Condition>
+SGL_HD BagLoss<F> bag_loss_of(F z, const Probability<F>& bag, Condition positive, F pos_weight) {
+  const F loss = softplus(select(positive, -z, z), bag.u);
+  return {select(positive, pos_weight * loss, loss), select(positive, -(pos_weight * bag.q), bag.p)};
+}
+
 SGL_HD Pair finalize_pair(const Sums& s, const Settings& settings, double pos_weight) {
   if (s.kind == Kind::kNonFinite) return nonfinite_pair(s);
   Pair b = {};
@@ -138,9 +150,9 @@ SGL_HD Pair finalize_pair(const Sums& s, const Settings& settings, double pos_we
     b.high_slope = (s.positive ? -at_high.q : at_high.p) / 3 / static_cast<double>(s.highs);
     return b;
   }
-  // BCE(P, y) (Eq. 3)
-  b.bag_loss = s.positive ? pos_weight * softplus(-z.z, bag.u) : softplus(z.z, bag.u);
-  b.bag_slope = s.positive ? -(pos_weight * bag.q) : bag.p;
+  const BagLoss<double> of_bag = bag_loss_of(z.z, bag, s.positive, pos_weight);
+  b.bag_loss = of_bag.loss;
+  b.bag_slope = of_bag.slope;
   if (settings.loss == kBagInstanceLoss) {
     const double difference = b.bag_loss - s.loss[0] / static_cast<double>(s.n);
     b.bag_loss += difference * difference;

@@ -139,6 +139,32 @@ def test_bag_bil_and_mmm_losses_equal_the_oracle(impl, device, dtype, seed):
     assert_equal(*run(MMMLoss(impl=impl), batch, device, dtype=dtype), *oracle.mmm(logits, labels), dtype)
 
 
+#: at the ends of the ranges where exp and log1p are computed differently, where e^-|z| is subnormal, and where it is 0
+BAG_LOGITS = [0.0, 5e-324, 1e-300, 1e-17, 0.17, 0.34657, 0.34658, 0.88137, 0.88138, 1.0, 5.5, 30.0, 37.0, 100.0, 707.0]
+BAG_LOGITS += [709.0, 744.0, 746.0, 751.0, 1e4, 1e300]
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean_logits"])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_bag_loss_is_exact_to_two_units_in_the_last_place_for_every_bag_logit(impl, device, pooling, label):
+    logits = [sign * z for z in BAG_LOGITS for sign in (1.0, -1.0)]
+    with oracle.mp.workdps(700):
+        towards = [oracle.mpf(z if label == 0.0 else -z) for z in logits]
+        losses = [float(oracle.mp.log1p(oracle.mp.exp(t)) if t < 1000 else t) for t in towards]
+        slopes = [float(1 / (1 + oracle.mp.exp(-t))) * (1 if label == 0.0 else -1) for t in towards]
+    criterion = BagLoss(pooling=pooling, impl=impl)
+    units = 2 * torch.finfo(torch.float64).eps
+    together = torch.tensor(logits, dtype=torch.float64, device=device).reshape(-1, 1, 1).requires_grad_()
+    criterion(together, torch.full((len(logits), 1), label, device=device)).backward()
+    for z, loss, slope, gradient in zip(logits, losses, slopes, together.grad.flatten().tolist(), strict=True):
+        alone = torch.full((1, 1, 1), z, dtype=torch.float64, device=device, requires_grad=True)
+        value = criterion(alone, torch.full((1, 1), label, device=device))
+        value.backward()
+        assert value.item() == pytest.approx(loss, rel=units, abs=5e-324), z
+        assert alone.grad.item() == pytest.approx(slope, rel=units, abs=5e-324), z
+        assert gradient == pytest.approx(slope / len(logits), rel=2 * units, abs=5e-324), z
+
+
 def test_tied_extremes_share_the_gradient(impl, device):
     logits = torch.tensor([[2.0, 2.0, -1.0, -1.0]], dtype=torch.float64)
     for loss, name, options in ((SGLLoss(lam=0.0, impl=impl), "sgl", {"lam": 0.0}), (MMMLoss(impl=impl), "mmm", {})):

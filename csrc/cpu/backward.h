@@ -56,7 +56,7 @@ void gradient_of(const Coefficients<T>& k, const Row<T>& row, T* grad, ParallelF
 // Whether all instances of the pair have the same gradient, which needs no logits. It is not computed as a product:
 // logits of an excluded pair may be NaN, and a weight of 0 must not hide a NaN.
 template <class T>
-bool has_one_gradient(const T* columns, const T* denominators, T grad_output, int64_t pooling, T& gradient) {
+SGL_HD bool has_one_gradient(const T* columns, const T* denominators, T grad_output, int64_t pooling, T& gradient) {
   const Kind kind = kind_of(columns);
   if (kind == Kind::kExcluded || kind == Kind::kNonFinite) {
     gradient = kind == Kind::kExcluded ? T(0) : nan_of(T());

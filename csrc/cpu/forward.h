@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../median.h"
+#include "doubles.h"
 #include "loops.h"
 
 namespace sgl {
@@ -86,9 +87,16 @@ Extremes<T> extremes_pass(const T* x, int64_t n) {
   return ends.extremes(sum.total());
 }
 
-// The sum alone, for a loss that needs no more: the extremes are 0. An infinite logit makes the sum infinite or NaN.
 template <class T>
-Extremes<T> sum_pass(const T* x, int64_t n) {
+struct SumOfLogits {
+  double sum;  // divided by Extremes<T>::kDivisor; not finite if a logit is not finite
+
+  void merge(const SumOfLogits& o) { sum += o.sum; }
+  double sum_of_logits() const { return sum * Extremes<T>::kDivisor; }
+};
+
+template <class T>
+SumOfLogits<T> sum_pass(const T* x, int64_t n) {
   using F = typename VectorOf<T>::F;
   constexpr int64_t kSums = 4;  // in turn, because an addition waits for the one before it
   constexpr int64_t kStep = kBlock * Lanes<F>::kCount;
@@ -108,7 +116,7 @@ Extremes<T> sum_pass(const T* x, int64_t n) {
     rest += keep<F>(Lanes<F>::first(n - start), Lanes<F>::load(last_vector<F>(x, n, room)) * factor);
   }
   sum.add(rest);
-  return {T(0), T(0), sum.total()};
+  return {sum.total()};
 }
 
 template <class T>
@@ -364,26 +372,35 @@ void find_guided(
   out.square = guided.square;
 }
 
+// Sums{}, member by member: for Sums{}, gcc clears a block of memory, which takes longer than all other instructions of a
+// small bag.
+SGL_HD Sums no_sums() {
+  Sums out;
+  out.kind = Kind::kExcluded;
+  out.positive = false;
+  out.n = out.lows = out.highs = 0;
+  out.extent.low = out.extent.high = out.extent.reference = out.extent.tie_weight = 0;
+  out.median = out.square = 0;
+  for (int k = 0; k < 3; ++k) {
+    out.loss[k] = out.pooled[k] = 0;
+    out.count[k] = 0;
+  }
+  static_assert(sizeof(Sums) == 19 * sizeof(double), "clear a new member here");
+  return out;
+}
+
 template <class T>
-Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& row, ParallelFor parallel_for) {
-  Sums out = {};
-  if (label == Label::kUnknown || row.n == 0) return out;
+Sums all_sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& row, ParallelFor parallel_for) {
+  Sums out = no_sums();
   out.n = row.n;
   out.positive = label == Label::kPositive;
   const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
   const bool against_zero = has_instances && !out.positive;
-  const bool only_sum = !has_instances && settings.loss != kMinMeanMaxLoss && adds_logits(settings.pooling);
   const Extremes<T> e = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
-    const T* x = row.x + begin;
-    return against_zero ? negative_pass(x, size) : only_sum ? sum_pass(x, size) : extremes_pass(x, size);
+    return against_zero ? negative_pass(row.x + begin, size) : extremes_pass(row.x + begin, size);
   });
   if (!e.finite()) {
     out.kind = Kind::kNonFinite;
-    return out;
-  }
-  if (only_sum) {
-    out.kind = Kind::kBagOnly;
-    out.pooled[0] = e.sum_of_logits();
     return out;
   }
   const T mean =
@@ -423,12 +440,76 @@ Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& 
   return out;
 }
 
+// The sum of the logits alone, for a loss that needs no more.
 template <class T>
-Batch forward_range(
-    const Problem<T>& problem, const Label* labels, const Forward<T>& out, int64_t begin, int64_t end, T* scratch,
-    ParallelFor parallel_for) {
+SGL_HD Sums sum_of_logits(Label label, const Row<T>& row, ParallelFor parallel_for) {
+  const double sum = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
+                       return sum_pass(row.x + begin, size);
+                     }).sum_of_logits();
+  Sums out = no_sums();
+  out.n = row.n;
+  out.positive = label == Label::kPositive;
+  out.kind = sum - sum == 0 ? Kind::kBagOnly : Kind::kNonFinite;
+  out.pooled[0] = sum;
+  return out;
+}
+
+template <class T>
+SGL_HD Sums sums_of(const Settings& settings, Label label, T pos_weight, const Row<T>& row, ParallelFor parallel_for) {
+  if (label == Label::kUnknown || row.n == 0) return no_sums();
+  const bool only_bag = settings.loss == kBagLoss || settings.loss == kBagLogits;
+  if (only_bag && adds_logits(settings.pooling)) return sum_of_logits(label, row, parallel_for);
+  return all_sums_of(settings, label, pos_weight, row, parallel_for);
+}
+
+// Computes the bag losses of several pairs at once: exp and log of one number take as long as those of a vector.
+template <class T>
+class BagLosses {
+ public:
+  explicit BagLosses(Batch& batch) : batch_(batch) {}
+
+  // `row` is the saved row of the pair.
+  SGL_HD void add(double bag_logit, bool positive, double pos_weight, double class_weight, T* row) {
+    bag_logit_[count_] = bag_logit;
+    positive_[count_] = positive ? 1.0 : 0.0;
+    pos_weight_[count_] = pos_weight;
+    class_weight_[count_] = class_weight;
+    row_[count_] = row;
+    if (++count_ == D::kCount) finish();
+  }
+
+  // Adds the losses to the batch and their derivatives to the saved rows.
+  SGL_HD void finish() {
+    const D z = D::load(bag_logit_);
+    const Scale<double> none{0, 0, 0, false};
+    const BagLoss<D> found =
+        bag_loss_of(z, probability<false>(z, none), D::load(positive_) > D(0.0), D::load(pos_weight_));
+    double loss[D::kCount], slope[D::kCount];
+    D::store(loss, found.loss);
+    D::store(slope, found.slope);
+    for (int i = 0; i < count_; ++i) {
+      batch_.bag += class_weight_[i] * loss[i];
+      row_[i][kColumnPooling] = static_cast<T>(class_weight_[i] * slope[i]);
+    }
+    count_ = 0;
+  }
+
+ private:
+  using D = Doubles<SGL_WIDTH>;
+  Batch& batch_;
+  int count_ = 0;
+  double bag_logit_[D::kCount] = {}, positive_[D::kCount] = {}, pos_weight_[D::kCount] = {};
+  double class_weight_[D::kCount];
+  T* row_[D::kCount];
+};
+
+template <class T>
+SGL_HD Batch forward_range_with(
+    const Settings& settings, bool adds_bag_loss, const Problem<T>& problem, const Label* labels, const Forward<T>& out,
+    int64_t begin, int64_t end, T* scratch, ParallelFor parallel_for) {
   const Layout& layout = *problem.layout;
   Batch batch = {};
+  BagLosses<T> bag_losses(batch);
   RowLoader<T> rows(problem, end, scratch, parallel_for);
   for (PairIndex at(begin, layout.classes); at.pair < end; at.next()) {
     const int64_t pair = at.pair;
@@ -437,13 +518,42 @@ Batch forward_range(
     if (label != Label::kUnknown) row = rows.row(pair, instances_of(layout, at.bag, at.cls));
     const T pos_weight = problem.pos_weight == nullptr ? T(1) : problem.pos_weight[at.cls];
     const double class_weight = problem.class_weight == nullptr ? 1.0 : problem.class_weight[at.cls];
-    const Sums sums = sums_of(problem.settings, label, pos_weight, row, parallel_for);
-    const Pair found = finalize_pair(sums, problem.settings, pos_weight);
+    const Sums sums = sums_of(settings, label, pos_weight, row, parallel_for);
+    const Pair found = finalize_pair(sums, settings, pos_weight);
+    T* saved = out.saved + pair * kColumns;
     add(batch, found, class_weight);
-    save_row(sums, found, problem.settings, class_weight, out.saved + pair * kColumns);
+    save_row(sums, found, settings, class_weight, saved);
     if (out.bag_logits != nullptr) out.bag_logits[pair] = static_cast<T>(found.bag_logit);
+    if (adds_bag_loss && found.kind == Kind::kBagOnly)
+      bag_losses.add(found.bag_logit, sums.positive, pos_weight, class_weight, saved);
   }
+  if (adds_bag_loss) bag_losses.finish();
   return batch;
+}
+
+constexpr Settings bag_logits_of_means() {
+  Settings settings{};
+  settings.pooling = MeanLogitsPooling::kCode;
+  settings.loss = kBagLogits;
+  return settings;
+}
+
+template <class T>
+Batch forward_range(
+    const Problem<T>& problem, const Label* labels, const Forward<T>& out, int64_t begin, int64_t end, T* scratch,
+    ParallelFor parallel_for) {
+  const auto with = [&](const Settings& settings, bool adds_bag_loss) SGL_INLINED {
+    return forward_range_with(settings, adds_bag_loss, problem, labels, out, begin, end, scratch, parallel_for);
+  };
+  const bool bag_loss = problem.settings.loss == kBagLoss;
+  if (!bag_loss && problem.settings.loss != kBagLogits) return with(problem.settings, false);
+  // For small bags, the choices between losses and poolings take longer than a sum of logits. The compiler removes them
+  // where the settings are constants.
+  static constexpr Settings kMeans = bag_logits_of_means();
+  if (problem.settings.pooling == kMeans.pooling) return with(kMeans, bag_loss);
+  Settings bag_logits = problem.settings;
+  bag_logits.loss = kBagLogits;
+  return with(bag_logits, bag_loss);
 }
 
 }  // namespace SGL_LEVEL

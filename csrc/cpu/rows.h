@@ -153,20 +153,12 @@ void pad(T* row, int64_t n) {
   for (int64_t i = 0; i < 2 * SGL_WIDTH; ++i) row[n + i] = first;
 }
 
+// Copies the instances to `scratch`.
 template <class T>
-Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, ParallelFor parallel_for) {
+Row<T> copy_row(const Problem<T>& problem, const Instances& r, T* scratch, ParallelFor parallel_for) {
   Row<T> row = {scratch, 0};
   if (problem.type == native_type<T>()) {
-    const T* logits = static_cast<const T*>(problem.logits);
-    const bool one_run = r.count == 1 && (r.dimensions[0].logits == 1 || r.inner == 1);
-    if (one_run && problem.mask == nullptr) {
-      row = {logits + r.logits, r.positions};
-      if (row.n > kPadded || row.n % (2 * SGL_WIDTH) == 0) return row;
-      std::memcpy(scratch, row.x, row.n * sizeof(T));
-      row.x = scratch;
-    } else {
-      row.n = gather_row(parallel_for, logits, problem.mask, r, scratch);
-    }
+    row.n = gather_row(parallel_for, static_cast<const T*>(problem.logits), problem.mask, r, scratch);
   } else if constexpr (sizeof(T) == sizeof(float)) {
     if (problem.type == Type::kHalf) {
       row.n = gather_row(parallel_for, static_cast<const Half*>(problem.logits), problem.mask, r, scratch);
@@ -176,6 +168,15 @@ Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, Paral
   }
   pad(scratch, row.n);
   return row;
+}
+
+// The row in the memory of the logits if it is contiguous there and needs no padding, otherwise a copy of it.
+template <class T>
+SGL_HD Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, ParallelFor parallel_for) {
+  if (problem.type == native_type<T>() && problem.mask == nullptr && r.count == 1 &&
+      (r.dimensions[0].logits == 1 || r.inner == 1) && (r.positions > kPadded || r.positions % (2 * SGL_WIDTH) == 0))
+    return {static_cast<const T*>(problem.logits) + r.logits, r.positions};
+  return copy_row(problem, r, scratch, parallel_for);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

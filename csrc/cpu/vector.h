@@ -30,6 +30,7 @@ struct Raw;
     typedef float Half __attribute__((vector_size(2 * (N)))); \
     typedef double D __attribute__((vector_size(4 * (N))));   \
     typedef int32_t I __attribute__((vector_size(4 * (N))));  \
+    typedef int64_t L __attribute__((vector_size(4 * (N))));  \
     typedef uint32_t U __attribute__((vector_size(4 * (N)))); \
   };
 SGL_RAW(4)
