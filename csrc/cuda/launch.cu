@@ -192,11 +192,12 @@ Plan plan_of(const Call& call, int multiprocessors) {
     while (groups > 1 && units < static_cast<int64_t>(groups << plan.part_bits) * multiprocessors) groups /= 2;
     plan.threads = groups << kWarpBits;
   } else {
-    // A few threads for each pair reduce faster. Many threads hide the latency of memory if there are few pairs.
-    const int64_t all = positions << plan.part_bits, threads = units * 128 >> plan.part_bits;
+    // Fewer threads for each pair issue less. More of them finish a pair earlier, unless its block has to wait for another
+    // one: a multiprocessor has room for two blocks of 256 threads, or for four or five of 128.
+    const int64_t all = positions << plan.part_bits, blocks = groups_of(call, plan.part_bits);
     plan.threads = 128;
     while (plan.threads < kMaxThreads &&
-           (all > 64 * plan.threads || (all > 16 * plan.threads && threads < int64_t{1024} * multiprocessors)))
+           (all > 64 * plan.threads || (all > 16 * plan.threads && blocks <= int64_t{2} * multiprocessors)))
       plan.threads *= 2;
     plan.forward_bits = bits_of_block(plan.threads);
   }
