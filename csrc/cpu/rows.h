@@ -153,11 +153,21 @@ void pad(T* row, int64_t n) {
   for (int64_t i = 0; i < 2 * SGL_WIDTH; ++i) row[n + i] = first;
 }
 
+// Whether the instances are a row of T in the memory of the logits.
+template <class T>
+SGL_HD bool is_row(const Problem<T>& problem, const Instances& r) {
+  return problem.type == native_type<T>() && problem.mask == nullptr && r.count == 1 &&
+         (r.dimensions[0].logits == 1 || r.inner == 1);
+}
+
 // Copies the instances to `scratch`.
 template <class T>
 Row<T> copy_row(const Problem<T>& problem, const Instances& r, T* scratch, ParallelFor parallel_for) {
   Row<T> row = {scratch, 0};
-  if (problem.type == native_type<T>()) {
+  if (is_row(problem, r)) {
+    row.n = r.positions;
+    std::memcpy(scratch, static_cast<const T*>(problem.logits) + r.logits, row.n * sizeof(T));
+  } else if (problem.type == native_type<T>()) {
     row.n = gather_row(parallel_for, static_cast<const T*>(problem.logits), problem.mask, r, scratch);
   } else if constexpr (sizeof(T) == sizeof(float)) {
     if (problem.type == Type::kHalf) {
