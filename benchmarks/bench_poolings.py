@@ -2,8 +2,9 @@
 
     python benchmarks/bench_poolings.py [--rounds N] [--threads N] [--poolings NAME ...] [--shapes N,C,L ...]
 
-The three run in turn, round after round. A time is the median over the rounds. A ratio is the median of the ratios
-within a round. Times are wall clock; they mean nothing on a busy machine, and the script warns of one.
+The three run in turn, round after round. The first step of each turn is not timed: the contender before it has left
+the caches in a different state. A time is the median over the rounds. A ratio is the median of the ratios within a
+round. Times are wall clock; they mean nothing on a busy machine, and the script warns of one.
 """
 
 from __future__ import annotations
@@ -55,10 +56,9 @@ def measure(name: str, shape: tuple[int, int, int], rounds: int) -> tuple[float,
     }
     times: dict[str, list[float]] = {contender: [] for contender in losses}
     calls = min(60, max(1, 200_000 // logits.numel()))
-    for loss in losses.values():
-        step(loss, logits, targets)
     for _ in range(rounds):
         for contender, loss in losses.items():
+            step(loss, logits, targets)
             start = time.perf_counter()
             for _ in range(calls):
                 step(loss, logits, targets)
