@@ -37,8 +37,8 @@ class Finding(NamedTuple):
 
     Attributes:
         name: ``"non-finite logits"``, ``"no positive bags"``, ``"no negative bags"``, ``"too few bags"``,
-            ``"nothing learnt"``, ``"flat maps"``, ``"flooded maps"``, ``"one instance takes all"`` or
-            ``"saturated logits"``.
+            ``"probabilities"``, ``"nothing learnt"``, ``"flat maps"``, ``"flooded maps"``,
+            ``"one instance takes all"`` or ``"saturated logits"``.
         classes: indices of the classes that have it.
         measured: what was measured, as a sentence.
         change: what to change, as sentences.
@@ -62,6 +62,7 @@ class BagMeasures(NamedTuple):
         selected: instances of a positive bag whose target M is above 0, median over the positive bags.
         flat, flooded, single: share of the positive bags whose map is flat, flooded, or has one instance with M > 0.
         saturated: share of the instances of all bags with a known label whose logit is beyond 15 in magnitude.
+        unit: share of these instances whose logit is above 0 and at most 1, as a probability is.
         nonfinite: bags that hold a NaN or infinite logit.
     """
 
@@ -76,6 +77,7 @@ class BagMeasures(NamedTuple):
     flooded: Tensor
     single: Tensor
     saturated: Tensor
+    unit: Tensor
     nonfinite: Tensor
 
 
@@ -149,6 +151,7 @@ def diagnose(
     ``no positive bags``       no label is 1
     ``no negative bags``       no label is 0
     ``too few bags``           so few that an AUC of 1 may be chance
+    ``probabilities``          every logit is above 0 and at most 1
     ``nothing learnt``         bag AUC below 1/2 + 2 standard deviations of the AUC of random scores
     ``flat maps``              max p - min p < 0.05 in most positive bags (and not flooded)
     ``flooded maps``           in most positive bags, over half of the instances have theta or p above delta_h
@@ -229,6 +232,7 @@ def _measure(bags: Bags, logits: Tensor, part: Tensor, labels: Tensor, ranking: 
     large = positive & (bags.size >= SINGLE_BAG_SIZE)
     single = (selected == 1) & ~flat & ~flooded
     saturated = bags.count(x.abs() > SATURATED_LOGIT)
+    unit = bags.count((x > 0) & (x <= 1))
     instances = torch.where(known & ~broken, bags.size, 0).sum(0)
 
     def over(which: Tensor, values: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
@@ -247,6 +251,7 @@ def _measure(bags: Bags, logits: Tensor, part: Tensor, labels: Tensor, ranking: 
         flooded=over(positive, flooded, torch.mean),
         single=over(large, single, torch.mean),
         saturated=(torch.where(known & ~broken, saturated, 0).sum(0) / instances).double().cpu(),
+        unit=(torch.where(known & ~broken, unit, 0).sum(0) / instances).double().cpu(),
         nonfinite=(known & broken).sum(0).double().cpu(),
     )
 
@@ -289,6 +294,12 @@ def _findings(m: BagMeasures, delta_l: float, pooling: nn.Module, largest: int) 
         few,
         lambda c: "The bags are too few to tell whether anything is learnt.",
         "pass more bags, for example a whole epoch, or the validation set.",
+    )
+    add(
+        "probabilities",
+        m.unit == 1,
+        lambda c: "Every logit is above 0 and at most 1, so that these numbers are probably probabilities.",
+        "pass the output of the last layer without a sigmoid or softmax after it; the loss applies the sigmoid itself.",
     )
     advice = (
         "keep lam at 0 until the bag loss has learnt (LamSchedule), start from pretrained features, set the bias of "

@@ -59,6 +59,10 @@ def noise():
     return torch.randn(BAGS, LENGTH)
 
 
+def probabilities():
+    return torch.sigmoid(healthy())
+
+
 def saturated():
     return healthy() * 10
 
@@ -71,6 +75,7 @@ CASES = {
     "single": (single, ["one instance takes all"]),
     "noise": (noise, ["nothing learnt"]),
     "constant": (lambda: torch.zeros(BAGS, LENGTH), ["nothing learnt", "flat maps"]),
+    "probabilities": (probabilities, ["probabilities"]),
     "saturated": (saturated, ["saturated logits"]),
 }
 
@@ -110,6 +115,7 @@ def test_measures_equal_their_definitions():
     assert m.range.item() == pytest.approx((high - low).median().item(), rel=1e-5)
     assert m.above.item() == pytest.approx(((theta > 0.8) | (p > 0.8)).double().mean(1).median().item())
     assert m.selected.item() == (theta >= 0.2).sum(1).median().item()
+    assert m.unit.item() == pytest.approx(((logits > 0) & (logits <= 1)).double().mean().item())
     assert m.saturated.item() == 0.0 and m.nonfinite.item() == 0.0
     assert m.flat.item() == m.flooded.item() == m.single.item() == 0.0
 

@@ -155,7 +155,8 @@ class FeatureBags:
             self._paths = {path.stem: path for path in paths}
             self.names = sorted(self._paths)
         if not self.names:
-            raise ValueError(f"{self.folder}: expected bags.csv or files BAG.h5 or BAG.pt, found none")
+            found = "none" if self.folder.is_dir() else "no such folder"
+            raise ValueError(f"{self.folder}: expected bags.csv or files BAG.h5 or BAG.pt, found {found}")
         if not self._rows:
             self.features = self[self.names[0]].features.shape[1]
 
