@@ -180,11 +180,10 @@ Row<T> copy_row(const Problem<T>& problem, const Instances& r, T* scratch, Paral
   return row;
 }
 
-// The row in the memory of the logits if it is contiguous there and needs no padding, otherwise a copy of it.
+// The row in the memory of the logits if it needs no padding, otherwise a copy of it.
 template <class T>
 SGL_HD Row<T> load_row(const Problem<T>& problem, const Instances& r, T* scratch, ParallelFor parallel_for) {
-  if (problem.type == native_type<T>() && problem.mask == nullptr && r.count == 1 &&
-      (r.dimensions[0].logits == 1 || r.inner == 1) && (r.positions > kPadded || r.positions % (2 * SGL_WIDTH) == 0))
+  if (is_row(problem, r) && (r.positions > kPadded || r.positions % (2 * SGL_WIDTH) == 0))
     return {static_cast<const T*>(problem.logits) + r.logits, r.positions};
   return copy_row(problem, r, scratch, parallel_for);
 }
