@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from common.files import naming
-from common.options import make_parser, message_of, next_step
+from common.options import exit_status, make_parser, next_step
 from common.workers import compute_in_workers
 from localization.rows import FIELDS, SEEDS, T_P, Run, rows_of
 
@@ -80,27 +80,25 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    return exit_status(lambda: compare(args), "stopped; the same command goes on")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Computes the missing runs, and writes the tables and the figure."""
     from localization.tables import collect, draw_maps, tables_of
 
-    try:
-        collect(args.out / "runs.csv")  # a run with other settings is an error before the first computation
-        if not args.draw_only:
-            compute_all([Run(row, seed) for row in args.rows for seed in args.seeds], args)
-        found = collect(args.out / "runs.csv")
-        if not found:
-            raise ValueError(f"out: there is no run in {args.out / 'runs.csv'}")
-        with naming(args.out / "localization.md"):
-            (args.out / "localization.md").write_text(tables_of(found) + "\n")
-        draw_maps(found, args.out / "localization.png")
-    except (ValueError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
-    print((args.out / "localization.md").read_text())
+    collect(args.out / "runs.csv")  # a run with other settings is an error before the first computation
+    if not args.draw_only:
+        compute_all([Run(row, seed) for row in args.rows for seed in args.seeds], args)
+    found = collect(args.out / "runs.csv")
+    if not found:
+        raise ValueError(f"out: there is no run in {args.out / 'runs.csv'}")
+    table = tables_of(found)
+    with naming(args.out / "localization.md"):
+        (args.out / "localization.md").write_text(table + "\n")
+    draw_maps(found, args.out / "localization.png")
+    print(table)
     next_step(f"open {args.out / 'localization.png'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -69,24 +69,15 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        if args.list_stages:
-            from features.backbones import stage_table
+    work = list_stages if args.list_stages else extract
+    return options.exit_status(lambda: work(args), "stopped; the same command continues")
 
-            print(stage_table(args.backbone))
-            return 0
-        extract(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    labels = args.images / "labels.csv"
-    options.next_step(
-        f"python train_features.py --features {args.out} --labels {labels if labels.is_file() else labels.name} "
-        f"--images {args.images} --folds 5 --out runs"
-    )
-    return 0
+
+def list_stages(args: argparse.Namespace) -> None:
+    """Prints the stages of ``args.backbone``."""
+    from features.backbones import stage_table
+
+    print(stage_table(args.backbone))
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -148,6 +139,11 @@ def extract(args: argparse.Namespace) -> None:
         if done % 20 == 0 or done == len(todo):
             left = (time.monotonic() - begun) / done * (len(todo) - done)
             print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
+    labels = args.images / "labels.csv"
+    options.next_step(
+        f"python train_features.py --features {args.out} --labels {labels if labels.is_file() else labels.name} "
+        f"--images {args.images} --folds 5 --out runs"
+    )
 
 
 if __name__ == "__main__":

@@ -67,15 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
-        return 130
-    options.next_step(f"open {args.out / 'report.html'}")
-    return 0
+    return options.exit_status(lambda: run(args), "stopped; the same command with --resume continues")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -146,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
     for name, values in result.items():
         keys = (key for key in ("auc", "pointing", "iou_0.3", "iou_0.5") if key in values)
         print(f"{name}: {', '.join(f'{key} {values[key]:.3f}' for key in keys)}")
+    options.next_step(f"open {args.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.options import make_parser, message_of, next_step
+from common.options import exit_status, make_parser, next_step
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,18 +55,15 @@ NEXT = {
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    return exit_status(lambda: run(args), "stopped; the same command goes on with the runs that are missing")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what ``args.command`` names."""
     from images import frozen_runs
 
-    try:
-        getattr(frozen_runs, args.command)(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with the runs that are missing", file=sys.stderr)
-        return 130
+    getattr(frozen_runs, args.command)(args)
     next_step(NEXT[args.command])
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import argparse
 import sys
 
 from common.choices import UPSAMPLING
-from common.options import default_device, device_name, make_parser, message_of, next_step, path_of
+from common.options import default_device, device_name, exit_status, make_parser, next_step, path_of
 from images.options import add_data_options
 from images.thresholds import RASTERS, map_threshold, probability
 
@@ -86,15 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        localize(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: localize(args))
 
 
 def localize(args: argparse.Namespace) -> None:

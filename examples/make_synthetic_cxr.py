@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from common.options import make_parser, next_step, path_of
+from common.options import exit_status, make_parser, next_step, path_of
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,21 +41,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    return exit_status(lambda: make(args), f"stopped; {args.out} holds a part of a data set. Remove it")
+
+
+def make(args: argparse.Namespace) -> None:
+    """Writes the data set."""
     from images.synthetic_set import write_dataset
 
-    try:
-        plans = write_dataset(
-            args.out, args.images, args.size, args.seed, args.layout, args.workers, args.findings, args.rate
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nstopped; {args.out} holds a part of a data set, and has to be removed", file=sys.stderr)
-        return 130
+    plans = write_dataset(
+        args.out, args.images, args.size, args.seed, args.layout, args.workers, args.findings, args.rate
+    )
     print(f"{len(plans)} images of {plans[-1].patient} patients are in {args.out}")
     next_step(f"python check_cxr.py --data-dir {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

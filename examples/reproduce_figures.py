@@ -36,7 +36,7 @@ from bags.figure_runs import BAGS, DEFAULTS, DEFAULTS_OF, FIGURES, METHODS, QUIC
 from bags.figures import METRICS, draw, draw_examples, write_tables
 from bags.run_table import content_of, merged, read_table, row_of, settings_of, text_of, write_table
 from common.choices import Config
-from common.options import default_device, device_name, make_parser, message_of, next_step
+from common.options import default_device, device_name, exit_status, make_parser, next_step
 
 if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
     import torch
@@ -298,38 +298,35 @@ def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    return exit_status(lambda: reproduce(args), "stopped; the same command goes on")
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Collects and computes the runs, and draws the figure."""
     if args.figure == "queue":
         runs = queue()
     else:
         points = itertools.product(args.methods, args.sizes, args.bags, range(args.seeds), args.positives)
         runs = [Run(*point) for point in points]
-    try:
-        if args.collect:
-            add_to_table(args.collect, args)
-        found = collect(runs, args)  # a file with other settings is an error before the first computation
-        if not args.draw_only:
-            compute_all(runs, found, args)
-        found = collect(runs, args)
-        if not found:
-            raise ValueError(f"out: there is no run of figure {args.figure} in {args.out}")
-        if args.figure == "queue":
-            print(f"{len(found)} of {len(runs)} runs of the queue are in {args.out}")
-            next_step(f"python reproduce_figures.py --figure 4 --data-dir {args.data_dir} --out {args.out} --draw-only")
-            return 0
-        if args.figure == "5b":
-            paths = draw_examples(found, args)
-        else:
-            paths = [*draw(found, args), *write_tables(found, args)]
-            print((args.out / f"figure{args.figure}.md").read_text())
-    except (ValueError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
+    if args.collect:
+        add_to_table(args.collect, args)
+    found = collect(runs, args)  # a file with other settings is an error before the first computation
+    if not args.draw_only:
+        compute_all(runs, found, args)
+    found = collect(runs, args)
+    if not found:
+        raise ValueError(f"out: there is no run of figure {args.figure} in {args.out}")
+    if args.figure == "queue":
+        print(f"{len(found)} of {len(runs)} runs of the queue are in {args.out}")
+        next_step(f"python reproduce_figures.py --figure 4 --data-dir {args.data_dir} --out {args.out} --draw-only")
+        return
+    if args.figure == "5b":
+        paths = draw_examples(found, args)
+    else:
+        paths = [*draw(found, args), *write_tables(found, args)]
+        print((args.out / f"figure{args.figure}.md").read_text())
     print("written:", ", ".join(map(str, paths)))
     next_step(f"open {paths[0]}")
-    return 0
 
 
 if __name__ == "__main__":

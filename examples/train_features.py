@@ -137,15 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
-        return 130
-    options.next_step(f"open {args.out / 'report.html'}")
-    return 0
+    return options.exit_status(lambda: run(args), "stopped; the same command with --resume continues")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -213,6 +205,7 @@ def run(args: argparse.Namespace) -> None:
             if key in values
         )
         print(f"{name}: {line}")
+    options.next_step(f"open {args.out / 'report.html'}")
 
 
 def keep_settings(args: argparse.Namespace, parts: Path) -> None:

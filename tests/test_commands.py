@@ -226,3 +226,18 @@ def test_every_write_of_the_examples_is_in_a_naming_block():
                 unnamed.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     # lock files have no contents
     assert [place for place in unnamed if "cache.py" not in place and "run_folder.py" not in place] == []
+
+
+def test_exit_status_of_a_command(capsys):
+    def fails(error: BaseException) -> None:
+        raise error
+
+    assert options.exit_status(lambda: None) == 0 and capsys.readouterr() == ("", "")
+    assert options.exit_status(lambda: fails(ValueError("size: expected 1, got 0"))) == 2
+    assert capsys.readouterr() == ("", "error: size: expected 1, got 0\n")
+    assert options.exit_status(lambda: fails(FileNotFoundError(2, "No such file", "x.csv"))) == 2
+    assert capsys.readouterr() == ("", "error: [Errno 2] No such file: 'x.csv'\n")
+    assert options.exit_status(lambda: fails(KeyboardInterrupt()), "stopped; run it again") == 130
+    assert capsys.readouterr() == ("", "\nstopped; run it again\n")
+    with pytest.raises(ZeroDivisionError):
+        options.exit_status(lambda: fails(ZeroDivisionError()))

@@ -1,8 +1,10 @@
-"""Types for argparse, and the messages of commands."""
+"""Types for argparse, and the messages and exit statuses of commands."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -19,6 +21,27 @@ def make_parser(description: str | None, epilog: str | None = None) -> argparse.
 def next_step(text: str) -> None:
     """Prints the last line of a command: what to do next."""
     print(f"\nnext: {text}")
+
+
+def exit_status(work: Callable[[], None], interrupted: str = "stopped") -> int:
+    """Does the work of a command and returns its exit status.
+
+    Args:
+        work: a ValueError or OSError from it is an error that the user can correct. Other errors are raised.
+        interrupted: what Ctrl-C prints, such as how to continue.
+
+    Returns:
+        0: done. 2: the error is on stderr. 130: interrupted.
+    """
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def path_of(text: str) -> Path:
