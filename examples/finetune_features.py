@@ -6,7 +6,8 @@
     python finetune_features.py --run runs/sgl --before before --blocks blocks.3.1 blocks.3.2 --out runs/tuned
 
 Every run of --run is continued with its own split, seed and loss. The blocks before --blocks are not computed again:
-their output is in --before. All images must have the same size. The statistics of batch norm do not change. SGL begins
+their output is in --before. With --freeze N for N blocks, the head alone is trained further: the control that tells
+whether a change comes from the blocks or from the additional steps. All images must have the same size. The statistics of batch norm do not change. SGL begins
 with the lam that the run reached. Writes the same files as train_features.py. An interrupted command continues with
 --resume.
 """
@@ -43,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--blocks", nargs="+", required=True, metavar="BLOCK", help="the blocks to train, up to the first stage"
     )
-    network.add_argument("--freeze", type=int, default=0, metavar="N", help="do not train the first N of --blocks (0)")
+    network.add_argument(
+        "--freeze", type=int, default=0, metavar="N", help="do not train the first N of --blocks; all: head only (0)"
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, default=4, help="passes over the training bags (4)")
     training.add_argument("--batch-size", type=int, default=16, help="bags per step (16)")
@@ -61,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if args.repeats is not None and args.repeats < 1:
         parser.error(f"--repeats: expected at least 1, got {args.repeats}")
-    if not 0 <= args.freeze < len(args.blocks):
-        parser.error(f"--freeze: expected 0 to {len(args.blocks) - 1}, got {args.freeze}")
+    if not 0 <= args.freeze <= len(args.blocks):
+        parser.error(f"--freeze: expected 0 to {len(args.blocks)}, got {args.freeze}")
     import torch
 
     if args.threads:

@@ -975,6 +975,22 @@ def test_frozen_blocks_are_computed_and_not_trained(trained, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=0.02, atol=0.002)
 
 
+def test_head_alone_is_trained_further_if_all_blocks_are_frozen(trained, tmp_path):
+    """Without a step, the predictions are those of the stored features. With steps, only the head changes."""
+    still, moved = tmp_path / "still", tmp_path / "moved"
+    assert finetune(trained, still, *BLOCK, "--freeze=1", "--lr=0") == 0
+    assert finetune(trained, moved, *BLOCK, "--freeze=1", "--repeats=1") == 0
+    known, own, other = (
+        runs.load_predictions(out / "parts" / "repeat0_fold0.npz") for out in (trained / "run", still, moved)
+    )
+    np.testing.assert_allclose(own.instances, known.instances, atol=0.003)
+    assert not np.array_equal(own.instances, other.instances)
+    model = torch.load(moved / "parts" / "repeat0_fold0.pt", weights_only=True)["model"]
+    assert not [key for key in model if "blocks" in key] and "head.head.first.weight" in model
+    with pytest.raises(SystemExit):
+        finetune(trained, tmp_path / "more", *BLOCK, "--freeze=2")
+
+
 def test_fine_tuning_continues_and_writes_the_tables_of_train_features(trained, tmp_path, capsys):
     assert finetune(trained, tmp_path / "whole", *BLOCK) == 0
     out = tmp_path / "resumed"

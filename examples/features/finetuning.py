@@ -59,7 +59,8 @@ class BlocksHead(nn.Module):
     The statistics of batch norm are constant. Without training, the logits are those of the head on stored features.
 
     Args:
-        blocks: the last blocks of a network, B to ``width`` channels, with the stride 1.
+        blocks: the last blocks of a network, B to ``width`` channels, with the stride 1. Without any, only the head
+            changes.
         head: the trained head.
         transform: the transform of the features that the head was trained with.
         inputs: B.
