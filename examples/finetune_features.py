@@ -6,10 +6,10 @@
     python finetune_features.py --run runs/sgl --before before --blocks blocks.3.1 blocks.3.2 --out runs/tuned
 
 Every run of --run is continued with its own split, seed and loss. The blocks before --blocks are not computed again:
-their output is in --before. With --freeze N for N blocks, the head alone is trained further: the control that tells
-whether a change comes from the blocks or from the additional steps. All images must have the same size. The statistics of batch norm do not change. SGL begins
-with the lam that the run reached. Writes the same files as train_features.py. An interrupted command continues with
---resume.
+their output is in --before. --freeze with the number of --blocks trains the head alone. This is a control: it tells
+whether a change comes from the blocks or from the additional steps. All images must have the same size. The statistics
+of batch norm do not change. SGL begins with the lam that the run reached. Writes the same files as train_features.py.
+An interrupted command continues with --resume.
 """
 
 from __future__ import annotations
