@@ -1,15 +1,15 @@
 """Builds the extension sgl_ops._C; everything else about the package is in pyproject.toml.
 
-SGL_OPS_BUILD=auto  compile; where that fails, say so and go on as a pure-Python package (the default)
+SGL_OPS_BUILD=auto  compile; after a failure, print a warning and install the pure-Python package (the default)
 SGL_OPS_BUILD=1     compile; a failure is an error
-SGL_OPS_BUILD=0     never compile
+SGL_OPS_BUILD=0     do not compile
 
-SGL_OPS_CUDA=auto   with kernels for CUDA where there is a toolkit and torch was built for CUDA; where they do not
-                    compile, say so and go on without (the default)
-SGL_OPS_CUDA=1      with them; that there is no toolkit, or a failure, is an error
-SGL_OPS_CUDA=0      without them
+SGL_OPS_CUDA=auto   compile the CUDA kernels if there is a CUDA toolkit and a CUDA build of torch; after a failure,
+                    print a warning and build without them (the default)
+SGL_OPS_CUDA=1      compile the CUDA kernels; a failure or a missing toolkit is an error
+SGL_OPS_CUDA=0      do not compile the CUDA kernels
 
-CUDA_HOME, TORCH_CUDA_ARCH_LIST: the toolkit, and what to compile for, as torch understands them
+CUDA_HOME and TORCH_CUDA_ARCH_LIST name the toolkit and the GPU architectures, as in the extensions of torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BUILD, CUDA = choice("SGL_OPS_BUILD"), choice("SGL_OPS_CUDA")
 # Free-threaded Pythons have no limited API.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-# -ffast-math is not among them: a library linked with it sets flush-to-zero for the whole process.
+# Without -ffast-math: loading a library that is linked with it sets flush-to-zero for the whole process.
 COMPILE_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -56,13 +56,13 @@ COMPILE_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",  # gcc's default, not clang's
-    "-Wno-psabi",  # no vector is passed to a function that is not inlined
+    "-Wno-psabi",  # the warning is about vector arguments, and all functions with vector arguments are inlined
     f"-ffile-prefix-map={Path.cwd()}=.",
 ]
 
 
 def torch_folder() -> Path:
-    """The installed torch, found without the seconds that importing it takes: only headers and libraries are needed."""
+    """The folder of the installed torch. It is found without the import of torch, which takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise RuntimeError("torch is not installed where the package is built")
@@ -70,7 +70,7 @@ def torch_folder() -> Path:
 
 
 class BuildExtension(build_ext):
-    """build_ext that compiles in parallel, only what has changed, and can do without a compiler."""
+    """build_ext that compiles changed files only, in parallel. Without a compiler it leaves out the extension."""
 
     def run(self) -> None:
         if BUILD == "0":
@@ -89,19 +89,19 @@ class BuildExtension(build_ext):
             self.leave_out()
 
     def leave_out(self) -> None:
-        """Make the distribution a pure-Python one, also where an earlier build left its extension."""
+        """Makes the distribution a pure-Python one. Removes the extension that an earlier build left."""
         for extension in self.extensions:
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         self.extensions = self.distribution.ext_modules = []
 
     def add_cuda(self, extension: Extension, torch: Path) -> None:
-        """Compile the kernels for CUDA and put them into the extension, where they are wanted and can be had."""
+        """Compiles the CUDA kernels and adds them to ``extension``, according to SGL_OPS_CUDA."""
         if CUDA == "0" or (CUDA == "auto" and not (torch / "lib" / "libtorch_cuda.so").exists()):
             return
         toolkit = find_toolkit()
         if toolkit is None:
             if CUDA == "1":
-                raise RuntimeError("SGL_OPS_CUDA=1, and there is no CUDA toolkit: CUDA_HOME may say where")
+                raise RuntimeError("SGL_OPS_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to its folder")
             return
         source, target = "csrc/cuda/launch.cu", Path(self.build_temp, "csrc", "cuda", "launch.cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class BuildExtension(build_ext):
         except (OSError, StopIteration, subprocess.CalledProcessError) as error:
             if CUDA == "1":
                 raise
-            print(f"sgl-ops: no kernels for CUDA, as they could not be compiled ({error})", file=sys.stderr)
+            print(f"sgl-ops: building without CUDA kernels, because they did not compile: {error}", file=sys.stderr)
             return
         extension.sources += ["csrc/cuda/ops.cpp"]
         extension.define_macros += [("SGL_WITH_CUDA", None)]
@@ -124,7 +124,7 @@ class BuildExtension(build_ext):
         extension.extra_link_args += flags
 
     def run_unless_done(self, command: list[str], target: Path, sources: list[str]) -> None:
-        """Run what makes ``target``, unless this command has made it from the same contents of ``sources``."""
+        """Runs ``command``, unless it has already made ``target`` from the same contents of ``sources``."""
         if self.force:
             target.unlink(missing_ok=True)
         build_if_changed(str(target), sources, lambda: subprocess.run(command, check=True) and None, "\n".join(command))
@@ -133,16 +133,16 @@ class BuildExtension(build_ext):
         torch = torch_folder()
         for extension in self.extensions:
             if str(torch / "include") in extension.include_dirs:
-                continue  # a wheel is built by two rounds over the same extensions
+                continue  # bdist_wheel calls this method twice for the same extensions
             self.add_cuda(extension, torch)
             extension.include_dirs.append(str(torch / "include"))
             extension.library_dirs.append(str(torch / "lib"))
             extension.extra_compile_args.append(f"-ffile-prefix-map={torch}=torch")
-        # what an earlier build left was made with other settings: with kernels for CUDA, say, or beside another torch
+        # object files of an earlier build may have other settings, such as CUDA kernels or another torch
         settings = Path(self.build_temp, "settings")
         wanted = repr([(e.sources, e.define_macros, e.include_dirs, e.extra_compile_args) for e in self.extensions])
         rebuild = self.force or not settings.exists() or settings.read_text() != wanted
-        self.force = True  # build_ext goes by times, build_if_changed by content
+        self.force = True  # build_ext compares times; build_if_changed compares contents instead
         settings.unlink(missing_ok=True)
         compile_some = self.compiler.compile
 
@@ -166,17 +166,18 @@ class BuildExtension(build_ext):
 
 
 class BuildWheel(bdist_wheel):
-    """bdist_wheel that contains what is there now, tagged as what was built."""
+    """bdist_wheel that contains the present modules only. Its tag says whether it has the extension."""
 
     def run(self) -> None:
-        # left by an earlier build, modules that were renamed or removed would go into the wheel
+        # else modules of an earlier build that were renamed or removed would be in the wheel
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         self.run_command("build")
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
 
 
-PICTURES = "https://raw.githubusercontent.com/sgl-ops/sgl-ops/main/"  # an index page has no files of the repository
+# the page on the package index has no files of the repository
+PICTURES = "https://raw.githubusercontent.com/sgl-ops/sgl-ops/main/"
 
 setup(
     long_description=re.sub(r"(!\[[^]]*\]\()(?!https:)", rf"\g<1>{PICTURES}", Path("README.md").read_text("utf-8")),

@@ -1,7 +1,8 @@
-"""PEP 517 backend: setuptools, building against the torch of the environment that the package is installed into.
+"""PEP 517 backend: setuptools, with the torch of the environment into which the package is installed.
 
-A build environment of pip's own does not see that torch, and naming torch in [build-system] would download gigabytes
-beside it. Thanks to the stable ABI the version matters little, so torch is asked for only where there is none.
+pip builds in an isolated environment, which does not contain that torch. If [build-system] named torch, pip would
+download gigabytes. The stable ABI makes the version of torch unimportant. So the backend requires torch only if the
+target environment has none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import setuptools
 
-#: As [build-system] in pyproject.toml says, which pip ignores under --no-build-isolation.
+#: The same number as in [build-system] of pyproject.toml, which pip ignores with --no-build-isolation.
 OLDEST_SETUPTOOLS = 77
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     raise SystemExit(
@@ -38,11 +39,11 @@ def has_torch(folder: str) -> bool:
 
 
 def missing() -> list[str]:
-    """What the build still needs. Where a torch is found outside of the build environment, it is put in reach."""
+    """The requirements that the build environment lacks. Adds the folder of an installed torch to ``sys.path``."""
     if os.environ.get("SGL_OPS_BUILD") == "0" or any(map(has_torch, sys.path)):
         return []
     target = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    # `python -m build` builds in an environment of its own; the active one is known by this variable alone
+    # `python -m build` uses an isolated environment; only this variable names the active one
     active = glob(os.path.join(os.environ.get("VIRTUAL_ENV", os.devnull), "lib", "python*", "site-packages"))
     for folder in [*target, *active]:
         if has_torch(folder):

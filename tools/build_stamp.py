@@ -1,7 +1,7 @@
-"""Whether an object file is up to date, judged by the content of its sources.
+"""Decides by the content of the sources whether an object file is up to date.
 
-A time stamp does not tell: a source that is saved while the compiler runs is older than the object made from the text
-before.
+Times are not reliable. If a source is saved while the compiler runs, it is older than the object file, which was made
+from the previous text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ def fingerprint(sources: Iterable[str], command: str = "") -> str:
 
 
 def build_if_changed(target: str, sources: list[str], build: Callable[[], None], command: str = "") -> bool:
-    """Run ``build``, which makes ``target``, unless it has run for these contents and this command; whether it ran."""
+    """Runs ``build``, which makes ``target``, unless it was made from these contents by this command.
+
+    Returns:
+        whether ``build`` ran.
+    """
     stamp = Path(f"{target}.sha256")
-    wanted = fingerprint(sources, command)  # before the build: what is saved meanwhile is another content
+    wanted = fingerprint(sources, command)  # before the build: a source may change during it
     if Path(target).exists() and stamp.exists() and stamp.read_text() == wanted:
         return False
     stamp.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Finding a CUDA toolkit and calling its compiler. No GPU is needed, and none is asked for."""
+"""Finds a CUDA toolkit and makes the commands of its compiler. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-#: Every GPU from Turing on: code for one of a generation runs on the later ones of it, PTX on the generations to come.
+#: Every GPU from Turing on. Code for a GPU runs on later GPUs of its generation. PTX runs on later generations.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
-#: Flags that change the machine code: the tests interpret what they make.
+#: Flags that change the machine code. The tests interpret code that is made with the same flags.
 LANGUAGE_FLAGS = ("-O3", "-std=c++17")
 
 
 def find_toolkit() -> Path | None:
-    """The folder of a toolkit: CUDA_HOME, CUDA_PATH, where they usually lie, or beside the nvcc on the PATH."""
+    """The folder of a toolkit: CUDA_HOME, CUDA_PATH, a usual place, or the folder of the nvcc on the PATH."""
     nvcc = shutil.which("nvcc")
     beside = str(Path(nvcc).resolve().parents[1]) if nvcc else None
     for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", "/opt/cuda", beside):
@@ -27,7 +27,7 @@ def find_toolkit() -> Path | None:
 
 
 def architectures(nvcc: Path) -> list[str]:
-    """What to compile for: TORCH_CUDA_ARCH_LIST as torch reads it, else all that this nvcc knows of ARCHITECTURES."""
+    """The architectures in TORCH_CUDA_ARCH_LIST, else those of ARCHITECTURES that this nvcc knows."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if wanted:
         return [name for name in wanted.split(";") if name]
@@ -51,14 +51,14 @@ def architecture_flags(nvcc: Path) -> list[str]:
 
 
 def compression_flags(nvcc: Path) -> list[str]:
-    """nvcc leaves machine code as it is, which would be most of a wheel; what it spends on small code is spent once."""
+    """Flags of nvcc that compress the machine code, which else would be most of a wheel."""
     helped = subprocess.run([nvcc, "--help"], capture_output=True, text=True, check=True).stdout
     smallest = ["--compress-mode=size"] if "--compress-mode" in helped else []
     return [*smallest, "-Xfatbin=-compress-all"]
 
 
 def compile_command(toolkit: Path, source: str, target: str, host_flags: list[str]) -> list[str]:
-    """The call of nvcc that compiles ``source``; ``host_flags`` go to the host's compiler."""
+    """The nvcc command that compiles ``source``. ``host_flags`` are flags of the host compiler."""
     nvcc = toolkit / "bin" / "nvcc"
     return [
         str(nvcc), *LANGUAGE_FLAGS, "--threads", "0", *architecture_flags(nvcc), *compression_flags(nvcc),
@@ -67,10 +67,10 @@ def compile_command(toolkit: Path, source: str, target: str, host_flags: list[st
 
 
 def link_flags(toolkit: Path) -> tuple[Path, list[str]]:
-    """(folder of libraries, arguments of the linker) for the runtime.
+    """(folder of libraries, linker flags) of the CUDA runtime.
 
-    Statically, so that the library loads where there is no CUDA, and hidden, so that torch's own runtime, which may be
-    of another version, does not take its place.
+    The runtime is linked statically, so that the library loads on a system without CUDA. Its symbols are hidden, so
+    that the runtime of torch, which may have another version, does not replace it.
     """
     folder = next(toolkit / name for name in ("lib64", "lib") if (toolkit / name / "libcudart_static.a").exists())
     return folder, [

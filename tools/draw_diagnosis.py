@@ -1,4 +1,4 @@
-"""Draw docs/_static/diagnosis.png: maps of a positive bag for the findings of sgl_ops.diagnose that concern maps.
+"""Draws docs/_static/diagnosis.png: a map of a positive bag for each finding of sgl_ops.diagnose about maps.
 
 Run from the repository: python tools/draw_diagnosis.py
 """
@@ -16,7 +16,7 @@ SIDE = 12
 
 
 def maps() -> dict[str, torch.Tensor]:
-    """Logits (40, SIDE, SIDE) for each title: 20 negative and 20 positive bags in turn, with a spot in the latter."""
+    """Logits (40, SIDE, SIDE) for each title: 20 negative and 20 positive bags alternate; the latter have a spot."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(40, SIDE, SIDE, generator=generator)
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")

