@@ -27,7 +27,7 @@ def _table(text: str) -> dict[str, list[int]]:
     return {name: [int(number) for number in numbers] for name, *numbers in map(str.split, text.splitlines())}
 
 
-#: Codes of the poolings that the operators have, by name, as csrc/pooling.h lists them; and which have a parameter.
+#: The poolings of the operators (csrc/pooling.h): codes by name, and by code whether the pooling has a parameter.
 CODE_OF_NAME: dict[str, int] = {}
 HAS_PARAMETER: dict[int, bool] = {}
 #: Widths of the tensors that the operators return, and codes of the losses (csrc/batch.h).
@@ -43,7 +43,7 @@ try:
         CONSTANTS = {_name: _numbers[0] for _name, _numbers in _table(torch.ops.sgl_ops.constants()).items()}
     except AttributeError:
         raise ImportError("it was compiled from older sources: build it again") from None
-    # torch for ROCm says "cuda", too
+    # a ROCm build of torch also calls its devices "cuda"
     HAS_CUDA = torch.ops.sgl_ops.has_cuda() and torch.version.cuda is not None
     DEVICES: frozenset[str] = frozenset({"cpu", "cuda"} if HAS_CUDA else {"cpu"})
     REASON = ""
@@ -53,27 +53,27 @@ except ImportError as error:
     # pip has already reported a pure-Python installation
     if (Path(__file__).parents[1] / "setup.py").exists() or not isinstance(error, ModuleNotFoundError):
         warnings.warn(
-            f"sgl_ops in {Path(__file__).parent} has no compiled extension ({REASON}). Every loss takes the reference, "
+            f"sgl_ops in {Path(__file__).parent} has no compiled extension ({REASON}). Every loss uses the reference, "
             "about ten times slower. Run 'pip install .' in the source tree and import sgl_ops from another folder.",
             RuntimeWarning,
             stacklevel=2,
         )
 
-#: Values of the environment variable SGL_OPS_CPU, as csrc/cpu/kernels.cpp has them, the slowest first.
+#: Values of the environment variable SGL_OPS_CPU (csrc/cpu/kernels.cpp), the slowest first.
 CPU_LEVELS = ("baseline", "avx2", "avx512")
-_asked = os.environ.get("SGL_OPS_CPU")
-if _asked and DEVICES and _asked != (_taken := torch.ops.sgl_ops.cpu_level()):
+_wanted = os.environ.get("SGL_OPS_CPU")
+if _wanted and DEVICES and _wanted != (_used := torch.ops.sgl_ops.cpu_level()):
     warnings.warn(
-        f"SGL_OPS_CPU: expected {', '.join(CPU_LEVELS)}, got {_asked!r}; the kernels for {_taken} are used"
-        if _asked not in CPU_LEVELS
-        else f"SGL_OPS_CPU={_asked}: this machine has no {_asked}; the kernels for {_taken} are used",
+        f"SGL_OPS_CPU: expected {', '.join(CPU_LEVELS)}, got {_wanted!r}; the kernels for {_used} are used"
+        if _wanted not in CPU_LEVELS
+        else f"SGL_OPS_CPU={_wanted}: this machine has no {_wanted}; the kernels for {_used} are used",
         RuntimeWarning,
         stacklevel=2,
     )
 
 #: The code of a pooling that the operators do not have: its bag loss is computed by PyTorch.
 EXTERNAL = CODE_OF_NAME.get("none", 0)
-#: Codes of the pooling modules; sgl_ops/pooling.py enters those that it names as the operators do.
+#: Codes of the pooling modules. sgl_ops/pooling.py adds each module whose name the operators know.
 CODES: dict[type[nn.Module], int] = {}
 
 
@@ -86,7 +86,7 @@ class Operation(NamedTuple):
 
 
 def has_code(pooling: nn.Module) -> bool:
-    """Whether the operators have the pooling. By exact type: a subclass may compute anything, as may a hook."""
+    """Whether the operators have this pooling. A subclass or a hook may compute something else."""
     return type(pooling) in CODES and not (
         pooling._forward_hooks or pooling._forward_pre_hooks or pooling._backward_hooks or pooling._backward_pre_hooks
     )
@@ -176,7 +176,7 @@ if DEVICES:
 
         Args:
             operator: the operator.
-            run: calls it. A function, so that another operator can take its place.
+            run: calls the operator. It is a function, so that tests can replace the operator.
             fake: its fake kernel.
         """
         arguments, results = str(operator._schema).split("(", 1)[1].split(") -> ", 1)
@@ -194,7 +194,7 @@ if DEVICES:
         namespace, short = name.split("::")
         return getattr(getattr(torch.ops, namespace), short).default  # type: ignore[no-any-return]
 
-    # A CUDA graph would repeat the numbers of the step that it was captured in.
+    # a captured CUDA graph would repeat the numbers of the step in which it was captured
     _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
     _forward_numbers = _define_with_numbers(_forward, lambda *a: _forward(*a), _forward_fake)
     _forward_sums_numbers = _define_with_numbers(_forward_sums, lambda *a: _forward_sums(*a), _forward_sums_fake)
@@ -202,7 +202,7 @@ if DEVICES:
 
 
 class Call(NamedTuple):
-    """The tensors of a call that the operators take, checked."""
+    """The tensor arguments of the operators, after the checks."""
 
     logits: Tensor
     targets: Tensor
@@ -213,14 +213,14 @@ class Call(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The values of the arguments of the operators that are no tensors, in the order of their schemas."""
+    """The values of the other arguments of the operators, in the order of their schemas."""
 
     forward: tuple[Any, ...]
     backward: tuple[Any, ...]
 
 
 def _operands(settings: SGLSettings, operation: tuple[int, float, int], traced: bool) -> Operands:
-    """The operands of an :class:`Operation`. The settings keep them, because each step on small bags asks for them."""
+    """The operands of an :class:`Operation`. The settings cache them, which makes steps on small bags shorter."""
     if traced or operation not in settings.operands:
         named = Operation(*operation)
 
@@ -259,7 +259,7 @@ def _run_forward(call: Call, bag_sum: Tensor | None, settings: SGLSettings, oper
 
 
 def _linked(run: Callable[..., Tensor], arguments: tuple[Any, ...], logits: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradient ``run(*arguments)``. Under create_graph=True its own derivative is an error."""
+    """The gradient ``run(*arguments)``. With create_graph=True, its derivative raises an error."""
     if not torch.is_grad_enabled():
         return run(*arguments)
     with torch.no_grad():
@@ -385,10 +385,10 @@ _SHARE_OF_PAIR = 3
 
 
 class _Once(torch.autograd.Function):
-    """The gradient, linked to what it depends on so that its own derivative is an error.
+    """The gradient, connected to its inputs, so that a second derivative is an error.
 
-    torch's once_differentiable leaves the gradient unlinked where grad_output needs no gradient, which is the rule for
-    a loss: a gradient penalty would be constant, in silence.
+    once_differentiable of torch does not connect the gradient if grad_output needs no gradient, which is usual for a
+    loss. A gradient penalty would then be a constant, without an error.
     """
 
     @staticmethod

@@ -16,7 +16,7 @@ SIDE = 12
 
 
 def maps() -> dict[str, torch.Tensor]:
-    """Logits (40, SIDE, SIDE) for each title: 20 negative and 20 positive bags alternate; the latter have a spot."""
+    """Logits (40, SIDE, SIDE) by title. Negative and positive bags alternate. The positive bags have a spot."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(40, SIDE, SIDE, generator=generator)
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")

@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("environments", nargs="*", metavar="TORCH:BUILD:PYTHON", help="default: all of the matrix")
     parser.add_argument("--quick", action="store_true", help="only this Python, with the torch that is installed here")
     parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels with --quick, too")
-    parser.add_argument("--wheel", type=Path, help="check this repaired wheel and the sdist in its folder; build nothing")
+    parser.add_argument("--wheel", type=Path, help="check this repaired wheel and its sdist; build nothing")
     parser.add_argument("--resume", action="store_true", help="keep the results of the same wheel, add missing ones")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="folder of the files and logs (dist)")
     arguments = parser.parse_args()
