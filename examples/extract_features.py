@@ -36,7 +36,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="store: one file for all bags; h5: one BAG.h5 per bag (store)",
     )
     network = parser.add_argument_group("network")
-    network.add_argument("--backbone", default="timm/resnet18", metavar="NAME", help="a model of timm (timm/resnet18)")
+    network.add_argument(
+        "--backbone",
+        default="timm/resnet18",
+        metavar="NAME",
+        help="a model of timm, or torchvision/NAME (timm/resnet18)",
+    )
     network.add_argument(
         "--weights", default="pretrained", metavar="FILE", help="pretrained (timm downloads them), none, or a file"
     )

@@ -9,6 +9,10 @@ feature maps once. ``train`` trains every method of --methods with every seed on
 evaluates them on the official test list: the AUC, and the boxes of the NIH and of ChestX-Det10. ``table`` summarizes
 the runs with confidence intervals over patients. ``train --validate`` is for choosing settings: it evaluates on a
 quarter of the patients of the training list instead of the test list.
+
+``extract --stages`` takes other features: earlier stages, several image sizes, another network. ``train --tune N``
+trains the last N blocks of EfficientNet-Lite0 behind each trained head, together with the head. ``--tune 0`` is the
+control: the head alone is trained further.
 """
 
 from __future__ import annotations
@@ -25,10 +29,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("extract", allow_abbrev=False, help="compute the feature maps of all images")
     one.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
+    one.add_argument("--weights", type=Path, required=True, help="weights of the network: .safetensors, .pth or .pt")
     one.add_argument(
-        "--weights", type=Path, required=True, help="weights of timm/tf_efficientnet_lite0: .safetensors, .pth or .pt"
+        "--backbone",
+        default="timm/tf_efficientnet_lite0",
+        metavar="NAME",
+        help="timm/NAME or torchvision/NAME; needs --stages (timm/tf_efficientnet_lite0)",
     )
-    one.add_argument("--image-size", type=int, default=320, help="width and height of resized images (320)")
+    one.add_argument(
+        "--stages",
+        nargs="+",
+        default=[],
+        metavar="STAGE",
+        help="stages whose features are concatenated, as in extract_features.py (the last two of EfficientNet-Lite0)",
+    )
+    one.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        default=[320],
+        metavar="PIXELS",
+        help="width and height of resized images; with --stages, the features of several sizes are concatenated (320)",
+    )
     one.add_argument("--out", type=Path, required=True, help="folder for the feature maps")
     two = commands.add_parser("train", allow_abbrev=False, help="train and evaluate heads")
     two.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
@@ -38,12 +60,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     two.add_argument("--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen.py (all)")
     two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of every method (0 1 2 3 4)")
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
+    two.add_argument(
+        "--tune",
+        type=int,
+        choices=(0, 1, 2),
+        metavar="N",
+        help="train the head and the last N blocks of the network further, N 0 to 2; 0: the head alone (off)",
+    )
+    two.add_argument("--weights", type=Path, help="with --tune: the weights of extract")
+    two.add_argument("--tune-epochs", type=int, default=3, help="passes over the training images with --tune (3)")
+    two.add_argument("--tune-lr", type=float, default=1e-4, help="learning rate with --tune, falling to 0 (0.0001)")
     two.add_argument("--validate", action="store_true", help="evaluate on held-out patients of the training list")
     two.add_argument("--out", type=Path, required=True, help="folder for the runs")
     three = commands.add_parser("table", allow_abbrev=False, help="summarize the runs in a table")
     three.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
     three.add_argument("--out", type=Path, required=True, help="csv file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "train" and args.tune is not None and args.weights is None:
+        parser.error("--tune: expected --weights, too")
+    if args.command == "train" and args.tune_epochs < 1:
+        parser.error(f"--tune-epochs: expected at least 1, got {args.tune_epochs}")
+    return args
 
 
 NEXT = {

@@ -858,6 +858,27 @@ def test_names_of_stages_are_those_of_own_features(timm, name, stages):
         assert backbones.stages_in(timm.create_model(name)) == stages
 
 
+def test_networks_of_torchvision(timm, tmp_path):
+    """SqueezeNet has no padding in its first layers: fewer cells than strides, and an exact stride all the same."""
+    from torchvision.models import squeezenet1_0
+
+    network = squeezenet1_0(weights=None).eval()
+    torch.save({k: v for k, v in network.state_dict().items() if "classifier" not in k}, tmp_path / "trunk.pt")
+    backbone = backbones.load_backbone("torchvision/squeezenet1_0", weights=tmp_path / "trunk.pt", cut="features.6")
+    assert backbone.geometry.stride == 8 and backbone.geometry.field == 43
+    image = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        wanted = network.features[:7]((image - backbone.mean) / backbone.std)
+    torch.testing.assert_close(backbone(image), wanted)
+    geometry = backbones.geometry_of(network, "features.12", 224)
+    assert (geometry.stride, geometry.field) == (16, 155)
+    assert backbones.stages_in(network) == [f"features.{k}" for k in range(13)]
+    with pytest.raises(ValueError, match="similar names: squeezenet1_0, squeezenet1_1"):
+        backbones.load_backbone("torchvision/squeezenet", weights="none")
+    with pytest.raises(ValueError, match="expected a network of timm"):
+        backbones.load_backbone("torchvision/squeezenet1_0", weights="none", output_stride=8)
+
+
 def test_tables_of_own_features_are_read(tmp_path):
     tables = [text for _, text in BLOCKS if text.startswith(("image,", "bag,"))]
     assert len(tables) == 4

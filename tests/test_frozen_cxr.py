@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from common.import_torchvision import import_torchvision
+from features.finetuning import load_blocks
 from images import frozen_runs
 from images.frozen import CLASSES, METHODS, Head, evaluate, grad_cam, read_films, reduce_features, train_head
+from images.frozen_tuning import BLOCKS, Tuning, tune, with_tuned
 from images.nih import load_index
 from images.synthetic_set import write_dataset
 
@@ -104,7 +106,7 @@ def test_components_are_computed_from_the_training_list(data):
     films = read_films(data / "data", None, None, data / "features")
     changed = np.array(films.features)
     changed[films.test] = 7.0
-    cells, others = (reduce_features(f, 12) for f in (films, films._replace(features=changed)))
+    cells, others = (reduce_features(f, 12)[0] for f in (films, films._replace(features=changed)))
     kept = torch.from_numpy(~films.test)
     torch.testing.assert_close(cells[kept] / cells[kept].std(), others[kept] / others[kept].std(), rtol=1e-3, atol=1e-3)
 
@@ -113,7 +115,7 @@ def test_components_are_computed_from_the_training_list(data):
 def test_attention_is_trained_with_the_head(data, name):
     """The attention reads the hidden layer, and its weights change in training."""
     films = read_films(data / "data", None, data / "det10.csv", data / "features")
-    cells = reduce_features(films, 12)
+    cells, _ = reduce_features(films, 12)
     numbers, test = films.split(validate=False)
     method = dataclasses.replace(METHODS[name], weight_decay=0.0)
     _, untrained, _ = train_head(cells, films, numbers, method, 0, epochs=1, batch_size=len(numbers) + 1)
@@ -173,8 +175,81 @@ def test_extraction_writes_the_features(data, tmp_path):
     features = np.load(tmp_path / "out" / "features.npy")
     assert features.shape == (3, 320 + 112, 3, 3) and features.dtype == np.float16
     assert (tmp_path / "out" / "names.txt").read_text().split() == sorted(p.name for p in images.iterdir())
+    before = np.load(tmp_path / "out" / "before.npy")
+    assert before.shape == (3, 192, 3, 3)
+    blocks = load_blocks("timm/tf_efficientnet_lite0", str(tmp_path / "weights.pth"), BLOCKS)
+    with torch.no_grad():
+        found = blocks(torch.from_numpy(before.astype(np.float32))).numpy()
+    np.testing.assert_allclose(found, features[:, :320], rtol=0.01, atol=0.01 * np.abs(found).mean())
+    two = ["--stages", "blocks.2", "blocks.1", "--image-size", "96", "144"]
+    assert example.main(["extract", *options, *two, "--out", str(tmp_path / "out")]) == 0
+    assert np.load(tmp_path / "out" / "features.npy").shape == (3, 2 * (40 + 24), 12, 12)
+    assert not (tmp_path / "out" / "before.npy").exists()
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert 0 < settings["first"] < 1 and settings["image_size"] == [96, 144]
+    assert example.main(["extract", *options, "--image-size", "96", "144", "--out", str(tmp_path / "other")]) == 2
     torch.save({}, tmp_path / "weights.pth")
     assert example.main(["extract", *options, "--out", str(tmp_path / "other")]) == 2
+
+
+@pytest.fixture(scope="module")
+def tunable(data, tmp_path_factory):
+    """Features of the films of ``data`` by the pretrained blocks, with their input and their weights."""
+    timm = pytest.importorskip("timm")
+    folder = tmp_path_factory.mktemp("tunable")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), folder / "weights.pth")
+    names = (data / "features" / "names.txt").read_text()
+    (folder / "names.txt").write_text(names)
+    before = np.random.default_rng(1).normal(size=(len(names.split()), 192, 4, 4)).astype(np.float16)
+    np.save(folder / "before.npy", before)
+    blocks = load_blocks("timm/tf_efficientnet_lite0", str(folder / "weights.pth"), BLOCKS)
+    with torch.no_grad():
+        maps = blocks(torch.from_numpy(before.astype(np.float32)))
+    others = torch.randn(len(before), 8, 4, 4)
+    np.save(folder / "features.npy", torch.cat([maps, others], 1).numpy().astype(np.float16))
+    return folder
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_tuning_trains_the_head_and_the_chosen_blocks(data, tunable, count):
+    films = read_films(data / "data", None, None, tunable)
+    cells, transform = reduce_features(films, 20)
+    weights = str(tunable / "weights.pth")
+    tuning = Tuning(films, tunable, transform, "timm/tf_efficientnet_lite0", weights, count)
+    numbers, test = films.split(validate=False)
+    method = METHODS["softmax sgl 3 mask 1"]
+    head, pooling, started = train_head(cells, films, numbers, method, 0, epochs=1)
+    begun = [p.clone() for p in head.parameters()]
+    blocks = tune(tuning, head, pooling, films, numbers, method, started, 0, epochs=1, lr=0.0)
+    shown = with_tuned(cells, tuning, blocks, test)
+    torch.testing.assert_close(shown, cells, rtol=0.02, atol=0.02)  # half precision of the stored features
+    assert torch.equal(shown[numbers], cells[numbers])
+    tuned = tune(tuning, head, pooling, films, numbers, method, started, 0, epochs=1, lr=1e-3)
+    assert all(not torch.equal(a, b) for a, b in zip(begun, head.parameters(), strict=True))
+    state, changed = tuning.blocks.state_dict(), tuned.state_dict()
+    assert len([name for name in state if name.endswith("conv_pw.weight")]) == count
+    for name, value in state.items():
+        assert torch.equal(value, changed[name]) == ("running" in name or "num_batches" in name), name
+    assert count == 0 or not torch.equal(with_tuned(cells, tuning, tuned, test)[test], shown[test])
+
+
+@pytest.mark.examples
+def test_tuned_runs_have_the_files_of_frozen_ones(data, tunable, tmp_path, capsys):
+    weights = ["--weights", tunable / "weights.pth"]
+    given = ["train", "--data-dir", data / "data", "--features", tunable, "--components", 20, "--seeds", 0]
+    given += ["--methods", "softmax bag", "--out", tmp_path / "runs", "--tune", 1, "--tune-epochs", 1]
+    assert example.main([str(o) for o in (*given, *weights)]) == 0
+    run = json.loads((tmp_path / "runs" / "softmax bag-seed0.json").read_text())
+    assert run["tuned"] == {"blocks": 1, "epochs": 1, "lr": 1e-4} and 0 <= run["auc"] <= 1
+    assert example.main(["table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "films.csv")]) == 0
+    with pytest.raises(SystemExit):
+        example.main([str(o) for o in given])
+    assert "--weights" in capsys.readouterr().err
+    given[4] = data / "features"
+    given[given.index(tmp_path / "runs")] = tmp_path / "other"
+    assert example.main([str(o) for o in (*given, *weights)]) == 2
+    assert "before.npy" in capsys.readouterr().err
 
 
 def test_every_method_has_a_loss_and_a_pooling():

@@ -1,4 +1,4 @@
-"""Pretrained networks of timm as extractors of feature maps, and the geometry of the maps."""
+"""Pretrained networks of timm and torchvision as extractors of feature maps, and the geometry of the maps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from images.pixels import MEAN, STD
 from torch import Tensor, nn
+
+TORCHVISION = "torchvision/"
 
 
 class Geometry(NamedTuple):
@@ -155,11 +158,12 @@ def load_backbone(
     cut: str | None = None,
     output_stride: int | None = None,
 ) -> Backbone:
-    """A frozen network of timm.
+    """A frozen network of timm, or a convolutional one of torchvision.
 
     Args:
-        name: a model of timm, with or without ``timm/`` before it.
-        weights: ``"pretrained"`` (downloaded by timm), ``"none"`` (random), or a .safetensors, .pth or .pt file with a
+        name: a model of timm, with or without ``timm/`` before it, or ``torchvision/NAME``, for example
+            ``torchvision/squeezenet1_0``.
+        weights: ``"pretrained"`` (downloaded), ``"none"`` (random), or a .safetensors, .pth or .pt file with a
             state dict of the network, without its classifier if need be. Half precision is converted to float32.
         stages: the stages whose outputs are concatenated: numbers in the list of the network's stages (0 = the first),
             or names of its submodules. Default: the last stage.
@@ -169,6 +173,26 @@ def load_backbone(
     Raises:
         ValueError: an unknown name, stage or stride, a missing file, or weights that do not fit.
     """
+    create = _create_torchvision if name.startswith(TORCHVISION) else _create_timm
+    network, config, tokens = create(name, str(weights) == "pretrained", output_stride)
+    if str(weights) not in ("pretrained", "none"):
+        load_weights(network, Path(weights))
+    if cut is not None and stages:
+        raise ValueError("cut: expected cut or stages, got both; one stage is what cut means")
+    wanted = [cut] if cut is not None else list(stages) or [str(len(stage_names(network)) - 1)]
+    return Backbone(
+        network,
+        [stage_of(network, stage) for stage in wanted],
+        config["mean"],
+        config["std"],
+        config["input_size"][-1],
+        tokens,
+        str(weights) != "none",
+    )
+
+
+def _create_timm(name: str, pretrained: bool, output_stride: int | None) -> tuple[nn.Module, dict, int | None]:
+    """A network of timm, its configuration, and the side of a patch of a vision transformer."""
     timm = import_timm()
     short = name.removeprefix("timm/")
     if not timm.is_model(short.partition(".")[0]):
@@ -181,26 +205,34 @@ def load_backbone(
     if is_tokens:
         options["dynamic_img_size"] = True
     try:
-        network = timm.create_model(short, pretrained=str(weights) == "pretrained", **options)
+        network = timm.create_model(short, pretrained=pretrained, **options)
     except (TypeError, NotImplementedError, AssertionError, KeyError) as error:
         raise ValueError(f"output stride: {short} cannot have {output_stride} ({error})") from None
     except Exception as error:  # a download fails in many ways
         raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file, or 'none'") from None
-    if str(weights) not in ("pretrained", "none"):
-        load_weights(network, Path(weights))
-    if cut is not None and stages:
-        raise ValueError("cut: expected cut or stages, got both; one stage is what cut means")
-    wanted = [cut] if cut is not None else list(stages) or [str(len(stage_names(network)) - 1)]
-    config = network.pretrained_cfg
-    return Backbone(
-        network,
-        [stage_of(network, stage) for stage in wanted],
-        config["mean"],
-        config["std"],
-        config["input_size"][-1],
-        network.patch_embed.patch_size[0] if is_tokens else None,
-        str(weights) != "none",
-    )
+    return network, network.pretrained_cfg, network.patch_embed.patch_size[0] if is_tokens else None
+
+
+def _create_torchvision(name: str, pretrained: bool, output_stride: int | None) -> tuple[nn.Module, dict, None]:
+    """A network of torchvision, and a configuration as that of timm. Its stages are the names of submodules."""
+    from common.import_torchvision import import_torchvision
+
+    import_torchvision()
+    from torchvision import models
+
+    short = name.removeprefix(TORCHVISION)
+    if output_stride is not None:
+        raise ValueError(f"output stride: expected a network of timm, got {name}")
+    try:
+        network = models.get_model(short, weights="DEFAULT" if pretrained else None)
+    except ValueError:
+        near = [known for known in models.list_models(module=models) if known[:4] == short[:4]][:5]
+        raise ValueError(
+            f"backbone: torchvision has no model {short!r}" + (f"; similar names: {', '.join(near)}" if near else "")
+        ) from None
+    except Exception as error:  # a download fails in many ways
+        raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file, or 'none'") from None
+    return network, {"mean": MEAN, "std": STD, "input_size": (3, 224, 224)}, None
 
 
 def import_timm():
@@ -216,8 +248,11 @@ def import_timm():
 
 
 def stage_names(network: nn.Module) -> list[str]:
-    """The names of the submodules that timm lists as the stages of a network."""
+    """The names of the submodules that timm lists as the stages of a network. torchvision: the layers in order."""
     info = getattr(network, "feature_info", None)
+    layers = getattr(network, "features", None)
+    if not info and isinstance(layers, nn.Sequential):
+        return [f"features.{name}" for name, _ in layers.named_children()]
     names = [str(entry["module"]) for entry in info] if info else []
     known = dict(network.named_modules())
     return [name for name in names if name in known] or [name for name, _ in network.named_children()]
@@ -368,13 +403,15 @@ def _measured(probe: nn.Module, stage: str, side: int, tokens: int | None) -> Ge
     cells = cells[0].sum(0)
     middle, column = len(cells) // 2, cells.shape[1] // 2
     stride = round(side / len(cells))
-    (gradient,) = torch.autograd.grad(cells[middle, column], strip)
-    seen = gradient[0].abs().sum((0, 2)).nonzero()
-    if not len(seen):
-        return Geometry(stride, stride / 2, None)
-    low, high = int(seen[0]), int(seen[-1]) + 1
-    if low == 0 or high == side:
-        return Geometry(stride, stride / 2, None)
+    fields = []
+    for row in (middle, middle - 1):
+        (gradient,) = torch.autograd.grad(cells[row, column], strip, retain_graph=True)
+        seen = gradient[0].abs().sum((0, 2)).nonzero()
+        if not len(seen) or seen[0] == 0 or seen[-1] + 1 == side:
+            return Geometry(stride, stride / 2, None)
+        fields.append((int(seen[0]), int(seen[-1]) + 1))
+    (low, high), (before, _) = fields
+    stride = low - before  # without padding, the map has fewer cells than the strip has strides
     return Geometry(stride, (low + high) / 2 - middle * stride, high - low)
 
 

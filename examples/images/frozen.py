@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from features.heads import make_head_pooling
+from features.training import Transform
 from torch import Tensor, nn
 
 from images.metrics import auc_per_class
@@ -74,6 +76,7 @@ class Films(NamedTuple):
         patients: (n,).
         test: (n,) bool, those of the official test list.
         boxes: sets of boxes by name: (image, class) to boxes (k, 4) in pixels of an image of 1024 pixels.
+        first: centre of the first cell of a map, in cells from the edge of the image.
     """
 
     features: np.ndarray
@@ -81,6 +84,7 @@ class Films(NamedTuple):
     patients: np.ndarray
     test: np.ndarray
     boxes: dict[str, dict[tuple[int, int], np.ndarray]]
+    first: float = FIRST
 
     def split(self, validate: bool) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the training images, and of the evaluation images: the test list, or held-out training
@@ -108,6 +112,8 @@ def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features
     if absent:
         raise ValueError(f"features: {absent[0]} is not among the images of {data_dir}")
     order = np.array([number[name] for name in names])
+    settings = features / "settings.json"
+    first = json.loads(settings.read_text())["first"] if settings.is_file() else FIRST
     where = {name: i for i, name in enumerate(names)}
     boxes: dict[str, dict[tuple[int, int], list]] = {"nih": {}}
     for name, found in index.boxes.items():
@@ -128,14 +134,15 @@ def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features
         index.patients[order],
         index.test[order],
         {name: {key: np.array(found) for key, found in some.items()} for name, some in boxes.items()},
+        first,
     )
 
 
-def reduce_features(films: Films, components: int) -> Tensor:
-    """Principal components (n, h w, components) of the cells, fitted on the training list and partly whitened.
+def reduce_features(films: Films, components: int) -> tuple[Tensor, Transform]:
+    """Principal components (n, h w, components) of the cells, and the transform of features that computes them.
 
-    Each component is divided by the square root of its standard deviation. Then all are divided by their common
-    standard deviation.
+    They are fitted on the training list and partly whitened: each component is divided by the square root of its
+    standard deviation. Then all are divided by their common standard deviation.
     """
     maps = torch.from_numpy(np.array(films.features)).float()
     cells = maps.flatten(2).transpose(1, 2)
@@ -145,7 +152,8 @@ def reduce_features(films: Films, components: int) -> Tensor:
     values, vectors = torch.linalg.eigh(standard.T @ standard / len(standard))
     project = vectors[:, -components:] / (values[-components:].clamp(min=0).sqrt() + 1e-3).sqrt()
     reduced = torch.stack([(film - mean) / deviation @ project for film in cells])
-    return reduced / reduced.std()
+    scale = reduced.std()
+    return reduced / scale, Transform(mean, project / deviation.unsqueeze(1) / scale)
 
 
 class Head(nn.Module):
@@ -175,10 +183,7 @@ def train_head(
     with torch.no_grad():
         head.last.bias.copy_(prior_bias(labels[numbers], share=method.share))
     pooling = make_head_pooling(method.pooling, method.pooling, 0.3, method.hidden)
-    if method.loss == "sgl":
-        criterion = SGLLoss(lam=method.lam, pooling=pooling, mask_weight=method.mask_weight)
-    else:
-        criterion = MMMLoss() if method.loss == "mmm" else {"bag": BagLoss, "bil": BILLoss}[method.loss](pooling)
+    criterion = make_criterion(method, pooling)
     optimizer = torch.optim.AdamW([*head.parameters(), *pooling.parameters()], 3e-3, weight_decay=method.weight_decay)
     steps = epochs * (len(numbers) // batch_size)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1, pct_start=0.1)
@@ -201,6 +206,13 @@ def train_head(
             optimizer.step()
             rate.step()
     return head.eval(), pooling, started
+
+
+def make_criterion(method: Method, pooling: nn.Module) -> nn.Module:
+    """The loss of ``method`` with ``pooling``."""
+    if method.loss == "sgl":
+        return SGLLoss(lam=method.lam, pooling=pooling, mask_weight=method.mask_weight)
+    return MMMLoss() if method.loss == "mmm" else {"bag": BagLoss, "bil": BILLoss}[method.loss](pooling)
 
 
 def grad_cam(head: Head, pooling: nn.Module, cells: Tensor) -> Tensor:
@@ -253,10 +265,12 @@ def _boxes(maps: dict[int, np.ndarray], films: Films, true: dict[tuple[int, int]
             heat = maps[image][kind]
             if rescaled:  # Eq. 5
                 heat = (heat - heat.min()) / max(heat.max() - heat.min(), 1e-12)
-            box = heatmap_to_box(heat, (SIDE, SIDE), threshold, mode="bilinear", side=1, first=FIRST, relative=relative)
+            box = heatmap_to_box(
+                heat, (SIDE, SIDE), threshold, mode="bilinear", side=1, first=films.first, relative=relative
+            )
             hits.append(_over(box, boxes))
             centre.append(_over(centre_box((SIDE, SIDE)), boxes))
-            pointing.append(bool(contains(boxes, heatmap_to_point(heat, (SIDE, SIDE), FIRST)).any()))
+            pointing.append(bool(contains(boxes, heatmap_to_point(heat, (SIDE, SIDE), films.first)).any()))
         patients = [int(films.patients[image]) for image, _ in keys]
         found[title] = {"hits": hits, "pointing": float(np.mean(pointing)), "centre": centre, "patients": patients}
     return found

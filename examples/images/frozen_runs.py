@@ -7,6 +7,8 @@ import csv
 import json
 import math
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from shutil import disk_usage
 
@@ -14,8 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common.files import naming, write_json
+from torch import Tensor
 
-from images.frozen import METHODS, evaluate, read_films, reduce_features, train_head
+from images.frozen import FIRST, METHODS, evaluate, read_films, reduce_features, train_head
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -23,65 +26,126 @@ BACKBONE = "timm/tf_efficientnet_lite0"
 def extract(args: argparse.Namespace) -> None:
     """Writes the feature maps (n, D, h, w) float16 of all images, and their names.
 
-    The maps of the last two stages are concatenated on the grid of the last one. For this, each cell of the finer map
-    is the mean of the 3x3 cells around the same pixel.
+    Without --stages, the maps of the last two stages are concatenated on the grid of the last one, see
+    :func:`last_two_stages`, and the input of the last two blocks is written for ``train --tune``.
     """
-    from features.backbones import import_timm
+    from images.nih import find_images
+
+    paths = find_images(args.data_dir)
+    names = sorted(f"{stem}.png" for stem in paths)
+    args.out.mkdir(parents=True, exist_ok=True)
+    maps_of, first = chosen_stages(args) if args.stages else last_two_stages(args)
+    shapes = [maps.shape for maps in maps_of(_gray(paths[Path(names[0]).stem]))]
+    files = [args.out / name for name in ("features.npy", "before.npy")][: len(shapes)]
+    needed = sum(2 * len(names) * math.prod(shape) for shape in shapes)
+    free = disk_usage(args.out).free
+    if needed > free:
+        raise ValueError(f"{files[0]}: the features need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    (args.out / "before.npy").unlink(missing_ok=True)  # of an earlier extraction with other stages
+    # Written in order, not through a memory map, with which a full disk terminates the process by a signal.
+    with ExitStack() as stack:
+        opened = []
+        for path, shape in zip(files, shapes, strict=True):
+            with naming(path):
+                opened.append(stack.enter_context(path.open("wb")))
+                header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": (len(names), *shape)}
+                np.lib.format.write_array_header_1_0(opened[-1], header)
+        for i, name in enumerate(names):
+            for path, file, maps in zip(files, opened, maps_of(_gray(paths[Path(name).stem])), strict=True):
+                with naming(path):
+                    file.write(np.ascontiguousarray(maps, np.float16).data)
+            if i % 100 == 0:
+                print(f"{i} of {len(names)} images", flush=True)
+    settings = {"backbone": args.backbone, "stages": args.stages, "image_size": args.image_size, "first": first}
+    write_json(settings, args.out / "settings.json")
+    with naming(args.out / "names.txt"):
+        (args.out / "names.txt").write_text("\n".join(names) + "\n")
+
+
+def _gray(path: Path) -> Tensor:
+    """The gray values (1, 1, H, W) of an image, 0 to 255."""
     from PIL import Image
 
-    from images.nih import find_images
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("L"), dtype=np.float32))[None, None]
+
+
+def last_two_stages(args: argparse.Namespace) -> tuple[Callable[[Tensor], list[np.ndarray]], float]:
+    """The last two stages of EfficientNet-Lite0, and the input of its last two blocks: a function and FIRST.
+
+    For the grid of the last stage, each cell of the finer map is the mean of the 3x3 cells around the same pixel.
+    """
+    from features.backbones import import_timm
+
     from images.timm_networks import read_state
 
     timm = import_timm()
+    if args.backbone != BACKBONE:
+        raise ValueError(f"backbone: without --stages, expected {BACKBONE}, got {args.backbone}")
+    if len(args.image_size) > 1:
+        raise ValueError(f"image size: without --stages, expected one size, got {len(args.image_size)}")
     network = timm.create_model(BACKBONE.removeprefix("timm/"), features_only=True, out_indices=(3, 4)).eval()
     state = read_state(args.weights)
     missing, _ = network.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
     if any(not key.endswith("num_batches_tracked") for key in missing):
         raise ValueError(f"weights: {args.weights} does not fit {BACKBONE}")
-    paths = find_images(args.data_dir)
-    names = sorted(f"{stem}.png" for stem in paths)
-    args.out.mkdir(parents=True, exist_ok=True)
-    side = args.image_size // 32
-    shape = (len(names), sum(network.feature_info.channels()), side, side)
-    path, needed, free = args.out / "features.npy", 2 * math.prod(shape), disk_usage(args.out).free
-    if needed > free:
-        raise ValueError(f"{path}: the features need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    kept = []
+    network.blocks[5][2].register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    side = args.image_size[0]
 
-    def features_of(file: Path) -> np.ndarray:
-        with Image.open(file) as image:
-            gray = torch.from_numpy(np.array(image.convert("L"), dtype=np.float32))[None, None]
-        size = (args.image_size, args.image_size)
-        gray = F.interpolate(gray, size, mode="bilinear", antialias=max(gray.shape[2:]) > args.image_size)
-        with torch.no_grad():  # as the weights were trained in TensorFlow
-            fine, coarse = network(((gray - 127) / 128).expand(-1, 3, -1, -1))
+    @torch.no_grad()
+    def maps_of(gray: Tensor) -> list[np.ndarray]:
+        gray = F.interpolate(gray, (side, side), mode="bilinear", antialias=max(gray.shape[2:]) > side)
+        fine, coarse = network(((gray - 127) / 128).expand(-1, 3, -1, -1))  # as the weights were trained in TensorFlow
         fine = F.avg_pool2d(F.pad(fine, (0, 1, 0, 1), mode="replicate"), 3, 2)
-        return torch.cat([coarse, fine], 1)[0].numpy()
+        return [torch.cat([coarse, fine], 1)[0].numpy(), kept.pop()[0].numpy()]
 
-    # Written in order, not through a memory map, with which a full disk terminates the process by a signal.
-    with naming(path):
-        file = path.open("wb")
-    with file:
-        header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": shape}
-        with naming(path):
-            np.lib.format.write_array_header_1_0(file, header)
-        for i, name in enumerate(names):
-            features = np.ascontiguousarray(features_of(paths[Path(name).stem]), np.float16)
-            with naming(path):
-                file.write(features.data)
-            if i % 100 == 0:
-                print(f"{i} of {len(names)} images", flush=True)
-    with naming(args.out / "names.txt"):
-        (args.out / "names.txt").write_text("\n".join(names) + "\n")
+    return maps_of, FIRST
+
+
+def chosen_stages(args: argparse.Namespace) -> tuple[Callable[[Tensor], list[np.ndarray]], float]:
+    """The stages --stages of any network at all sizes, and the centre of the first cell in cells.
+
+    The grid is that of the first stage at the first size. If a network without padding has fewer cells than the image
+    has strides, the last row and column are repeated.
+    """
+    from features.backbones import load_backbone
+    from features.extraction import map_of
+
+    backbone = load_backbone(args.backbone, weights=args.weights, stages=args.stages)
+    geometry, sizes = backbone.geometry, args.image_size
+    field = None if geometry.field is None else geometry.field / max(sizes)
+    sees = "the whole image" if field is None else f"{field:.2f} of the side of the image"
+    print(f"a cell of the largest image sees {sees}", flush=True)
+
+    def maps_of(gray: Tensor) -> list[np.ndarray]:
+        image = F.interpolate(
+            gray / 255, (sizes[0], sizes[0]), mode="bilinear", antialias=max(gray.shape[2:]) > sizes[0]
+        )
+        maps = map_of(backbone, image.expand(-1, 3, -1, -1), [size / sizes[0] for size in sizes], False)
+        absent = [sizes[0] // geometry.stride - n for n in maps.shape[1:]]
+        maps = F.pad(maps[None], (0, max(absent[1], 0), 0, max(absent[0], 0)), mode="replicate")[0]
+        return [maps.numpy()]
+
+    return maps_of, geometry.centre / geometry.stride
 
 
 def train(args: argparse.Namespace) -> None:
-    """Writes one file per run into ``args.out``: METHOD-seedSEED.json. Existing runs are skipped."""
+    """Writes one file per run into ``args.out``: METHOD-seedSEED.json. Existing runs are skipped.
+
+    With --tune, the head and the last blocks of the network are trained further before the evaluation.
+    """
     methods = args.methods or list(METHODS)
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
     films = read_films(args.data_dir, args.tables, args.det10, args.features)
-    cells = reduce_features(films, args.components)
+    cells, transform = reduce_features(films, args.components)
+    tuning = None
+    if args.tune is not None:
+        from images.frozen_tuning import Tuning, tune, with_tuned
+
+        tuning = Tuning(films, args.features, transform, BACKBONE, str(args.weights), args.tune)
     train_numbers, eval_numbers = films.split(args.validate)
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
@@ -91,7 +155,16 @@ def train(args: argparse.Namespace) -> None:
                 continue
             begun = time.monotonic()
             head, pooling, started = train_head(cells, films, train_numbers, METHODS[method], seed)
-            result = evaluate(head, pooling, cells, films, eval_numbers, METHODS[method].grad_cam)
+            shown = cells
+            if tuning is not None:
+                blocks = tune(
+                    tuning, head, pooling, films, train_numbers, METHODS[method], started, seed, args.tune_epochs,
+                    args.tune_lr,
+                )  # fmt: skip
+                shown = with_tuned(cells, tuning, blocks, eval_numbers)
+            result = evaluate(head, pooling, shown, films, eval_numbers, METHODS[method].grad_cam)
+            if tuning is not None:
+                result["tuned"] = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr}
             result |= {
                 "method": method, "seed": seed, "validate": args.validate, "lam_started_in_epoch": started,
                 "seconds": round(time.monotonic() - begun, 1),
