@@ -1,12 +1,12 @@
 """A Markdown table of evaluations by ``localize_cxr.py``. One row holds the runs that differ only by their seed.
 
     python average_cxr.py NAME_0.json NAME_1.json NAME_2.json              metrics.json of runs, renamed NAME_SEED.json
-    python average_cxr.py NAME_0.json NAME_1.json --table runs.csv         and add them to a table of runs
+    python average_cxr.py NAME_0.json NAME_1.json --table runs.csv         also adds these runs to a table of runs
     python average_cxr.py --table results/chestxray14/runs.csv             the runs of that table
 
-A cell is the mean over the seeds, with the lowest and the highest seed in parentheses. The columns IoU are the
-localization with gate; MaxBoxAcc and the pointing game have no gate. The last rows are the predictors that need no
-network, and the ceiling of the grid, once per different value.
+A cell is the mean over the seeds, with the lowest and the highest value in parentheses. The columns IoU are the
+localization accuracy with the gate. MaxBoxAcc and the pointing game use no gate. The last rows are the boxes that need
+no network, and the ceiling of the grid. Equal rows are shown once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Runs = dict[tuple[str, int], dict[str, Any]]
 
 
 def values_of(metrics: dict[str, Any]) -> list[float]:
-    """The cells of one run: means over the classes. The localization is that with gate."""
+    """The cells of one run: means over the classes. The localization accuracy is that with the gate."""
     return [
         metrics["auc"]["mean"],
         *(metrics["localization"][t]["mean"] for t in T_IOU),
@@ -41,7 +41,7 @@ def values_of(metrics: dict[str, Any]) -> list[float]:
 
 def cell(values: Sequence[float]) -> str:
     if any(value is None for value in values):
-        raise ValueError("a mean is not defined: no class has boxes, or images of both kinds")
+        raise ValueError("a mean is not defined: no class has boxes, or no class has both positive and negative images")
     mean = f"{sum(values) / len(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.2f}-{max(values):.2f})"
 
@@ -81,7 +81,7 @@ def read_table(path: Path) -> Runs:
 
 
 def rounded(content: Any) -> Any:
-    """Numbers to six decimals."""
+    """``content`` with all numbers rounded to six decimals."""
     if isinstance(content, dict):
         return {key: rounded(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -90,7 +90,7 @@ def rounded(content: Any) -> Any:
 
 
 def write_table(runs: Runs, path: Path) -> None:
-    """Writes a CSV with one row a run: network, seed, and every number of its metrics.json."""
+    """Writes a CSV with one row per run: network, seed, and every number of its metrics.json."""
     write_rows(
         (row_of({"network": name, "seed": seed} | rounded(runs[name, seed])) for name, seed in sorted(runs)), path
     )
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 1
-    # to stderr: the table may go into a file
+    # on stderr, because stdout may be redirected to a file
     print("\nnext: the boxes of each run are in its report.html", file=sys.stderr)
     return 0
 

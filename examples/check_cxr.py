@@ -4,8 +4,9 @@
     python check_cxr.py --data-dir DIR --decode           the same, and every image is decoded
     python check_cxr.py --data-dir DIR --tables OTHER     resized copies, with the tables elsewhere
 
-If there are more images, the check reads the first and last bytes of every file, and decodes a sample. The last line is
-"ok", or says what is wrong. After "ok" stands the number of decoded images if it is not all of them.
+If there are more images, the check reads the first and last bytes of every file, and decodes a sample. The last line
+begins with "ok" or with "wrong". The line "wrong" lists the errors. The line "ok" has the number of decoded images if
+some were not decoded.
 
 Exit status: 0 if training may start; 1 if images are missing or broken, or if images outside the test part are
 constant; 2 if the tables or the folder cannot be used.
@@ -38,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if args.tables is None and args.data_dir.is_dir() and not list(args.data_dir.glob("*.csv")):
-            print(f"{args.data_dir} has no table (*.csv): --tables names the folder that has them", file=sys.stderr)
+            print(
+                f"{args.data_dir} contains no table (*.csv); give the folder of the tables with --tables",
+                file=sys.stderr,
+            )
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if found.index.test.all():
         wrong.append("there is no image to train on")
     if found.constant:
-        wrong.append(f"{len(found.constant)} images outside the test part have one value only")
+        wrong.append(f"{len(found.constant)} images outside the test part are constant")
     if wrong:
         print(f"\nwrong: {'; '.join(wrong)}")
         return 1

@@ -6,8 +6,8 @@
 
 A map becomes a box as in section 4.4 of the paper (sgl_ops.localization.heatmap_to_box). A true box counts as found if
 the IoU of the predicted box with it is greater than T_IoU. With the gate, the class must also be predicted. The options
-give the thresholds, or the labels of the validation images choose them. Boxes choose nothing. Test images that the
-network was trained on are an error.
+set both thresholds, or the labels of the validation images determine them. True boxes do not influence them. It is an
+error if the network was trained on test images.
 
 Writes into --out metrics.json, details.json (settings, thresholds, intervals), predictions.csv (one row per image),
 boxes.csv (one row per true box), localization.png and report.html. The tables of a second run go into OUT/baseline.
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.run) > 2:
         parser.error(f"--run: expected one or two, got {len(args.run)}")
     if len({run.resolve() for run in args.run}) < len(args.run):
-        parser.error(f"--run: {args.run[0]} twice")
+        parser.error(f"--run: expected two different runs, got {args.run[0]} twice")
     if args.morphology < 1 or args.morphology % 2 == 0:
         parser.error(f"--morphology: expected an odd number of pixels, got {args.morphology}")
     for name in ("draws", "batch_size", "gallery_size"):
@@ -91,8 +91,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def localize(args: argparse.Namespace) -> None:
     """Evaluates the runs and writes the results.
+
     Raises:
-        ValueError, OSError: the data or a run does not fit, or nothing can be written.
+        ValueError: the data set or a run cannot be used, or they do not match.
+        OSError: a file cannot be written.
     """
     from images.dataset import with_classes
     from images.evaluation import evaluate, open_networks
@@ -100,7 +102,7 @@ def localize(args: argparse.Namespace) -> None:
     from images.open_dataset import open_dataset
     from images.provenance import trained_names, trained_patients
     from images.report import write_report
-    from images.tables import clear_baseline, names_beside, print_table, write_tables
+    from images.tables import clear_baseline, distinct_names, print_table, write_tables
     from images.truth import refuse_trained, truth_of
 
     networks = open_networks(args.run, args)
@@ -115,17 +117,17 @@ def localize(args: argparse.Namespace) -> None:
     for run in args.run:
         names = trained_names(run)
         refuse_trained(truth, names, trained_patients(run, names, index), run)
-    # a folder that cannot be written is an error before the networks run
+    # fail before the networks run if the folder cannot be written
     args.out.mkdir(parents=True, exist_ok=True)
-    beside = args.out / "baseline"
-    clear_baseline(beside, len(args.run) > 1)
+    baseline_folder = args.out / "baseline"
+    clear_baseline(baseline_folder, len(args.run) > 1)
     boxed = len(set(truth.image))
     print(f"{len(truth.rows)} images of the {part}, {truth.box_count} boxes on {boxed} of them", flush=True)
     runs = [evaluate(network, truth, args) for network in networks]
     if len({run.name for run in runs}) < len(runs):
-        names = names_beside(args.run)
+        names = distinct_names(args.run)
         runs = [run._replace(name=f"{run.name} ({name})") for run, name in zip(runs, names, strict=True)]
-    for run, folder in zip(runs, (args.out, beside), strict=False):
+    for run, folder in zip(runs, (args.out, baseline_folder), strict=False):
         write_tables(run, truth, folder)
     if len(truth.boxes):
         draw(runs, truth, args.out / "localization.png", args.upsampling)

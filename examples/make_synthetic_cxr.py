@@ -41,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_status(lambda: make(args), f"stopped; {args.out} holds a part of a data set. Remove it")
+    return exit_status(lambda: make(args), f"stopped; {args.out} contains an incomplete data set. Remove it")
 
 
 def make(args: argparse.Namespace) -> None:

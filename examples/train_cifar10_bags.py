@@ -18,7 +18,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from bags import options
-from bags.options import COMMON, DECISIVE, check, make_parser
+from bags.options import COMMON, RESUME_KEYS, check, make_parser
 
 if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
     from bags.networks import ResNet18
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def configs_of(args: argparse.Namespace) -> dict[str, Config]:
-    return options.configs_of(args, (*DECISIVE, "stem", "bf16"))
+    return options.configs_of(args, (*RESUME_KEYS, "stem", "bf16"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             if processes.first:
                 next_step(following(args))
     except (Exception, KeyboardInterrupt) as error:
-        if not Interrupt.came and not isinstance(error, KeyboardInterrupt):
+        if not Interrupt.received and not isinstance(error, KeyboardInterrupt):
             if not isinstance(error, (ValueError, OSError)):
                 raise
             print(f"error: {message_of(error)}", file=sys.stderr)

@@ -140,7 +140,7 @@ def test_check_ends_with_ok_or_the_errors(tmp_path, capsys):
     for table in [*data.glob("*.csv"), *data.glob("*.txt")]:
         table.rename(tmp_path / table.name)
     assert check(["--data-dir", str(data)]) == 2
-    assert "--tables names the folder" in capsys.readouterr().err
+    assert "give the folder of the tables with --tables" in capsys.readouterr().err
     assert check(["--data-dir", str(data), "--tables", str(tmp_path), "--allow-missing"]) == 0
 
 
@@ -154,7 +154,7 @@ def test_progress_in_a_file_is_a_few_lines(tmp_path, monkeypatch):
                 bar.update(3)
         return (tmp_path / name).read_text()
 
-    line = r"SGL: batch {} of 3, 00:00 gone, \S+ to go\n"
+    line = r"SGL: batch {} of 3, 00:00 elapsed, \S+ left\n"
     assert re.fullmatch("".join(line.format(k) for k in range(4)), written("each", 0.0))
     assert written("short", 30.0) == ""
 

@@ -311,7 +311,7 @@ def test_check_reports_the_formats_of_files(copy, capsys):
     paths[4].write_bytes(b"")
     assert check_cxr.main(["--data-dir", str(copy), "--decode"]) == 1
     shown = capsys.readouterr().out
-    assert "; it is to be named .jpg\n" in shown
+    assert "; rename it to *.jpg\n" in shown
     assert f"{paths[4]}: the file is empty\n" in shown
 
 

@@ -141,21 +141,24 @@ def test_report_of_one_run_replaces_that_of_two(data):
 def test_foreign_files_are_not_deleted(data, capsys):
     """The folder for the tables of a second run contains a run, or its report."""
     folder, *_ = data
-    one, other, beside = str(folder / "run"), str(folder / "other"), folder / "out" / "baseline"
+    one, other, baseline_folder = str(folder / "run"), str(folder / "other"), folder / "out" / "baseline"
     common = ["--data-dir", str(folder), "--out", str(folder / "out"), "--device", "cpu", "--draws", "5"]
-    beside.mkdir(parents=True)
+    baseline_folder.mkdir(parents=True)
     for name in ("metrics.json", "details.json", "predictions.csv", "boxes.csv", "last.pt"):
-        (beside / name).write_text("mine")
+        (baseline_folder / name).write_text("mine")
     assert localize_cxr.main(["--run", one, *common]) == 0
     assert localize_cxr.main(["--run", one, other, *common]) == 2
-    assert f"out: {beside} is to hold the tables of the second run" in capsys.readouterr().err
-    assert {path.read_text() for path in beside.iterdir()} == {"mine"}
-    assert len(list(beside.iterdir())) == 5
+    assert (
+        f"out: expected no other files in {baseline_folder}, the folder of the second run's tables"
+        in capsys.readouterr().err
+    )
+    assert {path.read_text() for path in baseline_folder.iterdir()} == {"mine"}
+    assert len(list(baseline_folder.iterdir())) == 5
     for name in ("details.json", "predictions.csv", "boxes.csv", "last.pt"):
-        (beside / name).unlink()
+        (baseline_folder / name).unlink()
     assert localize_cxr.main(["--run", one, *common]) == 0
     assert localize_cxr.main(["--run", one, other, *common]) == 2
-    assert [path.read_text() for path in beside.iterdir()] == ["mine"]
+    assert [path.read_text() for path in baseline_folder.iterdir()] == ["mine"]
 
 
 def test_runs_with_the_same_settings_get_different_names(data, monkeypatch, capsys):

@@ -442,13 +442,13 @@ def test_run_from_weights_keeps_their_list_of_trained_images(drawn, whole, tmp_p
     shutil.copy(whole / "last.pt", tmp_path / "alone.pt")
     capsys.readouterr()
     assert run(other, tmp_path / "fourth", *some, "--weights", str(tmp_path / "alone.pt")) == 2
-    assert "holds no split.csv, which says what it was trained on" in capsys.readouterr().err
+    assert "holds no split.csv, the list of its training images" in capsys.readouterr().err
     shutil.copy(second / "last.pt", whole / "copied.pt")
     try:
         assert run(other, tmp_path / "fourth", *some, "--weights", str(whole / "copied.pt")) == 2
     finally:
         (whole / "copied.pt").unlink()
-    assert "is not of the run beside it" in capsys.readouterr().err
+    assert "weights: expected a checkpoint of the run in" in capsys.readouterr().err
     torch.save(files.load_state(whole / "last.pt")["model"], tmp_path / "plain.pt")  # a file of unknown origin
     assert provenance.names_of_weights(str(tmp_path / "plain.pt")) == provenance.names_of_weights("imagenet") == []
 
@@ -485,7 +485,7 @@ def test_runs_of_older_versions_can_be_resumed(drawn, whole, tmp_path, first):
     state["merit"] = state.pop("best_score")
     torch.save(state | {"config": older}, tmp_path / "last.pt")
     alone = Processes(0, 1, torch.device("cpu"), None)
-    with pytest.raises(ValueError, match="was trained with another prior; --out"):
+    with pytest.raises(ValueError, match="was trained with another prior; use the same settings, or another --out"):
         training.Training(state["config"] | {"prior": 0.3}, alone, False).restore(tmp_path / "last.pt")
     resumed = training.Training(state["config"], alone, False)
     resumed.restore(tmp_path / "last.pt")

@@ -139,7 +139,7 @@ def test_verdict_if_a_run_finds_everything():
     assert sentences[0] == (
         "Good classifies with a mean AUC of 1.00 (95 % interval 1.00 to 1.00); above chance (0.5) in 2 of 2 classes."
     )
-    assert "At IoU > 0.3 good finds 100 % of the boxes (mean over the classes), 100 %" in sentences[1]
+    assert "At IoU > 0.3, good finds 100 % of the boxes (mean over the classes), and 100 % if the class" in sentences[1]
     assert sentences[2] == (
         "Good is better than the whole image (at every IoU), the centre box (at every IoU) and the mean box of the "
         "class (at every IoU)."
@@ -177,8 +177,10 @@ def test_verdict_compares_two_runs():
     assert "Other finds fewer boxes than one at IoU > 0.5 and 0.7." in sentences
     same = one._replace(name="twin")
     sentences = sentences_of([one, same], truth)
-    assert any(line.startswith("The AUC does not tell one from twin (difference +0.000") for line in sentences)
-    assert "The boxes do not tell one from twin at any IoU." in sentences
+    assert any(
+        line.startswith("The AUCs of one and twin are not clearly different (difference +0.000") for line in sentences
+    )
+    assert "The boxes of one and twin are not clearly different at any IoU." in sentences
     json.dumps(sentences)
 
 

@@ -338,9 +338,9 @@ def test_constant_images_are_reported(images, capsys):
         path = next(images.rglob(f"{number}.*"))
         Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(path)
         assert check_cxr.main(["--data-dir", str(images)]) == status
-    assert "2 images have one value only, 1 of them outside the test part" in capsys.readouterr().out
+    assert "2 images are constant, 1 of them outside the test part" in capsys.readouterr().out
     assert train_cxr.main(["--data-dir", str(images), "--out", str(images / "run"), *SMALL, "--batch-size", "2"]) == 2
-    assert "1 images to train or validate on have one value only" in capsys.readouterr().err
+    assert "1 images for training or validation are constant" in capsys.readouterr().err
 
 
 def test_check_warns_of_data_that_cannot_be_learned(images, capsys):
@@ -379,7 +379,7 @@ def test_check_decodes_all_images_of_a_small_set(tmp_path, capsys, monkeypatch):
     row = next(k for k in range(0, 300, 3) if k not in drawn)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / names[row])
     assert check_cxr.main(given) == 1
-    assert capsys.readouterr().out.endswith("wrong: 1 images outside the test part have one value only\n")
+    assert capsys.readouterr().out.endswith("wrong: 1 images outside the test part are constant\n")
     # for a larger set, the last line says how many images were decoded
     monkeypatch.setattr(check, "CHECKED", check.SAMPLE)
     assert check_cxr.main(given) == 0

@@ -17,7 +17,7 @@ DEFAULT_POOLING = {
     "sgl": "max", "bag": "max", "bil": "mean", "mmm": "max", "mmm_authors": "max", "bil_authors": "mean_logits",
 }  # fmt: skip
 #: The settings that decide a result. They must not change when a run is resumed.
-DECISIVE = (
+RESUME_KEYS = (
     "data", "target", "bag_size", "bag_std", "positives", "bags", "val_bags", "test_bags", "epochs", "batch_size", "lr",
     "weight_decay", "val_every", "loss", "pooling", "delta_l", "lam", "rescale", "weighted",
 )  # fmt: skip
@@ -100,7 +100,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     return args
 
 
-def configs_of(args: argparse.Namespace, decisive: tuple[str, ...] = DECISIVE) -> dict[str, Config]:
+def configs_of(args: argparse.Namespace, keys: tuple[str, ...] = RESUME_KEYS) -> dict[str, Config]:
     """The configurations by name: of one method, or of SGL and the max-pooling baseline."""
     common = vars(args) | {"rescale": not args.no_rescale, "weighted": not args.no_weight}
     methods = {args.loss: {"loss": args.loss}} if args.loss else {"sgl": {"loss": "sgl"}, "max": {"loss": "bag"}}
@@ -108,5 +108,5 @@ def configs_of(args: argparse.Namespace, decisive: tuple[str, ...] = DECISIVE) -
     for name, method in methods.items():
         pooling = args.pooling if args.pooling and name != "max" else DEFAULT_POOLING[method["loss"]]
         config = common | method | {"pooling": pooling}
-        configs[name] = {key: config[key] for key in decisive} | {"data": Path(args.data).name}
+        configs[name] = {key: config[key] for key in keys} | {"data": Path(args.data).name}
     return configs

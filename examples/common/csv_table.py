@@ -15,7 +15,7 @@ from common.files import naming
 def row_of(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """The cells of ``content`` by column. A value of a nested dictionary has the column ``KEY/KEY/KEY``.
 
-    A string is written as it is, anything else as JSON. A string that JSON would read as something else is quoted.
+    A string is written unchanged, any other value as JSON. A string that JSON would read as another value is quoted.
     """
     row = {}
     for key, value in content.items():
@@ -51,7 +51,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of ``path``; none if there is no such file.
 
     Raises:
-        ValueError: it is not a CSV file, or a row is not as long as the header.
+        ValueError: the file is not a CSV file, or a row has more or fewer cells than the header.
     """
     if not path.exists():
         return []
@@ -61,25 +61,25 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a CSV file ({error})") from None
     if any(None in row or None in row.values() for row in rows):
-        raise ValueError(f"{path}: a row is longer or shorter than the heading")
+        raise ValueError(f"{path}: a row is longer or shorter than the header")
     return rows
 
 
 def write_rows(rows: Iterable[dict[str, str]], path: Path, columns: Iterable[str] | None = None) -> None:
-    """Writes ``rows``. After a crash the file is the old or the new one.
+    """Writes ``rows``. After a crash, the file is either the old or the new version.
 
     Args:
         columns: all columns in their order. Default: the order in which they first occur in the rows.
 
     Raises:
-        OSError: it cannot be written; the message names it.
+        OSError: the file cannot be written; the message names it.
     """
     rows = list(rows)
-    beside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     with naming(path):
-        with beside.open("w", newline="", encoding="utf-8") as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             names = list(columns or dict.fromkeys(name for row in rows for name in row))
             writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(beside, path)
+        os.replace(temporary, path)

@@ -53,27 +53,27 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     # Written to memory first: with a file, torch reports a full disk or Ctrl-C as an unexpected position.
     content = io.BytesIO()
     torch.save(state, content)
     try:
         with naming(path):
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Writes indented JSON with each list of numbers on one line."""
-    beside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     text = json.dumps(content, indent=1)
     text = re.sub(r"\[[-+.e\d,\s]*\]", lambda found: " ".join(found[0].split()), text)
     with naming(path):
-        beside.write_text(text + "\n")
-        os.replace(beside, path)
+        temporary.write_text(text + "\n")
+        os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""torchvision beside a CPU build of torch."""
+"""Imports torchvision, also with a CPU build of torch."""
 
 from __future__ import annotations
 

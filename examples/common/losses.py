@@ -1,4 +1,4 @@
-"""The loss of a configuration, and the schedules of its instance term and of k."""
+"""The loss of a configuration, and the schedules of lam and k."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def lam_warning(config: Config, history: Sequence[dict[str, Any]] = ()) -> str |
     """A warning if lam is 0 in every step although the configuration has an instance loss; else None.
 
     Args:
-        history: the rows of the finished epochs, with ``lam``. A measured start is judged from them.
+        history: the rows of the finished epochs, with ``lam``. With ``start_auc``, only they show whether lam rose.
     """
     if config["loss"] != "sgl" or config["lam"] == 0:
         return None
@@ -67,9 +67,9 @@ def lam_warning(config: Config, history: Sequence[dict[str, Any]] = ()) -> str |
 
 def lam_at(config: Config, progress: float) -> float:
     """The weight of the instance loss after ``progress`` epochs: first 0, then rising to ``lam``, then ``lam``."""
-    begun = progress - config["lam_delay"]
+    since_delay = progress - config["lam_delay"]
     warmup = config["lam_warmup"]
-    return config["lam"] * min(max(begun / warmup if warmup else float(begun >= 0), 0.0), 1.0)
+    return config["lam"] * min(max(since_delay / warmup if warmup else float(since_delay >= 0), 0.0), 1.0)
 
 
 def k_at(config: Config, k: int, instances: int, progress: float) -> int:

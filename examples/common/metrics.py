@@ -11,9 +11,9 @@ from scipy.stats import rankdata
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve of bag scores (n,) and labels (n,), 0 or 1; NaN if all labels are equal.
 
-    It is the share of the pairs of a positive and a negative bag in which the positive one has the higher score; ties
-    count half. Ranks give this share in one sort. scikit-learn's function takes 20 times as long for 40 bags, and an
-    interval needs 1000 of them.
+    The AUC is the share of (positive bag, negative bag) pairs in which the positive bag has the higher score. Ties
+    count half. Ranks give this share with one sort. scikit-learn's function takes 20 times as long for 40 bags, and an
+    interval needs 1000 AUCs.
     """
     positive = labels > 0
     ones = np.count_nonzero(positive)

@@ -50,7 +50,7 @@ def path_of(text: str) -> Path:
 
 
 def device_name(text: str) -> str:
-    """For argparse: an available device of torch. Does not allocate on it, because each process uses another one."""
+    """For argparse: an available device of torch. Allocates nothing on it, because each process uses another device."""
     import torch
 
     try:

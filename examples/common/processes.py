@@ -31,7 +31,7 @@ def joined(device: str) -> Iterator[Processes]:
     if len(given) < 5:  # some job schedulers set some of them
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
-                f"WORLD_SIZE: several processes are started by torchrun; of its variables only {given} are set"
+                f"WORLD_SIZE: expected all variables of torchrun for several processes, got only {given}; use torchrun"
             )
         yield Processes(0, 1, torch.device(device), None)
         return

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 #: Seconds between two lines if the output is a file. A shorter loop writes no line.
 EVERY = 30.0
-LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go{postfix}"
+LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
 
 
 class Progress(tqdm):

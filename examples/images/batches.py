@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from common.choices import Config
-from common.interrupt import leave_interrupts
+from common.interrupt import ignore_interrupts
 from torch.utils.data import DataLoader
 
 from images.dataset import Index
@@ -68,7 +68,7 @@ def loader_of(data: LabelledImages, batches: list[list[tuple[int, int]]], args: 
         data,
         batch_sampler=batches,
         num_workers=args.workers,
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=ignore_interrupts,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(0),  # otherwise it would draw from the generator of the training
     )

@@ -54,8 +54,9 @@ def open_cache(
         with _locked(whole.with_suffix(".lock")):
             if not whole.exists():  # another process may have built it
                 _build(whole, paths, math.prod(shape), workers or os.cpu_count() or 1, (size, channels, fit))
-    if whole.stat().st_size != len(paths) * math.prod(shape):
-        raise ValueError(f"{whole}: cut off, or not a cache; remove it, and it is built anew")
+    expected, found = len(paths) * math.prod(shape), whole.stat().st_size
+    if found != expected:
+        raise ValueError(f"{whole}: expected {expected} bytes, got {found}; remove the file, and run the command again")
     return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), *shape))
 
 
@@ -65,7 +66,9 @@ def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: t
     done = part.stat().st_size // length if part.exists() else 0
     needed, free = (len(paths) - done) * length, disk_usage(part.parent).free
     if needed > free:
-        raise ValueError(f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
+        raise ValueError(
+            f"{part.parent}: the cache needs {needed / 1e9:.1f} GB more, but only {free / 1e9:.1f} GB are free"
+        )
     # threads suffice: decoding and resizing release the global interpreter lock
     with (
         naming(part),
@@ -78,8 +81,9 @@ def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: t
             block = list(pool.map(lambda path: _image_or_error(path, *how), paths[start : start + 64 * workers]))
             errors = [image for image in block if isinstance(image, ValueError)]
             if errors:
-                more = "check_cxr.py --decode looks at all; where one is replaced, the cache is begun anew"
-                raise ValueError("\n".join([*map(str, errors), more]))
+                advice = "check_cxr.py --decode checks all images"
+                advice += "\nafter an image is replaced, the cache is built from the first image on"
+                raise ValueError("\n".join([*map(str, errors), advice]))
             file.write(b"".join(image.tobytes() for image in block))
             file.flush()
             progress.update(len(block))

@@ -61,7 +61,7 @@ def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
     ]
     if uniform:
         names = some([index.paths[row] for row in uniform], 5)
-        lines.append(f"\n{len(uniform)} images have one value only, {len(used)} of them outside the test part: {names}")
+        lines.append(f"\n{len(uniform)} images are constant, {len(used)} of them outside the test part: {names}")
     if broken:
         lines.append(f"\n{len(broken)} images cannot be read:")
         lines += [f"  {problem}" for problem in broken[:20]] + (["  ..."] if len(broken) > 20 else [])
@@ -81,8 +81,8 @@ def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
         raise ValueError("\n".join([f"{len(found.broken)} images cannot be read:", *found.broken[:20]]))
     if found.constant:
         raise ValueError(
-            f"{len(found.constant)} images to train or validate on have one value only ({some(found.constant)}); "
-            "replace them, or take them out of the table"
+            f"{len(found.constant)} images for training or validation are constant: all pixels are equal "
+            f"({some(found.constant)}); replace them, or remove them from the table"
         )
     return found.index, found.report
 
@@ -117,9 +117,9 @@ def _unlike_an_image(path: Path) -> str:
         return f"{path}: the file is empty"
     if head != start:
         others = [suffix for suffix, (begin, _) in WHOLE.items() if head.startswith(begin[: len(head)])]
-        hint = f"; it is to be named {others[0]}" if others else ""
-        return f"{path}: no {path.suffix[1:].upper()} image, it starts with {head!r}{hint}"
-    return "" if end in tail else f"{path}: the file is cut off"
+        hint = f"; rename it to *{others[0]}" if others else ""
+        return f"{path}: expected a {path.suffix[1:].upper()} image, but the file starts with {head!r}{hint}"
+    return "" if end in tail else f"{path}: the file is truncated"
 
 
 def _look(path: Path, fit: str) -> tuple[str, bool]:

@@ -25,10 +25,10 @@ def demonstrate(args: argparse.Namespace, processes: Processes, train: Callable[
             raise ValueError(
                 f"out: {args.out} holds a demonstration; continue it with --resume, or name another folder"
             )
-        beside = args.out / "data.part"  # renamed when complete
-        shutil.rmtree(beside, ignore_errors=True)
-        write_dataset(beside, seed=args.seed, workers=os.cpu_count() or 1, **DEMO_DATA)
-        os.replace(beside, args.data_dir)
+        temporary = args.out / "data.part"  # renamed when complete
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_dataset(temporary, seed=args.seed, workers=os.cpu_count() or 1, **DEMO_DATA)
+        os.replace(temporary, args.data_dir)
     if processes.group is not None:
         dist.barrier()
     args.cache = args.out / "cache"

@@ -294,6 +294,6 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
     try:
         model.features.load_state_dict(found)
     except RuntimeError as error:
-        told = str(error).partition("\n")[2].strip()  # without the class name
-        more = " ..." if len(told) > 300 else ""
-        raise ValueError(f"weights: {weights} does not fit {backbone}: {told[:300]}{more}") from None
+        details = str(error).partition("\n")[2].strip()  # without the class name
+        more = " ..." if len(details) > 300 else ""
+        raise ValueError(f"weights: {weights} does not fit {backbone}: {details[:300]}{more}") from None

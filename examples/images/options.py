@@ -13,7 +13,7 @@ from common.options import default_device, device_name, make_parser, path_of
 
 from images.backbones import BACKBONES, STRIDES, TORCHVISION
 
-POOLING_OF = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
+DEFAULT_POOLING = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
 
 #: Settings that decide a result. They must not change when a run is resumed. The images must be the same as well.
 RESUME_KEYS = (
@@ -177,7 +177,7 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
     local = not of_timm and args.backbone not in TORCHVISION
     if of_timm:
         fill_from_timm(parser, args)
-    args.pooling = args.pooling or POOLING_OF[args.loss]
+    args.pooling = args.pooling or DEFAULT_POOLING[args.loss]
     args.weights = args.weights or ("none" if local else "imagenet")
     if args.weights not in ("none", "imagenet") and path_of(args.weights).is_file():
         args.weights = str(path_of(args.weights).resolve())  # absolute, to resume from any folder

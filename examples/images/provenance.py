@@ -22,7 +22,7 @@ DATA = {
     "train_names_digest": "choice of images",
     "train_labels_digest": "entry table (the labels of its images have changed since)",
     "train_files_digest": "content of its images (their files have other sizes)",
-    "weights_names_digest": "run that the weights are of",
+    "weights_names_digest": "run of the initial weights",
 }
 
 
@@ -77,7 +77,7 @@ def trained_names(run: Path) -> set[str]:
     """
     path = Path(run) / "split.csv"
     if not path.is_file():
-        raise ValueError(f"run: {run} holds no split.csv, which says what it was trained on")
+        raise ValueError(f"run: {run} holds no split.csv, the list of its training images")
     with path.open(newline="") as file:
         rows = [(row["image"], row["part"]) for row in csv.DictReader(file)]
     config = load_state(Path(run) / "last.pt", mmap=True)["config"]
@@ -105,8 +105,8 @@ def names_of_weights(weights: str) -> list[str]:
         names = trained_names(path.parent)
     except ValueError as error:
         raise ValueError(
-            f"weights: {weights} is of a training, and what it was trained on is not known: {error}"
+            f"weights: {weights} comes from a training, but its training images are unknown: {error}"
         ) from None
     if load_state(path.parent / "last.pt", mmap=True)["config"]["train_names_digest"] != config["train_names_digest"]:
-        raise ValueError(f"weights: {weights} is not of the run beside it, which says what it was trained on")
+        raise ValueError(f"weights: expected a checkpoint of the run in {path.parent}, got {weights} of another run")
     return sorted(names)

@@ -55,7 +55,7 @@ def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
 
 
 def clear_baseline(folder: Path, needed: bool) -> None:
-    """Deletes the tables of an earlier evaluation of two runs. Other files are kept: the folder may be a run.
+    """Deletes the tables of an earlier evaluation of two runs. Keeps any other files, because the folder may be a run.
 
     Raises:
         ValueError: the folder contains other files and is ``needed``.
@@ -68,11 +68,13 @@ def clear_baseline(folder: Path, needed: bool) -> None:
             (folder / name).unlink()
         folder.rmdir()
     elif needed and there:
-        raise ValueError(f"out: {folder} is to hold the tables of the second run, and holds something else")
+        raise ValueError(
+            f"out: expected no other files in {folder}, the folder of the second run's tables; use another --out"
+        )
 
 
-def names_beside(paths: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that differs from those of the others."""
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that differs from the ends of the other paths."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts))):
         names = ["/".join(part[-count:]) for part in parts]

@@ -230,7 +230,9 @@ class Training:
             different = [key for key in different if key not in ("train_labels_digest", "train_files_digest")]
         if different:
             shown = ", ".join(DATA.get(key, key) for key in different)
-            raise ValueError(f"resume: {path} was trained with another {shown}; --out another folder starts anew")
+            raise ValueError(
+                f"resume: {path} was trained with another {shown}; use the same settings, or another --out"
+            )
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

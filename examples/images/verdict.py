@@ -153,14 +153,14 @@ def _sentences(
             but = ", but is not above chance" if chance else ""
             sentences.append(f"{better.name} {words} {worse.name}{but} ({gap}).")
         else:
-            sentences.append(f"The AUC does not tell {a.name} from {b.name} ({gap}).")
+            sentences.append(f"The AUCs of {a.name} and {b.name} are not clearly different ({gap}).")
     if not len(truth.boxes):
         return sentences
     for run in runs:
         share, gated = (run.metrics[key]["0.3"]["mean"] for key in ("localization_ungated", "localization"))
         sentences.append(
-            f"At IoU > 0.3 {run.name} finds {_percent(share)} of the {truth.counted} (mean over the classes), "
-            f"{_percent(gated)} where the class has to be predicted as well."
+            f"At IoU > 0.3, {run.name} finds {_percent(share)} of the {truth.counted} (mean over the classes), "
+            f"and {_percent(gated)} if the class must also be predicted."
         )
     if len(runs) > 1:
         between_runs = [c for c in comparisons if c.other == runs[1].name]
@@ -171,7 +171,7 @@ def _sentences(
             if steps and not _at_chance(better):
                 sentences.append(f"{runs[0].name} {words} {runs[1].name} {_where(steps)}.")
         if not any(c.better or c.worse for c in between_runs):
-            sentences.append(f"The boxes do not tell {runs[0].name} from {runs[1].name} at any IoU.")
+            sentences.append(f"The boxes of {runs[0].name} and {runs[1].name} are not clearly different at any IoU.")
     trivial = [c for c in comparisons if c.other not in {run.name for run in runs}]
     sentences += [
         f"The AUC of {run.name} is not above chance, so that its boxes are no evidence that it finds the classes."
