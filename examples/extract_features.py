@@ -3,11 +3,12 @@
     python extract_features.py --images DIR --backbone timm/resnet18 --cut layer3 --out features
     python extract_features.py --images DIR --backbone timm/resnet50.tv_in1k --weights FILE.safetensors --out features
     python extract_features.py --images DIR --points nuclei.csv --backbone timm/resnet18 --out features
+    python extract_features.py --images DIR --points nuclei.csv --backbone pixels --patch 27 --out patches
     python extract_features.py --backbone timm/resnet18 --list-stages
 
 A bag is an image. Its instances are the cells of the network's feature map, or the points of --points. The command
-prints the stride of the map, its grid, and the receptive field of a cell. After an interruption, the same command
-continues.
+prints the stride of the map, its grid, and the receptive field of a cell. --backbone pixels stores the pixels of a
+patch around each point, for train_features.py --head patches. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -15,9 +16,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import options
+
+if TYPE_CHECKING:
+    import numpy as np
+    from features.store import Bag
+    from torch import Tensor
+
+    BagOf = Callable[[Tensor, str], Bag]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--backbone",
         default="timm/resnet18",
         metavar="NAME",
-        help="a model of timm, or torchvision/NAME (timm/resnet18)",
+        help="timm/NAME, torchvision/NAME, or pixels (timm/resnet18)",
     )
     network.add_argument(
         "--weights", default="pretrained", metavar="FILE", help="pretrained (timm downloads them), none, or a file"
@@ -68,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.patch is not None and args.points is None:
         parser.error("--patch: expected together with --points")
+    if args.backbone == "pixels" and (args.patch is None or args.list_stages):
+        parser.error("--backbone pixels: expected together with --points and --patch")
     if not args.list_stages and (args.images is None or args.out is None):
         parser.error("--images and --out are needed, or --list-stages")
     import torch
@@ -87,15 +99,51 @@ def list_stages(args: argparse.Namespace) -> None:
 
 def extract(args: argparse.Namespace) -> None:
     """Writes the bags of all images that are not yet in ``args.out``."""
-    from features.backbones import field_warning, load_backbone
-    from features.extraction import find_images, map_bag, patch_bag, point_bag, read_image, read_points
+    from features.extraction import find_images, read_image, read_points
     from features.store import FileWriter, StoreWriter
 
     images = find_images(args.images)
     points = None
     if args.points is not None:
-        points = read_points(args.points, images)
+        # continuous coordinates: the first pixel covers 0 to 1
+        shift = -0.5 if args.points_from_one else 0.5
+        points = {name: places + shift for name, places in read_points(args.points, images).items()}
         images = {name: path for name, path in images.items() if name in points}
+    prepare = pixel_bags if args.backbone == "pixels" else network_bags
+    bag_of, settings = prepare(args, read_image(next(iter(images.values()))), points)
+    writer = (StoreWriter if args.format == "store" else FileWriter)(args.out, settings)
+    todo = [name for name in images if name not in writer.names]
+    begun = time.monotonic()
+    for done, name in enumerate(todo, 1):
+        writer.add(name, bag_of(read_image(images[name]), name))
+        if done % 20 == 0 or done == len(todo):
+            left = (time.monotonic() - begun) / done * (len(todo) - done)
+            print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
+    labels = args.images / "labels.csv"
+    options.next_step(
+        f"python train_features.py --features {args.out} --labels {labels if labels.is_file() else labels.name} "
+        f"--images {args.images} --folds 5 --out runs"
+    )
+
+
+def pixel_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.ndarray]) -> tuple[BagOf, dict]:
+    """A function from an image and its name to its bag of patches, and the settings of the extraction."""
+    from features.extraction import pixel_bag
+
+    settings = {"backbone": args.backbone, "patch": args.patch, "points": True}
+    return lambda image, name: pixel_bag(image, points[name], args.patch), settings
+
+
+def network_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.ndarray] | None) -> tuple[BagOf, dict]:
+    """A function from an image and its name to its bag of features, and the settings of the extraction.
+
+    Args:
+        first: the first image, whose grid is printed.
+        points: the instances by image; None: the cells of the map.
+    """
+    from features.backbones import field_warning, load_backbone
+    from features.extraction import map_bag, patch_bag, point_bag
+
     backbone = load_backbone(
         args.backbone, weights=args.weights, stages=args.stages, cut=args.cut, output_stride=args.output_stride
     )
@@ -103,7 +151,6 @@ def extract(args: argparse.Namespace) -> None:
     # in pixels of the image
     field = None if geometry.field is None else geometry.field / min(args.scales)
     sees = "the whole image" if field is None else f"{field:g} pixels"
-    first = read_image(next(iter(images.values())))
     grid = [int(n * args.scales[0]) // geometry.stride for n in first.shape[2:]]
     print(
         f"{args.backbone}, stages {', '.join(backbone.stages)}: stride {geometry.stride / args.scales[0]:g}, a cell "
@@ -126,29 +173,15 @@ def extract(args: argparse.Namespace) -> None:
         "centre": geometry.stride / 2 if args.symmetric else geometry.centre,
         "field": geometry.field,
     }
-    writer = (StoreWriter if args.format == "store" else FileWriter)(args.out, settings)
-    todo = [name for name in images if name not in writer.names]
-    begun = time.monotonic()
-    for done, name in enumerate(todo, 1):
-        image = read_image(images[name])
+
+    def bag_of(image: Tensor, name: str) -> Bag:
         if points is None:
-            bag = map_bag(backbone, geometry, image, args.scales, args.symmetric)
-        else:
-            # continuous coordinates: the first pixel covers 0 to 1
-            places = points[name] + (-0.5 if args.points_from_one else 0.5)
-            if args.patch is not None:
-                bag = patch_bag(backbone, image, places, args.patch, args.symmetric)
-            else:
-                bag = point_bag(backbone, geometry, image, places, args.scales, args.symmetric)
-        writer.add(name, bag)
-        if done % 20 == 0 or done == len(todo):
-            left = (time.monotonic() - begun) / done * (len(todo) - done)
-            print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
-    labels = args.images / "labels.csv"
-    options.next_step(
-        f"python train_features.py --features {args.out} --labels {labels if labels.is_file() else labels.name} "
-        f"--images {args.images} --folds 5 --out runs"
-    )
+            return map_bag(backbone, geometry, image, args.scales, args.symmetric)
+        if args.patch is not None:
+            return patch_bag(backbone, image, points[name], args.patch, args.symmetric)
+        return point_bag(backbone, geometry, image, points[name], args.scales, args.symmetric)
+
+    return bag_of, settings
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from common import options
 from common.choices import LOSSES, POOLINGS
 from common.files import naming, save_atomically
 
-HEADS = ("linear", "mlp", "attention", "gated")
+HEADS = ("linear", "mlp", "attention", "gated", "patches")
 #: Options that do not change a result.
 FREE = ("out", "resume", "threads", "cache_gb", "images", "overlays", "repeats", "instance_labels", "boxes")
 
@@ -54,7 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     protocol.add_argument("--resume", action="store_true", help="keep the finished runs in --out")
     model = parser.add_argument_group("head")
-    model.add_argument("--head", choices=HEADS, default="mlp", help="network on the features (mlp)")
+    model.add_argument(
+        "--head",
+        choices=HEADS,
+        default="mlp",
+        help="network on the features; patches: a small network on the pixels of patches, without pretraining (mlp)",
+    )
     model.add_argument(
         "--components", type=int, default=0, metavar="K", help="principal components of the features (0: all features)"
     )

@@ -26,7 +26,7 @@ import finetune_features  # noqa: E402
 import train_features  # noqa: E402
 from features import advice, backbones, extraction, finetuning, labels, runs, store, training  # noqa: E402
 from features.evaluation import bootstrap, box_metrics, instance_metrics  # noqa: E402
-from features.heads import Candidates, Head  # noqa: E402
+from features.heads import Candidates, Head, PatchNetwork  # noqa: E402
 
 
 def write(path, header, rows):
@@ -589,7 +589,7 @@ def test_standardization_and_principal_components():
 
 
 @pytest.mark.examples
-@pytest.mark.parametrize("head", train_features.HEADS)
+@pytest.mark.parametrize("head", [head for head in train_features.HEADS if head != "patches"])
 @pytest.mark.parametrize("loss", train_features.LOSSES)
 def test_every_head_and_loss_separates_the_bags(data, tmp_path, head, loss):
     options = [
@@ -607,6 +607,59 @@ def test_every_head_and_loss_separates_the_bags(data, tmp_path, head, loss):
     assert result["auc"] > 0.9
     assert result["auc_low"] <= result["auc_high"] <= 1
     assert result["instance_auc"] > 0.75
+
+
+@pytest.mark.examples
+def test_small_network_learns_from_the_pixels_of_patches(tmp_path):
+    """Patches of 16 pixels: those of the class have a bright square. Bags by extract_features.py, random weights."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    labels, points, instances = [], [], []
+    for k in range(24):
+        pixels = generator.integers(0, 120, (64, 64, 3), np.uint8)
+        for x, y in ((16, 16), (16, 48), (48, 16), (48, 48)):
+            positive = k % 2 and x == 16
+            if positive:
+                pixels[y - 4 : y + 4, x - 4 : x + 4] += 120
+            points.append([f"p{k:02d}.png", x, y])
+            instances.append([f"p{k:02d}", int(positive)])
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"p{k:02d}.png")
+        labels.append([f"p{k:02d}", k % 2])
+    write(tmp_path / "points.csv", ["image", "x", "y"], points)
+    known = write(tmp_path / "instances.csv", ["bag", "bright"], instances)
+    table = write(tmp_path / "labels.csv", ["bag", "bright"], labels)
+    given = ["--images", str(tmp_path / "photos"), "--points", str(tmp_path / "points.csv"), "--backbone", "pixels"]
+    assert extract_features.main([*given, "--patch", "16", "--out", str(tmp_path / "patches")]) == 0
+    with pytest.raises(SystemExit):
+        extract_features.main([*given, "--out", str(tmp_path / "other")])
+    options = ["--features", str(tmp_path / "patches"), "--labels", str(table), "--instance-labels", str(known)]
+    options += ["--head=patches", "--pooling=mean", "--share=0.5", "--folds=2", "--epochs=8", "--batch-size=2"]
+    assert train_features.main([*options, "--lr=0.001", "--rise=10", "--out", str(tmp_path / "runs")]) == 0
+    result = json.loads((tmp_path / "runs" / "metrics.json").read_text())["bright"]
+    assert result["auc"] > 0.95 and result["instance_auc"] > 0.95
+
+
+def test_small_network_reads_patches_of_the_image(images):
+    image = extraction.read_image(images / "im0.png")
+    bag = extraction.pixel_bag(image, np.array([[24.5, 14.5], [2.0, 30.0]]), 16)
+    patch = bag.features[0].reshape(3, 16, 16)
+    np.testing.assert_array_equal(patch, image[0, :, 6:22, 16:32].numpy())
+    network = PatchNetwork(3 * 27 * 27, 2, 0.0)
+    assert network.first.in_features == 1200
+    x = torch.randn(5, 3 * 27 * 27)
+    network.eval()
+    torch.testing.assert_close(network(x)[0], network(x)[0])
+    network.train()
+    assert len({tuple(network(x)[0].flatten().tolist()) for _ in range(40)}) == 8  # flips and rotations
+    network.start(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), 0.5)
+    assert network.last.bias[0] > network.last.bias[1]
+    with pytest.raises(ValueError, match="square patches"):
+        PatchNetwork(100, 1, 0.0)
+    settings = replace(training.Settings(), head="patches", restarts=2)
+    with pytest.raises(ValueError, match="expected the head linear or mlp, got patches"):
+        training.choose_start(None, None, [], torch.zeros(2, 1), settings, 0)
 
 
 @pytest.mark.examples

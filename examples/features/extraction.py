@@ -141,18 +141,28 @@ def point_bag(
     return Bag(torch.cat(found, 1).numpy(), points, None, tuple(image.shape[2:]))
 
 
+def patches_at(image: Tensor, points: np.ndarray, side: int) -> Tensor:
+    """The squares (n, 3, side, side) of an image (1, 3, H, W) around ``points`` (n, 2). Beyond the edge, the image is
+    mirrored."""
+    half = side // 2
+    padded = F.pad(image, (half, side, half, side), mode="reflect")
+    return torch.cat([padded[..., y : y + side, x : x + side] for x, y in np.floor(points).astype(int)])
+
+
+def pixel_bag(image: Tensor, points: np.ndarray, side: int) -> Bag:
+    """The pixels (n, 3 side side) in [0, 1] of the squares around ``points``, for the head ``patches``."""
+    return Bag(patches_at(image, points, side).flatten(1).numpy(), points, None, tuple(image.shape[2:]))
+
+
 @torch.no_grad()
 def patch_bag(
     backbone: Backbone, image: Tensor, points: np.ndarray, side: int, symmetric: bool, batch_size: int = 64
 ) -> Bag:
     """The mean of the feature map of the square of ``side`` pixels round each of ``points``, enlarged to the network's
     size. Beyond the edge the image is mirrored."""
-    half = side // 2
-    corners = np.floor(points).astype(int)
-    padded = F.pad(image, (half, side, half, side), mode="reflect")
     found = []
-    for start in range(0, len(corners), batch_size):
-        patches = torch.cat([padded[..., y : y + side, x : x + side] for x, y in corners[start : start + batch_size]])
+    for start in range(0, len(points), batch_size):
+        patches = patches_at(image, points[start : start + batch_size], side)
         if side != backbone.size:
             size = (backbone.size,) * 2
             patches = F.interpolate(patches, size, mode="bilinear", align_corners=False, antialias=True)

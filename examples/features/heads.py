@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from sgl_ops import prior_bias
 from sgl_ops.pooling import AttentionPooling, TopKPooling, make_pooling
 
-HEADS = ("linear", "mlp", "attention", "gated")
+HEADS = ("linear", "mlp", "attention", "gated", "patches")
 
 
 class Head(nn.Module):
@@ -40,6 +42,57 @@ class Head(nn.Module):
     def start(self, labels: Tensor, share: float) -> None:
         """The bias of the last layer from the labels (N, C) of the training bags: see :func:`sgl_ops.prior_bias`."""
         (self.last or self.first).bias.copy_(prior_bias(labels, share=share))
+
+
+class PatchNetwork(nn.Module):
+    """Instance logits (L, C) of square color patches (L, 3 S S): the small network of Ilse et al. (2018).
+
+    Two convolutions with max pooling and two layers of 512 features. In training, all patches of a step are flipped and
+    rotated in the same random way.
+
+    Args:
+        features: 3 S S, the number of pixel values of a patch. S is at least 12.
+        classes: C.
+        dropout: dropout probability after each of the two layers.
+
+    Raises:
+        ValueError: ``features`` is not a number of values of a square patch, or the patch is too small.
+    """
+
+    WIDTH = 512
+
+    def __init__(self, features: int, classes: int, dropout: float):
+        super().__init__()
+        self.side = math.isqrt(features // 3)
+        if 3 * self.side**2 != features or self.side < 12:
+            raise ValueError(
+                f"head: patches needs square patches of at least 12 pixels, got {features} features; "
+                "extract_features.py --backbone pixels --patch PIXELS writes them"
+            )
+        cells = ((self.side - 3) // 2 - 2) // 2
+        self.dropout = dropout
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, 36, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(36, 48, 3), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.first = nn.Linear(48 * cells**2, self.WIDTH)
+        self.second = nn.Linear(self.WIDTH, self.WIDTH)
+        self.last = nn.Linear(self.WIDTH, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (L, C), and the input of attention (L, 512)."""
+        patches = x.view(-1, 3, self.side, self.side)
+        if self.training:
+            turns, flip = (int(torch.randint(n, ())) for n in (4, 2))
+            patches = torch.rot90(patches.flip(3) if flip else patches, turns, (2, 3))
+        out = self.convolutions(patches).flatten(1)
+        for layer in (self.first, self.second):
+            out = F.dropout(F.relu(layer(out)), self.dropout, self.training)
+        return self.last(out), out
+
+    @torch.no_grad()
+    def start(self, labels: Tensor, share: float) -> None:
+        """As :meth:`Head.start`."""
+        self.last.bias.copy_(prior_bias(labels, share=share))
 
 
 class Candidates(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from features.heads import Candidates, Head, make_head_pooling
+from features.heads import Candidates, Head, PatchNetwork, make_head_pooling
 from features.runs import Predictions
 from features.store import FeatureBags
 from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, TopKSchedule
@@ -176,6 +176,9 @@ def make_model(settings: Settings, features: int, classes: int, seed: int) -> nn
     """``head`` and ``loss`` with the initial weights of ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if settings.head == "patches":
+            network = PatchNetwork(features, classes, settings.dropout)
+            return nn.ModuleDict({"head": network, "loss": make_loss(settings, network.WIDTH)})
         hidden = 0 if settings.head == "linear" else settings.hidden
         head = Head(features, classes, hidden, settings.dropout)
         return nn.ModuleDict({"head": head, "loss": make_loss(settings, hidden or features)})
@@ -279,9 +282,9 @@ def choose_start(
     higher.
 
     Raises:
-        ValueError: the head has attention, which candidates do not support.
+        ValueError: a head that candidates do not support.
     """
-    if settings.head in ("attention", "gated"):
+    if settings.head not in ("linear", "mlp"):
         raise ValueError(f"restarts: expected the head linear or mlp, got {settings.head}")
     head, classes = model["head"], labels.shape[1]
     heads = [
