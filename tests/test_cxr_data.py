@@ -138,7 +138,7 @@ ENTRY, BOX = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
         (ENTRY, 4, lambda x: x.replace(x.split(",")[1], "Mass|Mass"), r"line 4: .*'Mass\|Mass'"),
         (ENTRY, 4, lambda x: x.replace(x.split(",")[1], ""), "line 4: .*got ''"),
         (ENTRY, 5, lambda x: x.replace(".png", ""), "line 5: expected a name like 00000001_000.png"),
-        (ENTRY, 5, lambda x: "00000009" + x[8:], "line 5: expected patient 9, whose image 00000009_"),
+        (ENTRY, 5, lambda x: "00000009" + x[8:], "line 5: expected patient 9 for image 00000009_"),
         (ENTRY, 2, lambda x: "\n".join([x, x]), "line 3: 00000001_000.png is already in line 2"),
         (ENTRY, 2, lambda x: x.replace(",21,", ",M,"), "line 2: expected an age such as 58 or 058Y, got 'M'"),
         (ENTRY, 2, lambda x: '"' + x, "Data_Entry_2017_v2020.csv, line"),
@@ -147,11 +147,11 @@ ENTRY, BOX = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
         (BOX, 2, lambda x: x.rsplit(",", 1)[0], "line 2: expected an image, a class and four numbers"),
         (BOX, 2, lambda x: x.rsplit(",", 1)[0] + ",-3", "line 2: w and h: expected numbers > 0, got '-3'"),
         (BOX, 2, lambda x: x.rsplit(",", 1)[0] + ",nan", "line 2: w and h: expected numbers > 0, got 'nan'"),
-        (BOX, 2, lambda x: x.rsplit(",", 1)[0] + ",2000", "line 2: the box .* leaves the image of 1024x1024"),
+        (BOX, 2, lambda x: x.rsplit(",", 1)[0] + ",2000", "line 2: the box .* exceeds the image of 1024x1024"),
         (BOX, 2, lambda x: "99999999" + x[8:], "1 images are not in Data_Entry_2017_v2020.csv"),
         ("test_list.txt", 2, lambda x: x[:-3], "line 2: expected a name like 00000001_000.png"),
         ("test_list.txt", 2, lambda x: "99999999_000.png", "line 2: 99999999_000.png is not in Data_Entry"),
-        ("test_list.txt", 2, lambda x: "00000001_000.png", "line 2: 00000001_000.png is listed before"),
+        ("test_list.txt", 2, lambda x: "00000001_000.png", "line 2: 00000001_000.png is already listed in"),
     ],
 )  # fmt: skip
 def test_error_names_the_line(copy, file, line, function, message):
@@ -239,7 +239,7 @@ def test_all_folder_layouts_and_resized_jpegs_give_the_same_index(drawn, tmp_pat
         assert check_cxr.main(["--data-dir", str(folder), "--tables", str(tables or folder), "--decode"]) == 0
     assert pixels.load_image(index.paths[0], 32).shape == (32, 32)
     shutil.copy(flat / expected.names[0], flat / "images_001")
-    with pytest.raises(ValueError, match="is there twice"):
+    with pytest.raises(ValueError, match="exists twice"):
         nih.load_index(flat)
 
 
@@ -304,7 +304,7 @@ def test_check_reports_the_formats_of_files(copy, capsys):
     assert check_cxr.main(["--data-dir", str(copy)]) == 0
     shown = capsys.readouterr().out
     assert "I;16 PNG, 12 bits used" in shown
-    assert "does not name: 99999999_000\n" in shown
+    assert "not in the table: 99999999_000\n" in shown
     Image.open(paths[3]).convert("L").save(copy / "x.jpg")
     paths[3].write_bytes((copy / "x.jpg").read_bytes())
     (copy / "x.jpg").unlink()

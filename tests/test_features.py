@@ -336,7 +336,7 @@ def test_images_are_those_of_own_data(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,x\nim0,1\n", "expected different column names, image or bag, x, y among them"),
+        ("image,x\nim0,1\n", "expected different column names, including image or bag, x, y, got"),
         ("image,x,y\nim0,1,one\n", "line 2: expected numbers x, y, got '1', 'one'"),
         ("image,x,y\nim0,1,1\nim7.png,1,1\n", r"1 bags of .* have no image \(im7\.png\)"),
     ],
@@ -409,11 +409,11 @@ def read_text(tmp_path, text, bags=("x", "y", "z.1"), **options):
     [
         ("bag,a\nx,1\nx,0\n", "line 3: x is already in .*line 2"),
         ("image,a\nx.png,1\nsub/x.png,0\n", "line 3: x is already in .*line 2"),
-        ("slide,a\nx,1\n", r"expected different column names, image or bag among them, got \['slide', 'a'\]"),
+        ("slide,a\nx,1\n", r"expected different column names, including image or bag, got \['slide', 'a'\]"),
         ("bag,a\nx,red\n", "line 2: a: expected 1, 0, or nothing, .* got 'red'; --classes names the columns"),
         ("bag,a,split\nx,1,holdout\n", "line 2: expected a split train, val, test, got 'holdout'"),
         ("bag,a\nq.png,1\nx,1\n", r"1 of the 2 bags of .* have no features \(q\.png\); bags with features: x, y, z\.1"),
-        ("bag,image,a\nx,y.png,1\n", r"line 2: expected the same in .*, got image 'y\.png' and bag 'x'"),
+        ("bag,image,a\nx,y.png,1\n", r"line 2: expected equal values in .*, got image 'y\.png' and bag 'x'"),
         ("bag,labels,a\nx,a,1\ny,a,0\n", "line 3: the column labels is 'a', but the column a is '0'"),
         ("bag,labels,a\nx,a,1\ny,,\n", "line 3: the column labels is '', but the column a is ''"),
         ("bag,labels\nx,\n", "the column labels is empty in all rows"),
@@ -502,10 +502,13 @@ def test_boxes_in_every_form(tmp_path, key, label, sides):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bag,x,y,w,h\nx,1,1,1,1\n", "expected different column names, image or bag, label or class among them"),
+        ("bag,x,y,w,h\nx,1,1,1,1\n", "expected different column names, including image or bag, label or class, got"),
         ("bag,class,x,y\nx,a,1,1\n", "expected the columns x, y, w, h or xmin, ymin, xmax, ymax, got bag, class, x, y"),
         ("bag,class,x,y,w,h,xmin,ymin,xmax,ymax\nx,a,1,1,1,1,1,1,2,2\n", "or xmin, ymin, xmax, ymax, got both"),
-        ("bag,class,label,x,y,w,h\nx,a,b,1,1,1,1\n", "line 2: expected the same in .*, got label 'b' and class 'a'"),
+        (
+            "bag,class,label,x,y,w,h\nx,a,b,1,1,1,1\n",
+            "line 2: expected equal values in .*, got label 'b' and class 'a'",
+        ),
         ("bag,class,x,y,w,h\nx,a,1,1,,1\n", "line 2: expected numbers x, y, w, h, got "),
         ("bag,class,xmin,ymin,xmax,ymax\nx,a,5,1,2,3\n", "line 2: expected x, y of at least 0 and w, h above 0"),
         ("bag,class,x,y,w,h\nx,b,1,1,1,1\n", r"has no box with one of the classes a in one of the bags \(x\)"),

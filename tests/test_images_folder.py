@@ -94,19 +94,19 @@ def test_files_may_be_named_with_or_without_folder(images):
     (images / "c").mkdir()
     (images / "c" / "0.png").write_bytes((images / "a" / "b" / "0.png").read_bytes())
     write_csv(images / "labels.csv", ["image", "cat"], ["0.png", "1"])
-    with pytest.raises(ValueError, match=r"0\.png is there several times \(a/b/0\.png, c/0\.png\)"):
+    with pytest.raises(ValueError, match=r"0\.png matches several files \(a/b/0\.png, c/0\.png\)"):
         open_with(images)
     write_csv(images / "labels.csv", ["image", "cat", "split"], ["a/b/0.png", "1", "train"], ["c/0.png", "0", "test"])
     index = open_with(images)
     assert [path.relative_to(images).as_posix() for path in index.paths] == ["a/b/0.png", "c/0.png"]
-    assert any("7 images that the table does not name" in note for note in index.notes)
+    assert any("7 images that are not in the table" in note for note in index.notes)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["picture", "cat"], ["0.png", "1"]], "line 1: expected different column names, image among them"),
-        ([["image"], ["0.png"]], "expected a column labels, or one column a class"),
+        ([["picture", "cat"], ["0.png", "1"]], "line 1: expected different column names, including image, got"),
+        ([["image"], ["0.png"]], "expected a column labels, or one column per class"),
         ([["image", "cat"], ["0.png", "2"]], "line 2: cat: expected 1, 0, or nothing, NaN or -1 for unknown, got '2'"),
         ([["image", "cat"], ["0.png", "1"], ["0.png", "0"]], r"line 3: 0\.png is already in .*line 2"),
         ([["image", "cat"], ["0.png", "1", "1"]], "line 2: expected 2 cells, got 3"),
@@ -114,7 +114,7 @@ def test_files_may_be_named_with_or_without_folder(images):
         ([["image", "labels"], ["0.png", ""]], "the column labels is empty in all rows"),
         ([["image", "cat", "split"], ["0.png", "1", "exam"]], "line 2: expected a split train, val, test, got 'exam'"),
         ([["image", "cat"], ["9.png", "1"]], "none of the 1 images"),
-        ([["image", "cat"], ["0", "1"]], r"none of the 1 images .*; names need their suffix, as 0\.png"),
+        ([["image", "cat"], ["0", "1"]], r"none of the 1 images .*; names need their suffix, such as 0\.png"),
         ([["image;cat"], ["0.png;1"]], "line 1: expected different .*; cells are separated by commas"),
         ([["image", "cat"], ["0.png", "1"], ["9.png", "1"]], r"1 of 2 images of the tables are missing \(9\.png\)"),
         (
@@ -193,7 +193,7 @@ def test_boxes_are_in_pixels_of_the_file(images):
         (["9.png", "cat", 0, 0, 1, 1], r"line 2: '9\.png' is not in labels\.csv"),
         (["0.png", "cat", 0, 0, "", 1], "line 2: expected numbers x, y, w, h"),
         (["0.png", "cat", -1, 0, 2, 1], "line 2: expected x, y of at least 0 and w, h above 0"),
-        (["0.png", "cat", 25, 0, 6, 1], r"the box 25, 0, 6, 1 leaves 0\.png, which is 30x20 as it is shown"),
+        (["0.png", "cat", 25, 0, 6, 1], r"the box 25, 0, 6, 1 exceeds 0\.png, which is displayed with 30x20 pixels"),
     ],
 )
 def test_error_names_the_mistake_in_boxes_csv(images, row, message):
@@ -207,15 +207,15 @@ def test_error_names_the_mistake_in_boxes_csv(images, row, message):
 
 
 def test_kind_of_data_set_is_recognized_by_its_tables(images, tmp_path):
-    with pytest.raises(ValueError, match=r"expected Data_Entry_2017_v2020\.csv .*--tables names their folder"):
+    with pytest.raises(ValueError, match=r"expected Data_Entry_2017_v2020\.csv .*give their folder with --tables"):
         open_with(images)
     write_csv(images / "labels.csv", ["image", "cat"], *([name, "1"] for name in names_of(images)))
     assert open_with(images).about.kind == "folder"
     (images / nih.ENTRIES[0]).write_text("")
-    with pytest.raises(ValueError, match="the tables of nih and of folder are there; say which by --dataset"):
+    with pytest.raises(ValueError, match="found the tables of nih and of folder; choose one with --dataset"):
         open_with(images)
     assert open_with(images, "--dataset", "folder").about.kind == "folder"
-    with pytest.raises(ValueError, match="uncertain: is for a data set chexpert, and this one is folder"):
+    with pytest.raises(ValueError, match="uncertain: expected a data set chexpert, got folder"):
         open_with(images, "--dataset", "folder", "--uncertain", "1")
     with pytest.raises(ValueError, match="view: expected none with a data set folder, got PA"):
         open_with(images, "--dataset", "folder", "--view", "PA")
@@ -290,7 +290,7 @@ def test_views_and_patient_sex_of_chestxray14_are_read(tmp_path):
     for view in nih.VIEWS:
         assert len(open_with(data, "--view", view).names) == views.count(view) > 0
     assert open_with(data).about.drawn
-    assert open_with(data).about.title.startswith("drawn images")
+    assert open_with(data).about.title.startswith("generated images")
     (data / nih.DRAWN).unlink()
     assert open_with(data).about == nih.DESCRIPTION
 
@@ -355,7 +355,7 @@ def test_check_warns_of_data_that_cannot_be_learned(images, capsys):
     assert "\nwarning   the part test has few images with cat (1), dog (2): their AUC is unreliable\n" in printed
     assert "\nwarning   the part train has few images without cat (3): they are hard to learn\n" in printed
     assert re.search(r"\ncat +3\* +1\* +0 +0\n", printed)
-    assert "\n* fewer than 10 images of the part have the class, or do not have it\n" in printed
+    assert "\n* fewer than 10 images of the part have the class, or fewer than 10 do not have it\n" in printed
     write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, "train", 1] for name in names))
     assert check_cxr.main(["--data-dir", str(images)]) == 0
     assert "\nwarning   there is no image in the part test\n" in capsys.readouterr().out
@@ -424,7 +424,7 @@ def test_frame_moves_with_the_crop(tmp_path):
         assert (x, w, h) == (0, 56, 16)
         assert (image[y : y + h, x : x + w] == 200).all()
         assert (image == 200).sum() == w * h
-    with pytest.raises(ValueError, match="sizes: needed where images are padded"):
+    with pytest.raises(ValueError, match="sizes: needed if images are padded"):
         items.LabelledImages([tmp_path / "x.png"], np.zeros((1, 1), np.float32), 64, fit="pad")
 
 
@@ -504,7 +504,7 @@ def test_whole_pipeline_runs_on_a_folder(tmp_path, capsys, fit):
     capsys.readouterr()
     assert check_cxr.main(["--data-dir", str(data)]) == 0
     printed = capsys.readouterr().out
-    assert "leaks     not known: there is no column patient" in printed and "patients," not in printed
+    assert "leaks     unknown: there is no column patient" in printed and "patients," not in printed
     assert localize_cxr.main(base) == 0
     report = (run / "localization" / "report.html").read_text()
     assert "images with it" in report and "over draws of images" in report and "patients" not in report

@@ -117,7 +117,10 @@ def test_settings_come_from_the_network():
         (["--backbone", "timm/no_such_net"], "timm has no model 'no_such_net'"),
         (["--backbone", "timm/"], "expected timm/NAME or one of"),
         (["--backbone", SMALL, "--cut", "9"], "--cut: timm/test_resnet has the stages 0 to 4, got 9"),
-        (["--backbone", SMALL, "--cut", "1", "--output-stride", "8"], "has 4 at this stage, got 8"),
+        (
+            ["--backbone", SMALL, "--cut", "1", "--output-stride", "8"],
+            "--output-stride: expected up to 4 at this stage, got 8",
+        ),
         (["--backbone", "local33", "--cut", "1"], "--cut: expected a backbone of timm"),
         (["--backbone", "local33", "--freeze", "1"], "--freeze: expected a backbone of timm"),
         (["--backbone", SMALL, "--cut", "1", "--freeze", "3"], "--freeze: expected at most the 2 stages"),

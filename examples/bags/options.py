@@ -93,9 +93,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     if not 0 <= args.delta_l <= 0.5 or not 0 <= args.lam < float("inf"):
         parser.error(f"--delta-l, --lam: expected 0 to 0.5 and finite >= 0, got {args.delta_l} and {args.lam}")
     if args.loss in ("mmm", *AUTHORS_LOSSES) and args.pooling:
-        parser.error(f"--pooling: {args.loss} has poolings of its own")
+        parser.error(f"--pooling: expected none, because {args.loss} has fixed poolings, got {args.pooling}")
     if args.resume and args.out is None:
-        parser.error("--resume: say with --out what to continue")
+        parser.error("--resume: expected --out, the folder of the run to continue")
     args.device = args.device or default_device()
     return args
 

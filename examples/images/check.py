@@ -16,12 +16,12 @@ from images.metrics import FEW_PATIENTS, patients_with
 from images.open_dataset import open_dataset
 from images.pixels import DICOM, bits_used, load_image, read_header, read_image
 
-#: First and last bytes of a complete file. Some programs append other bytes.
-WHOLE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
-WHOLE[".jpeg"] = WHOLE[".jpg"]
+#: First and last bytes of a complete file. Some programs append other bytes after the last ones.
+COMPLETE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
+COMPLETE[".jpeg"] = COMPLETE[".jpg"]
 
 
-#: Largest number of decoded images: by check_cxr.py without --decode, and before a training.
+#: Largest number of images to decode: in check_cxr.py without --decode, and before a training.
 CHECKED, SAMPLE = 2000, 256
 
 
@@ -48,8 +48,8 @@ def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
         ValueError: as open_dataset, but not for missing images.
     """
     index = open_dataset(args, allow_missing=True)
-    broken, uniform, decoded = look_at_files(index, sample)
-    used = [row for row in uniform if not index.test[row]]
+    broken, constant_rows, decoded = check_files(index, sample)
+    used = [row for row in constant_rows if not index.test[row]]
     lines = [
         *index.notes,
         *_about_files(index),
@@ -59,9 +59,9 @@ def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
         *_about_classes(index),
         *_about_learning(index),
     ]
-    if uniform:
-        names = some([index.paths[row] for row in uniform], 5)
-        lines.append(f"\n{len(uniform)} images are constant, {len(used)} of them outside the test part: {names}")
+    if constant_rows:
+        names = some([index.paths[row] for row in constant_rows], 5)
+        lines.append(f"\n{len(constant_rows)} images are constant, {len(used)} of them outside the test part: {names}")
     if broken:
         lines.append(f"\n{len(broken)} images cannot be read:")
         lines += [f"  {problem}" for problem in broken[:20]] + (["  ..."] if len(broken) > 20 else [])
@@ -87,25 +87,26 @@ def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
     return found.index, found.report
 
 
-def look_at_files(index: Index, sample: int | None) -> tuple[list[str], list[int], int]:
+def check_files(index: Index, sample: int | None) -> tuple[list[str], list[int], int]:
     """Problems of the files, one line each; the rows of constant images; the number of decoded images."""
     chosen = np.arange(len(index.paths))
     if sample is not None and sample < len(chosen):
         chosen = np.sort(np.random.default_rng(0).choice(len(chosen), sample, replace=False))
     with ThreadPoolExecutor() as pool:
-        problems = dict(enumerate(pool.map(_unlike_an_image, index.paths)))
-        whole = [int(row) for row in chosen if not problems[row]]
-        looks = pool.map(lambda row: _look(index.paths[row], index.about.fit), whole)
-        looks = list(Progress(looks, total=len(whole), desc="decoding", unit="image", leave=False))
-    problems |= {row: error for row, (error, _) in zip(whole, looks, strict=True) if error}
-    uniform = [row for row, (_, constant) in zip(whole, looks, strict=True) if constant]
-    return [problem for problem in problems.values() if problem], uniform, len(chosen)
+        problems = dict(enumerate(pool.map(_problem_of_file, index.paths)))
+        complete = [int(row) for row in chosen if not problems[row]]
+        results = pool.map(lambda row: _check_pixels(index.paths[row], index.about.fit), complete)
+        results = list(Progress(results, total=len(complete), desc="decoding", unit="image", leave=False))
+    problems |= {row: error for row, (error, _) in zip(complete, results, strict=True) if error}
+    constant_rows = [row for row, (_, constant) in zip(complete, results, strict=True) if constant]
+    return [problem for problem in problems.values() if problem], constant_rows, len(chosen)
 
 
-def _unlike_an_image(path: Path) -> str:
-    if path.suffix.lower() not in WHOLE:
+def _problem_of_file(path: Path) -> str:
+    """What is wrong with the first and last bytes of the file; empty if they are those of an image."""
+    if path.suffix.lower() not in COMPLETE:
         return ""
-    start, end = WHOLE[path.suffix.lower()]
+    start, end = COMPLETE[path.suffix.lower()]
     try:
         with path.open("rb") as file:
             head = file.read(len(start))
@@ -116,13 +117,13 @@ def _unlike_an_image(path: Path) -> str:
     if not head:
         return f"{path}: the file is empty"
     if head != start:
-        others = [suffix for suffix, (begin, _) in WHOLE.items() if head.startswith(begin[: len(head)])]
+        others = [suffix for suffix, (begin, _) in COMPLETE.items() if head.startswith(begin[: len(head)])]
         hint = f"; rename it to *{others[0]}" if others else ""
         return f"{path}: expected a {path.suffix[1:].upper()} image, but the file starts with {head!r}{hint}"
     return "" if end in tail else f"{path}: the file is truncated"
 
 
-def _look(path: Path, fit: str) -> tuple[str, bool]:
+def _check_pixels(path: Path, fit: str) -> tuple[str, bool]:
     """The problem of the pixels, if any, and whether the image is constant."""
     try:
         image = read_image(path)
@@ -135,36 +136,37 @@ def _look(path: Path, fit: str) -> tuple[str, bool]:
 
 
 def _about_files(index: Index, sample: int = 32) -> list[str]:
+    """The number of images, and the size, mode and format of ``sample`` of them."""
     from PIL import Image
 
-    looks: list[tuple[str, str]] = []  # size and kind
+    found: list[tuple[str, str]] = []  # size and kind
     for path in index.paths[:: max(1, len(index.paths) // sample)][:sample]:
         try:
             width, height, _ = read_header(path)
             size = f"{width}x{height} "
             if path.suffix.lower() in DICOM:
-                looks.append((size, "DICOM"))
+                found.append((size, "DICOM"))
                 continue
             with Image.open(path) as image:
                 bits = ""
                 if image.mode.startswith("I"):
                     bits = f", {bits_used(int(image.getextrema()[1]))} bits used"
-                looks.append((size, f"{image.mode} {image.format}{bits}"))
+                found.append((size, f"{image.mode} {image.format}{bits}"))
         except (OSError, ValueError, Image.DecompressionBombError):
-            looks.append(("", "unreadable"))
-    kinds, sizes = Counter(size + kind for size, kind in looks), ""
+            found.append(("", "unreadable"))
+    kinds, sizes = Counter(size + kind for size, kind in found), ""
     if len(kinds) > 8:
-        kinds, sizes = Counter(kind for _, kind in looks), f", in {len({size for size, _ in looks})} sizes"
+        kinds, sizes = Counter(kind for _, kind in found), f", in {len({size for size, _ in found})} sizes"
     rows = len(index.names) + len(index.missing)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-    lines = [f"images    {len(index.names)} of {rows}; of some: {counts}{sizes}"]
+    lines = [f"images    {len(index.names)} of {rows}; formats of a sample: {counts}{sizes}"]
     if index.missing:
         lines.append(f"missing   {len(index.missing)}: {some(index.missing, 10)}")
     return lines
 
 
 def _parts(index: Index) -> list[tuple[str, np.ndarray]]:
-    """Names of the parts, and their images. Two parts if the data set does not define validation images."""
+    """The name of each part, and whether each image (n,) is in it. Two parts if there is no validation part."""
     if index.val is None:
         name = "train_val" if index.about.kind == "nih" else "train"
         return [(name, ~index.test), ("test", index.test)]
@@ -172,7 +174,7 @@ def _parts(index: Index) -> list[tuple[str, np.ndarray]]:
 
 
 def _negative(index: Index) -> np.ndarray:
-    """Images that are known to have none of the classes (n,)."""
+    """Whether each image (n,) is known to have none of the classes."""
     return (index.labels == 0).all(1)
 
 
@@ -186,7 +188,7 @@ def _about_splits(index: Index) -> list[str]:
             f"{index.about.negative[0].lower() + index.about.negative[1:]}"
         )
     if index.about.units == "images":
-        return [*lines, "leaks     not known: there is no column patient, and each image counts as one of its own"]
+        return [*lines, "leaks     unknown: there is no column patient, so each image counts as a separate patient"]
     return [*lines, "leaks     no patient is in two parts"]  # otherwise open_dataset raises an error
 
 
@@ -195,16 +197,16 @@ def _about_boxes(index: Index) -> list[str]:
     outside = [name for name, row in here.items() if not index.test[row]]
     strange = [n for n, row in here.items() if any(index.labels[row, box[0]] != 1 for box in index.boxes[n])]
     lines = [
-        f"boxes     {sum(map(len, index.boxes.values()))} of {len(index.boxes)} images, of which {len(here)} are here"
+        f"boxes     {sum(map(len, index.boxes.values()))} on {len(index.boxes)} images, {len(here)} of which exist"
     ]
     if outside:
         lines.append(
-            f"          {len(outside)} images with boxes are not in the test part, and their boxes are not used: "
+            f"          {len(outside)} images with boxes are not in the test part; their boxes are not used: "
             f"{some(outside, 5)}"
         )
     if strange:
         lines.append(
-            f"          {len(strange)} images have a box of a class that their labels lack: {some(strange, 5)}"
+            f"          {len(strange)} images have a box of a class that is not in their labels: {some(strange, 5)}"
         )
     return lines
 
@@ -228,7 +230,10 @@ def _about_classes(index: Index) -> list[str]:
     none = "".join(f"{(part & _negative(index)).sum():10} " for _, part in parts)
     lines.append(f"{index.about.negative:{width}}{none.rstrip()}")
     if np.any(few):
-        lines.append(f"* fewer than {FEW_PATIENTS} {index.about.units} of the part have the class, or do not have it")
+        lines.append(
+            f"* fewer than {FEW_PATIENTS} {index.about.units} of the part have the class, or fewer than "
+            f"{FEW_PATIENTS} do not have it"
+        )
     return lines
 
 
@@ -239,7 +244,7 @@ def _with_and_without(index: Index, part: np.ndarray) -> tuple[list[int], list[i
 
 
 def _about_learning(index: Index) -> list[str]:
-    """Classes that cannot be learned or evaluated, because a part has no or few labels of a kind; empty parts."""
+    """Warnings of empty parts, and of classes with no or few positive or negative labels in a part."""
     lines, units = [], index.about.units
     for name, rows in _parts(index):
         if not rows.any():

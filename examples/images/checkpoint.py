@@ -39,7 +39,7 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
     """A trained network, (n, 3, H, W) to logits (n, C, h, w), in evaluation mode, and its configuration.
 
     Args:
-        which: ``"best"`` on the validation images, or ``"last"``; None: the best one if there were validation images.
+        which: ``"best"`` on the validation images, or ``"last"``; None: the best one if it exists, else the last.
 
     Raises:
         ValueError: the run, or this checkpoint of it, does not exist.
@@ -51,8 +51,10 @@ def load_run(run: Path, device: str | torch.device, which: str | None = None) ->
 def load_network(
     run: Path, device: str | torch.device, which: str | None = None
 ) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """As load_run, and which checkpoint it is: "network", ``"best"`` or ``"last"``, and "epoch", the complete
-    epochs."""
+    """Like load_run. Also returns which checkpoint was loaded.
+
+    Its keys are "network", ``"best"`` or ``"last"``, and "epoch", the number of complete epochs.
+    """
     run = Path(run)
     which = which or ("best" if (run / "best.pt").exists() else "last")
     path = run / f"{which}.pt"
@@ -61,7 +63,7 @@ def load_network(
     state = load_state(path)
     last = load_state(run / "last.pt", mmap=True)["config"]
     if any(state["config"].get(key) != last.get(key) for key in ("train_names_digest", "backbone", "loss", "seed")):
-        raise ValueError(f"run: {path} and last.pt are of different trainings")
+        raise ValueError(f"run: {path} and last.pt come from different trainings")
     state["config"] = OLDER | state["config"]
     model = make_model(state["config"])
     model.load_state_dict(state["model"])

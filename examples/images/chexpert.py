@@ -69,7 +69,7 @@ def load_chexpert(
     there = np.array([path is not None for path in paths])
     missing = [name for name, is_there in zip(names, there, strict=True) if not is_there]
     if not there.any():
-        raise ValueError(f"{data_dir}: none of the {len(names)} images of the tables is there ({some(missing)})")
+        raise ValueError(f"{data_dir}: none of the {len(names)} images of the tables was found ({some(missing)})")
     if not allow_missing:
         refuse_missing(data_dir, missing, len(names))
     files = [path for path in paths if path is not None]
@@ -88,10 +88,12 @@ def load_chexpert(
 
 
 def of_view(cells: dict[str, str], view: str | None) -> bool:
+    """Whether the row has the ``view``, one of VIEWS; None: any."""
     return view is None or view.lower() in (cells["AP/PA"].lower(), cells["Frontal/Lateral"].lower())
 
 
 def value_of(text: str, name: str, at: str, uncertain: str) -> float:
+    """The label in a cell of column ``name``: 0, 1, or for -1 the value of ``uncertain``. An empty cell is 0."""
     try:
         value = float(text or 0)
     except ValueError:

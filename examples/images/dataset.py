@@ -16,7 +16,7 @@ Box = tuple[int, float, float, float, float]
 class Description(NamedTuple):
     """Properties of a data set as a whole.
 
-    ``kind``: name of the option value. ``title``: title of reports. ``classes``: names of the label columns, in order.
+    ``kind``: the value of --dataset. ``title``: title of reports. ``classes``: names of the label columns, in order.
     ``negative``: name of an image without any class. ``test_name``: name of the test part. ``fit``: how an image
     becomes a square, a name of images.frames.FITS. ``channels``: 1 (grey) or 3. ``drawn``: whether the images are
     generated. ``units``: the units of splits and confidence intervals, ``"patients"``, or ``"images"`` without
@@ -128,7 +128,7 @@ def text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error}): save it as such") from None
+        raise ValueError(f"{path}: expected a text file in UTF-8 ({error}); save it as UTF-8") from None
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -160,7 +160,7 @@ def records_of(
     if lacking or len(set(header)) != len(header) or "" in header:
         separators = "; cells are separated by commas" if len(header) == 1 else ""
         raise ValueError(
-            f"{path}, line {line}: expected different column names, {', '.join(map(' or '.join, either))} among them, "
+            f"{path}, line {line}: expected different column names, including {', '.join(map(' or '.join, either))}, "
             f"got {header}{separators}"
         )
     records = []
@@ -174,5 +174,6 @@ def records_of(
 
 
 def some(names: Iterable[object], count: int = 3) -> str:
+    """The first ``count`` names as text, and " ..." if there are more."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:count]) + (" ..." if len(listed) > count else "")

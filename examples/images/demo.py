@@ -35,7 +35,7 @@ def demonstrate(args: argparse.Namespace, processes: Processes, train: Callable[
     out = args.out
     for name in ("sgl", "bag"):
         args.out, args.loss = out / name, name
-        print(f"\n{name}: trained with the findings of each image\n")
+        print(f"\n{name}: training with the labels of the images\n")
         train(args, config_of(args), processes)
     if not processes.first or importlib.util.find_spec("localize_cxr") is None:
         return 0

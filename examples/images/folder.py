@@ -27,7 +27,7 @@ from images.dataset import (
 from images.label_tables import BOXES, LABELS, PARTS, SPLIT, read_boxes, read_labels, read_split, refuse_twice
 from images.pixels import image_suffixes, read_header
 
-#: Shares of PARTS where the table has no split.
+#: Shares of PARTS if the table has no split.
 SHARES = (0.7, 0.1, 0.2)
 
 
@@ -38,11 +38,12 @@ def load_folder(
 
     Args:
         fit: how an image becomes a square, "pad" or "squeeze".
-        seed: of the split, where the table has none and there is no split.csv yet.
+        seed: the seed of the split, if the table has no split and there is no split.csv yet.
 
     Raises:
-        ValueError: a table is absent or broken, an image is there twice, there is none, or some are missing and that is
-            not allowed; a patient is in two parts; split.csv cannot be written, or lacks an image.
+        ValueError: a table is missing or broken; an image is listed twice, or matches several files; there is no image,
+            or some are missing without ``allow_missing``; a box exceeds its image; a patient is in two parts; split.csv
+            cannot be written, or lacks an image.
     """
     tables = Path(tables or data_dir)
     path = tables / LABELS
@@ -56,12 +57,12 @@ def load_folder(
     parts, split_note = parts_of(header, records, names, patients, tables, seed)
     refuse_shared_patients(patients, parts, tables)
     boxes = boxes_of(tables / BOXES, classes, set(names)) if (tables / BOXES).is_file() else {}
-    found, besides = find_files(Path(data_dir), names)
+    found, unlisted = find_files(Path(data_dir), names)
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
-        stems = {Path(place).stem: Path(place).name for place in besides}
-        hint = f"; names need their suffix, as {stems[names[0]]}" if names[0] in stems else ""
-        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} is there ({some(missing)}){hint}")
+        stems = {Path(place).stem: Path(place).name for place in unlisted}
+        hint = f"; names need their suffix, such as {stems[names[0]]}" if names[0] in stems else ""
+        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} was found ({some(missing)}){hint}")
     if not allow_missing:
         refuse_missing(Path(data_dir), missing, len(names))
     rows = np.array([name in found for name in names])
@@ -75,8 +76,8 @@ def load_folder(
         units="patients" if "patient" in header else "images",
     )  # fmt: skip
     notes = [f"table     {path.name}, {len(names)} rows, {len(classes)} classes", split_note]
-    if besides:
-        notes.append(f"besides   {len(besides)} images that the table does not name: {some(besides, 5)}")
+    if unlisted:
+        notes.append(f"unlisted  {len(unlisted)} images that are not in the table: {some(unlisted, 5)}")
     everything = Index(
         about,
         names,
@@ -104,7 +105,7 @@ def parts_of(
     tables: Path,
     seed: int,
 ) -> tuple[np.ndarray, str]:
-    """The part (rows,) of every image, of PARTS, and a line of where it is from."""
+    """The part (rows,) of every image, one of PARTS, and a line for the report that names the source of the split."""
     given = read_split(header, records, names, tables)
     if given is not None:
         return given[0], f"split     {given[1]}"
@@ -117,19 +118,19 @@ def parts_of(
             writer.writerows(zip(names, parts, strict=True))
     except OSError as error:
         raise ValueError(
-            f"{path}: the split cannot be written ({error.strerror}); copy {LABELS} into a folder that can be written, "
-            "and name it by --tables"
+            f"{path}: the split cannot be written ({error.strerror}); copy {LABELS} into a writable folder, and give "
+            "this folder with --tables"
         ) from None
-    who = "patient" if "patient" in header else "image"
-    return parts, f"split     by {who}, drawn with seed {seed}, now in {path}"
+    unit = "patient" if "patient" in header else "image"
+    return parts, f"split     by {unit}, drawn with seed {seed}, saved in {path}"
 
 
 def draw_split(patients: np.ndarray, seed: int) -> np.ndarray:
-    """The part (n,) of each image: SHARES of the patients, each part at least one where there are three."""
+    """The part (n,) of each image: SHARES of the patients. With three patients or more, no part is empty."""
     unique = np.unique(patients)
     order = np.random.default_rng(seed).permutation(unique)
-    few = len(unique) >= len(PARTS)
-    val, test = (max(round(share * len(unique)), int(few)) for share in SHARES[1:])
+    least = int(len(unique) >= len(PARTS))  # patients in each part
+    val, test = (max(round(share * len(unique)), least) for share in SHARES[1:])
     part = dict.fromkeys(order[:test].tolist(), "test") | dict.fromkeys(order[test : test + val].tolist(), "val")
     return np.array([part.get(patient, "train") for patient in patients.tolist()])
 
@@ -138,7 +139,7 @@ def draw_split(patients: np.ndarray, seed: int) -> np.ndarray:
 
 
 def boxes_of(path: Path, classes: tuple[str, ...], names: set[str]) -> dict[str, list[Box]]:
-    """The boxes by name of the image. An image may have several boxes of one class.
+    """The boxes of each image, by its name. An image may have several boxes of one class.
 
     Raises:
         ValueError: as read_boxes; also for an image that is not in ``names`` and a class that is not in ``classes``.
@@ -158,20 +159,20 @@ def boxes_of(path: Path, classes: tuple[str, ...], names: set[str]) -> dict[str,
 
 
 def refuse_outside(path: Path, name: str, boxes: list[Box], size: np.ndarray | None) -> None:
-    """Raises ValueError where a box leaves the image of ``size`` (width, height); None: it is missing."""
+    """Raises ValueError if a box exceeds the image of ``size`` (width, height); None: the image is missing."""
     for _, x, y, w, h in boxes:
         if size is not None and size[0] and (x + w > size[0] or y + h > size[1]):
             raise ValueError(
-                f"{path}: the box {x:g}, {y:g}, {w:g}, {h:g} leaves {name}, which is {size[0]:g}x{size[1]:g} as it is "
-                "shown"
+                f"{path}: the box {x:g}, {y:g}, {w:g}, {h:g} exceeds {name}, which is displayed with "
+                f"{size[0]:g}x{size[1]:g} pixels"
             )
 
 
 def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[str]]:
-    """The files of the ``names``, and the images that none of them is.
+    """The file of each name, and the images that no name refers to.
 
     Raises:
-        ValueError: there is no such folder, or a name without a folder is there several times.
+        ValueError: there is no such folder, or a name without a folder matches several files.
     """
     if not data_dir.is_dir():
         raise ValueError(f"{data_dir}: no such folder")
@@ -188,7 +189,9 @@ def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[
     for name in names:
         places = [name] if name in files else by_name.get(name, [])
         if len(places) > 1:
-            raise ValueError(f"{data_dir}: {name} is there several times ({some(places)}); name it with its folder")
+            raise ValueError(
+                f"{data_dir}: {name} matches several files ({some(places)}); write the name with its folder"
+            )
         if places:
             found[name] = files[places[0]]
             used.add(places[0])
@@ -196,13 +199,13 @@ def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[
 
 
 def read_sizes(paths: list[Path]) -> tuple[np.ndarray, bool]:
-    """Width and height (n, 2) of the files, 1x1 where one cannot be read, and whether any has colours."""
+    """Width and height (n, 2) of the displayed images, 1x1 for unreadable files, and whether any image has colours."""
 
     def header(path: Path) -> tuple[int, int, bool]:
         try:
             return read_header(path)
         except ValueError:
-            return 0, 0, False  # check_cxr.py names it
+            return 0, 0, False  # check_cxr.py reports the file
 
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(header, paths))

@@ -44,7 +44,7 @@ class LabelledImages(Dataset):
         if crop is not None and len(names) != len(labels):
             raise ValueError(f"names: expected one for each of the {len(labels)} images, got {len(names)}")
         if fit == "pad" and sizes is None:
-            raise ValueError("sizes: needed where images are padded")
+            raise ValueError("sizes: needed if images are padded")
         self.images, self.labels, self.size, self.crop, self.seed, self.names = images, labels, size, crop, seed, names
         self.sizes, self.channels, self.fit = sizes, channels, fit
 

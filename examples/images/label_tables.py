@@ -39,8 +39,8 @@ def read_labels(
         wanted: the classes to read, in this order; None: all of them. Other columns are not read.
 
     Raises:
-        ValueError: there is no class or not a wanted one, a cell has another value, or the column ``labels`` and the
-            column of a class disagree.
+        ValueError: there is no class; a wanted class is missing; a cell has an invalid value; the column ``labels``
+            contradicts the column of a class.
     """
     if "labels" in header:
         lists = [[name.strip() for name in cells["labels"].split("|") if name.strip()] for _, cells in records]
@@ -55,7 +55,7 @@ def read_labels(
         return classes, labels
     known = tuple(name for name in header if name not in others)
     if not known:
-        raise ValueError(f"{LABELS}: expected a column labels, or one column a class, got {', '.join(header)}")
+        raise ValueError(f"{LABELS}: expected a column labels, or one column per class, got {', '.join(header)}")
     classes = _wanted(wanted, known, "columns of classes")
     return classes, np.array([[value_of(cells, name, at) for name in classes] for at, cells in records], np.float32)
 
@@ -90,7 +90,7 @@ def refuse_twice(names: Sequence[str], records: Sequence[Record]) -> None:
     first: dict[str, str] = {}
     for name, (at, _) in zip(names, records, strict=True):
         if not name or name in first:
-            raise ValueError(f"{at}: {name} is already in {first[name]}" if name else f"{at}: no image is named")
+            raise ValueError(f"{at}: {name} is already in {first[name]}" if name else f"{at}: the name is empty")
         first[name] = at
 
 
@@ -182,5 +182,7 @@ def same(
     values = {name_of(text) for text in found.values()} - {None}
     if len(values) > 1:
         pairs = " and ".join(f"{name} {text!r}" for name, text in found.items())
-        raise ValueError(f"{at}: expected the same in the columns {' and '.join(found)}, got {pairs}; keep one of them")
+        raise ValueError(
+            f"{at}: expected equal values in the columns {' and '.join(found)}, got {pairs}; keep one of them"
+        )
     return values.pop() if values else None

@@ -105,7 +105,7 @@ def load_index(
         refuse_missing(data_dir, missing, len(there))
     names = [name for name, is_there in zip(entries.names, there, strict=True) if is_there]
     drawn = (Path(tables or data_dir) / DRAWN).is_file()
-    title = "drawn images in the layout of ChestX-ray14" if drawn else DESCRIPTION.title
+    title = "generated images in the layout of ChestX-ray14" if drawn else DESCRIPTION.title
     return Index(
         about=DESCRIPTION._replace(title=title, drawn=drawn),
         names=names,
@@ -133,7 +133,7 @@ def notes_of(data_dir: Path, tables: Path, listed: set[str], rows: int, found: d
     lines = [f"layout    {', '.join(layouts)}", f"table     {table}, {rows} rows ({official})"]
     others = sorted(set(found) - {Path(name).stem for name in listed})
     if others:
-        lines.append(f"besides   {len(others)} images that the table does not name: {some(others, 5)}")
+        lines.append(f"unlisted  {len(others)} images that are not in the table: {some(others, 5)}")
     return tuple(lines)
 
 
@@ -154,7 +154,7 @@ def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[Box]]
             if name not in rows:
                 raise ValueError(f"{file}, line {line}: {name} is not in {path.name}, which may be truncated")
             if name in listed:
-                raise ValueError(f"{file}, line {line}: {name} is listed before, in {listed[name].name}")
+                raise ValueError(f"{file}, line {line}: {name} is already listed in {listed[name].name}")
             listed[name] = file
             test[rows[name]] = file.name == TEST_LIST
     unlisted = [name for name in rows if name not in listed]
@@ -168,8 +168,8 @@ def read_tables(folder: Path) -> tuple[Entries, np.ndarray, dict[str, list[Box]]
         raise ValueError(f"{folder}: {len(both)} patients are in {TRAIN_VAL_LIST} and in {TEST_LIST} ({some(both)})")
     if len(rows) == OFFICIAL_IMAGES and test.sum() != OFFICIAL_TEST_IMAGES:
         raise ValueError(
-            f"{folder / TEST_LIST}: expected the official {OFFICIAL_TEST_IMAGES} images, got {test.sum()}; in another "
-            "split images with boxes may be for training"
+            f"{folder / TEST_LIST}: expected the official {OFFICIAL_TEST_IMAGES} images, got {test.sum()}; another "
+            "split may use images with boxes for training"
         )
     boxes = read_boxes(folder / BOXES)
     unknown = [name for name in boxes if name not in rows]
@@ -203,7 +203,7 @@ def read_entries(path: Path) -> Entries:
         if match is None:
             raise ValueError(f"{at}: expected a name like 00000001_000.png, got {name!r}")
         if not cells[3].isdecimal() or int(cells[3]) != int(match[1]):
-            raise ValueError(f"{at}: expected patient {int(match[1])}, whose image {name} is, got {cells[3]!r}")
+            raise ValueError(f"{at}: expected patient {int(match[1])} for image {name}, got {cells[3]!r}")
         if not AGE.fullmatch(cells[4]):
             raise ValueError(f"{at}: expected an age such as 58 or 058Y, got {cells[4]!r}")
         labels.append(_findings(cells[1], at))
@@ -240,12 +240,12 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
         x, y = (_positive(cell, "x and y", at, zero=True) for cell in cells[2:4])
         w, h = (_positive(cell, "w and h", at) for cell in cells[4:])
         if max(x + w, y + h) > BOX_SIDE:
-            raise ValueError(f"{at}: the box {x, y, w, h} leaves the image of {BOX_SIDE}x{BOX_SIDE}")
+            raise ValueError(f"{at}: the box {x, y, w, h} exceeds the image of {BOX_SIDE}x{BOX_SIDE}")
         if any(box[0] == BOX_CLASSES[cells[1]] for box in boxes.get(cells[0], ())):
-            raise ValueError(f"{at}: {cells[0]} has a box of {cells[1]} already")
+            raise ValueError(f"{at}: {cells[0]} already has a box of {cells[1]}")
         boxes.setdefault(cells[0], []).append((BOX_CLASSES[cells[1]], x, y, w, h))
     if path.read_bytes()[-1:] not in (b"\n", b"\r"):
-        raise ValueError(f"{path}, line {line}: the last line has no end: its last number may be cut off")
+        raise ValueError(f"{path}, line {line}: the last line has no newline; its last number may be truncated")
     return boxes
 
 
@@ -263,7 +263,7 @@ def read_list(path: Path) -> list[tuple[int, str]]:
 
 
 def _findings(text: str, at: str) -> list[int]:
-    """The label columns of a text such as ``Mass|Nodule``. ``No Finding`` has none, and must be the only name."""
+    """The numbers of the classes in a text such as ``Mass|Nodule``. ``No Finding`` must stand alone, and gives none."""
     if text == NO_FINDING:
         return []
     names = text.split("|")
@@ -318,6 +318,6 @@ def find_images(data_dir: Path) -> dict[str, Path]:
             stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() in SUFFIXES and entry.is_file():
                 if stem in found:
-                    raise ValueError(f"{stem} is there twice: {found[stem]} and {entry.path}")
+                    raise ValueError(f"{stem} exists twice: {found[stem]} and {entry.path}")
                 found[stem] = Path(entry.path)
     return found

@@ -23,13 +23,13 @@ def kind_of(tables: Path) -> str:
     }
     kinds = [kind for kind, is_there in shown.items() if is_there]
     if len(kinds) > 1:
-        raise ValueError(f"{tables}: the tables of {' and of '.join(kinds)} are there; say which by --dataset")
+        raise ValueError(f"{tables}: found the tables of {' and of '.join(kinds)}; choose one with --dataset")
     if not kinds:
         if not tables.is_dir():
             raise ValueError(f"{tables}: no such folder")
         raise ValueError(
             f"{tables}: expected {nih.ENTRIES[0]} or {nih.ENTRIES[1]} (nih), {' and '.join(chexpert.TABLES)} "
-            f"(chexpert), or {folder.LABELS} (folder), found none; --tables names their folder"
+            f"(chexpert), or {folder.LABELS} (folder), found none; give their folder with --tables"
         )
     return kinds[0]
 
@@ -46,10 +46,10 @@ def open_dataset(args: argparse.Namespace, allow_missing: bool = False) -> Index
     if args.view is not None and args.view not in views:
         raise ValueError(f"view: expected {', '.join(views) or 'none'} with a data set {kind}, got {args.view}")
     if args.uncertain is not None and kind != "chexpert":
-        raise ValueError(f"uncertain: is for a data set chexpert, and this one is {kind}")
+        raise ValueError(f"uncertain: expected a data set chexpert, got {kind}")
     if kind == "nih":
         if args.fit is not None:
-            raise ValueError("fit: images of a data set nih have to be square")
+            raise ValueError(f"fit: expected none with a data set nih, whose images must be square, got {args.fit}")
         return nih.load_index(*place, view=args.view)
     if kind == "chexpert":
         return chexpert.load_chexpert(

@@ -23,7 +23,8 @@ RESUME_KEYS = (
     "val_fraction", "seed", "amp", "batch_norm",
 )  # fmt: skip
 
-#: Settings of RESUME_KEYS that may be larger when a run is resumed. Training hides them from everything in an epoch.
+#: Settings of RESUME_KEYS that may be larger when a run is resumed. ``Training.config`` lacks them, so that no step can
+#: depend on them.
 EXTENDABLE = ("epochs",)
 
 #: Defaults of --synthetic. Instances are counted within bags: with counts over the batch, no tried run learned to
@@ -185,8 +186,8 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
     args.image_size = args.image_size or 512
     if args.image_size % args.output_stride or crop_side(args.image_size, args.output_stride) < args.output_stride:
         parser.error(
-            f"--image-size: expected a multiple of the output stride {args.output_stride} whose crop, 7/8 of it, holds "
-            f"a patch, got {args.image_size}"
+            f"--image-size: expected a multiple of the output stride {args.output_stride}, whose crop (7/8) holds at "
+            f"least one patch, got {args.image_size}"
         )
     return args
 
@@ -204,7 +205,7 @@ def fill_from_timm(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error(f"--freeze: expected at most the {trained} stages of the network, got {args.freeze}")
     args.output_stride = args.output_stride or defaults.stride
     if args.output_stride > defaults.stride:
-        parser.error(f"--output-stride: {args.backbone} has {defaults.stride} at this stage, got {args.output_stride}")
+        parser.error(f"--output-stride: expected up to {defaults.stride} at this stage, got {args.output_stride}")
     if args.image_size is None:  # training crops 7/8 of it
         least = -(-defaults.image_size * 8 // 7)
         args.image_size = -(-least // args.output_stride) * args.output_stride
@@ -219,11 +220,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the command with an error that names the option if a value is invalid."""
     if args.synthetic:
         if args.data_dir:
-            parser.error("--synthetic: draws its own data, and takes no --data-dir")
+            parser.error("--synthetic: generates its own data; leave out --data-dir")
         if args.dry_run:
-            parser.error("--synthetic: has no --dry-run")
+            parser.error("--synthetic: cannot be combined with --dry-run")
     elif args.data_dir is None or (args.out is None and not args.dry_run):
-        parser.error("--data-dir and --out are needed, or --synthetic")
+        parser.error("expected --data-dir and --out, or --synthetic")
     if args.cut is not None and not args.backbone.startswith("timm/"):
         parser.error(f"--cut: expected a backbone of timm (timm/NAME), got {args.backbone}")
     if args.freeze and not args.backbone.startswith("timm/"):
@@ -255,9 +256,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--prior: expected between 0 and 1, got {args.prior}")
     shares = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % shares:
-        parser.error(f"--batch-size: {args.batch_size} is no multiple of passes times processes, {shares}")
+        parser.error(f"--batch-size: expected a multiple of {shares}, passes times processes, got {args.batch_size}")
     if args.loss == "mmm" and args.pooling:
-        parser.error("--pooling: mmm has poolings of its own")
+        parser.error(f"--pooling: expected none, because mmm has fixed poolings, got {args.pooling}")
 
 
 def config_of(args: argparse.Namespace) -> Config:

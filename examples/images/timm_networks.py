@@ -68,7 +68,9 @@ class TimmFeatures(nn.Module):
         super().__init__()
         defaults = defaults_of(name, cut)
         if output_stride > defaults.stride:
-            raise ValueError(f"output stride: {name} has {defaults.stride} at this stage, got {output_stride}")
+            raise ValueError(
+                f"output stride: expected up to {defaults.stride} at this stage of {name}, got {output_stride}"
+            )
         stage = defaults.stages - 1 if cut is None else cut
         self.network = _create(name, (stage,), output_stride if output_stride < defaults.stride else None)
         self.stage_modules = defaults.modules
