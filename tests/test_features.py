@@ -829,6 +829,28 @@ def test_reading_without_a_cache_gives_the_same_training(data, tmp_path):
     assert (tmp_path / "a" / "bags.csv").read_text() == (tmp_path / "b" / "bags.csv").read_text()
 
 
+@pytest.mark.examples
+def test_training_without_a_cache_holds_one_batch_in_memory(tmp_path):
+    """The features have 102 MB in float32. Without a cache, the process needs at least half of that less memory."""
+    generator = np.random.default_rng(0)
+    writer = store.FileWriter(tmp_path / "features", {})
+    for i in range(20):
+        writer.add(f"{i:02d}", store.Bag(generator.standard_normal((5000, 256), dtype=np.float32), None, None, None))
+    rows = "".join(f"{i:02d},{i % 2}\n" for i in range(20))
+    (tmp_path / "labels.csv").write_text(f"bag,lesion\n{rows}")
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+    code += "import resource, train_features\nassert train_features.main() == 0\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    most = {}
+    for gigabytes in (0, 2):
+        command = ["--features", tmp_path / "features", "--labels", tmp_path / "labels.csv", "--folds=2", "--epochs=1"]
+        command += ["--batch-size=1", f"--cache-gb={gigabytes}", "--out", tmp_path / f"out{gigabytes}"]
+        done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        most[gigabytes] = int(done.stdout.splitlines()[-1])
+    assert most[0] < most[2] - 51e6, most
+
+
 # metrics
 
 
