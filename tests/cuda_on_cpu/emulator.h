@@ -1,14 +1,17 @@
-// Runs CUDA kernels on the CPU, a fiber for every CUDA thread, so that they can be tested without a GPU.
+// Emulates CUDA kernels on the CPU with one fiber per CUDA thread. This tests the kernels without a GPU.
 //
-// The threads of a launch take turns on one thread of the operating system. One runs until it has to wait at a barrier
-// or in a warp's collective; then the first that can run, in the order of set_schedule(), does. So early threads run as
-// far ahead of late ones as barriers let them, which shows what relies on an order that nothing enforces. What cannot
-// go on, or is undefined, is a std::runtime_error that names block and thread.
+// All fibers of a launch run on one thread of the operating system. A fiber runs until it waits at a barrier or in a
+// warp collective. Then the first thread that can run continues, in the order of set_schedule(). So early threads run
+// as far ahead of late ones as the barriers allow. This exposes code that relies on an unenforced order.
 //
-// AddressSanitizer sees each shared variable as an allocation of its own. ThreadSanitizer sees each CUDA thread as a
-// thread, ordered only by what orders it in CUDA, so that a missing barrier or fence is a race, whatever the schedule.
+// Deadlocks and undefined uses of barriers and collectives throw std::runtime_error. The message names the block and
+// the thread.
 //
-// Not here: dynamic shared memory, textures, cooperative groups, __activemask(), waiting for a plain load to change.
+// AddressSanitizer (ASan) sees each shared variable as a separate allocation. ThreadSanitizer (TSan) sees each CUDA
+// thread as a thread. It sees only the happens-before edges that CUDA guarantees, so it reports a missing barrier or
+// fence as a data race under any schedule.
+//
+// Not supported: dynamic shared memory, textures, cooperative groups, __activemask(), spinning on a plain load.
 #pragma once
 
 #include <sys/mman.h>
@@ -39,11 +42,11 @@
 #include <ucontext.h>
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)  // as gcc says it
+#if defined(__SANITIZE_ADDRESS__)  // gcc
 #define EMULATOR_ASAN 1
 #elif defined(__SANITIZE_THREAD__)
 #define EMULATOR_TSAN 1
-#elif defined(__has_feature)  // and clang
+#elif defined(__has_feature)  // clang
 #if __has_feature(address_sanitizer)
 #define EMULATOR_ASAN 1
 #elif __has_feature(thread_sanitizer)
@@ -65,22 +68,22 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 
-// Functions through which the threads share the emulator's own state: not accesses of the kernel.
-#define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
+// For functions of the emulator that access its own state. TSan must check the accesses of the kernel only.
+#define EMULATOR_NO_TSAN __attribute__((no_sanitize("thread")))
 
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The words of CUDA
+// CUDA keywords and types
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__  // nothing: system headers write __attribute__((__noinline__))
+#define __noinline__  // empty, because system headers write __attribute__((__noinline__))
 #define __launch_bounds__(...)
 
-// `Type& name`, which the threads of a block share; for nvcc it is to be `__shared__ Type name`.
+// Declares `Type& name`, a variable that the threads of a block share. For nvcc, define it as `__shared__ Type name`.
 #define SGL_SHARED(Type, name)  \
   static char name##_site_ = 0; \
   Type& name = ::emulator::detail::shared<Type>(&name##_site_)
@@ -125,19 +128,21 @@ namespace emulator {
 
 namespace detail {
 
-constexpr unsigned kWarp = 32;
+constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kSharedBytes = 48 * 1024;  // of a block, which every GPU has
-constexpr size_t kStackBytes = 256 * 1024;  // frames are large without optimization; what is not used costs nothing
-constexpr size_t kKeptIdentities = 1024;  // each is almost 1 MB of ThreadSanitizer's memory, and takes it 1 ms to make
-// Atomics without any thread getting anywhere: somebody waits, by atomics, for what does not come.
-constexpr unsigned kTooManyAtomics = 1u << 22;
+constexpr size_t kSharedBytes = 48 * 1024;  // static shared memory of a block; every GPU has this much
+// Stack frames are large without optimization. Unused pages cost no memory.
+constexpr size_t kStackBytes = 256 * 1024;
+// With TSan only: each stack has a TSan fiber, which needs almost 1 MB and takes 1 ms to create.
+constexpr size_t kMaxPooledStacks = 1024;
+// If no thread makes progress during so many atomics, a thread is assumed to spin forever.
+constexpr unsigned kMaxAtomicsWithoutProgress = 1u << 22;
 
 struct Block;
 struct Launch;
 struct Thread;
 
-// Where in the kernel's source.
+// A position in the source of the kernel.
 struct Site {
   const char* file;
   int line;
@@ -148,30 +153,30 @@ struct Site {
 // ---------------------------------------------------------------------------------------------------------------------
 // Fibers
 
-// Accesses of the emulator while one lives are none of ThreadSanitizer's business. A fiber must not stop with one
-// alive: it may never go on, and an end of it that is missing is an error of its own.
-struct Unseen {
+// A scope in which TSan ignores memory accesses, because they are the emulator's own. A CUDA thread must not switch to
+// another fiber inside the scope: it may never resume, and TSan reports a scope that does not end.
+struct IgnoreAccesses {
 #if defined(EMULATOR_TSAN)
-  Unseen() {
+  IgnoreAccesses() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
   }
-  ~Unseen() {
+  ~IgnoreAccesses() {
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
 #else
-  Unseen() {}
-  ~Unseen() {}
+  IgnoreAccesses() {}
+  ~IgnoreAccesses() {}
 #endif
-  Unseen(const Unseen&) = delete;
-  Unseen& operator=(const Unseen&) = delete;
+  IgnoreAccesses(const IgnoreAccesses&) = delete;
+  IgnoreAccesses& operator=(const IgnoreAccesses&) = delete;
 };
 
-// What a thread runs on: memory, with a page below that stops what runs over, and for ThreadSanitizer an identity.
+// The stack of a CUDA thread, with a guard page below it that catches overflows, and the thread's TSan fiber.
 class Stack {
  public:
-  void* identity = nullptr;
+  void* tsan_fiber = nullptr;
 
   Stack() : guard_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
     void* memory =
@@ -180,19 +185,19 @@ class Stack {
     memory_ = static_cast<char*>(memory);
     mprotect(memory_, guard_, PROT_NONE);
 #if defined(EMULATOR_TSAN)
-    identity = __tsan_create_fiber(0);
+    tsan_fiber = __tsan_create_fiber(0);
 #endif
   }
   ~Stack() {
 #if defined(EMULATOR_TSAN)
-    __tsan_destroy_fiber(identity);
+    __tsan_destroy_fiber(tsan_fiber);
 #endif
     munmap(memory_, guard_ + kStackBytes);
   }
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
 
-  char* lowest() const { return memory_ + guard_; }
+  char* bottom() const { return memory_ + guard_; }
 
  private:
   size_t guard_;
@@ -201,7 +206,7 @@ class Stack {
 
 using Stacks = std::vector<std::unique_ptr<Stack>>;
 
-// Those that nobody runs on, kept from launch to launch.
+// Stacks that no thread uses. Later launches reuse them.
 inline thread_local Stacks spare_stacks;
 
 inline std::unique_ptr<Stack> take_stack() {
@@ -211,25 +216,25 @@ inline std::unique_ptr<Stack> take_stack() {
   return stack;
 }
 
-// Something that runs on a stack of its own and can stop anywhere: a CUDA thread, or whoever launched.
+// An execution context with its own stack that can be suspended anywhere: a CUDA thread, or the host that launches.
 struct Fiber {
-  const void* lowest = nullptr;  // of its stack
-  size_t bytes = 0;
+  const void* stack_bottom = nullptr;  // lowest address
+  size_t stack_size = 0;
 #if defined(EMULATOR_X86_64)
-  void* top = nullptr;  // of the stack where it stopped
+  void* stack_pointer = nullptr;  // while suspended
 #else
   ucontext_t context;
 #endif
-  void* fake_stack = nullptr;  // AddressSanitizer's
-  void* identity = nullptr;  // ThreadSanitizer's
+  void* fake_stack = nullptr;  // of ASan
+  void* tsan_fiber = nullptr;
 };
 
 #if defined(EMULATOR_X86_64)
 
-// Pushes the registers that a function has to preserve, leaves this stack at *from, and goes on where the other one was
-// left: some ten times as fast as swapcontext, which asks the kernel for the signal mask. noipa: a compiler that looked
-// into it would conclude that other registers survive.
-__attribute__((naked, noinline, noipa)) EMULATOR_UNSEEN inline void switch_stacks(void** /*from*/, void* /*to*/) {
+// Pushes the callee-saved registers, stores the stack pointer in *from, and resumes the fiber whose stack pointer is
+// `to`. This is about ten times as fast as swapcontext, which makes a system call for the signal mask. noipa: a
+// compiler that analyzes the body would conclude that it preserves other registers, too.
+__attribute__((naked, noinline, noipa)) EMULATOR_NO_TSAN inline void switch_stacks(void** /*from*/, void* /*to*/) {
   asm("pushq %rbp\n"
       "pushq %rbx\n"
       "pushq %r12\n"
@@ -247,26 +252,27 @@ __attribute__((naked, noinline, noipa)) EMULATOR_UNSEEN inline void switch_stack
       "ret\n");
 }
 
-inline void switch_stacks(Fiber& from, Fiber& to) { switch_stacks(&from.top, to.top); }
+inline void switch_stacks(Fiber& from, Fiber& to) { switch_stacks(&from.stack_pointer, to.stack_pointer); }
 
-// `entry` does not return. `skew`: tops of stacks at equal distances would all compete for the same lines of the cache.
-inline void set_up(Fiber& fiber, void (*entry)(), size_t skew) {
-  char* highest = static_cast<char*>(const_cast<void*>(fiber.lowest)) + fiber.bytes - skew;
+// Prepares a fiber to start in `entry`, which does not return. `skew` lowers the top of the stack by a number of bytes.
+// Tops of stacks at equal distances would compete for the same cache lines.
+inline void init_fiber(Fiber& fiber, void (*entry)(), size_t skew) {
+  char* highest = static_cast<char*>(const_cast<void*>(fiber.stack_bottom)) + fiber.stack_size - skew;
   void** top = reinterpret_cast<void**>(highest);
-  *--top = nullptr;  // no caller: here ends the stack for whoever walks it
+  *--top = nullptr;  // no return address: unwinders stop here
   *--top = reinterpret_cast<void*>(entry);  // for `ret`
   for (int registers = 0; registers < 6; ++registers) *--top = nullptr;
-  fiber.top = top;
+  fiber.stack_pointer = top;
 }
 
 #else
 
-EMULATOR_UNSEEN inline void switch_stacks(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
+EMULATOR_NO_TSAN inline void switch_stacks(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
 
-inline void set_up(Fiber& fiber, void (*entry)(), size_t skew) {
+inline void init_fiber(Fiber& fiber, void (*entry)(), size_t skew) {
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = const_cast<void*>(fiber.lowest);
-  fiber.context.uc_stack.ss_size = fiber.bytes - skew;
+  fiber.context.uc_stack.ss_sp = const_cast<void*>(fiber.stack_bottom);
+  fiber.context.uc_stack.ss_size = fiber.stack_size - skew;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
 }
@@ -274,49 +280,52 @@ inline void set_up(Fiber& fiber, void (*entry)(), size_t skew) {
 #endif
 
 inline thread_local Thread* running = nullptr;  // null: no kernel runs
-inline thread_local Fiber* stopped = nullptr;  // the one that ran before
+inline thread_local Fiber* previous_fiber = nullptr;  // the fiber that ran before this one; for ASan only
 
-// Where a fiber goes on, and where it starts.
-EMULATOR_UNSEEN inline void arrived(Fiber& fiber) {
+// Must be called first when a fiber starts or resumes.
+EMULATOR_NO_TSAN inline void finish_switch(Fiber& fiber) {
 #if defined(EMULATOR_ASAN)
-  // what it says of the stack that was left is news where that is not one of ours, but whoever launched
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, &stopped->lowest, &stopped->bytes);
+  // ASan returns the bounds of the previous fiber's stack. Only the host's bounds were unknown until then.
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &previous_fiber->stack_bottom, &previous_fiber->stack_size);
 #else
   (void)fiber;
 #endif
 }
 
-EMULATOR_UNSEEN inline void switch_fibers(Fiber& from, Fiber& to, bool for_good) {
-  (void)for_good;
+// Suspends `from` and resumes `to`. `exiting`: `from` never resumes.
+EMULATOR_NO_TSAN inline void switch_fibers(Fiber& from, Fiber& to, bool exiting) {
+  (void)exiting;
 #if defined(EMULATOR_ASAN)
-  stopped = &from;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, to.lowest, to.bytes);
+  previous_fiber = &from;
+  __sanitizer_start_switch_fiber(exiting ? nullptr : &from.fake_stack, to.stack_bottom, to.stack_size);
 #endif
 #if defined(EMULATOR_TSAN)
-  __tsan_switch_to_fiber(to.identity, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(to.tsan_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
   switch_stacks(from, to);
-  arrived(from);
+  finish_switch(from);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Fences, for ThreadSanitizer
+// Fences, for TSan
 //
-// Atomics of CUDA order nothing by themselves. What came before a fence, the fence being before an atomic, comes before
-// what is after another thread's later atomic at the same place and a fence after that. A barrier hands on both halves:
-// one thread's fence and another's atomic order what they do if a barrier is between them, as on a GPU.
+// CUDA atomics alone order nothing. Two fences and two atomics at the same address make a happens-before edge:
+//   thread 1: operations, fence, atomic
+//   thread 2: later atomic, fence, operations
+// The operations of thread 1 then happen before those of thread 2. As on a GPU, each fence and its atomic may belong to
+// different threads if a barrier is between them.
 
 struct Fence {
   const Block* block;
-  uint64_t block_number;  // the same Block is used for many
-  bool of_device;  // else it orders within its block
-  char token;  // by its address ThreadSanitizer knows what was before it
+  uint64_t block_number;  // distinguishes the blocks of the grid that use the same Block object
+  bool device_scope;  // __threadfence(), else __threadfence_block()
+  char token;  // TSan synchronizes on its address: released at the fence
 };
 
-// Sorted. Shared: after a barrier all threads have the same ones.
+// A set of fences, sorted by address. The pointer is shared, because all threads have the same set after a barrier.
 using Fences = std::shared_ptr<const std::vector<Fence*>>;
 
-inline Fences both(const Fences& a, const Fences& b) {
+inline Fences union_of(const Fences& a, const Fences& b) {
   if (a == nullptr || a == b) return b;
   if (b == nullptr) return a;
   std::vector<Fence*> all;
@@ -328,7 +337,7 @@ inline Fences both(const Fences& a, const Fences& b) {
 // Threads, warps, blocks
 
 enum class State : uint8_t {
-  kReady,  // or running
+  kReady,  // can run, or runs
   kAtBarrier,
   kInCollective,
   kDone,
@@ -365,25 +374,25 @@ struct Thread {
   Warp* warp;
   uint3 index;
   unsigned lane;
-  unsigned rank;  // its place in the schedule
+  unsigned rank;  // position in the schedule
 
   State state;
-  // what it waits in: the last that it arrived at
+  // The barrier or warp collective at which the thread arrived last.
   Collective collective;
   Barrier barrier;
   unsigned mask;
-  unsigned source;  // the lane whose value a shuffle wants
+  unsigned source;  // the lane from which a shuffle reads
   uint64_t value, result;
   Site site;
 
-  Fences fenced;  // those before its next atomic
-  Fences seen;  // that its atomics met and none of its fences came after
+  Fences release_fences;  // each later atomic publishes them at its address
+  Fences pending_fences;  // found by atomics; the next fence acquires those that its scope allows
 };
 
 struct Warp {
   Thread* lanes;
-  unsigned alive;  // bits of lanes that exist and have not exited
-  unsigned waiting;  // in collectives
+  unsigned alive_lanes;  // mask of the lanes that exist and have not exited
+  unsigned waiting_lanes;  // mask of the lanes that wait in a collective
 };
 
 struct SharedVariable {
@@ -396,20 +405,20 @@ struct Block {
   Launch* launch;
   uint64_t number;
   uint3 index;
-  unsigned size, live;
+  unsigned size, live_threads;
   std::unique_ptr<Thread[]> threads{new Thread[kMaxThreads]};
-  Warp warps[kMaxThreads / kWarp];
-  Stacks stacks;  // of the threads
+  Warp warps[kMaxThreads / kWarpSize];
+  Stacks stacks;  // one for each thread
   std::vector<SharedVariable> shared;
 
-  // bits of threads that can run, by rank, and of words that have any
-  uint64_t ready[kMaxThreads / 64];
-  unsigned ready_words;
+  uint64_t ready[kMaxThreads / 64];  // a bit for each rank: the thread can run
+  unsigned ready_words;  // a bit for each word of `ready`: the word is not 0
 
-  unsigned at_barrier;
+  unsigned at_barrier;  // number of threads that wait at the barrier
   Thread* first_at_barrier;
-  unsigned predicates, result;  // that are true: so far, and at the last barrier
-  const Thread* exited;  // the first that did
+  unsigned true_predicates;  // at the current barrier, so far
+  unsigned barrier_result;  // the number of true predicates at the last completed barrier
+  const Thread* first_exited;  // null if no thread has exited
 
   void set_ready(Thread& thread) {
     thread.state = State::kReady;
@@ -424,7 +433,7 @@ struct Block {
     if (ready[word] == 0) ready_words &= ~(1u << word);
   }
 
-  // null: nobody can go on
+  // Null if no thread can run.
   Thread* first_ready() const;
 
   void free_shared() {
@@ -435,24 +444,25 @@ struct Block {
 
 struct Launch {
   dim3 grid, block;
-  void (*call)(void*);  // of the kernel with its arguments
+  void (*call)(void*);  // calls `kernel`, a BoundKernel, with its arguments
   void* kernel;
 
-  Fiber host;  // whoever launched
-  std::vector<unsigned> order;  // of threads: their numbers by rank
+  Fiber host;  // the fiber that launched the kernel
+  std::vector<unsigned> thread_order;  // rank in the schedule to index in Block::threads
   std::vector<std::unique_ptr<Block>> resident;
-  size_t active = 0;  // the resident block whose turn it is
-  int direction = 1;  // the next one's; 0: any
+  size_t active = 0;  // index in `resident` of the block that runs
+  int direction = 1;  // step to the next active block; 0: random
   std::minstd_rand random;
-  unsigned atomics = 0;  // since any thread got anywhere
+  unsigned atomics_without_progress = 0;  // progress: a completed barrier or collective, or the exit of a thread
 
   std::exception_ptr error;
-  // for ThreadSanitizer: tokens of what was before all threads, and of what they did; and stacks that are done with
-  std::unique_ptr<char> began{new char}, ended{new char};
-  Stacks used;
+  // The rest is for TSan. Threads acquire start_token when they start, and release end_token when they end.
+  std::unique_ptr<char> start_token{new char}, end_token{new char};
+  Stacks retired_stacks;  // of blocks that have ended; later launches reuse them
   std::deque<Fence> fences;
-  std::map<const void*, Fences> met;  // at the places of atomics
+  std::map<const void*, Fences> published_fences;  // by the address of the atomic
 
+  // Makes the next resident block active.
   void next_block() {
     const size_t n = resident.size();
     if (n > 1) active = direction == 0 ? random() % n : (active + (direction > 0 ? 1 : n - 1)) % n;
@@ -462,10 +472,10 @@ struct Launch {
 inline Thread* Block::first_ready() const {
   if (ready_words == 0) return nullptr;
   const unsigned word = static_cast<unsigned>(__builtin_ctz(ready_words));
-  return &threads[launch->order[64 * word + static_cast<unsigned>(__builtin_ctzll(ready[word]))]];
+  return &threads[launch->thread_order[64 * word + static_cast<unsigned>(__builtin_ctzll(ready[word]))]];
 }
 
-EMULATOR_UNSEEN inline Thread& current() { return *running; }
+EMULATOR_NO_TSAN inline Thread& current() { return *running; }
 
 inline std::string text_of(const uint3& i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
@@ -496,61 +506,62 @@ inline const char* name_of(Barrier barrier) {
   return names[static_cast<int>(barrier)];
 }
 
-inline std::string place_of(const Thread& thread) {
+inline std::string wait_text(const Thread& thread) {
   if (thread.state == State::kAtBarrier) return std::string(name_of(thread.barrier)) + " at " + text_of(thread.site);
   char mask[16];
   snprintf(mask, sizeof(mask), "0x%08x", thread.mask);
   return std::string(name_of(thread.collective)) + " with mask " + mask + " at " + text_of(thread.site);
 }
 
-// A block where nobody can go on: what the threads wait for, those that wait for the same thing as one.
+// The message for a block in which no thread can continue: how many threads wait, grouped by where they wait.
 inline std::string deadlock_text(const Block& block) {
   std::map<std::string, std::pair<unsigned, const Thread*>> places;
   for (unsigned i = 0; i < block.size; ++i) {
     const Thread& thread = block.threads[i];
     if (thread.state == State::kDone) continue;
-    auto& place = places.emplace(place_of(thread), std::make_pair(0u, &thread)).first->second;
+    auto& place = places.emplace(wait_text(thread), std::make_pair(0u, &thread)).first->second;
     ++place.first;
   }
-  std::string text = "emulator: block " + text_of(block.index) + ": nobody can go on;";
+  std::string text = "emulator: block " + text_of(block.index) + ": deadlock: no thread can continue;";
   for (const auto& place : places) {
     text += " " + std::to_string(place.second.first) + " threads, the first " + text_of(place.second.second->index) +
             ", wait in " + place.first + ";";
   }
-  return text + " " + std::to_string(block.size - block.live) + " have exited";
+  return text + " " + std::to_string(block.size - block.live_threads) + " have exited";
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Taking turns
+// Synchronization and scheduling
 
-// What the threads (of a warp, the lanes of the mask; of a block, all) did before comes before what each does next.
-EMULATOR_UNSEEN inline void synchronize(Thread* threads, unsigned count, unsigned mask) {
+// Adds happens-before edges for TSan: everything that any of these threads did happens before what each of them does
+// next. For a warp, `threads` are its lanes and `mask` selects some. For a block, `mask` selects all.
+EMULATOR_NO_TSAN inline void synchronize(Thread* threads, unsigned count, unsigned mask) {
 #if defined(EMULATOR_TSAN)
-  // At a place that was never used, so that nothing else is ordered by it. Nobody has done anything since they arrived:
-  // each can be spoken for.
+  // A new token, so that no other edge results. The other threads have been suspended since they arrived, so this
+  // thread can release and acquire in their place.
   Thread& me = current();
   char* token = new char;
-  Fences fenced, seen;
+  Fences release_fences, pending_fences;
   for (unsigned i = 0; i < count; ++i) {
-    if (!(mask >> i % kWarp & 1u)) continue;
-    fenced = both(fenced, threads[i].fenced);
-    seen = both(seen, threads[i].seen);
+    if (!(mask >> i % kWarpSize & 1u)) continue;
+    release_fences = union_of(release_fences, threads[i].release_fences);
+    pending_fences = union_of(pending_fences, threads[i].pending_fences);
   }
   for (unsigned i = 0; i < count; ++i) {
-    if (!(mask >> i % kWarp & 1u)) continue;
-    __tsan_switch_to_fiber(threads[i].fiber.identity, __tsan_switch_to_fiber_no_sync);
+    if (!(mask >> i % kWarpSize & 1u)) continue;
+    __tsan_switch_to_fiber(threads[i].fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
     __tsan_release(token);
   }
   for (unsigned i = 0; i < count; ++i) {
-    if (!(mask >> i % kWarp & 1u)) continue;
-    __tsan_switch_to_fiber(threads[i].fiber.identity, __tsan_switch_to_fiber_no_sync);
+    if (!(mask >> i % kWarpSize & 1u)) continue;
+    __tsan_switch_to_fiber(threads[i].fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
     __tsan_acquire(token);
   }
-  __tsan_switch_to_fiber(me.fiber.identity, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(me.fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
   for (unsigned i = 0; i < count; ++i) {
-    if (!(mask >> i % kWarp & 1u)) continue;
-    threads[i].fenced = fenced;
-    threads[i].seen = seen;
+    if (!(mask >> i % kWarpSize & 1u)) continue;
+    threads[i].release_fences = release_fences;
+    threads[i].pending_fences = pending_fences;
   }
   delete token;
 #else
@@ -558,25 +569,25 @@ EMULATOR_UNSEEN inline void synchronize(Thread* threads, unsigned count, unsigne
 #endif
 }
 
-// Lets the first thread of the active block run that can; whoever launched, if there is none.
-EMULATOR_UNSEEN inline void give_way(Thread& me, bool for_good) {
+// Switches to the first ready thread of the active block. Switches to the host if there is none or after an error.
+EMULATOR_NO_TSAN inline void switch_to_next(Thread& me, bool exiting) {
   Launch& launch = *me.block->launch;
   Thread* next;
   {
-    Unseen unseen;
+    IgnoreAccesses ignore;
     next = launch.error == nullptr ? launch.resident[launch.active]->first_ready() : nullptr;
   }
   if (next == &me) return;
   running = next;
-  switch_fibers(me.fiber, next == nullptr ? launch.host : next->fiber, for_good);
+  switch_fibers(me.fiber, next == nullptr ? launch.host : next->fiber, exiting);
 }
 
 inline void finish_barrier(Block& block) {
   synchronize(block.threads.get(), block.size, ~0u);
-  block.result = block.predicates;
-  block.predicates = block.at_barrier = 0;
+  block.barrier_result = block.true_predicates;
+  block.true_predicates = block.at_barrier = 0;
   for (unsigned i = 0; i < block.size; ++i) block.set_ready(block.threads[i]);
-  block.launch->atomics = 0;
+  block.launch->atomics_without_progress = 0;
   block.launch->next_block();
 }
 
@@ -585,43 +596,45 @@ inline void arrive_at_barrier(Thread& me, Barrier barrier, bool predicate, const
   me.barrier = barrier;
   me.site = site;
   block.set_waiting(me, State::kAtBarrier);
-  if (block.exited != nullptr)
-    fail(me, "waits in " + place_of(me) + ", but thread " + text_of(block.exited->index) + " has exited");
+  if (block.first_exited != nullptr)
+    fail(me, "waits in " + wait_text(me) + ", but thread " + text_of(block.first_exited->index) + " has exited");
   if (block.at_barrier == 0) {
     block.first_at_barrier = &me;
   } else {
     const Thread& first = *block.first_at_barrier;
     if (first.barrier != barrier || !(first.site == site))
-      fail(me, "waits in " + place_of(me) + ", but thread " + text_of(first.index) + " in " + place_of(first));
+      fail(me, "waits in " + wait_text(me) + ", but thread " + text_of(first.index) + " waits in " + wait_text(first));
   }
-  if (predicate) ++block.predicates;
+  if (predicate) ++block.true_predicates;
   if (++block.at_barrier == block.size) finish_barrier(block);
 }
 
-// How many threads came with a predicate that is true.
-EMULATOR_UNSEEN inline unsigned barrier(Barrier kind, bool predicate, const Site& site) {
+// Waits at a barrier of the block. Returns the number of threads whose predicate is true.
+EMULATOR_NO_TSAN inline unsigned barrier(Barrier kind, bool predicate, const Site& site) {
   Thread& me = current();
   {
-    Unseen unseen;
+    IgnoreAccesses ignore;
     arrive_at_barrier(me, kind, predicate, site);
   }
-  give_way(me, false);
-  return me.block->result;  // the next barrier has to wait for this thread
+  switch_to_next(me, false);
+  return me.block->barrier_result;  // still of this barrier: the next one cannot complete without this thread
 }
 
+// Combines the values of the lanes. Every lane gets the result.
 template <class Combine>
-void give_all(Warp& warp, unsigned lanes, const Combine& combine) {
+void reduce_to_all_lanes(Warp& warp, unsigned lanes, const Combine& combine) {
   uint64_t result = warp.lanes[__builtin_ctz(lanes)].value;
   for (unsigned rest = lanes & (lanes - 1); rest != 0; rest &= rest - 1)
     result = combine(result, warp.lanes[__builtin_ctz(rest)].value);
   for (unsigned rest = lanes; rest != 0; rest &= rest - 1) warp.lanes[__builtin_ctz(rest)].result = result;
 }
 
-// Everybody gets the result right here: a lane that runs ahead may be in the next collective before others go on.
+// Writes the results of all lanes at once. When the last lane resumes, another one may have overwritten its value in
+// the next collective.
 inline void finish_collective(Warp& warp, unsigned mask) {
-  const unsigned lanes = mask & warp.alive;
+  const unsigned lanes = mask & warp.alive_lanes;
   const Thread& any = warp.lanes[__builtin_ctz(lanes)];
-  synchronize(warp.lanes, kWarp, lanes);
+  synchronize(warp.lanes, kWarpSize, lanes);
   switch (any.collective) {
     case Collective::kSync:
       break;
@@ -635,49 +648,49 @@ inline void finish_collective(Warp& warp, unsigned mask) {
           const bool in_mask = mask >> thread.source & 1u;
           fail(
               thread, "reads " + lane_text(thread.source) +
-                          (in_mask ? ", which has exited or never was" : ", which is not in the mask") + ", in " +
-                          place_of(thread));
+                          (in_mask ? ", which has exited or does not exist" : ", which is not in the mask") + ", in " +
+                          wait_text(thread));
         }
         thread.result = warp.lanes[thread.source].value;
       }
       break;
     case Collective::kBallot:
     case Collective::kAny:
-      give_all(warp, lanes, [](uint64_t a, uint64_t b) { return a | b; });
+      reduce_to_all_lanes(warp, lanes, [](uint64_t a, uint64_t b) { return a | b; });
       break;
     case Collective::kAll:
-      give_all(warp, lanes, [](uint64_t a, uint64_t b) { return a & b; });
+      reduce_to_all_lanes(warp, lanes, [](uint64_t a, uint64_t b) { return a & b; });
       break;
     case Collective::kAdd:
-      give_all(warp, lanes, [](uint64_t a, uint64_t b) { return a + b; });
+      reduce_to_all_lanes(warp, lanes, [](uint64_t a, uint64_t b) { return a + b; });
       break;
     case Collective::kMin:
-      give_all(warp, lanes, [](uint64_t a, uint64_t b) {
+      reduce_to_all_lanes(warp, lanes, [](uint64_t a, uint64_t b) {
         return static_cast<int64_t>(a) < static_cast<int64_t>(b) ? a : b;
       });
       break;
     case Collective::kMax:
-      give_all(warp, lanes, [](uint64_t a, uint64_t b) {
+      reduce_to_all_lanes(warp, lanes, [](uint64_t a, uint64_t b) {
         return static_cast<int64_t>(a) > static_cast<int64_t>(b) ? a : b;
       });
       break;
     case Collective::kMinUnsigned:
-      give_all(warp, lanes, [](uint64_t a, uint64_t b) { return std::min(a, b); });
+      reduce_to_all_lanes(warp, lanes, [](uint64_t a, uint64_t b) { return std::min(a, b); });
       break;
     case Collective::kMaxUnsigned:
-      give_all(warp, lanes, [](uint64_t a, uint64_t b) { return std::max(a, b); });
+      reduce_to_all_lanes(warp, lanes, [](uint64_t a, uint64_t b) { return std::max(a, b); });
       break;
   }
-  warp.waiting &= ~lanes;
+  warp.waiting_lanes &= ~lanes;
   Block& block = *any.block;
   for (unsigned rest = lanes; rest != 0; rest &= rest - 1) block.set_ready(warp.lanes[__builtin_ctz(rest)]);
-  block.launch->atomics = 0;
+  block.launch->atomics_without_progress = 0;
 }
 
-// Lanes that have exited are not waited for, as on a GPU.
+// Whether all lanes of the mask wait in this collective. As on a GPU, lanes that have exited do not count.
 inline bool all_arrived(const Warp& warp, Collective collective, unsigned mask) {
-  const unsigned lanes = mask & warp.alive;
-  if ((warp.waiting & lanes) != lanes) return false;
+  const unsigned lanes = mask & warp.alive_lanes;
+  if ((warp.waiting_lanes & lanes) != lanes) return false;
   for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
     const Thread& thread = warp.lanes[__builtin_ctz(rest)];
     if (thread.mask != mask || thread.collective != collective) return false;
@@ -694,30 +707,31 @@ inline void arrive_in_collective(
   me.source = source;
   me.site = site;
   me.block->set_waiting(me, State::kInCollective);
-  if (!(mask >> me.lane & 1u)) fail(me, "is " + lane_text(me.lane) + ", which is not in its own mask: " + place_of(me));
-  // A lane may be in another collective, which goes on without this one. It is enough to ask one of those that wait:
-  // what escapes here is found when nobody can go on.
-  if (const unsigned others = warp.waiting & mask) {
+  if (!(mask >> me.lane & 1u))
+    fail(me, "is " + lane_text(me.lane) + ", which is not in its own mask: " + wait_text(me));
+  // Another lane of this mask may wait in a collective that does not include this lane: no error. It is enough to check
+  // one waiting lane. A mismatch that is not found here ends in a deadlock, which is reported.
+  if (const unsigned others = warp.waiting_lanes & mask) {
     const Thread& other = warp.lanes[__builtin_ctz(others)];
     const bool same = other.collective == collective && other.mask == mask;
     if (!same && (other.mask >> me.lane & 1u)) {
       fail(
-          me,
-          "is in " + place_of(me) + ", but thread " + text_of(other.index) + " of the same warp in " + place_of(other));
+          me, "is in " + wait_text(me) + ", but thread " + text_of(other.index) + " of the same warp is in " +
+                  wait_text(other));
     }
   }
-  warp.waiting |= 1u << me.lane;
+  warp.waiting_lanes |= 1u << me.lane;
   if (all_arrived(warp, collective, mask)) finish_collective(warp, mask);
 }
 
-EMULATOR_UNSEEN inline uint64_t collective(
+EMULATOR_NO_TSAN inline uint64_t collective(
     Collective kind, unsigned mask, uint64_t value, unsigned source, const Site& site) {
   Thread& me = current();
   {
-    Unseen unseen;
+    IgnoreAccesses ignore;
     arrive_in_collective(me, kind, mask, value, source, site);
   }
-  give_way(me, false);
+  switch_to_next(me, false);
   return me.result;
 }
 
@@ -725,46 +739,47 @@ inline void exit_thread(Thread& me) {
   Block& block = *me.block;
   Warp& warp = *me.warp;
   block.set_waiting(me, State::kDone);
-  --block.live;
-  block.launch->atomics = 0;
-  if (block.exited == nullptr) block.exited = &me;
-  warp.alive &= ~(1u << me.lane);
+  --block.live_threads;
+  block.launch->atomics_without_progress = 0;
+  if (block.first_exited == nullptr) block.first_exited = &me;
+  warp.alive_lanes &= ~(1u << me.lane);
   if (block.at_barrier > 0) {
     const Thread& first = *block.first_at_barrier;
-    fail(me, "has exited, but thread " + text_of(first.index) + " waits in " + place_of(first));
+    fail(me, "has exited, but thread " + text_of(first.index) + " waits in " + wait_text(first));
   }
-  for (unsigned rest = warp.waiting; rest != 0; rest &= rest - 1) {
+  for (unsigned rest = warp.waiting_lanes; rest != 0; rest &= rest - 1) {
     const Thread& other = warp.lanes[__builtin_ctz(rest)];
     if (other.state == State::kInCollective && all_arrived(warp, other.collective, other.mask))
       finish_collective(warp, other.mask);
   }
 }
 
-// What runs on a thread's stack.
-EMULATOR_UNSEEN inline void run_thread() {
+// The entry point of a CUDA thread's fiber.
+EMULATOR_NO_TSAN inline void run_thread() {
   Thread& me = current();
-  arrived(me.fiber);
+  finish_switch(me.fiber);
   Launch& launch = *me.block->launch;
-  // in a function of its own: no exception may be alive where another fiber goes on
+  // A separate function: the catch block must end, and with it the exception, before another fiber resumes.
   const auto run = [&me, &launch] {
     try {
       launch.call(launch.kernel);
-      Unseen unseen;
+      IgnoreAccesses ignore;
       exit_thread(me);
     } catch (...) {
-      Unseen unseen;
+      IgnoreAccesses ignore;
       if (launch.error == nullptr) launch.error = std::current_exception();
     }
   };
   run();
-  give_way(me, true);
+  switch_to_next(me, true);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory
 
+// The memory of a shared variable of the current block. The first thread that gets there allocates it.
 inline void* shared_memory(const void* site, size_t bytes, size_t alignment) {
-  Unseen unseen;
+  IgnoreAccesses ignore;
   Thread& me = current();
   Block& block = *me.block;
   for (const SharedVariable& v : block.shared) {
@@ -772,9 +787,14 @@ inline void* shared_memory(const void* site, size_t bytes, size_t alignment) {
   }
   size_t total = bytes;
   for (const SharedVariable& v : block.shared) total += v.bytes;
-  if (total > kSharedBytes) fail(me, "the block needs " + std::to_string(total) + " bytes of shared memory");
+  if (total > kSharedBytes) {
+    fail(
+        me, "the block needs " + std::to_string(total) + " bytes of shared memory, the limit is " +
+                std::to_string(kSharedBytes));
+  }
   void* memory = ::operator new(bytes, std::align_val_t(alignment));
-  std::memset(memory, 0xff, bytes);  // NaN, -1, and no bool: what reads it before it is written shows
+  // NaN, -1, or an invalid bool: makes reads of uninitialized memory visible
+  std::memset(memory, 0xff, bytes);
   block.shared.push_back({site, bytes, alignment, memory});
   return memory;
 }
@@ -783,74 +803,79 @@ template <class Type>
 Type& shared(const void* site) {
   static_assert(
       std::is_trivially_default_constructible<Type>::value && std::is_trivially_destructible<Type>::value,
-      "nvcc takes no initializer of shared memory");
+      "nvcc allows no initializer for shared memory");
   return *static_cast<Type*>(shared_memory(site, sizeof(Type), alignof(Type)));
 }
 
-// Where blocks may overlap, they do at fences and atomics.
-EMULATOR_UNSEEN inline void let_other_blocks_run() {
+// Switches to another resident block, if there is one. Called at fences and atomics.
+EMULATOR_NO_TSAN inline void let_other_blocks_run() {
   Thread& me = current();
   Launch& launch = *me.block->launch;
   {
-    Unseen unseen;
+    IgnoreAccesses ignore;
     if (launch.resident.size() == 1) return;
     launch.next_block();
   }
-  give_way(me, false);
+  switch_to_next(me, false);
 }
 
-inline void fence(bool of_device) {
+inline void fence(bool device_scope) {
 #if defined(EMULATOR_TSAN)
   {
-    Unseen unseen;
+    IgnoreAccesses ignore;
     Thread& me = current();
     Block& block = *me.block;
-    if (me.seen != nullptr) {
+    if (me.pending_fences != nullptr) {
       std::vector<Fence*> others;
-      for (Fence* f : *me.seen) {
+      for (Fence* f : *me.pending_fences) {
         const bool same_block = f->block == &block && f->block_number == block.number;
-        if (same_block || (f->of_device && of_device)) {
+        if (same_block || (f->device_scope && device_scope)) {
           __tsan_acquire(&f->token);
         } else {
           others.push_back(f);
         }
       }
-      me.seen = others.empty() ? nullptr : std::make_shared<const std::vector<Fence*>>(std::move(others));
+      me.pending_fences = others.empty() ? nullptr : std::make_shared<const std::vector<Fence*>>(std::move(others));
     }
-    block.launch->fences.push_back({&block, block.number, of_device, 0});
+    block.launch->fences.push_back({&block, block.number, device_scope, 0});
     Fence* mine = &block.launch->fences.back();
     __tsan_release(&mine->token);
     const auto only_mine = std::make_shared<const std::vector<Fence*>>(1, mine);
-    me.fenced =
-        of_device ? only_mine : both(me.fenced, only_mine);  // what was before earlier fences is before this one
+    // A fence also covers what precedes earlier fences. So a device-scope fence replaces them. A block-scope fence does
+    // not, because their scope may be wider.
+    me.release_fences = device_scope ? only_mine : union_of(me.release_fences, only_mine);
   }
 #else
-  (void)of_device;
+  (void)device_scope;
 #endif
   let_other_blocks_run();
 }
 
-// Before an atomic at this place.
-inline void meet_at(const void* place) {
-  Unseen unseen;
+// Must be called before each atomic at `address`. Counts it, and exchanges fences with other atomics at the address.
+inline void before_atomic(const void* address) {
+  IgnoreAccesses ignore;
   Thread& me = current();
   Launch& launch = *me.block->launch;
-  if (++launch.atomics > kTooManyAtomics) fail(me, "waits by atomics for what does not come");
+  if (++launch.atomics_without_progress > kMaxAtomicsWithoutProgress) {
+    fail(
+        me, "spins forever: " + std::to_string(kMaxAtomicsWithoutProgress) +
+                " atomics since a barrier or warp collective completed or a thread exited");
+  }
 #if defined(EMULATOR_TSAN)
   if (launch.fences.empty()) return;
-  Fences& here = launch.met[place];
-  here = both(here, me.fenced);
-  me.seen = both(me.seen, here);
+  Fences& here = launch.published_fences[address];
+  here = union_of(here, me.release_fences);
+  me.pending_fences = union_of(me.pending_fences, here);
 #else
-  (void)place;
+  (void)address;
 #endif
 }
 
-// The fibers of a launch share a thread, so nothing comes between load and store. Both are atomic and relaxed for
-// ThreadSanitizer: they are in no race with one another, and order nothing else.
+// Replaces *p by change(*p) and returns the old value. No other fiber runs between load and store. Both are relaxed
+// atomics, so that TSan reports no race between atomics and adds no happens-before edge.
 template <class T, class Change>
 T atomic(T* p, const Change& change) {
-  meet_at(p);
+  before_atomic(p);
   T before, after;
   __atomic_load(p, &before, __ATOMIC_RELAXED);
   after = change(before);
@@ -863,11 +888,11 @@ T atomic(T* p, const Change& change) {
 // Launches
 
 inline unsigned schedule = 0;
-inline unsigned residents = 1;
+inline unsigned max_resident_blocks = 1;
 inline thread_local std::vector<std::unique_ptr<Block>> spare_blocks;
 
-// 0 .. n - 1, upwards, downwards, or shuffled by a generator that is seeded with the schedule
-inline std::vector<unsigned> scheduled(size_t n) {
+// The numbers 0 .. n - 1 in the order of set_schedule(). Random orders are seeded with the schedule.
+inline std::vector<unsigned> scheduled_order(size_t n) {
   std::vector<unsigned> order(n);
   std::iota(order.begin(), order.end(), 0u);
   if (schedule == 1) std::reverse(order.begin(), order.end());
@@ -879,20 +904,21 @@ inline std::vector<unsigned> scheduled(size_t n) {
 }
 
 #if defined(EMULATOR_TSAN)
-// Before its threads start, what the token stands for is before what they do; after them, it stands for that, too.
-EMULATOR_UNSEEN inline void speak_for_all(
-    Block& block, Launch& launch, const std::unique_ptr<char>& token, bool start) {
+// Acquires or releases the token in each thread of the block. Acquire: operations before earlier releases of the token
+// happen before those of the threads. Release: operations of the threads happen before those after a later acquire.
+EMULATOR_NO_TSAN inline void synchronize_with_token(
+    Block& block, Launch& launch, const std::unique_ptr<char>& token, bool acquire) {
   Thread* threads = block.threads.get();
   char* address = token.get();
   for (unsigned i = 0; i < block.size; ++i) {
-    __tsan_switch_to_fiber(threads[i].fiber.identity, __tsan_switch_to_fiber_no_sync);
-    if (start) {
+    __tsan_switch_to_fiber(threads[i].fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
+    if (acquire) {
       __tsan_acquire(address);
     } else {
       __tsan_release(address);
     }
   }
-  __tsan_switch_to_fiber(launch.host.identity, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(launch.host.tsan_fiber, __tsan_switch_to_fiber_no_sync);
 }
 #endif
 
@@ -903,49 +929,50 @@ inline void start_block(Launch& launch, Block& block, uint64_t number) {
   block.index = {
       static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
       static_cast<unsigned>(number / grid.x / grid.y)};
-  block.size = block.live = dim.x * dim.y * dim.z;
-  block.at_barrier = block.predicates = block.result = 0;
+  block.size = block.live_threads = dim.x * dim.y * dim.z;
+  block.at_barrier = block.true_predicates = block.barrier_result = 0;
   block.first_at_barrier = nullptr;
-  block.exited = nullptr;
+  block.first_exited = nullptr;
   while (block.stacks.size() < block.size) block.stacks.push_back(take_stack());
-  for (unsigned w = 0; w * kWarp < block.size; ++w) {
-    const unsigned lanes = std::min(kWarp, block.size - w * kWarp);
-    block.warps[w] = {&block.threads[w * kWarp], lanes == kWarp ? ~0u : (1u << lanes) - 1, 0};
+  for (unsigned w = 0; w * kWarpSize < block.size; ++w) {
+    const unsigned lanes = std::min(kWarpSize, block.size - w * kWarpSize);
+    block.warps[w] = {&block.threads[w * kWarpSize], lanes == kWarpSize ? ~0u : (1u << lanes) - 1, 0};
   }
   std::memset(block.ready, 0, sizeof(block.ready));
   block.ready_words = 0;
   for (unsigned rank = 0; rank < block.size; ++rank) {
-    const unsigned i = launch.order[rank];
+    const unsigned i = launch.thread_order[rank];
     Thread& thread = block.threads[i];
     thread.block = &block;
-    thread.warp = &block.warps[i / kWarp];
+    thread.warp = &block.warps[i / kWarpSize];
     thread.index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
-    thread.lane = i % kWarp;
+    thread.lane = i % kWarpSize;
     thread.rank = rank;
     block.set_ready(thread);
-    thread.fenced = thread.seen = nullptr;
-    thread.fiber.lowest = block.stacks[i]->lowest();
-    thread.fiber.bytes = kStackBytes;
-    thread.fiber.identity = block.stacks[i]->identity;
+    thread.release_fences = thread.pending_fences = nullptr;
+    thread.fiber.stack_bottom = block.stacks[i]->bottom();
+    thread.fiber.stack_size = kStackBytes;
+    thread.fiber.tsan_fiber = block.stacks[i]->tsan_fiber;
     thread.fiber.fake_stack = nullptr;
 #if defined(EMULATOR_ASAN)
-    __asan_unpoison_memory_region(thread.fiber.lowest, kStackBytes);  // of who was here before and did not return
+    // An earlier thread on this stack may never have returned, which leaves its frames poisoned.
+    __asan_unpoison_memory_region(thread.fiber.stack_bottom, kStackBytes);
 #endif
-    set_up(thread.fiber, run_thread, i % 64 * 192);
+    init_fiber(thread.fiber, run_thread, i % 64 * 192);
   }
 #if defined(EMULATOR_TSAN)
-  speak_for_all(block, launch, launch.began, true);
+  synchronize_with_token(block, launch, launch.start_token, true);
 #endif
 }
 
-// Also where threads will never go on.
+// Releases stacks and shared memory of a block. After an error, some of its threads may not have exited.
 inline void end_block(Launch& launch, Block& block) {
 #if defined(EMULATOR_TSAN)
-  speak_for_all(block, launch, launch.ended, false);
-  // What threads of a launch did is not before what others of it do. A thread on a stack that was another's, or with
-  // its identity, would be in a race with that one, or after it: they are used again from the next launch on only.
+  synchronize_with_token(block, launch, launch.end_token, false);
+  // Stacks and their TSan fibers are reused by later launches only, because threads of one launch are not ordered. If a
+  // thread reused the stack of another, TSan would report a race. If it reused the fiber, TSan would order them.
   for (auto& stack : block.stacks) {
-    if (launch.used.size() < kKeptIdentities) launch.used.push_back(std::move(stack));
+    if (launch.retired_stacks.size() < kMaxPooledStacks) launch.retired_stacks.push_back(std::move(stack));
   }
 #else
   std::move(block.stacks.begin(), block.stacks.end(), std::back_inserter(spare_stacks));
@@ -953,12 +980,14 @@ inline void end_block(Launch& launch, Block& block) {
   block.stacks.clear();
   for (const SharedVariable& v : block.shared) {
     const char* memory = static_cast<const char*>(v.memory);
-    launch.met.erase(launch.met.lower_bound(memory), launch.met.lower_bound(memory + v.bytes));
+    launch.published_fences.erase(
+        launch.published_fences.lower_bound(memory), launch.published_fences.lower_bound(memory + v.bytes));
   }
   block.free_shared();
 }
 
-EMULATOR_UNSEEN inline void run_until_host(Launch& launch, Thread& first) {
+// Runs threads, from `first` on, until one of them switches back to the host.
+EMULATOR_NO_TSAN inline void run_until_host(Launch& launch, Thread& first) {
   running = &first;
   switch_fibers(launch.host, first.fiber, false);
 }
@@ -966,32 +995,32 @@ EMULATOR_UNSEEN inline void run_until_host(Launch& launch, Thread& first) {
 inline void run(Launch& launch) {
   const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
-  launch.order = scheduled(threads);
+  launch.thread_order = scheduled_order(threads);
   launch.direction = schedule == 0 ? 1 : schedule == 1 ? -1 : 0;
   launch.random.seed(schedule);
-  const std::vector<unsigned> numbers = scheduled(blocks);
+  const std::vector<unsigned> block_order = scheduled_order(blocks);
 #if defined(EMULATOR_TSAN)
-  launch.host.identity = __tsan_get_current_fiber();
-  __tsan_release(launch.began.get());
+  launch.host.tsan_fiber = __tsan_get_current_fiber();
+  __tsan_release(launch.start_token.get());
 #endif
   uint64_t started = 0;
-  while (started < blocks && launch.resident.size() < residents) {
+  while (started < blocks && launch.resident.size() < max_resident_blocks) {
     if (spare_blocks.empty()) spare_blocks.push_back(std::make_unique<Block>());
     launch.resident.push_back(std::move(spare_blocks.back()));
     spare_blocks.pop_back();
-    start_block(launch, *launch.resident.back(), numbers[started++]);
+    start_block(launch, *launch.resident.back(), block_order[started++]);
   }
   while (!launch.resident.empty()) {
     Block& block = *launch.resident[launch.active];
     Thread* first = block.first_ready();
     if (first != nullptr) run_until_host(launch, *first);
     Block& stopped_in = *launch.resident[launch.active];
-    if (launch.error == nullptr && stopped_in.live > 0)
+    if (launch.error == nullptr && stopped_in.live_threads > 0)
       launch.error = std::make_exception_ptr(std::runtime_error(deadlock_text(stopped_in)));
     if (launch.error != nullptr) break;
     end_block(launch, stopped_in);
     if (started < blocks) {
-      start_block(launch, stopped_in, numbers[started++]);
+      start_block(launch, stopped_in, block_order[started++]);
     } else {
       spare_blocks.push_back(std::move(launch.resident[launch.active]));
       launch.resident.erase(launch.resident.begin() + static_cast<std::ptrdiff_t>(launch.active));
@@ -1004,51 +1033,52 @@ inline void run(Launch& launch) {
     spare_blocks.push_back(std::move(block));
   }
 #if defined(EMULATOR_TSAN)
-  __tsan_acquire(launch.ended.get());
-  if (launch.used.size() + spare_stacks.size() > kKeptIdentities) spare_stacks.clear();
-  std::move(launch.used.begin(), launch.used.end(), std::back_inserter(spare_stacks));
+  __tsan_acquire(launch.end_token.get());
+  if (launch.retired_stacks.size() + spare_stacks.size() > kMaxPooledStacks) spare_stacks.clear();
+  std::move(launch.retired_stacks.begin(), launch.retired_stacks.end(), std::back_inserter(spare_stacks));
 #endif
 }
 
+// A kernel with its arguments.
 template <class Kernel, class... Arguments>
-struct Bound {
+struct BoundKernel {
   Kernel kernel;
   std::tuple<Arguments...> arguments;
 
   static void call(void* bound) {
-    const Bound& self = *static_cast<const Bound*>(bound);
+    const BoundKernel& self = *static_cast<const BoundKernel*>(bound);
     std::apply(self.kernel, self.arguments);
   }
 };
 
 }  // namespace detail
 
-// In which order threads run, and blocks: 0 first to last, 1 last to first, else an order at random that k decides.
+// Sets the order of threads and of blocks. 0: first to last. 1: last to first. Others: a random order with seed k.
 inline void set_schedule(unsigned k) { detail::schedule = k; }
 
-// How many blocks run at a time. They take turns at barriers, fences and atomics.
-inline void set_resident(unsigned n) { detail::residents = std::max(n, 1u); }
+// Sets the number of blocks that run concurrently. They take turns at barriers, fences and atomics.
+inline void set_resident(unsigned n) { detail::max_resident_blocks = std::max(n, 1u); }
 
-// kernel<<<grid, block>>>(arguments...), done when it returns
+// Runs kernel<<<grid, block>>>(arguments...) to its end. Rethrows what the kernel throws.
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, dim3 grid, dim3 block, Arguments... arguments) {
-  if (detail::running != nullptr) throw std::runtime_error("emulator: a launch from within a kernel");
+  if (detail::running != nullptr) throw std::runtime_error("emulator: a kernel cannot launch another one");
   const auto text = [](const dim3& d) { return detail::text_of(uint3{d.x, d.y, d.z}); };
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || threads > detail::kMaxThreads)
-    throw std::runtime_error("emulator: no GPU has blocks of " + text(block) + " threads");
+    throw std::runtime_error("emulator: CUDA does not allow blocks of " + text(block) + " threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    throw std::runtime_error("emulator: no GPU has grids of " + text(grid) + " blocks");
+    throw std::runtime_error("emulator: CUDA does not allow grids of " + text(grid) + " blocks");
 
-  using Bound = detail::Bound<Kernel, Arguments...>;
-  Bound bound{kernel, {arguments...}};
+  using BoundKernel = detail::BoundKernel<Kernel, Arguments...>;
+  BoundKernel bound{kernel, {arguments...}};
   detail::Launch launch;
   launch.grid = grid;
   launch.block = block;
-  launch.call = Bound::call;
+  launch.call = BoundKernel::call;
   launch.kernel = &bound;
   {
-    detail::Unseen unseen;
+    detail::IgnoreAccesses ignore;
     detail::run(launch);
   }
   detail::running = nullptr;
@@ -1057,11 +1087,11 @@ void launch(Kernel kernel, dim3 grid, dim3 block, Arguments... arguments) {
 
 namespace detail {
 
-EMULATOR_UNSEEN inline uint3 thread_index() { return current().index; }
-EMULATOR_UNSEEN inline uint3 block_index() { return current().block->index; }
-EMULATOR_UNSEEN inline dim3 block_dimensions() { return current().block->launch->block; }
-EMULATOR_UNSEEN inline dim3 grid_dimensions() { return current().block->launch->grid; }
-EMULATOR_UNSEEN inline unsigned lane() { return current().lane; }
+EMULATOR_NO_TSAN inline uint3 thread_index() { return current().index; }
+EMULATOR_NO_TSAN inline uint3 block_index() { return current().block->index; }
+EMULATOR_NO_TSAN inline dim3 block_dimensions() { return current().block->launch->block; }
+EMULATOR_NO_TSAN inline dim3 grid_dimensions() { return current().block->launch->grid; }
+EMULATOR_NO_TSAN inline unsigned lane() { return current().lane; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shuffles
@@ -1076,10 +1106,10 @@ T shuffle(Collective kind, unsigned mask, T value, unsigned source, const Site& 
   return value;
 }
 
-// The first lane of the segment that this one is in.
-inline unsigned segment(int width) {
+// The first lane of this lane's segment, for shuffles with a width.
+inline unsigned segment_start(int width) {
   if (width < 1 || width > 32 || (width & (width - 1)) != 0)
-    fail(current(), "shuffles with width " + std::to_string(width));
+    fail(current(), "shuffles with width " + std::to_string(width) + ", which is not a power of two up to 32");
   return lane() & ~(static_cast<unsigned>(width) - 1);
 }
 
@@ -1091,7 +1121,7 @@ inline unsigned segment(int width) {
 #define blockDim (::emulator::detail::block_dimensions())
 #define gridDim (::emulator::detail::grid_dimensions())
 
-// The last parameters of what threads wait in: where it was called.
+// The last parameters of barriers and collectives: the position of the call.
 #define EMULATOR_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1114,33 +1144,34 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_SITE) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Collectives of a warp
+// Warp collectives
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, EMULATOR_SITE) {
-  const unsigned from = emulator::detail::segment(width) + (static_cast<unsigned>(source) & (width - 1u));
+  const unsigned from = emulator::detail::segment_start(width) + (static_cast<unsigned>(source) & (width - 1u));
   return emulator::detail::shuffle(emulator::detail::Collective::kShuffle, mask, value, from, {file, line});
 }
-// A lane of an earlier segment can be read, none of a later one.
+// As in CUDA, a lane can read from an earlier segment. Instead of a lane of a later segment it reads itself.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize, EMULATOR_SITE) {
   const unsigned lane = emulator::detail::lane(), from = lane ^ static_cast<unsigned>(lanes);
-  const unsigned end = emulator::detail::segment(width) + static_cast<unsigned>(width);
+  const unsigned end = emulator::detail::segment_start(width) + static_cast<unsigned>(width);
   return emulator::detail::shuffle(
       emulator::detail::Collective::kShuffleXor, mask, value, from < end ? from : lane, {file, line});
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATOR_SITE) {
-  const unsigned lane = emulator::detail::lane(), first = emulator::detail::segment(width);
+  const unsigned lane = emulator::detail::lane(), first = emulator::detail::segment_start(width);
   return emulator::detail::shuffle(
       emulator::detail::Collective::kShuffleUp, mask, value, lane - first >= delta ? lane - delta : lane, {file, line});
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATOR_SITE) {
   const unsigned lane = emulator::detail::lane();
-  const unsigned after = emulator::detail::segment(width) + static_cast<unsigned>(width) - lane;  // lanes from here on
+  // number of lanes from this one to the end of the segment
+  const unsigned remaining = emulator::detail::segment_start(width) + static_cast<unsigned>(width) - lane;
   return emulator::detail::shuffle(
-      emulator::detail::Collective::kShuffleDown, mask, value, delta < after ? lane + delta : lane, {file, line});
+      emulator::detail::Collective::kShuffleDown, mask, value, delta < remaining ? lane + delta : lane, {file, line});
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_SITE) {
@@ -1155,7 +1186,7 @@ inline int __all_sync(unsigned mask, int predicate, EMULATOR_SITE) {
   return emulator::detail::collective(emulator::detail::Collective::kAll, mask, predicate != 0, 0, {file, line}) != 0;
 }
 
-// int is widened with its sign, so that the order of 64 bits is that of 32
+// Signed values are sign-extended to 64 bits, which keeps their order.
 inline int __reduce_add_sync(unsigned mask, int value, EMULATOR_SITE) {
   return static_cast<int>(emulator::detail::collective(
       emulator::detail::Collective::kAdd, mask, static_cast<uint64_t>(int64_t{value}), 0, {file, line}));
@@ -1207,7 +1238,7 @@ inline void __threadfence_block() { emulator::detail::fence(false); }
     return emulator::detail::atomic(p, [value](Type old) -> Type { return __VA_ARGS__; }); \
   }
 
-// sums of int wrap around
+// As on a GPU, a sum of int wraps around: signed overflow would be undefined here.
 EMULATOR_ATOMIC(atomicAdd, int, static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(value)))
 EMULATOR_ATOMIC(atomicAdd, unsigned, old + value)
 EMULATOR_ATOMIC(atomicAdd, unsigned long long, old + value)
@@ -1238,7 +1269,7 @@ EMULATOR_ATOMIC_CAS(unsigned long long)
 #undef EMULATOR_ATOMIC_CAS
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Numbers
+// Bits and arithmetic
 
 namespace emulator {
 namespace detail {

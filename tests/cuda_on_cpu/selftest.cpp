@@ -1,6 +1,7 @@
-// Does emulator.h run kernels as a GPU does, and does it notice what is wrong with one?
+// Tests emulator.h: correct kernels give the results of a GPU, and bugs in kernels are found.
 //
-// selftest NAME [SCHEDULE [RESIDENT]]: NAME is `correct`, or a bug, which is then put into an otherwise correct kernel.
+// Usage: selftest NAME [SCHEDULE [RESIDENT]]
+// NAME is `correct`, which runs correct kernels, or the name of a bug, which runs one kernel with this bug.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -10,18 +11,18 @@
 
 namespace {
 
-// Exit statuses. 1 is AddressSanitizer's and UndefinedBehaviorSanitizer's, 66 ThreadSanitizer's.
+// Exit statuses. AddressSanitizer and UndefinedBehaviorSanitizer exit with 1, ThreadSanitizer with 66.
 enum Status {
-  kRight = 0,
-  kWrong = 2,
+  kPassed = 0,
+  kWrongResult = 2,
   kException = 3,
-  kNoSuchName = 4,
+  kUnknownName = 4,
 };
 
 enum Bug {
   kNone,
   kNoBarrier,
-  kNoBarrierAndNoHarm,
+  kNoBarrierHidden,
   kNoBarrierBeforeReuse,
   kNoSyncwarp,
   kReadPastEnd,
@@ -38,15 +39,15 @@ enum Bug {
   kNotInOwnMask,
   kNoFence,
   kFenceTooEarly,
-  kFenceOfBlock,
+  kBlockScopeFence,
   kNoFenceAfter,
   kWaitForever,
 };
 
 #if defined(EMULATOR_TSAN)
-constexpr unsigned kMostThreads = 256;  // of a launch: it takes ThreadSanitizer a millisecond to make one
+constexpr unsigned kMaxLaunchThreads = 256;  // ThreadSanitizer needs a millisecond to create each thread
 #else
-constexpr unsigned kMostThreads = ~0u;
+constexpr unsigned kMaxLaunchThreads = ~0u;
 #endif
 
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -59,14 +60,14 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// For blocks of whole warps. Every thread gets the sum.
+// Returns the sum of `value` over the block to every thread. The block size must be a multiple of the warp size.
 template <Bug bug>
-__device__ float block_sum(float value, float* of_warp) {
+__device__ float block_sum(float value, float* warp_sums) {
   value = warp_sum(value);
-  if (threadIdx.x % warpSize == 0) of_warp[threadIdx.x / warpSize] = value;
+  if (threadIdx.x % warpSize == 0) warp_sums[threadIdx.x / warpSize] = value;
   if (bug != kNoBarrier) __syncthreads();
   float sum = 0;
-  for (unsigned w = 0; w < blockDim.x / warpSize; ++w) sum += of_warp[w];
+  for (unsigned w = 0; w < blockDim.x / warpSize; ++w) sum += warp_sums[w];
   return sum;
 }
 
@@ -74,13 +75,13 @@ __device__ float block_sum(float value, float* of_warp) {
 template <Bug bug>
 __global__ void two_sums(const float* x, float* out, int n) {
   using Sums = float[32];
-  SGL_SHARED(Sums, of_warp);
+  SGL_SHARED(Sums, warp_sums);
   float mine = 0;
   for (int i = static_cast<int>(threadIdx.x); i < n + (bug == kReadPastEnd); i += static_cast<int>(blockDim.x))
     mine += x[i];
-  const float first = block_sum<bug>(mine, of_warp);
+  const float first = block_sum<bug>(mine, warp_sums);
   if (bug != kNoBarrierBeforeReuse) __syncthreads();
-  const float second = block_sum<bug>(2 * mine, of_warp);
+  const float second = block_sum<bug>(2 * mine, warp_sums);
   if (threadIdx.x == blockDim.x / 2) {
     out[0] = first;
     out[1] = second;
@@ -88,39 +89,39 @@ __global__ void two_sums(const float* x, float* out, int n) {
 }
 
 struct GridShared {
-  float of_warp[32];
+  float warp_sums[32];
   bool is_last;
 };
 
-// out = sum of x. The last block that is done adds up what the blocks found; `done` is 0 again then.
+// out = sum of x. The last block that finishes adds the sums of all blocks. The counter `done` is then 0 again.
 template <Bug bug>
-__global__ void grid_sum(const float* x, float* of_block, float* out, unsigned* done, int n) {
+__global__ void grid_sum(const float* x, float* block_sums, float* out, unsigned* done, int n) {
   SGL_SHARED(GridShared, shared);
   float mine = 0;
   for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < static_cast<unsigned>(n); i += gridDim.x * blockDim.x)
     mine += x[i];
-  mine = block_sum<kNone>(mine, shared.of_warp);
+  mine = block_sum<kNone>(mine, shared.warp_sums);
   if (threadIdx.x == 0) {
     if (bug == kFenceTooEarly) __threadfence();
-    of_block[blockIdx.x] = mine;
-    if (bug == kFenceOfBlock) __threadfence_block();
-    if (bug != kNoFence && bug != kFenceTooEarly && bug != kFenceOfBlock) __threadfence();
+    block_sums[blockIdx.x] = mine;
+    if (bug == kBlockScopeFence) __threadfence_block();
+    if (bug != kNoFence && bug != kFenceTooEarly && bug != kBlockScopeFence) __threadfence();
     shared.is_last = atomicInc(done, gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
   if (!shared.is_last) return;
   if (bug != kNoFenceAfter) __threadfence();
   mine = 0;
-  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) mine += of_block[b];
-  mine = block_sum<kNone>(mine, shared.of_warp);
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) mine += block_sums[b];
+  mine = block_sum<kNone>(mine, shared.warp_sums);
   if (threadIdx.x == 0) *out = mine;
 }
 
-// The same, every thread with a number of its own: they fence, a barrier, and one takes the ticket.
-__global__ void grid_sum_of_threads(const float* x, float* of_thread, float* out, unsigned* done) {
+// The same, but every thread writes a value and executes a fence. After a barrier, one thread increments the counter.
+__global__ void grid_sum_of_threads(const float* x, float* thread_values, float* out, unsigned* done) {
   SGL_SHARED(GridShared, shared);
   const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
-  of_thread[at] = x[at];
+  thread_values[at] = x[at];
   __threadfence();
   __syncthreads();
   if (threadIdx.x == blockDim.x - 1) shared.is_last = atomicAdd(done, 1u) == gridDim.x - 1;
@@ -128,19 +129,20 @@ __global__ void grid_sum_of_threads(const float* x, float* of_thread, float* out
   if (!shared.is_last) return;
   __threadfence();
   float mine = 0;
-  for (unsigned b = 0; b < gridDim.x; ++b) mine += of_thread[b * blockDim.x + (threadIdx.x + 1) % blockDim.x];
-  mine = block_sum<kNone>(mine, shared.of_warp);
+  for (unsigned b = 0; b < gridDim.x; ++b) mine += thread_values[b * blockDim.x + (threadIdx.x + 1) % blockDim.x];
+  mine = block_sum<kNone>(mine, shared.warp_sums);
   if (threadIdx.x == 0) *out = mine;
 }
 
 constexpr int kBins = 17;
 
-// For blocks of any size.
+// out = number of values in each bin, for blocks of any size
 template <Bug bug>
 __global__ void histogram(const int* values, unsigned* out, int n) {
   using Bins = unsigned[kBins];
   SGL_SHARED(Bins, shared);
-  unsigned* const bins = &shared[0];  // its size is not known here: nothing but the memory's own end stops an index
+  // A pointer hides the size of the array, so that only AddressSanitizer can find an index past the end.
+  unsigned* const bins = &shared[0];
   if (bug != kUnwrittenShared) {
     for (unsigned b = threadIdx.x; b < kBins + (bug == kWritePastSharedEnd); b += blockDim.x) bins[b] = 0;
   }
@@ -151,7 +153,8 @@ __global__ void histogram(const int* values, unsigned* out, int n) {
   for (unsigned b = threadIdx.x; b < kBins; b += blockDim.x) atomicAdd(&out[b], bins[b]);
 }
 
-// Without the barrier all is well as long as the first thread runs before the last.
+// The first thread passes the number of threads to the last one, which writes it to `out`. If the first thread runs
+// before the last one, the result is right even without the barrier.
 template <Bug bug>
 __global__ void last_thread(int* out) {
   SGL_SHARED(int, number);
@@ -160,13 +163,13 @@ __global__ void last_thread(int* out) {
     number = static_cast<int>(blockDim.x);
     if (bug != kUnwrittenBool) is_set = true;
   }
-  if (bug != kNoBarrierAndNoHarm) __syncthreads();
+  if (bug != kNoBarrierHidden) __syncthreads();
   if (threadIdx.x == blockDim.x - 1) *out = is_set ? number : -1;
 }
 
-// out[i] = in[neighbour], through shared memory of the warp
+// out[i] = in[i ^ 1], exchanged through shared memory within the warp
 template <Bug bug>
-__global__ void neighbours(const int* in, int* out) {
+__global__ void neighbors(const int* in, int* out) {
   using Values = int[1024];
   SGL_SHARED(Values, values);
   for (int round = 0; round < 3; ++round) {
@@ -177,9 +180,9 @@ __global__ void neighbours(const int* in, int* out) {
   }
 }
 
-// What no thread may do where others do something else.
+// Threads take different branches around barriers and collectives. CUDA does not allow what the bugs do.
 template <Bug bug>
-__global__ void diverges(int* out) {
+__global__ void divergent(int* out) {
   const bool is_odd = threadIdx.x % 2 != 0;
   int value = static_cast<int>(threadIdx.x);
   if (bug == kExitBeforeShuffle) {
@@ -211,8 +214,8 @@ __global__ void diverges(int* out) {
   out[threadIdx.x] = value;
 }
 
-// All blocks wait for one another, so they have to be there at the same time.
-__global__ void meet(unsigned* arrived, unsigned* out, unsigned expected) {
+// A barrier of the whole grid: all blocks must be resident at the same time.
+__global__ void grid_barrier(unsigned* arrived, unsigned* out, unsigned expected) {
   if (threadIdx.x == 0) {
     out[blockIdx.x] = blockIdx.x + 1;
     __threadfence();
@@ -229,7 +232,7 @@ __global__ void write_order(unsigned* next, unsigned* order) {
   order[atomicAdd(next, 1u)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-// Each operation against what it is by definition, in a lane of a full warp; the number of those that differ.
+// Compares each operation with its definition, in every lane of a full warp. Counts the results that differ.
 __global__ void operations(unsigned* differ) {
   const unsigned lane = threadIdx.x;
   const int value = static_cast<int>(lane * lane) - 100;
@@ -255,7 +258,7 @@ __global__ void operations(unsigned* differ) {
   const unsigned wide = lane + 0xffffff00u;
   wrong += __reduce_min_sync(kAllLanes, wide) != 0xffffff00u || __reduce_max_sync(kAllLanes, wide) != 0xffffff1fu;
   wrong += __reduce_add_sync(kAllLanes, wide) != 496u - 32 * 256;
-  // the two halves go separate ways
+  // The halves of the warp diverge.
   const unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
   if (lane < 16) {
     wrong += __shfl_xor_sync(half, value, 1) != at(lane ^ 1);
@@ -271,7 +274,7 @@ __global__ void operations(unsigned* differ) {
   wrong += __clz(0) != 32 || __float_as_int(1.0f) != 0x3f800000 || __uint_as_float(0x3f800000u) != 1.0f;
   wrong += __longlong_as_double(__double_as_longlong(0.1)) != 0.1;
   atomicAdd(differ, wrong);
-  // lanes that have exited are not waited for
+  // A collective does not wait for lanes that have exited.
   if (lane % 2 != 0) return;
   if (__ballot_sync(kAllLanes, 1) != 0x55555555u) atomicAdd(differ, 1u);
 }
@@ -290,14 +293,14 @@ __global__ void atomics(int* i, unsigned* u, unsigned long long* l, float* f, do
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Launches: each gives whether what came out is right
+// Launches: each returns whether the results are right
 
 bool expect(bool right, const char* what, unsigned grid, unsigned block) {
-  if (!right) std::fprintf(stderr, "%s, %u blocks of %u threads: wrong\n", what, grid, block);
+  if (!right) std::fprintf(stderr, "%s, %u blocks of %u threads: wrong result\n", what, grid, block);
   return right;
 }
 
-// small integers, whose sums are exact in any order
+// Small integers: their sums are exact in any order.
 std::vector<float> numbers(int n) {
   std::vector<float> x(static_cast<size_t>(n));
   for (int i = 0; i < n; ++i) x[static_cast<size_t>(i)] = static_cast<float>(i * 37 % 101 - 50);
@@ -317,12 +320,12 @@ template <Bug bug>
 bool grid_sum_is_right(int n, unsigned grid, unsigned block) {
   const std::vector<float> x = numbers(n);
   const float sum = std::accumulate(x.begin(), x.end(), 0.0f);
-  std::vector<float> of_block(grid);
+  std::vector<float> block_sums(grid);
   unsigned done = 0;
   bool right = true;
   for (int launches = 0; launches < 2; ++launches) {
     float out = 0;
-    emulator::launch(grid_sum<bug>, grid, block, x.data(), of_block.data(), &out, &done, n);
+    emulator::launch(grid_sum<bug>, grid, block, x.data(), block_sums.data(), &out, &done, n);
     right = right && out == sum && done == 0;
   }
   return expect(right, "grid_sum", grid, block);
@@ -330,10 +333,10 @@ bool grid_sum_is_right(int n, unsigned grid, unsigned block) {
 
 bool grid_sum_of_threads_is_right(unsigned grid, unsigned block) {
   const std::vector<float> x = numbers(static_cast<int>(grid * block));
-  std::vector<float> of_thread(x.size());
+  std::vector<float> thread_values(x.size());
   float out = 0;
   unsigned done = 0;
-  emulator::launch(grid_sum_of_threads, grid, block, x.data(), of_thread.data(), &out, &done);
+  emulator::launch(grid_sum_of_threads, grid, block, x.data(), thread_values.data(), &out, &done);
   return expect(out == std::accumulate(x.begin(), x.end(), 0.0f), "grid_sum_of_threads", grid, block);
 }
 
@@ -354,28 +357,28 @@ bool last_thread_is_right(unsigned block) {
 }
 
 template <Bug bug>
-bool neighbours_are_right(unsigned block) {
+bool neighbors_are_right(unsigned block) {
   std::vector<int> in(block), out(block), expected(block);
   for (unsigned i = 0; i < block; ++i) in[i] = expected[i ^ 1] = static_cast<int>(i) * 5;
-  emulator::launch(neighbours<bug>, 1, block, in.data(), out.data());
-  return expect(out == expected, "neighbours", 1, block);
+  emulator::launch(neighbors<bug>, 1, block, in.data(), out.data());
+  return expect(out == expected, "neighbors", 1, block);
 }
 
 template <Bug bug>
-bool diverges_is_right() {
+bool divergent_is_right() {
   std::vector<int> out(64), expected(64);
   std::iota(expected.begin(), expected.end(), 0);
-  emulator::launch(diverges<bug>, 1, 64, out.data());
-  return expect(out == expected, "diverges", 1, 64);
+  emulator::launch(divergent<bug>, 1, 64, out.data());
+  return expect(out == expected, "divergent", 1, 64);
 }
 
-bool blocks_meet(unsigned grid, unsigned expected) {
+bool grid_barrier_is_right(unsigned grid, unsigned expected) {
   unsigned arrived = 0;
   std::vector<unsigned> out(2 * grid);
-  emulator::launch(meet, grid, 64, &arrived, out.data(), expected);
+  emulator::launch(grid_barrier, grid, 64, &arrived, out.data(), expected);
   bool right = true;
   for (unsigned b = 0; b < grid; ++b) right = right && out[grid + b] == (b + 1) % grid + 1;
-  return expect(right, "meet", grid, 64);
+  return expect(right, "grid_barrier", grid, 64);
 }
 
 bool order_is_right(unsigned schedule, unsigned grid, unsigned block) {
@@ -437,35 +440,35 @@ bool impossible_launches_throw() {
   return expect(right, "impossible launches", 1, 1);
 }
 
-// What a kernel throws comes out of its launch; and the launch after one that failed is like any other.
-bool throwing_is_survived() {
+// A launch rethrows what its kernel throws, and the next launch works.
+bool exceptions_are_rethrown() {
   const auto kernel = [] {
     __syncthreads();
     if (threadIdx.x == 40) throw std::runtime_error("thrown by a kernel");
     __syncthreads();
   };
   const bool threw = throws([&] { emulator::launch(kernel, 2, 96); });
-  return expect(threw, "throwing", 2, 96) && grid_sum_is_right<kNone>(1000, 2, 96);
+  return expect(threw, "exceptions", 2, 96) && grid_sum_is_right<kNone>(1000, 2, 96);
 }
 
 bool all_is_right(unsigned schedule, unsigned resident) {
   bool right = indices_are_right() && operations_are_right() && atomics_are_right() && impossible_launches_throw();
-  right = right && throwing_is_survived();
+  right = right && exceptions_are_rethrown();
   if (resident == 1) right = right && order_is_right(schedule, 1, 100) && order_is_right(schedule, 3, 64);
-  if (resident > 1) right = right && blocks_meet(resident, resident);
+  if (resident > 1) right = right && grid_barrier_is_right(resident, resident);
   for (unsigned block : {32u, 96u, 256u, 1024u}) {
-    if (block > kMostThreads) continue;
+    if (block > kMaxLaunchThreads) continue;
     right = right && two_sums_are_right<kNone>(1000, block);
-    right = right && neighbours_are_right<kNone>(block);
+    right = right && neighbors_are_right<kNone>(block);
     for (unsigned grid : {1u, 2u, 7u}) {
-      if (grid * block <= kMostThreads) right = right && grid_sum_is_right<kNone>(2500, grid, block);
+      if (grid * block <= kMaxLaunchThreads) right = right && grid_sum_is_right<kNone>(2500, grid, block);
     }
   }
   for (unsigned block : {1u, 100u, 256u}) {
     right = right && histogram_is_right<kNone>(1000, block == 100 ? 2 : 1, block);
     right = right && last_thread_is_right<kNone>(block);
   }
-  return right && grid_sum_of_threads_is_right(4, 64) && diverges_is_right<kNone>();
+  return right && grid_sum_of_threads_is_right(4, 64) && divergent_is_right<kNone>();
 }
 
 }  // namespace
@@ -477,33 +480,33 @@ int main(int count, char** arguments) {
   const std::map<std::string, std::function<bool()>> tests = {
       {"correct", [&] { return all_is_right(schedule, resident); }},
       {"no_barrier", [] { return two_sums_are_right<kNoBarrier>(1000, 96); }},
-      {"no_barrier_and_no_harm", [] { return last_thread_is_right<kNoBarrierAndNoHarm>(64); }},
+      {"no_barrier_hidden", [] { return last_thread_is_right<kNoBarrierHidden>(64); }},
       {"no_barrier_before_reuse", [] { return two_sums_are_right<kNoBarrierBeforeReuse>(1000, 96); }},
-      {"no_syncwarp", [] { return neighbours_are_right<kNoSyncwarp>(64); }},
+      {"no_syncwarp", [] { return neighbors_are_right<kNoSyncwarp>(64); }},
       {"read_past_end", [] { return two_sums_are_right<kReadPastEnd>(1000, 96); }},
       {"write_past_shared_end", [] { return histogram_is_right<kWritePastSharedEnd>(1000, 2, 64); }},
       {"unwritten_shared", [] { return histogram_is_right<kUnwrittenShared>(1000, 2, 64); }},
       {"unwritten_bool", [] { return last_thread_is_right<kUnwrittenBool>(64); }},
-      {"exit_before_shuffle", [] { return diverges_is_right<kExitBeforeShuffle>(); }},
-      {"exit_before_barrier", [] { return diverges_is_right<kExitBeforeBarrier>(); }},
-      {"divergent_barrier", [] { return diverges_is_right<kDivergentBarrier>(); }},
-      {"two_barriers", [] { return diverges_is_right<kTwoBarriers>(); }},
-      {"barrier_and_shuffle", [] { return diverges_is_right<kBarrierAndShuffle>(); }},
-      {"two_collectives", [] { return diverges_is_right<kTwoCollectives>(); }},
-      {"lane_not_in_mask", [] { return diverges_is_right<kLaneNotInMask>(); }},
-      {"not_in_own_mask", [] { return diverges_is_right<kNotInOwnMask>(); }},
+      {"exit_before_shuffle", [] { return divergent_is_right<kExitBeforeShuffle>(); }},
+      {"exit_before_barrier", [] { return divergent_is_right<kExitBeforeBarrier>(); }},
+      {"divergent_barrier", [] { return divergent_is_right<kDivergentBarrier>(); }},
+      {"two_barriers", [] { return divergent_is_right<kTwoBarriers>(); }},
+      {"barrier_and_shuffle", [] { return divergent_is_right<kBarrierAndShuffle>(); }},
+      {"two_collectives", [] { return divergent_is_right<kTwoCollectives>(); }},
+      {"lane_not_in_mask", [] { return divergent_is_right<kLaneNotInMask>(); }},
+      {"not_in_own_mask", [] { return divergent_is_right<kNotInOwnMask>(); }},
       {"no_fence", [] { return grid_sum_is_right<kNoFence>(1000, 4, 64); }},
       {"fence_too_early", [] { return grid_sum_is_right<kFenceTooEarly>(1000, 4, 64); }},
-      {"fence_of_block", [] { return grid_sum_is_right<kFenceOfBlock>(1000, 4, 64); }},
+      {"block_scope_fence", [] { return grid_sum_is_right<kBlockScopeFence>(1000, 4, 64); }},
       {"no_fence_after", [] { return grid_sum_is_right<kNoFenceAfter>(1000, 4, 64); }},
-      {"wait_forever", [] { return blocks_meet(2, 3); }},
+      {"wait_forever", [] { return grid_barrier_is_right(2, 3); }},
   };
   const auto test = tests.find(name);
-  if (test == tests.end()) return kNoSuchName;
+  if (test == tests.end()) return kUnknownName;
   emulator::set_schedule(schedule);
   emulator::set_resident(resident);
   try {
-    return test->second() ? kRight : kWrong;
+    return test->second() ? kPassed : kWrongResult;
   } catch (const std::runtime_error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return kException;
