@@ -191,7 +191,7 @@ def program_with_bugs(folder: Path, sanitizer: str, bug: str | None = None) -> C
     for number, (name, (file, right, wrong, found_by)) in enumerate(BUGS.items()):
         if found_by == sanitizer:
             text = (cuda / file).read_text()
-            assert right in text, f"{name}: what it replaces is not in {file}"
+            assert right in text, f"{name}: {file} does not contain the code to replace"
             (cuda / file).write_text(text.replace(right, wrong.replace("BUG", f"(seeded_bug == {number})")))
     launch = cuda / "launch.cu"
     launch.write_text(SEEDED_BUG + launch.read_text())
@@ -212,7 +212,7 @@ def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
     sanitizer = BUGS[bug][3]
     program = program_with_bugs(folder, sanitizer, bug)
     # an access out of bounds may also be invisible to the sanitizer and change the result
-    report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|again"
+    report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|second launch"
     with pytest.raises(AssertionError, match=report):
         check_all(program, cases(sanitizer == "threads"), 200, *phases)
     return program

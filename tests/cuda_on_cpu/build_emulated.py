@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for the CPU: as operators for this Python, and as a program under a sanitizer."""
+"""Compiles csrc/cuda for the CPU: as operators for Python, and as a program with a sanitizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNOPTIMIZED = ["-O0", "-g1", *EMULATE]
 def compiler() -> str:
     path = shutil.which("g++")
     if path is None:
-        pytest.skip("there is no g++ to compile the CUDA kernels for the CPU with")
+        pytest.skip("g++ is not installed; it compiles the CUDA kernels for the CPU")
     return path
 
 
@@ -38,12 +38,15 @@ def link(objects: list[Path], target: Path, flags: list[str]) -> Path:
 
 
 def emulator_sources(root: Path = ROOT) -> list[Path]:
-    """Every file that the emulated kernels are compiled from."""
+    """All source files of the emulated kernels."""
     return sources_below(root / "csrc", HERE)
 
 
 def build_module() -> Path:
-    """The operators sgl_ops_emulated and the Python module that controls them, from the cache if possible."""
+    """Builds the operators sgl_ops_emulated with the Python module that controls them, or gets them from the cache.
+
+    Returns the path of the module, and makes it importable.
+    """
     import pybind11
     import torch
 
@@ -56,7 +59,7 @@ def build_module() -> Path:
 
     def make(folder: Path) -> None:
         sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "csrc/cuda/ops.cpp", HERE / "module.cpp"]
-        with ThreadPoolExecutor(2) as pool:  # the other workers of pytest-xdist may wait for the result
+        with ThreadPoolExecutor(2) as pool:  # other workers of pytest-xdist may wait for the result
             objects = list(pool.map(lambda source: compile_one(source, flags, folder / f"{source.name}.o"), sources))
         link(objects, folder / name, ["-shared", f"-L{library}", "-ltorch_cpu", f"-Wl,-rpath,{library}"])
 
@@ -66,7 +69,7 @@ def build_module() -> Path:
 
 
 def object_file(source: Path, flags: list[str]) -> Path:
-    """A source that does not depend on the kernels, compiled, from the cache if possible."""
+    """Compiles a source that does not depend on the kernels, or gets the object file from the cache."""
 
     def make(folder: Path) -> None:
         compile_one(source, flags, folder / "object.o")
@@ -76,21 +79,26 @@ def object_file(source: Path, flags: list[str]) -> Path:
 
 
 @functools.cache
-def objects_beside_kernels(sanitizer: tuple[str, ...]) -> list[Path]:
-    """The parts of the program of compare.cpp that do not depend on the kernels."""
-    # The program compares with the CPU kernels. They need no sanitizer, and -O1 makes them fast enough.
+def objects_without_kernels(sanitizer: tuple[str, ...]) -> list[Path]:
+    """The object files of the program of compare.cpp that do not depend on the kernels."""
+    # The CPU kernels are the expected result. They need no sanitizer, and -O1 makes them fast enough.
     on_cpu = object_file(HERE / "case_on_cpu.cpp", ["-O1", "-fopenmp-simd"])
     return [on_cpu, object_file(HERE / "compare.cpp", [*UNOPTIMIZED, *sanitizer])]
 
 
 def build_comparison(sanitizer: list[str], root: Path = ROOT) -> Path:
-    """The program of compare.cpp with the kernels of ``root``, a checkout or a changed copy of one, from the cache."""
+    """Builds the program of compare.cpp, or gets it from the cache.
+
+    Args:
+        sanitizer: compiler flags.
+        root: the folder of the kernels: the checkout, or a changed copy of it.
+    """
     flags = [*UNOPTIMIZED, *sanitizer]
 
     def make(folder: Path) -> None:
         with ThreadPoolExecutor(2) as pool:
             kernels = pool.submit(compile_one, root / "csrc/cuda/launch.cu", flags, folder / "launch.o")
-            objects = objects_beside_kernels(tuple(sanitizer))
+            objects = objects_without_kernels(tuple(sanitizer))
         link([*objects, kernels.result()], folder / "compare", sanitizer)
 
     return cached_build("compare", emulator_sources(root), [flags, compiler_version(compiler())], make) / "compare"

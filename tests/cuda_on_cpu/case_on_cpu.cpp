@@ -1,5 +1,5 @@
-// A case by the CPU's kernels. Their namespace has another name here: the emulated kernels, which compute exp otherwise,
-// are in the same program.
+// Runs a case with the CPU kernels. Their namespace is renamed, because the emulated kernels are in the same program
+// and compute exp in another way.
 #define sgl sgl_on_cpu
 #include "../../csrc/cpu/level_baseline.cpp"
 #undef sgl

@@ -1,8 +1,8 @@
-// The CUDA kernels, run on the CPU under whatever sanitizer this was compiled with, against the CPU's kernels.
+// Compares the CUDA kernels, run by the emulator, with the CPU kernels. The program can be compiled with a sanitizer.
 //
-// Every line of the input is a case (cases.py says what is in it), and gets a line in return: "ok", or what does not
-// agree or the emulator found. That is then the last one, since what a kernel did wrong may have consequences: exit
-// status 1.
+// Each input line is a case; cases.py defines the format. The program answers each case with one line: "ok", or the
+// differences or the error of the emulator. After an error it exits with status 1, because a wrong kernel may have
+// corrupted memory.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -43,22 +43,23 @@ void write(int type, void* data, int64_t at, double value) {
   if (type == 3) sgl::write_as(static_cast<BFloat16*>(data) + at, static_cast<float>(value));
 }
 
-// Exactly as large as said, so that AddressSanitizer sees a step beyond the end; full of NaN, so that what is not written
-// shows.
+// Memory of exactly `size` bytes, so that AddressSanitizer finds an access past the end. It is filled with NaN, so that
+// elements that are not written are found.
 struct Buffer {
   std::unique_ptr<char[]> bytes;
 
   explicit Buffer(int64_t size) : bytes(new char[size]) { std::memset(bytes.get(), 0xff, size); }
 };
 
+// The words of an input line.
 class Line {
  public:
   explicit Line(const std::string& text) : text_(text) {}
 
   double number() {
     std::string word;
-    if (!(text_ >> word)) throw std::runtime_error("the case ends too early");
-    return std::strtod(word.c_str(), nullptr);  // unlike >> it knows nan and inf
+    if (!(text_ >> word)) throw std::runtime_error("the input line has too few numbers");
+    return std::strtod(word.c_str(), nullptr);  // unlike >>, it parses nan and inf
   }
   int64_t integer() { return static_cast<int64_t>(number()); }
   bool flag() { return number() != 0; }
@@ -83,7 +84,7 @@ enum Shape {
   kPacked
 };
 
-// A case, what it points to, and how it is to run.
+// A case with its tensors and the settings of its launch.
 struct Problem {
   Case c;
   int64_t numel, multiprocessors;
@@ -100,7 +101,7 @@ struct Problem {
     const int64_t shape = line.integer();
     c.classes = line.integer();
     const std::vector<double> sizes = line.numbers();
-    lay_out(shape, sizes, line.integer());
+    set_layout(shape, sizes, line.integer());
     wide_offsets = line.flag();
     set_mask(line.numbers());
     const std::vector<double> labels = line.numbers();
@@ -108,7 +109,7 @@ struct Problem {
       c.labels.push_back(static_cast<int8_t>(labels[static_cast<size_t>(k) % labels.size()]));
     c.class_weight = class_vector(line.numbers());
     c.pos_weight = class_vector(line.numbers());
-    draw_logits(line);
+    set_random_logits(line);
     c.delta_l = line.number();
     c.lam = line.number();
     c.mask_weight = line.number();
@@ -119,16 +120,16 @@ struct Problem {
     c.weighted = line.flag();
     c.loss = line.integer();
     c.grad_output = line.number();
-    if (!line.ends()) throw std::runtime_error("the case goes on");
+    if (!line.ends()) throw std::runtime_error("the input line has too many numbers");
   }
 
  private:
-  void* room(int64_t bytes) {
+  void* allocate(int64_t bytes) {
     buffers.emplace_back(bytes);
     return buffers.back().bytes.get();
   }
 
-  void lay_out(int64_t shape, const std::vector<double>& sizes, int64_t window_rows) {
+  void set_layout(int64_t shape, const std::vector<double>& sizes, int64_t window_rows) {
     c.bags = static_cast<int64_t>(sizes.size());
     c.positions = static_cast<int64_t>(sizes[0]);
     c.dimensions = 1;
@@ -169,7 +170,7 @@ struct Problem {
     c.mask_bag = 0;
     if (pattern.empty()) return;
     c.mask_bag = c.positions;
-    bool* mask = static_cast<bool*>(room(c.bags * c.positions));
+    bool* mask = static_cast<bool*>(allocate(c.bags * c.positions));
     for (int64_t k = 0; k < c.bags * c.positions; ++k) mask[k] = pattern[static_cast<size_t>(k) % pattern.size()] != 0;
     c.mask = mask;
   }
@@ -177,20 +178,20 @@ struct Problem {
   void* class_vector(const std::vector<double>& pattern) {
     if (pattern.empty()) return nullptr;
     const int type = c.type == 1 ? 1 : 0;
-    void* v = room(c.classes * bytes_of(type));
+    void* v = allocate(c.classes * bytes_of(type));
     for (int64_t k = 0; k < c.classes; ++k) write(type, v, k, pattern[static_cast<size_t>(k) % pattern.size()]);
     return v;
   }
 
-  void draw_logits(Line& line) {
+  void set_random_logits(Line& line) {
     std::mt19937 generator(static_cast<unsigned>(line.integer()));
     std::normal_distribution<double> normal;
     const double scale = line.number(), shift = line.number();
-    const int64_t whole = line.integer();
-    void* logits = room(numel * bytes_of(c.type));
+    const int64_t round_every = line.integer();
+    void* logits = allocate(numel * bytes_of(c.type));
     for (int64_t k = 0; k < numel; ++k) {
       const double x = scale * normal(generator) + shift;
-      write(c.type, logits, k, whole != 0 && k % whole == 0 ? std::round(x) : x);
+      write(c.type, logits, k, round_every != 0 && k % round_every == 0 ? std::round(x) : x);
     }
     for (double x : line.numbers())
       if (numel > 0) write(c.type, logits, static_cast<int64_t>(generator() % static_cast<uint64_t>(numel)), x);
@@ -198,7 +199,8 @@ struct Problem {
   }
 };
 
-// Whether forward, launched again, gives the same: it also shows what a launch leaves behind.
+// Runs the case on the emulator: forward twice, backward once. Returns whether both forward launches give the same
+// bits, which also checks the state that the first launch leaves behind.
 bool run_emulated(const Problem& problem, Result& result) {
   const Case& c = problem.c;
   using namespace sgl;
@@ -266,21 +268,22 @@ bool run_emulated(const Problem& problem, Result& result) {
   return same;
 }
 
-// Whether `got` is `wanted` within `bound`; both NaN is equal.
+// Whether the numbers differ by at most `bound`, or both are NaN.
 bool agree(double got, double wanted, double bound) {
   if (std::isnan(got) || std::isnan(wanted)) return std::isnan(got) && std::isnan(wanted);
   return std::fabs(got - wanted) <= bound;
 }
 
-// How much larger the relative error of the loss is than that of the sums it is made of. noisy_or has -log P = e^-a, a being
-// a sum over the instances: of a positive bag that is found for certain a is large, and its error relative to 1 counts.
+// The condition number: the relative error of the loss divided by that of the sums from which it is computed. For
+// noisy_or, -log P = e^-a, where a is a sum over the instances. The relative error of e^-a is the absolute error of a,
+// and a is large for a positive bag with P near 1.
 double condition(const Case& c, double bag_loss) {
   const bool positive = std::find(c.labels.begin(), c.labels.end(), 2) != c.labels.end();
   if (c.pooling != sgl::NoisyOrPooling::kCode || !positive || !(bag_loss > 0)) return 1;
   return std::max(1.0, -std::log(bag_loss));
 }
 
-// "ok", or what is wrong.
+// Returns "ok", or a list of differences.
 std::string compare(const Problem& problem) {
   const Case& c = problem.c;
   const double rounding = c.type == 2 ? 1e-3 : c.type == 3 ? 8e-3 : 0;
@@ -299,7 +302,7 @@ std::string compare(const Problem& problem) {
   wrong.precision(9);
   Buffer got(bytes);
   Result emulated{{}, got.bytes.get()};
-  if (!run_emulated(problem, emulated)) wrong << "the same launch again gives other bits; ";
+  if (!run_emulated(problem, emulated)) wrong << "a second launch of forward gives other bits; ";
   const char* const names[] = {"total", "bag", "instance", "mask"};
   for (int k = 0; k < 4; ++k)
     if (!agree(emulated.loss[k], on_cpu.loss[k], eps * std::fabs(on_cpu.loss[k]) + 1e-30))

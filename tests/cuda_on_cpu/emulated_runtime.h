@@ -1,4 +1,4 @@
-// What csrc/cuda asks of the CUDA runtime, for kernels that run on the CPU.
+// Replaces the part of the CUDA runtime that csrc/cuda uses, for kernels that the emulator runs.
 #pragma once
 
 #include <utility>
@@ -12,14 +12,14 @@
 
 namespace emulated {
 
-inline int multiprocessors = 3;  // few, so that a block has several pairs (bag, class)
+inline int multiprocessors = 3;  // few, so that each block processes several pairs (bag, class)
 inline bool capturing = false;
 inline unsigned long long stream_id = 1;
-inline cudaError_t failure = cudaSuccess;  // of the next runtime call that can fail; launches succeed
+inline cudaError_t next_error = cudaSuccess;  // the next call of cudaStreamIsCapturing() returns it, once
 inline cudaError_t last_error = cudaSuccess;
 
-inline cudaError_t returned() {
-  const cudaError_t error = std::exchange(failure, cudaSuccess);
+inline cudaError_t take_next_error() {
+  const cudaError_t error = std::exchange(next_error, cudaSuccess);
   if (error != cudaSuccess) last_error = error;
   return error;
 }
@@ -42,7 +42,7 @@ inline cudaError_t cudaGetLastError() { return std::exchange(emulated::last_erro
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = emulated::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return emulated::returned();
+  return emulated::take_next_error();
 }
 inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
   *id = emulated::stream_id;

@@ -1,4 +1,5 @@
-// The CUDA operators with their kernels on the CPU, as torch.ops.sgl_ops_emulated, and a Python module to steer them.
+// Registers the CUDA operators with emulated kernels as torch.ops.sgl_ops_emulated. The Python module of this file
+// controls the emulator.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
@@ -22,6 +23,6 @@ PYBIND11_MODULE(sgl_ops_emulated, m) {
   m.def("exchange_counters_taken", &sgl::cuda::exchange_counters_taken);
   m.def("quotient_of", [](uint32_t n, uint32_t by) { return sgl::cuda::quotient_of(n, sgl::cuda::divisor_of(by)); });
   m.def("set_stream_id", [](unsigned long long id) { emulated::stream_id = id; });
-  m.def("fail_next_call", [](int error) { emulated::failure = static_cast<cudaError_t>(error); });
+  m.def("fail_next_call", [](int error) { emulated::next_error = static_cast<cudaError_t>(error); });
   m.def("last_error", [] { return static_cast<int>(cudaGetLastError()); });
 }
