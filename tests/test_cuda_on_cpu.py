@@ -86,7 +86,7 @@ def test_captured_launches_have_separate_counters(kernels):
 
 @needs_kernel
 def test_a_stream_keeps_its_counter(kernels):
-    """However many launches there are between two of a stream, no other stream gets its counter."""
+    """No other stream gets the counter of a stream, however many launches are between two of its own."""
     logits, targets = torch.randn(50, 1, 4), torch.ones(50, 1)
     before = kernels.exchange_counters_taken(100)
     for stream in (11, 12, 11, 12, 13):
@@ -208,10 +208,10 @@ def test_sanitized_kernels_agree_with_the_cpu(tmp_path, sanitizer, examples):
 
 
 def look_for(bug: str, folder: Path, *phases: Phase) -> Comparison:
-    """Runs cases with the wrong kernel until one fails."""
+    """Runs cases with the seeded bug until one fails."""
     sanitizer = BUGS[bug][3]
     program = program_with_bugs(folder, sanitizer, bug)
-    # an access out of bounds may also be invisible to the sanitizer and change the result
+    # the sanitizer may miss an access out of bounds, which then changes the result
     report = "data race" if sanitizer == "threads" else "AddressSanitizer|runtime error|on the CPU|second launch"
     with pytest.raises(AssertionError, match=report):
         check_all(program, cases(sanitizer == "threads"), 200, *phases)
@@ -239,7 +239,7 @@ def test_failing_case_is_minimized(tmp_path):
 def toolkit():
     toolkit = find_toolkit()
     if toolkit is None:
-        pytest.skip("there is no CUDA toolkit: CUDA_HOME says where to look")
+        pytest.skip("no CUDA toolkit was found: set CUDA_HOME to its folder")
     return toolkit
 
 

@@ -1,9 +1,9 @@
-"""The machine code that nvcc makes of the CUDA kernels, run by the interpreters of tests/device_code.
+"""Tests of the machine code that nvcc generates from the CUDA kernels, run by the interpreters of tests/device_code.
 
-A tier of its own: ``pytest -m device_code``. It has sm_90 with every type, sm_75 and sm_120 with float32 and bfloat16,
-two seeded faults and the counts. Most of its time is the compilation of the kernels. With ``--all-device-code`` it
-covers every architecture that is shipped with every type, PTX too, other orders of threads and every seeded fault; the
-release check does that.
+They are a separate tier: ``pytest -m device_code``. It covers sm_90 with every dtype, sm_75 and sm_120 with float32 and
+bfloat16, two seeded faults and the counts. It spends most of its time on compiling the kernels. With
+``--all-device-code`` it also covers every shipped architecture with every dtype, PTX, other orders of threads and every
+seeded fault. The release check uses this option.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def has_two_types(architecture: str, whole_tier: bool) -> bool:
 
 
 def run_cases(code: build_device_code.DeviceCode, *arguments: str) -> str:
-    """The failed cases, one in a line; empty where all agree."""
+    """The failed cases, one per line; empty if all agree."""
     result = code.run(CASES, *arguments)
     lines = result.stdout.splitlines()
     if result.returncode == 0:

@@ -1,6 +1,6 @@
-"""Builds what the interpreters need: the device code of csrc/cuda and a library with its host code.
+"""Builds the device code of csrc/cuda, and a library with the interpreters and the host code.
 
-build_cache.py keeps each part by a hash of its sources, its flags and its compilers.
+build_cache.py caches each part by a hash of its sources, its flags and its compilers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HOST_FLAGS = ["-O2", "-frounding-math", "-Wno-volatile", "-march=native", "-fPIC
 
 
 def find_nvdisasm() -> Path | None:
-    """The disassembler of the package nvidia-cuda-nvdisasm or of a CUDA toolkit; None where there is neither."""
+    """The disassembler of the package nvidia-cuda-nvdisasm or of a CUDA toolkit; None if neither is installed."""
     folders = [Path(path).parent for path in glob(f"{sysconfig.get_path('purelib')}/nvidia/*/bin/nvdisasm")]
     folders += [Path(path) / "nvidia" for path in sys.path]
     for folder in folders:
@@ -39,18 +39,18 @@ def find_nvdisasm() -> Path | None:
 
 
 def missing() -> str:
-    """What the build needs and this machine lacks; empty where there is everything."""
+    """A message about the first missing program that the build needs; empty if none is missing."""
     if find_toolkit() is None:
-        return "there is no nvcc: CUDA_HOME says where the CUDA toolkit is"
+        return "nvcc was not found: set CUDA_HOME to the folder of the CUDA toolkit"
     if find_nvdisasm() is None:
-        return "there is no nvdisasm: pip install nvidia-cuda-nvdisasm"
+        return "nvdisasm was not found: pip install nvidia-cuda-nvdisasm"
     if shutil.which("g++") is None:
-        return "there is no g++"
+        return "g++ was not found"
     return ""
 
 
 def nvcc_version() -> str:
-    """The release of nvcc, such as "13.0"; other releases make other machine code."""
+    """The release of nvcc, such as "13.0"; other releases generate other machine code."""
     return compiler_version(nvcc()).partition("release ")[2].partition(",")[0]
 
 
@@ -58,7 +58,7 @@ def nvcc_version() -> str:
 class DeviceCode:
     """Paths of a build. ``code`` maps an architecture, such as "90", to its PTX and its disassembled machine code.
 
-    ``two_types``: it has kernels for float32 and bfloat16 only.
+    ``two_types``: only kernels for float32 and bfloat16 were compiled.
     """
 
     library: str
@@ -82,14 +82,14 @@ def nvcc() -> str:
 
 
 def kernel_sources(root: Path) -> list[Path]:
-    """Every file that device code and host code of the CUDA kernels are compiled from."""
+    """All source files of the CUDA kernels, for device code and host code."""
     return sorted([*(root / "csrc").glob("*.h"), *(root / "csrc" / "cuda").iterdir()])
 
 
 def compiled(architecture: str, root: Path = ROOT, two_types: bool = False) -> Path:
-    """The folder of code.ptx, code.cubin and the compiler's report for an architecture such as "90".
+    """The folder of code.ptx, code.cubin and report.txt for an architecture such as "90".
 
-    report.txt has what nvcc printed: warnings, and each kernel's registers, stack frame and spills.
+    report.txt is the output of nvcc: warnings, and the registers, stack frame and spills of each kernel.
     """
     flags = [*LANGUAGE_FLAGS, *(["-DSGL_TWO_TYPES"] if two_types else [])]
 
@@ -123,14 +123,14 @@ def device_code(architecture: str, root: Path, two_types: bool) -> dict[str, str
 
 
 def interpreter_library() -> Path:
-    """The interpreters, the runtime, and the host code of launch.cu and ops.cpp."""
+    """The path of the library with the interpreters, the runtime, and the host code of launch.cu and ops.cpp."""
     import torch
 
     torch_folder = Path(torch.__file__).parent
     csrc, toolkit = ROOT / "csrc", Path(nvcc()).parents[1]
     includes = [f"-I{folder}" for folder in (torch_folder / "include", toolkit / "include", csrc)]
     torch_flags = ["-std=c++17", *HOST_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    # PTX alone, not optimized: this device code is never run, and it would take most of the time
+    # only PTX, not optimized: this device code never runs, and its compilation would take most of the time
     launch = [*LANGUAGE_FLAGS, "-gencode=arch=compute_75,code=compute_75", "-Xcicc", "-O0"]
     launch += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     interpreters = [HERE / f"{name}.cpp" for name in ("ptx", "sass", "common")]
@@ -147,7 +147,7 @@ def interpreter_library() -> Path:
 
     jobs = [(source, ["-std=c++20", *HOST_FLAGS], [source, header]) for source in interpreters]
     jobs.append((runtime, torch_flags, [runtime, header, *kernel_sources(ROOT)]))
-    # in ops.cpp SGL_EMULATE chooses the name of the operators and their dispatch key, nothing else
+    # in ops.cpp, SGL_EMULATE changes only the name of the operators and their dispatch key
     jobs.append((csrc / "cuda/ops.cpp", [*torch_flags, "-DSGL_EMULATE"], kernel_sources(ROOT)))
     jobs.append((csrc / "cuda/launch.cu", launch, kernel_sources(ROOT), nvcc()))
     with ThreadPoolExecutor(2) as pool:
@@ -170,10 +170,10 @@ def memory_guard() -> Path:
 
 
 def build(architectures: Sequence[str], root: Path = ROOT, two_types: bool = False) -> DeviceCode:
-    """Device code of ``root``, a checkout or a copy of its csrc with a fault, for architectures such as "90".
+    """Builds the device code of ``root`` for architectures such as "90".
 
-    The host code is that of the project: a fault changes device code only. ``two_types``: kernels for float32 and
-    bfloat16 only, in half the time.
+    ``root`` is a checkout, or a copy of its csrc with a fault. The host code is always that of the checkout, so a fault
+    changes device code only. ``two_types``: compile kernels for float32 and bfloat16 only, which takes half the time.
     """
     with ThreadPoolExecutor(2) as pool:
         built = pool.map(lambda name: device_code(name, root, two_types), architectures)

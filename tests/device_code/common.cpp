@@ -19,7 +19,8 @@ std::map<std::string, std::pair<uint64_t, uint64_t>>& symbols() {
   return all;
 }
 
-// Defined by memory_guard.cpp, which knows torch's allocations; absent unless that library is preloaded.
+// The type of guard_find() in memory_guard.cpp, which finds the bounds of an allocation. It exists only if that library
+// is preloaded.
 using Find = bool (*)(uint64_t, uint64_t*, uint64_t*);
 void check_global(uint64_t address, int size, const char* what, uint32_t pc) {
   if (address % size != 0) fail("misaligned %s of %d bytes at %#lx, pc %u", what, size, address, pc);
@@ -38,7 +39,7 @@ void check_global(uint64_t address, int size, const char* what, uint32_t pc) {
     if (address >= s.second.first && address + size <= s.second.first + s.second.second) return;
   uint64_t l, h;
   if (!find(address, &l, &h) || address + size > h)
-    fail("%s of %d bytes at %#lx is outside of what is allocated, pc %u", what, size, address, pc);
+    fail("%s of %d bytes at %#lx is outside of every allocation, pc %u", what, size, address, pc);
   low[next % 4] = l;
   high[next % 4] = h;
   ++next;
@@ -71,17 +72,17 @@ void count_global(const uint64_t* a, uint32_t mask, int size, bool store) {
 }
 
 void count_shared(const uint32_t* a, uint32_t mask, int size) {
-  // The hardware serves half a warp per wavefront for 8 bytes a lane, a quarter for 16.
+  // A wavefront serves half a warp for 8 bytes per lane, and a quarter for 16 bytes.
   const int parts = size <= 4 ? 1 : size / 4;
   uint64_t waves = 0, ideal = 0;
   for (int p = 0; p < parts; ++p) {
-    uint32_t of_part = mask;
-    if (parts > 1) of_part &= ((parts == 2 ? 0xffffu : 0xffu) << (p * 32 / parts));
-    if (of_part == 0) continue;
+    uint32_t lanes = mask;
+    if (parts > 1) lanes &= ((parts == 2 ? 0xffffu : 0xffu) << (p * 32 / parts));
+    if (lanes == 0) continue;
     ++ideal;
     std::vector<uint32_t> words[32];
     size_t most = 1;
-    for_lanes(of_part, [&](int l) {
+    for_lanes(lanes, [&](int l) {
       for (int k = 0; k < std::max(1, size / 4); ++k) {
         const uint32_t w = a[l] / 4 + k;
         auto& v = words[w % 32];
@@ -96,30 +97,30 @@ void count_shared(const uint32_t* a, uint32_t mask, int size) {
   counts.shared_ideal += ideal;
 }
 
-static float disturbed(float y) {
+static float with_error(float y) {
   if (options.ulp == 0 || !(std::fabs(y) > 0) || std::isinf(y)) return y;
   int32_t b = bits<int32_t>(y);
   const uint32_t hash = (static_cast<uint32_t>(b) * 2654435761u) >> 16;  // equal inputs get equal errors
   b += static_cast<int>(hash % static_cast<unsigned>(2 * options.ulp + 1)) - options.ulp;
   return bits<float>(b);
 }
-static float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
+static float flush_to_zero(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 float ex2_approx(float x) {
-  x = flushed(x);
+  x = flush_to_zero(x);
   const float y = static_cast<float>(std::exp2(static_cast<double>(x)));
   if (x == 0 || std::isnan(y)) return y;
-  return flushed(std::floor(x) == x ? y : disturbed(y));
+  return flush_to_zero(std::floor(x) == x ? y : with_error(y));
 }
 float rcp_approx(float x) {
-  x = flushed(x);
+  x = flush_to_zero(x);
   float y = 1.0f / x;
   if (options.ulp != 0 && std::isfinite(y) && y != 0 && (bits<uint32_t>(x) * 2654435761u >> 20) % 2) {
     // The float on the other side of the exact value: its error is below 1 ulp.
     const double right = 1.0 / static_cast<double>(x);
     if (static_cast<double>(y) != right) y = std::nextafter(y, static_cast<double>(y) < right ? INFINITY : -INFINITY);
   }
-  return flushed(y);
+  return flush_to_zero(y);
 }
-float rsq_approx(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(flushed(x)))); }
+float rsq_approx(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(flush_to_zero(x)))); }
 
 }  // namespace device_code

@@ -66,9 +66,9 @@ enum Class {
 };
 extern const char* const class_names[kClasses];
 
-// Memory accesses are counted by the tensor that they touch: a tag stands for a tensor, 0 for any other memory.
+// Memory accesses are counted by tensor. A tag is the number of a tensor; 0 is all other memory.
 constexpr int kTags = 10;
-// Requests of a warp, bytes, sectors of 32 bytes, and the sectors that the same bytes would need side by side.
+// Requests of warps, bytes, sectors of 32 bytes, and the number of sectors if the same bytes were adjacent.
 struct MemoryCount {
   uint64_t requests = 0, bytes = 0, sectors = 0, ideal_sectors = 0;
 };
@@ -124,42 +124,45 @@ struct SharedMemory {
   uint8_t* at(uint32_t address, int size, int thread, bool store, uint32_t pc, bool atomic = false) {
     if (address + uint64_t(size) > bytes.size()) fail("shared memory: %u of %zu at pc %u", address, bytes.size(), pc);
     if (address % size != 0) fail("shared memory: misaligned %u by %d at pc %u", address, size, pc);
-    if (options.races) note(address, size, thread, store, pc, atomic);
+    if (options.races) check_race(address, size, thread, store, pc, atomic);
     return bytes.data() + address;
   }
-  // Atomic writes need no order among each other. The first of a warp, or -2, stands for all of them.
-  void note(uint32_t address, int size, int thread, bool store, uint32_t pc, bool atomic) {
-    const uint32_t of_warp = warp_epoch[thread / 32];
+  // Fails if the access is a race, and records it. Atomic writes do not race with one another: `writer` is the first of
+  // them if all are from one warp, else -2.
+  void check_race(uint32_t address, int size, int thread, bool store, uint32_t pc, bool atomic) {
+    const uint32_t epoch_of_warp = warp_epoch[thread / 32];
     const auto ordered = [&](int other, uint32_t block, uint32_t warp) {
       if (other == -1 || other == thread || block < block_epoch) return true;
-      return other >= 0 && other / 32 == thread / 32 && warp < of_warp;
+      return other >= 0 && other / 32 == thread / 32 && warp < epoch_of_warp;
     };
     for (int k = 0; k < size; ++k) {
       Touch& t = touched[address + k];
       const bool written_before = ordered(t.writer, t.written_block, t.written_warp);
       if (!written_before && !(atomic && t.atomic))
         fail(
-            "race in shared memory at %u: thread %d %s what %d wrote, pc %u", address + k, thread,
+            "race in shared memory at %u: thread %d %s a byte that thread %d wrote, pc %u", address + k, thread,
             store ? "writes" : "reads", t.writer, pc);
       if (store) {
         if (!ordered(t.reader, t.read_block, t.read_warp))
-          fail("race in shared memory at %u: thread %d writes what %d read, pc %u", address + k, thread, t.reader, pc);
-        const bool joins = atomic && t.atomic && !written_before;
-        t.writer = !joins ? thread : t.writer >= 0 && t.writer / 32 == thread / 32 ? t.writer : -2;
+          fail(
+              "race in shared memory at %u: thread %d writes a byte that thread %d read, pc %u", address + k, thread,
+              t.reader, pc);
+        const bool joins_atomics = atomic && t.atomic && !written_before;
+        t.writer = !joins_atomics ? thread : t.writer >= 0 && t.writer / 32 == thread / 32 ? t.writer : -2;
         t.atomic = atomic;
         t.written_block = block_epoch;
-        t.written_warp = of_warp;
+        t.written_warp = epoch_of_warp;
         t.reader = -1;
       } else {
         if (t.reader == -1 || t.read_block < block_epoch ||
-            (t.reader >= 0 && t.reader / 32 == thread / 32 && t.read_warp < of_warp)) {
+            (t.reader >= 0 && t.reader / 32 == thread / 32 && t.read_warp < epoch_of_warp)) {
           t.reader = thread;
         } else if (t.reader != thread) {
-          // Several lanes of one warp: one of them stands for all, since a warp barrier orders them all.
+          // For several lanes of one warp, it is enough to keep the first: a warp barrier orders all of them.
           t.reader = t.reader >= 0 && t.reader / 32 == thread / 32 ? t.reader : -2;
         }
         t.read_block = block_epoch;
-        t.read_warp = of_warp;
+        t.read_warp = epoch_of_warp;
       }
     }
   }

@@ -1,4 +1,4 @@
-"""Faults that are put into the kernels one by one, to show that the cases find them."""
+"""Faults for the kernels. A test puts each one into a copy of the kernels and checks that the cases find it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from build_device_code import ROOT
 
 @dataclass(frozen=True)
 class Fault:
-    """``right`` in csrc/``file`` becomes ``wrong``; the cases whose names contain ``cases`` have to fail."""
+    """Replaces ``right`` in csrc/``file`` by ``wrong``. A case with ``cases`` in its name must then fail."""
 
     file: str
     right: str
@@ -23,7 +23,7 @@ class Fault:
         shutil.copytree(ROOT / "csrc", folder / "csrc")
         path = folder / "csrc" / self.file
         text = path.read_text()
-        assert text.count(self.right) >= 1, f"not in {self.file}: {self.right!r}"
+        assert text.count(self.right) >= 1, f"{self.file} does not contain {self.right!r}"
         path.write_text(text.replace(self.right, self.wrong, 1))
         return folder
 
@@ -36,7 +36,7 @@ QUICK = {
         "cuda/rows.cuh", "? n / Pack<In>::kSize :", "? (n + Pack<In>::kSize - 1) / Pack<In>::kSize :", "odd rows"),
 }  # fmt: skip
 
-#: Found by the whole tier, with those above.
+#: Found by the whole tier, which also finds those of QUICK.
 OTHER = {
     "a shuffle without the upper half of the warp": Fault(
         "cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu", "map 32x14x256"),

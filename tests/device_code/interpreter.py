@@ -1,4 +1,4 @@
-"""The operators of sgl_ops on interpreted device code. DeviceCode.run starts the scripts that import this module."""
+"""Runs the operators of sgl_ops on interpreted device code. Scripts that import this module need DeviceCode.run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sgl_ops import _fused
 PATHS = json.loads(os.environ["SGL_DEVICE_CODE"])
 torch.set_num_threads(1)
 torch.ops.load_library(PATHS["library"])
-#: The types of logits that there are kernels for.
+#: The dtypes of logits that have kernels.
 DTYPES = {torch.float32, torch.bfloat16} | (set() if PATHS["two_types"] else {torch.float16, torch.float64})
 _library = ctypes.CDLL(PATHS["library"])
 _library.device_code_load.restype = _library.device_code_class.restype = ctypes.c_char_p
@@ -23,14 +23,14 @@ _library.device_code_range.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.
 
 #: The pipe of an instruction.
 CLASSES = [_library.device_code_class(k).decode() for k in range(15)]
-#: Tensors whose memory accesses are counted by themselves, see :func:`mark`.
+#: Tensors whose memory accesses are counted separately, see :func:`mark`.
 TAGS = ["other", "logits", "grad", "targets", "mask", "offsets", "saved", "tag7", "tag8", "tag9"]
 
 
 def load(architecture: str, kind: str = "sass", multiprocessors: int = 3) -> None:
-    """Device code that the next launches run: PTX ("ptx") or machine code ("sass").
+    """Loads the device code for the next launches: PTX ("ptx") or machine code ("sass").
 
-    ``multiprocessors``: of the GPU that csrc/cuda/launch.cu plans for. It counts before the first launch only.
+    ``multiprocessors``: the number that csrc/cuda/launch.cu plans for. It has no effect after the first launch.
     """
     code = PATHS["code"][architecture]
     _library.device_code_multiprocessors(multiprocessors)
@@ -41,7 +41,7 @@ def load(architecture: str, kind: str = "sass", multiprocessors: int = 3) -> Non
 
 
 def set_options(policy: int = 0, resident: int = 1, seed: int = 1, races: bool = True, ulp: int = 0) -> None:
-    """How launches run.
+    """Sets the options of the next launches.
 
     ``policy``: order of diverged lanes (0 lowest first, 1 highest first, 2 random). ``resident``: blocks that run
     interleaved. ``races``: check shared memory for races. ``ulp``: largest error of approximate instructions.
@@ -50,7 +50,7 @@ def set_options(policy: int = 0, resident: int = 1, seed: int = 1, races: bool =
 
 
 def replace_fused_kernels() -> None:
-    """From here on ``impl="fused"`` on the CPU runs the interpreted kernels."""
+    """Makes ``impl="fused"`` on the CPU run the interpreted kernels."""
     for name in ("sgl_forward", "sgl_forward_sums", "sgl_finalize", "sgl_backward", "pool_forward", "pool_backward"):
         setattr(_fused, f"_{name.removeprefix('sgl_')}", getattr(torch.ops.sgl_ops_emulated, name).default)
 
@@ -66,12 +66,12 @@ def reset_counts() -> None:
 
 
 def write_profile(path: str) -> None:
-    """Writes a line for each instruction: kernel, address, how often it was issued, class, text."""
+    """Writes a line for each instruction: kernel, address, issue count, class, text."""
     _library.device_code_profile(path.encode())
 
 
 def counts() -> dict[str, Any]:
-    """Sums since :func:`reset_counts`.
+    """The counts since :func:`reset_counts`.
 
     "warp" and "lane": instructions issued by warps, and those times their active lanes; "by_class" and
     "lanes_by_class": the same by pipe. "memory": requests, bytes, sectors of 32 bytes and the least number of sectors,

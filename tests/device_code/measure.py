@@ -1,4 +1,4 @@
-"""Counts what a forward and a backward execute on interpreted machine code; prints them as JSON, per element.
+"""Counts the instructions of forward and backward on interpreted machine code. Prints them per element as JSON.
 
     measure.py '{"architecture": "90", "multiprocessors": 132, "shape": [32, 14, 256], "packed": false,
                  "dtype": "float32", "positives": 0.05, "settings": {}, "profile": null}'

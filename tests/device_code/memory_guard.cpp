@@ -1,5 +1,5 @@
-// Preloaded. Fills new tensor memory with ones, which is NaN in every floating type, and records where it lies, so that
-// an access of a kernel outside of it is an error.
+// A preloaded library. It sets all bits of new tensor memory, which gives NaN in every floating-point type. It records
+// the bounds of the memory, so that the interpreters find accesses out of bounds.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 #include <map>
 #include <mutex>
 
-static std::map<uint64_t, uint64_t>* all;
+static std::map<uint64_t, uint64_t>* allocations;  // address, size
 static std::mutex* lock;
 static volatile bool ready = false;
 __attribute__((constructor)) static void start() {
-  all = new std::map<uint64_t, uint64_t>;
+  allocations = new std::map<uint64_t, uint64_t>;
   lock = new std::mutex;
   ready = true;
 }
@@ -24,7 +24,7 @@ int posix_memalign(void** p, size_t alignment, size_t size) {
   if (e == 0 && ready) {
     memset(*p, 0xff, size);
     std::lock_guard<std::mutex> hold(*lock);
-    (*all)[(uint64_t)*p] = size;
+    (*allocations)[(uint64_t)*p] = size;
   }
   return e;
 }
@@ -36,7 +36,7 @@ void free(void* p) {
     inside = true;
     {
       std::lock_guard<std::mutex> hold(*lock);
-      all->erase((uint64_t)p);
+      allocations->erase((uint64_t)p);
     }
     inside = false;
   }
@@ -44,8 +44,8 @@ void free(void* p) {
 }
 __attribute__((visibility("default"))) bool guard_find(uint64_t a, uint64_t* low, uint64_t* high) {
   std::lock_guard<std::mutex> hold(*lock);
-  auto it = all->upper_bound(a);
-  if (it == all->begin()) return false;
+  auto it = allocations->upper_bound(a);
+  if (it == allocations->begin()) return false;
   --it;
   *low = it->first;
   *high = it->first + it->second;

@@ -365,7 +365,7 @@ void fill_table() {
     }
     put<uint32_t>(w, i.d, l, result);
   });
-  END DEF("trap", kOther) for_lanes(m, [&](int) { fail("the kernel traps"); });
+  END DEF("trap", kOther) for_lanes(m, [&](int) { fail("the kernel executes a trap"); });
   END DEF("nothing", kBarrier) END DEF("atom.global.inc.u32", kGlobal) uint64_t at[32];
   for_lanes(m, [&](int l) {
     const uint64_t address = at[l] = get<uint64_t>(w, i.a, l) + i.offset;
@@ -474,7 +474,7 @@ Run memory_run(const std::string& type, bool is_store) {
   TYPE("b64", uint64_t)
   TYPE("f64", uint64_t)
 #undef TYPE
-  fail("no type %s in memory", type.c_str());
+  fail("unsupported type of a memory access: %s", type.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ Declared declared(const std::string& text) {
   return d;
 }
 
-// The text of a function or kernel.
+// The source text of a function or kernel.
 struct Source {
   std::string name, body;
   std::vector<Declared> parameters;
@@ -818,7 +818,7 @@ class Builder {
       const std::string type = parts.back();
       const std::string space_name = parts[1];
       if (parts.size() > 3 && parts[2][0] == 'v') i.vector = static_cast<uint8_t>(parts[2][1] - '0');
-      if (parts.size() > 3 && parts[2][0] != 'v') fail("what is %s?", op.c_str());
+      if (parts.size() > 3 && parts[2][0] != 'v') fail("unsupported PTX: %s", op.c_str());
       const std::string& where = is_store ? o[0] : o[1];
       const std::string& what = is_store ? o[1] : o[0];
       // Parameters of calls and of the current function are registers.
@@ -831,7 +831,8 @@ class Builder {
         return emit();
       }
       i.space = static_cast<uint8_t>(space_name[0]);
-      if (space_name != "global" && space_name != "shared" && space_name != "param") fail("what is %s?", op.c_str());
+      if (space_name != "global" && space_name != "shared" && space_name != "param")
+        fail("unsupported PTX: %s", op.c_str());
       i.cls = i.space == 'g' ? kGlobal : i.space == 's' ? Class::kShared : kConst;
       i.run = memory_run(type, is_store);
       address(i, where);
@@ -847,7 +848,7 @@ class Builder {
       if (o[1][0] == '{') {
         int n = 0;
         for (const std::string& v : split(o[1].substr(1, o[1].size() - 2), ',')) i.v[n++] = operand(v);
-        if (n != 2) fail("what is %s?", statement.c_str());
+        if (n != 2) fail("unsupported PTX: %s", statement.c_str());
         i.d = operand(o[0]);
         i.run = table().at(op == "mov.b64" ? "pack" : "pack32").run;
         i.cls = kMove;
@@ -857,7 +858,7 @@ class Builder {
         int n = 0;
         for (const std::string& v : split(o[0].substr(1, o[0].size() - 2), ','))
           i.v[n++] = operand(v == "_" ? "%nowhere" : v);
-        if (n != 2) fail("what is %s?", statement.c_str());
+        if (n != 2) fail("unsupported PTX: %s", statement.c_str());
         i.a = operand(o[1]);
         i.run = table().at(op == "mov.b64" ? "unpack" : "unpack32").run;
         i.cls = kMove;
@@ -866,7 +867,7 @@ class Builder {
     }
     if (op.compare(0, 5, "atom.") == 0) {
       const bool shared = op == "atom.shared.add.u32";
-      if (!shared && op != "atom.global.inc.u32") fail("what is %s?", op.c_str());
+      if (!shared && op != "atom.global.inc.u32") fail("unsupported PTX: %s", op.c_str());
       i.d = operand(o[0]);
       address(i, o[1]);
       i.b = operand(o[2]);
@@ -875,7 +876,7 @@ class Builder {
       return emit();
     }
     const auto found = table().find(op);
-    if (found == table().end()) fail("no instruction %s in: %s", op.c_str(), statement.c_str());
+    if (found == table().end()) fail("unsupported instruction %s in: %s", op.c_str(), statement.c_str());
     i.run = found->second.run;
     i.cls = found->second.cls;
     const bool of_predicates = op.size() > 5 && op.compare(op.size() - 5, 5, ".pred") == 0;
@@ -1056,8 +1057,8 @@ class PtxDevice : public Device {
       left &= ~same;
       if ((members & ~w.at_warp) != 0) continue;
       if ((members & ~same) != 0)
-        fail("lanes of a warp wait at different places: pc %u, lanes %#x of %#x", w.pc[l0], same, members);
-      if (!(members >> l0 & 1)) fail("a lane waits for others without itself");
+        fail("lanes of a warp wait at different instructions: pc %u, lanes %#x of %#x", w.pc[l0], same, members);
+      if (!(members >> l0 & 1)) fail("a lane is not in the mask with which it waits");
       if (i.kind == kShuffle_) {
         uint32_t from[32], valid = 0;
         for_lanes(members, [&](int l) { from[l] = get<uint32_t>(w, i.a, l); });
@@ -1068,7 +1069,7 @@ class PtxDevice : public Device {
           uint32_t j = uint32_t(l) ^ b;
           const bool inside = j <= max_lane;
           if (!inside) j = uint32_t(l);
-          if (!(members >> j & 1)) fail("a shuffle from a lane that is not there, pc %u", w.pc[l0]);
+          if (!(members >> j & 1)) fail("a shuffle reads from a lane that does not take part, pc %u", w.pc[l0]);
           put<uint32_t>(w, i.d, l, from[j]);
           valid |= static_cast<uint32_t>(inside) << l;
         });
@@ -1108,7 +1109,7 @@ class PtxDevice : public Device {
         pc = w.pc[first];
         for_lanes(
             ready, [&](int l) { group |= static_cast<uint32_t>(w.pc[l] == pc && w.depth[l] == w.depth[first]) << l; });
-        // sometimes only a part of the group
+        // At random, only a part of the group runs.
         if (generator() % 4 == 0) group = (group & generator()) | 1u << first;
       } else {
         first = -1;
@@ -1190,7 +1191,7 @@ class PtxDevice : public Device {
           }
           for_lanes(group & ~m, [&](int l) { ++w.pc[l]; });
         } else {
-          if (m != group) fail("a conditional barrier");
+          if (m != group) fail("the predicate of a barrier is false in some lanes");
           (i.kind == kBlockSync ? w.at_block : w.at_warp) |= m;
         }
         break;

@@ -15,12 +15,15 @@ STABLE_TORCH_LIBRARY(sgl_ops_emulated, m) { sgl::define_operators(m); }
 
 namespace {
 
-// Function-local statics: the host code registers its kernels before the constructors of this file run.
-// Kernels by the address of their host stubs.
+// functions() and variables() use local statics, because the host code registers its kernels and variables before the
+// constructors of this file run.
+
+// The names of the kernels, by the address of their host stubs.
 std::map<const void*, std::string>& functions() {
   static std::map<const void*, std::string> all;
   return all;
 }
+// The memory and size of each __device__ variable, by the address of its host shadow.
 std::map<const void*, std::pair<void*, size_t>>& variables() {
   static std::map<const void*, std::pair<void*, size_t>> all;
   return all;
@@ -92,7 +95,8 @@ cudaError_t __cudaLaunchKernel(
     const std::string& name = functions().at(kernel);
     if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 || shared != 0)
       device_code::fail("a launch with more than one dimension or dynamic shared memory is not supported");
-    if (grid.x == 0 || block.x == 0 || block.x > 1024) device_code::fail("invalid configuration");
+    if (grid.x == 0 || block.x == 0 || block.x > 1024)
+      device_code::fail("invalid launch configuration: %u blocks of %u threads", grid.x, block.x);
     device_code::Launch launch{grid.x, block.x, {}};
     const auto& all = parameters.at(name);
     launch.parameters.assign(static_cast<size_t>(all.back().offset + all.back().size + 15) / 16 * 16, 0xee);
@@ -100,7 +104,7 @@ cudaError_t __cudaLaunchKernel(
       memcpy(launch.parameters.data() + all[k].offset, arguments[k], static_cast<size_t>(all[k].size));
     device_code::allocations_changed = true;
     device_code::generator.seed(device_code::options.seed * 7919u + static_cast<unsigned>(seed++));
-    if (device == nullptr) device_code::fail("no program");
+    if (device == nullptr) device_code::fail("no device code is loaded");
     device->run(name, launch);
   } catch (const std::exception& e) {
     error_text = e.what();
@@ -152,8 +156,8 @@ API const char* device_code_load(const char* name, const char* ptx, const char* 
   }
 }
 API void device_code_multiprocessors(int n) {
-  multiprocessors = n;
-}  // call it before the first launch: launch.cu caches the number
+  multiprocessors = n;  // has no effect after the first launch, because launch.cu caches the number
+}
 API void device_code_options(int policy, int resident, int seed_, int races, int ulp) {
   device_code::options.policy = policy;
   device_code::options.resident = resident;
@@ -170,9 +174,9 @@ API void device_code_range(uint64_t low, uint64_t bytes, int tag) {
   }
 }
 API void device_code_reset_counts() { device_code::counts = device_code::Counts(); }
-// Order: warp and lane instructions, blocks, threads, branches, divergent branches, shared requests, wavefronts, ideal
-// wavefronts; warp instructions by class; lane instructions by class; then for each tag, loads before stores: requests,
-// bytes, sectors, ideal sectors. Returns how many numbers it wrote.
+// Writes the counts in this order: warp and lane instructions, blocks, threads, branches, divergent branches, shared
+// requests, wavefronts, ideal wavefronts; warp instructions by class; lane instructions by class; then for each tag,
+// loads before stores: requests, bytes, sectors, ideal sectors. Returns the number of values.
 API int device_code_counts(uint64_t* out) {
   int n = 0;
   const device_code::Counts& c = device_code::counts;

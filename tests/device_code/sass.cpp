@@ -1,5 +1,5 @@
-// Interpreter of machine code: it executes the kernels of csrc/cuda from the text that nvdisasm prints. Lanes diverge at
-// branches and reconverge where the code says so (BSSY, BSYNC, WARPSYNC), so issue counts are those of a GPU.
+// Interpreter of machine code: it executes the kernels of csrc/cuda from the text that nvdisasm prints. Lanes diverge
+// at branches and reconverge at BSSY, BSYNC and WARPSYNC, so issue counts are those of a GPU.
 #include <algorithm>
 #include <cfenv>
 #include <cmath>
@@ -126,12 +126,12 @@ inline const uint32_t* row_high(Warp& w, const Operand& o) {
   if (o.kind == Operand::kReg) return w.r(o.reg == kRZ || o.reg == kURZ ? o.reg : o.reg + 1);
   return w.r(o.row + 1);
 }
-inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
+inline float flush_to_zero(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 inline float as_float(const Operand& o, uint32_t v, bool ftz = false) {
   if (o.abs) v &= 0x7fffffffu;
   if (o.neg) v ^= 0x80000000u;
   const float x = bits<float>(v);
-  return ftz ? flushed(x) : x;
+  return ftz ? flush_to_zero(x) : x;
 }
 inline uint32_t as_int(const Operand& o, uint32_t v) {
   if (o.abs) v = static_cast<int32_t>(v) < 0 ? 0u - v : v;
@@ -187,7 +187,7 @@ RUN(fadd) {
   const Rounding r(i.rounding);
   for_lanes(m, [&](int l) {
     const float v = as_float(i.a, a[l], i.ftz) + as_float(i.b, b[l], i.ftz);
-    d[l] = bits<uint32_t>(i.ftz ? flushed(v) : v);
+    d[l] = bits<uint32_t>(i.ftz ? flush_to_zero(v) : v);
   });
 }
 RUN(fmul) {
@@ -196,7 +196,7 @@ RUN(fmul) {
   const Rounding r(i.rounding);
   for_lanes(m, [&](int l) {
     const float v = as_float(i.a, a[l], i.ftz) * as_float(i.b, b[l], i.ftz);
-    d[l] = bits<uint32_t>(i.ftz ? flushed(v) : v);
+    d[l] = bits<uint32_t>(i.ftz ? flush_to_zero(v) : v);
   });
 }
 RUN(ffma) {
@@ -211,7 +211,7 @@ RUN(ffma) {
   }
   for_lanes(m, [&](int l) {
     const float v = std::fma(as_float(i.a, a[l], i.ftz), as_float(i.b, b[l], i.ftz), as_float(i.c, c[l], i.ftz));
-    d[l] = bits<uint32_t>(i.ftz ? flushed(v) : v);
+    d[l] = bits<uint32_t>(i.ftz ? flush_to_zero(v) : v);
   });
 }
 RUN(fmnmx) {
@@ -259,7 +259,7 @@ RUN(fchk) {
   const uint32_t *a = row(w, i.a), *b = row(w, i.b);
   uint32_t v = 0;
   for_lanes(m, [&](int l) {
-    // True where the fast path of a / b may be inexact. The slow path is always exact, so doubtful cases take it.
+    // True if the fast path of a / b may be inexact. The slow path is always exact, so all doubtful cases take it.
     const int x = a[l] >> 23 & 255, y = b[l] >> 23 & 255;
     const bool bad = y == 0 || y >= 252 || x == 255 || x <= 26 || x - y >= 124 || x - y <= -124;
     v |= uint32_t(bad) << l;
@@ -408,7 +408,8 @@ RUN(imad) {
   for_lanes(m, [&](int l) {
     const uint32_t x = i.a.neg && !i.wide && !i.hi ? 0u - a[l] : a[l], y = b[l];
     if (i.wide || i.hi) {
-      if (i.a.neg || i.b.neg || i.c.neg || i.c.inv) fail("imad: a sign, pc %u", i.pc);
+      if (i.a.neg || i.b.neg || i.c.neg || i.c.inv)
+        fail("IMAD.WIDE or IMAD.HI with a negated operand is not supported, pc %u", i.pc);
       const uint64_t product = i.is_signed ? uint64_t(int64_t(int32_t(x)) * int32_t(y)) : uint64_t(x) * y;
       const uint64_t addend = uint64_t(ch[l]) << 32 | c[l];
       const unsigned __int128 sum = (unsigned __int128)product + addend + (q >> l & 1);
@@ -667,8 +668,8 @@ RUN(ldc) {
       from = bank.data();
       n = bank.size();
     }
-    if (at + uint64_t(i.size) > n) fail("constant memory: %lu of %zu, pc %u", at, n, i.pc);
-    if (at % i.size != 0) fail("constant memory: misaligned, pc %u", i.pc);
+    if (at + uint64_t(i.size) > n) fail("constant memory: offset %lu is outside of %zu bytes, pc %u", at, n, i.pc);
+    if (at % i.size != 0) fail("constant memory: misaligned load, pc %u", i.pc);
     uint32_t v = 0;
     memcpy(&v, from + at, std::min(i.size, 4));
     if (i.sign_extend) v = i.size == 1 ? uint32_t(int32_t(int8_t(v))) : uint32_t(int32_t(int16_t(v)));
@@ -830,7 +831,7 @@ RUN(shfl_bfly) {
     uint32_t j = uint32_t(l) ^ (b[l] & 31);
     const bool inside = j <= most;
     if (!inside) j = uint32_t(l);
-    if (!(m >> j & 1)) fail("a shuffle from a lane that is not there, pc %u", i.pc);
+    if (!(m >> j & 1)) fail("a shuffle reads from a lane that does not take part, pc %u", i.pc);
     d[l] = from[j];
     valid |= uint32_t(inside) << l;
   });
@@ -838,7 +839,7 @@ RUN(shfl_bfly) {
 }
 RUN(trap) {
   (void)w, (void)m;
-  fail("a trap, pc %u", i.pc);
+  fail("the kernel executes a trap, pc %u", i.pc);
 }
 RUN(nothing) { (void)w, (void)i, (void)m; }
 
@@ -875,7 +876,8 @@ class Section {
   Program program;
 
   void add(uint64_t address, const std::string& text) {
-    if (address / 16 != program.code.size()) fail("an address of %s is missing", program.name.c_str());
+    if (address / 16 != program.code.size())
+      fail("%s: the addresses of the instructions have a gap", program.name.c_str());
     program.code.emplace_back();
     program.text.push_back(text);
   }
@@ -927,7 +929,7 @@ class Section {
     if (negated != nullptr) {
       *negated = n;
     } else if (n) {
-      fail("a negated predicate");
+      fail("a negated predicate is not supported here");
     }
     int base = 0;
     if (s[0] == 'U') {
@@ -977,13 +979,13 @@ class Section {
         o.imm = uint32_t(v);
         o.row = immediate_row(o.imm, v < 0 ? ~0u : uint32_t(uint64_t(v) >> 32));
       } else if (t.find("0x") != std::string::npos) {
-        fail("a number in hexadecimal: %s", t.c_str());
+        fail("a hexadecimal number is not supported here: %s", t.c_str());
       } else if (flavor == kFloatImm) {
         o.imm = bits<uint32_t>(float(std::strtod(t.c_str(), nullptr)));
         o.row = immediate_row(o.imm, 0);
       } else {
         const uint64_t v = bits<uint64_t>(std::strtod(t.c_str(), nullptr));
-        if (uint32_t(v) != 0) fail("a double of more than 32 bits: %s", t.c_str());
+        if (uint32_t(v) != 0) fail("the lower word of an immediate double is not 0: %s", t.c_str());
         const uint32_t upper = uint32_t(v >> 32);
         o.row = flavor == kDoubleImm ? immediate_row(0, upper) : immediate_row(upper, 0);
       }
@@ -1006,7 +1008,7 @@ class Section {
     if (t.compare(0, 2, "c[") == 0) {
       o.kind = Operand::kConst;
       constant(o, t);
-      if (o.index >= 0) fail("an indexed constant as an operand");
+      if (o.index >= 0) fail("an indexed constant is not supported as an operand");
       o.row = constant_row(int(o.bank), o.at);
       return o;
     }
@@ -1125,7 +1127,7 @@ class Section {
     };
     const auto src_pred = [&](uint8_t& p, bool& n) { p = uint8_t(pred_of(next(), &n)); };
     const auto none_left = [&] {
-      if (at != o.size()) fail("operands are left over");
+      if (at != o.size()) fail("there are too many operands");
     };
     const auto comparison = [&] {
       for (size_t k = 1; k < mods.size(); ++k) {
@@ -1142,7 +1144,7 @@ class Section {
     // ---- floating
     if (name == "FADD" || name == "FMUL" || name == "FFMA") {
       set(name == "FADD" ? fadd : name == "FMUL" ? fmul : ffma, kFp32);
-      if (has("SAT")) fail("SAT");
+      if (has("SAT")) fail("SAT is not supported");
       dest();
       i.a = operand(next(), kFloatImm);
       i.b = operand(next(), kFloatImm);
@@ -1171,7 +1173,7 @@ class Section {
     }
     if (name == "FSET") {
       set(fset, kAlu);
-      if (!has("BF")) fail("FSET without BF");
+      if (!has("BF")) fail("FSET without BF is not supported");
       comparison();
       dest();
       i.a = operand(next(), kFloatImm);
@@ -1208,7 +1210,7 @@ class Section {
       return none_left();
     }
     if (name == "HADD2") {
-      if (!has("F32")) fail("HADD2 without F32");
+      if (!has("F32")) fail("HADD2 without F32 is not supported");
       set(hadd2_f32, kFp32);
       dest();
       i.a = operand(next(), kFloatImm);
@@ -1219,7 +1221,7 @@ class Section {
       // -RZ, RZ, high, low: a move of a constant
       set(mov, kFp32);
       dest();
-      if (next() != "-RZ" || next() != "RZ") fail("not a constant");
+      if (next() != "-RZ" || next() != "RZ") fail("HFMA2 is supported as a move of a constant only");
       uint16_t half[2];
       for (uint16_t& h : half) {
         const std::string& t = next();
@@ -1237,7 +1239,7 @@ class Section {
       dest();
       maybe_dest_pred(i.p1);
       maybe_dest_pred(i.p2);
-      if ((i.p1 & 7) != 7 && i.p1 != kNoPredicate) fail("a carry");
+      if ((i.p1 & 7) != 7 && i.p1 != kNoPredicate) fail("a carry is not supported here");
       i.a = operand(next(), kIntImm);
       i.b = operand(next(), kIntImm);
       if (name == "IADD3") i.c = operand(next(), kIntImm);
@@ -1341,7 +1343,7 @@ class Section {
       dest();
       maybe_dest_pred(i.p1);
       maybe_dest_pred(i.p2);
-      if (i.p1 != kNoPredicate && i.p1 != kPT) fail("a predicate");
+      if (i.p1 != kNoPredicate && i.p1 != kPT) fail("a destination predicate is not supported here");
       i.a = operand(next(), kIntImm);
       i.b = operand(next(), kIntImm);
       src_pred(i.q1, i.n1);
@@ -1393,7 +1395,7 @@ class Section {
       i.lut = uint32_t(std::stoul(next(), nullptr, 0));
       src_pred(i.q1, i.n1);
       // the predicate is "not 0, or the predicate operand"; with .PAND it would be "and"
-      if (has("PAND")) fail("LOP3 with .PAND");
+      if (has("PAND")) fail("LOP3 with .PAND is not supported");
       return none_left();
     }
     if (name == "PLOP3") {
@@ -1473,7 +1475,7 @@ class Section {
       i.wide = has("F64");
       i.is_signed = !(has("U32") || has("U64"));
       i.size = has("S64") || has("U64") ? 8 : 4;
-      if (!has("TRUNC")) fail("F2I without TRUNC");
+      if (!has("TRUNC")) fail("F2I without TRUNC is not supported");
       dest();
       i.a = operand(next(), i.wide ? kDoubleImm : kFloatImm);
       return none_left();
@@ -1643,7 +1645,7 @@ class Section {
     if (name == "BMOV") {
       // BMOV.32.CLEAR RZ, B0
       i.cls = kBranch;
-      if (o[0] != "RZ") fail("a barrier is kept in a register");
+      if (o[0] != "RZ") fail("BMOV to a register is not supported");
       i.kind = kBreak;
       i.q1 = kPT;
       i.barrier = std::stoi(o[1].substr(1));
@@ -1933,7 +1935,7 @@ class SassDevice : public Device {
       const uint32_t members = row(w, i.a)[l0] & w.alive;
       if ((members & ~w.at_warp) != 0) continue;
       if ((members & ~same) != 0)
-        fail("lanes of a warp wait at different places: pc %u, lanes %#x of %#x", w.pc[l0], same, members);
+        fail("lanes of a warp wait at different instructions: pc %u, lanes %#x of %#x", w.pc[l0], same, members);
       const int g = w.groups++;
       for_lanes(members, [&](int l) {
         ++w.pc[l];
@@ -2081,12 +2083,12 @@ class SassDevice : public Device {
             if (m == group)
               w.B[i.barrier] |= group;  // |=: lanes of another group may be in it
             else if (m != 0)
-              fail("a conditional BSSY");
+              fail("the predicate of a BSSY is false in some lanes");
             ++pc;
             break;
           case kBsync:
             m &= pred(w, i.q1, i.n1);
-            if (m != group) fail("a conditional BSYNC");
+            if (m != group) fail("the predicate of a BSYNC is false in some lanes");
             leave();
             for_lanes(group, [&](int l) { w.conv[l] = i.barrier; });
             w.at_conv |= group;
@@ -2103,7 +2105,7 @@ class SassDevice : public Device {
               ++pc;
               break;
             }
-            if (m != group) fail("a conditional barrier");
+            if (m != group) fail("the predicate of a barrier is false in some lanes");
             leave();
             w.at_block |= group;
             going = false;
@@ -2114,7 +2116,7 @@ class SassDevice : public Device {
               ++pc;
               break;
             }
-            if (m != group) fail("a conditional barrier");
+            if (m != group) fail("the predicate of a barrier is false in some lanes");
             leave();
             w.at_warp |= group;
             release(w, p);
