@@ -155,26 +155,26 @@ def check_all(program: Comparison, drawn: st.SearchStrategy[Case], examples: int
     check()
 
 
-# A bug in a kernel: the file, the original code, the code with the bug where BUG is true, and the sanitizer that must
-# find it. One program a sanitizer has all its bugs, because its compilation takes long. The environment variable
-# SEEDED_BUG chooses one; without it, the kernels are correct.
+# Seeded bugs: the file, the original code, the code that has the bug if BUG is true, and the sanitizer that finds it.
+# One program per sanitizer contains all its bugs, because compiling a program takes long. The environment variable
+# SEEDED_BUG selects a bug. Without it, the kernels are correct.
 BUGS = {
     "no barrier before the warps' sums are read": (
         "group.cuh", "    __syncthreads();\n    std::memcpy(&value",
         "    if (!BUG) __syncthreads();\n    std::memcpy(&value", "threads"),
-    "the warps' sums are overwritten at once": ("group.cuh", "    turn_ ^= 1;\n", "    turn_ ^= !BUG;\n", "threads"),
+    "one exchange buffer instead of two": ("group.cuh", "    turn_ ^= 1;\n", "    turn_ ^= !BUG;\n", "threads"),
     "no barrier before pairs are finalized": (
         "forward.cuh", "    __syncthreads();\n    const", "    if (!BUG) __syncthreads();\n    const", "threads"),
-    "no fence before a block says that it is done": (
+    "no fence before a block increments the counter": (
         "forward.cuh", "threadIdx.x];\n    __threadfence();\n", "threadIdx.x];\n    if (!BUG) __threadfence();\n",
         "threads"),
     "no fence before the last block reads the others": (
         "forward.cuh", "gridDim.x - 1;\n    __threadfence();\n", "gridDim.x - 1;\n    if (!BUG) __threadfence();\n",
         "threads"),
-    "the counter is not set back": (
+    "the counter is not reset": (
         "forward.cuh", "blocks_done, gridDim.x - 1)", "blocks_done, gridDim.x - !BUG)", "none"),
     "one instance too many": ("rows.cuh", "live = j < n;", "live = j < n + BUG;", "memory"),
-    "one pack too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + BUG :", "memory"),
+    "one vector too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + BUG :", "memory"),
     "one logit too many in backward": ("backward.cuh", "j + step < n)", "j + step < n + BUG)", "memory"),
     "the tail of a row is left out": (
         "rows.cuh", "p * row.width < row.n", "p * row.width + BUG < row.n", "none"),

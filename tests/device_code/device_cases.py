@@ -4,8 +4,9 @@
                     [--multiprocessors M] [--only TEXT] [--first-failure]
 
 It prints a line for each case: the relative error of the loss, and the largest error of the gradient relative to its
-largest element. For half types the error is what exceeds the rounding of the gradient to them. The exit status is 1
-where a case fails. Few multiprocessors give each warp several pairs, which is what barriers between pairs are for.
+largest element. For float16 and bfloat16, the gradient's error is the part that exceeds its rounding to that type. The
+exit status is 1 if a case fails. With few multiprocessors, each warp processes several pairs, which tests the barriers
+between pairs.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def cases() -> Iterator[Case]:
 
 
 def check(case: Case) -> tuple[bool, str]:
-    """Whether the case agrees with the reference, and what to print about it."""
+    """Returns whether the case agrees with the reference, and a message to print."""
     settings, inputs = case.settings, {"mask": case.mask, "offsets": case.offsets}
     exact = case.logits.detach().double().requires_grad_()
     expected = case.loss(impl="reference", check=False, **settings).double()(exact, case.targets.double(), **inputs)
