@@ -55,9 +55,9 @@ def take_step(training: Training, passes: list[tuple[Tensor, ...]], progress: fl
 
 
 def train_epoch(
-    training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace, keep: Path
+    training: Training, data: LabelledImages, numbers: np.ndarray, args: argparse.Namespace, checkpoint: Path
 ) -> float:
-    """Trains the rest of the epoch on the images ``numbers``. Saves ``keep`` every ``--save-every`` steps.
+    """Trains the rest of the epoch on the images ``numbers``. Saves ``checkpoint`` every ``--save-every`` steps.
 
     Returns:
         images per second, summed over the processes.
@@ -65,14 +65,14 @@ def train_epoch(
     from images.batches import batches_of, loader_of
 
     config, processes = training.config, training.processes
-    accumulate, begun = config["accumulate"], training.step
+    accumulate, first_step = config["accumulate"], training.step
     batches = batches_of(numbers, config, training.epoch, processes.rank, processes.count)
     steps = len(batches) // accumulate
     training.train_mode()
-    loader = iter(loader_of(data, batches[begun * accumulate :], args))
+    loader = iter(loader_of(data, batches[first_step * accumulate :], args))
     start = time.perf_counter()
     progress = Progress(
-        range(begun, steps), desc=f"epoch {training.epoch + 1}", initial=begun, total=steps, unit="step",
+        range(first_step, steps), desc=f"epoch {training.epoch + 1}", initial=first_step, total=steps, unit="step",
         disable=not processes.first, mininterval=0.5,
     )  # fmt: skip
     for step in progress:
@@ -83,8 +83,9 @@ def train_epoch(
         if training.step % 50 == 0 and not progress.disable:
             progress.set_postfix(loss=f"{float(training.sums[0]) / training.step:.3f}")
         if training.step % args.save_every == 0 and training.step < steps:
-            training.save(keep)
-    return (steps - begun) * config["batch_size"] / (time.perf_counter() - start) if steps > begun else math.nan
+            training.save(checkpoint)
+    seconds = time.perf_counter() - start
+    return (steps - first_step) * config["batch_size"] / seconds if steps > first_step else math.nan
 
 
 def finish_epoch(
@@ -143,13 +144,13 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
             speed = train_epoch(training, train_data, sources.split.train, args, last)
             row, better = finish_epoch(training, eval_data, sources.split.val, args, speed)
             if folder is not None:
-                folder.keep(training, row, better)
+                folder.save_epoch(training, row, better)
         if processes.first and (warning := lam_warning(config, training.history)) is not None:
             print(f"\n{warning}", flush=True)
 
 
-def following(args: argparse.Namespace) -> str:
-    """The next command after a training."""
+def next_command(args: argparse.Namespace) -> str:
+    """The command to run after a training."""
     if args.dry_run:
         return "the same command without --dry-run"
     return f"python localize_cxr.py --run {args.out} {given_data_options(args)}"
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
                 return demonstrate(args, processes, train)
             train(args, config_of(args), processes)
             if processes.first:
-                next_step(following(args))
+                next_step(next_command(args))
     except (Exception, KeyboardInterrupt) as error:
         if not Interrupt.received and not isinstance(error, KeyboardInterrupt):
             if not isinstance(error, (ValueError, OSError)):
@@ -176,8 +177,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {message_of(error)}", file=sys.stderr)
             return 2
         if os.environ.get("RANK", "0") == "0":
-            how = "" if args.dry_run else "; the same command with --resume continues after the last checkpoint"
-            print(f"\nstopped{how}", file=sys.stderr)
+            advice = "" if args.dry_run else "; the same command with --resume continues after the last checkpoint"
+            print(f"\nstopped{advice}", file=sys.stderr)
         return 130
     return 0
 

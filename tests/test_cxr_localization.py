@@ -305,7 +305,7 @@ def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, caps
     config = CONFIG | {"val_patients": [90, 91, 92]}
     monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownMaps(), config, WHICH))
     evaluate(folder, "--threshold", "validation")
-    assert "of the run's 3 validation patients 1 are in the data" in capsys.readouterr().err
+    assert "only 1 of the run's 3 validation patients are in the data" in capsys.readouterr().err
     # with mean pooling, the probability of the image differs from the maximum of its map
     monkeypatch.setattr(evaluation, "load_network", lambda *_: (KnownMaps(), CONFIG | {"pooling": "mean"}, WHICH))
     evaluate(folder, "--threshold", "validation", "--gate", "validation")

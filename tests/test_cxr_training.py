@@ -191,7 +191,7 @@ def test_weights_from_a_file_are_loaded(tmp_path, monkeypatch):
         models.load_weights(PatchClassifier("resnet50", 32, 14), "resnet50", str(tmp_path / "resnet18.pth"))
     with pytest.raises(ValueError, match=r"expected 'none', 'imagenet' or a file, got 'no\.pth'"):
         models.load_weights(model, "densenet121", "no.pth")
-    with pytest.raises(ValueError, match="none of ImageNet for local17"):
+    with pytest.raises(ValueError, match="local17 has no ImageNet weights"):
         models.load_weights(PatchClassifier("local17", 8, 14), "local17", "imagenet")
 
     def offline(*arguments, **named):
@@ -199,13 +199,15 @@ def test_weights_from_a_file_are_loaded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"could not be downloaded, or .* \(no network\); name a file"):
+    with pytest.raises(ValueError, match=r"could not be downloaded, or .* \(no network\); give a file"):
         models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
     for length in (0, 3, 5000):
         content = (tmp_path / "resnet18.pth").read_bytes()[:length]
         (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(content)
-        with pytest.raises(ValueError, match=r"weights: could not be downloaded, or are cut off in .*hub/checkpoints"):
+        with pytest.raises(
+            ValueError, match=r"weights: could not be downloaded, or are truncated in .*hub/checkpoints"
+        ):
             models.load_weights(PatchClassifier("resnet18", 32, 14), "resnet18", "imagenet")
 
 
@@ -258,7 +260,7 @@ class Brightness(torch.nn.Module):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("positive", ["bright", "dark"])
 def test_measured_start_raises_lam_only_if_positive_images_rank_higher(monkeypatch, positive, accumulate):
-    """It counts steps, whatever the number of passes in a step. k of top-k pooling falls in the same training."""
+    """``rise`` counts steps, not passes. In the same training, k of top-k pooling falls."""
     monkeypatch.setattr(training, "make_model", lambda config: Brightness())
     options = ["--start-auc", "0.8", "--rise", "4", "--lam", "2", "--pooling", "topk", "--k-start", "0.5", "--lr", "0"]
     given = ["--data-dir", "x", "--out", "y", *SMALL, *options, "--accumulate", str(accumulate)]
@@ -319,9 +321,9 @@ def test_processes_split_the_batches_of_one_order(accumulate):
 
 def test_validation_share_must_leave_training_images(drawn, tmp_path, capsys):
     assert run(drawn, tmp_path / "all", "--val-fraction", "0.999") == 2
-    assert "val-fraction: 0.999 leaves no image to train on" in capsys.readouterr().err
+    assert "val-fraction: 0.999 leaves no training image" in capsys.readouterr().err
     assert run(drawn, tmp_path / "none", "--val-fraction", "0.001", "--epochs", "1") == 0
-    assert "warning: no patient validates" in capsys.readouterr().err
+    assert "warning: there are no validation images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -457,7 +459,7 @@ def test_resume_with_more_epochs_equals_one_longer_run(drawn, whole, tmp_path, c
     """Resuming with fewer epochs than trained is an error."""
     longer, at_once = shutil.copytree(whole, tmp_path / "longer"), tmp_path / "at_once"
     assert run(drawn, longer, "--resume") == 0
-    assert "is trained, all 2 epochs" in capsys.readouterr().out
+    assert "all 2 epochs are complete" in capsys.readouterr().out
     assert run(drawn, longer, "--resume", "--epochs", "1") == 2
     assert "was trained with another epochs" in capsys.readouterr().err
     assert run(drawn, longer, "--resume", "--epochs", "3") == 0
@@ -676,7 +678,7 @@ def test_files_of_a_run_without_checkpoint_are_not_overwritten(drawn, whole, tmp
         assert f"out: {out} holds a best.pt and a history.csv, but no last.pt" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
     assert run(drawn, tmp_path / "new", "--resume", "--epochs", "1") == 0
-    assert f"{tmp_path / 'new'} holds no last.pt to resume: training begins" in capsys.readouterr().out
+    assert f"{tmp_path / 'new'} holds no last.pt to resume; a new training starts" in capsys.readouterr().out
 
 
 @pytest.mark.examples
@@ -693,7 +695,7 @@ def test_second_training_into_the_same_folder_is_an_error(drawn, tmp_path, capsy
     )  # fmt: skip
     assert process.stdout.readline() == "locked\n"
     assert run(drawn, out) == 2
-    assert f"out: another training is at work in {out}" in capsys.readouterr().err
+    assert f"out: another training writes into {out}" in capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {"lock"}
     process.kill()
     process.communicate()
@@ -830,7 +832,7 @@ def test_wrong_data_is_an_error_before_training(drawn, tmp_path, capsys):
     assert not (tmp_path / "out" / "missing.txt").exists()  # with a part of the real data it would have 100,000 lines
     assert path.name not in provenance.trained_names(tmp_path / "out")
     assert run(other, tmp_path / "more", "--allow-missing", "--batch-size", "64") == 2
-    assert "batch-size: 64 is more than the" in capsys.readouterr().err
+    assert "batch-size: expected at most the" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -494,7 +494,7 @@ def test_whole_pipeline_runs_on_a_folder(tmp_path, capsys, fit):
         str(p) for p in index.patients[~index.test]
     }
     assert "of the pairs of an image and a class with boxes" in report
-    for words in ("patients with it", "patients without it", "over draws of patients", "of other patients;"):
+    for words in ("patients with it", "patients without it", "over draws of patients", "boxes of other patients"):
         assert words in report
     # without patients, the intervals are over images
     with (data / "labels.csv").open(newline="") as file:

@@ -201,8 +201,8 @@ def test_run_with_a_network_of_timm(tmp_path, capsys):
     assert example.main(changed) == 2
     assert "was trained with another" in capsys.readouterr().err
     # another run starts from the weights of this run
-    begun = PatchClassifier(SMALL, 8, 14, cut=2)
-    load_weights(begun, SMALL, str(out / "last.pt"))
+    second = PatchClassifier(SMALL, 8, 14, cut=2)
+    load_weights(second, SMALL, str(out / "last.pt"))
 
 
 def test_real_weights(data_dir):

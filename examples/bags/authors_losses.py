@@ -1,8 +1,8 @@
 """Control experiment: the losses MMM and BIL as the authors' published code computes them.
 
-These are not the formulas of the paper. In that code the instances of a batch have the shape (N, L, 1, 1) and the
-labels the shape (N,), so that a product of the two has the shape (N, L, 1, N): every bag meets the labels of all bags.
-The loss is linear in its target, so that the mean over the last axis is the loss with the mean label of the batch.
+These are not the formulas of the paper. In that code, the instances of a batch have the shape (N, L, 1, 1), and the
+labels have the shape (N,). Their product has the shape (N, L, 1, N): every bag is combined with the labels of all bags.
+The loss is linear in its target. So the mean over the last axis equals the loss with the mean label of the batch.
 For the formulas use :class:`sgl_ops.MMMLoss` and :class:`sgl_ops.BILLoss`.
 """
 
@@ -15,7 +15,7 @@ from sgl_ops.pooling import make_pooling
 
 
 def bce(p: Tensor, target: Tensor | float) -> Tensor:
-    """Binary cross-entropy of probabilities; the 1e-8 limits it to 18.4."""
+    """Binary cross-entropy of probabilities. The 1e-8 limits it to 18.4."""
     return -(target * torch.log(p + 1e-8) + (1 - target) * torch.log(1 - p + 1e-8))
 
 

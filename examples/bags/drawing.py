@@ -82,7 +82,7 @@ def _choose(images: np.ndarray, number: int, rng: np.random.Generator) -> np.nda
 
 def _at_least_one(trials: int, rate: float, rng: np.random.Generator) -> int:
     """A binomial number under the condition that it is not 0."""
-    # Trial `first` is the first success, on the condition that there is one. The later trials are independent.
+    # `first` is the number of the first success, given that there is one. The later trials are independent.
     u = rng.random() * -np.expm1(trials * np.log1p(-rate))
     first = min(int(np.log1p(-u) / np.log1p(-rate)) + 1, trials)
     return 1 + int(rng.binomial(trials - first, rate))

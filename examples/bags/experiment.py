@@ -220,7 +220,10 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; --resume with the same --out and options goes on after the last full epoch", file=sys.stderr)
+        print(
+            "\nstopped; --resume with the same --out and options continues after the last complete epoch",
+            file=sys.stderr,
+        )
         return 130
     print_table(results, args.target)
     print(validation_table(results, next(iter(configs.values()))))

@@ -28,7 +28,7 @@ FIGURES = {
 }
 #: The figures whose runs form the queue.
 QUEUE = ("control", "4", "5a")
-#: Runs of the queue with up to this cost (instances in an epoch) have ten seeds, the others three.
+#: Runs of the queue with up to this cost (instances per epoch) have ten seeds. The others have three.
 CHEAP = 1500
 DEFAULTS = {"data": "mnist", "bags": BAGS, "seeds": 10, "epochs": 300, "sizes": [50], "positives": [0]}
 DEFAULTS_OF: dict[str, dict[str, Any]] = {
@@ -75,16 +75,18 @@ class Run(NamedTuple):
 
 def queue() -> list[Run]:
     """All runs of the figures in QUEUE without duplicates, in the order of computation."""
-    third: dict[Run, int] = {}
+    priority: dict[Run, int] = {}  # 0: computed first
     for figure in QUEUE:
         settings = DEFAULTS | DEFAULTS_OF[figure]
         for method, size, bags in itertools.product(FIGURES[figure], settings["sizes"], settings["bags"]):
             for seed in range(10 if size * bags <= CHEAP else 3):
                 first = figure == "control" or method in ("sgl", "max")
-                third.setdefault(Run(method, size, bags, seed), 2 if seed else 0 if first else 1)
-    control = min(DEFAULTS_OF["control"]["bags"])  # the cheapest point of the control is computed first
+                priority.setdefault(Run(method, size, bags, seed), 2 if seed else 0 if first else 1)
+    control = min(
+        DEFAULTS_OF["control"]["bags"]
+    )  # of each priority, the cheapest point of the control is computed first
 
     def order(run: Run) -> tuple[int, bool, int, int]:
-        return third[run], (run.bags, run.method.endswith("authors")) != (control, True), run.cost, run.seed
+        return priority[run], (run.bags, run.method.endswith("authors")) != (control, True), run.cost, run.seed
 
-    return sorted(third, key=order)
+    return sorted(priority, key=order)

@@ -90,7 +90,7 @@ def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) ->
     if not contents:
         raise ValueError(f"out: {args.out} has no run of {bags} bags of {size} and seed 0")
     if any("shown" not in content for content in contents.values()):
-        raise ValueError(f"out: runs in {args.out} do not hold what their networks say of single bags; remove them")
+        raise ValueError(f"out: runs in {args.out} do not hold the predictions for single bags; remove these runs")
     images = load_instances(args.data, args.data_dir).test_images
     panels = []
     for number in range(len(next(iter(contents.values()))["shown"])):

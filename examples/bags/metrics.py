@@ -21,11 +21,11 @@ def iou(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray) -> float:
 
 
 def iou_pooled(found: np.ndarray, positive: np.ndarray, offsets: np.ndarray, batch_size: int = 64) -> float:
-    """Intersection over union of the instances of ``batch_size`` bags together; the mean over these batches."""
+    """Mean over batches of ``batch_size`` bags of the intersection over union of all their instances."""
     edges = np.append(offsets[:-1:batch_size], offsets[-1])
     return iou(found, positive, edges)
 
 
 def _per_group(x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sum of ``x`` within each group; groups are not empty."""
+    """The sum of ``x`` within each group. Groups must not be empty."""
     return np.add.reduceat(x.astype(np.int64), offsets[:-1])

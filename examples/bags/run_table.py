@@ -24,7 +24,7 @@ LAST = (
     *METRICS, "best_val_epoch", *(f"best_val_{name}" for name in METRICS), "training_loss", "seconds", "cpu_seconds",
     "commit", "machine", "command",
 )  # fmt: skip
-#: The frequency of validation does not change the network of the last epoch.
+#: Settings that do not change the network of the last epoch.
 WITHOUT_EFFECT = {"val_every"}
 
 
@@ -79,10 +79,10 @@ def read_table(path: Path) -> list[Row]:
 
 
 def write_table(rows: Iterable[Row], path: Path) -> None:
-    """Writes ``rows`` sorted by settings, method and seed. After a crash the file is the old or the new one.
+    """Writes ``rows`` sorted by settings, method and seed. After a crash, the file is the old or the new one.
 
     Raises:
-        OSError: it cannot be written; the message names it.
+        OSError: the file cannot be written; the message names it.
     """
     rows = list(rows)
     settings = list(dict.fromkeys(name for row in rows for name in row if name not in (*FIRST, *LAST)))

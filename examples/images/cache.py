@@ -47,22 +47,24 @@ def open_cache(
     kind = "" if (channels, fit) == (1, "square") else f":{channels}:{fit}"
     digest = hashlib.sha256(f"{size}{kind}".encode())
     for path in paths:
-        known = path.stat()
-        digest.update(f"/{path.name}:{known.st_size}:{known.st_mtime_ns}".encode())
-    whole = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
-    if not whole.exists():
-        with _locked(whole.with_suffix(".lock")):
-            if not whole.exists():  # another process may have built it
-                _build(whole, paths, math.prod(shape), workers or os.cpu_count() or 1, (size, channels, fit))
-    expected, found = len(paths) * math.prod(shape), whole.stat().st_size
+        status = path.stat()
+        digest.update(f"/{path.name}:{status.st_size}:{status.st_mtime_ns}".encode())
+    cache_file = folder / f"cxr_{size}_{digest.hexdigest()[:16]}.u8"
+    if not cache_file.exists():
+        with _locked(cache_file.with_suffix(".lock")):
+            if not cache_file.exists():  # another process may have built it
+                _build(cache_file, paths, math.prod(shape), workers or os.cpu_count() or 1, (size, channels, fit))
+    expected, found = len(paths) * math.prod(shape), cache_file.stat().st_size
     if found != expected:
-        raise ValueError(f"{whole}: expected {expected} bytes, got {found}; remove the file, and run the command again")
-    return np.memmap(whole, dtype=np.uint8, mode="r", shape=(len(paths), *shape))
+        raise ValueError(
+            f"{cache_file}: expected {expected} bytes, got {found}; remove the file, and run the command again"
+        )
+    return np.memmap(cache_file, dtype=np.uint8, mode="r", shape=(len(paths), *shape))
 
 
-def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: tuple[int, int, str]) -> None:
-    """``length``: bytes of an image; ``how``: the arguments of load_image after the path."""
-    part = whole.with_suffix(".part")
+def _build(cache_file: Path, paths: Sequence[Path], length: int, workers: int, options: tuple[int, int, str]) -> None:
+    """Decodes the images into ``cache_file``. ``length``: bytes per image; ``options``: size, channels and fit."""
+    part = cache_file.with_suffix(".part")
     done = part.stat().st_size // length if part.exists() else 0
     needed, free = (len(paths) - done) * length, disk_usage(part.parent).free
     if needed > free:
@@ -78,7 +80,7 @@ def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: t
     ):
         file.truncate(done * length)  # the last image may be incomplete
         for start in range(done, len(paths), 64 * workers):
-            block = list(pool.map(lambda path: _image_or_error(path, *how), paths[start : start + 64 * workers]))
+            block = list(pool.map(lambda path: _image_or_error(path, *options), paths[start : start + 64 * workers]))
             errors = [image for image in block if isinstance(image, ValueError)]
             if errors:
                 advice = "check_cxr.py --decode checks all images"
@@ -88,7 +90,7 @@ def _build(whole: Path, paths: Sequence[Path], length: int, workers: int, how: t
             file.flush()
             progress.update(len(block))
         os.fsync(file.fileno())
-    os.replace(part, whole)
+    os.replace(part, cache_file)
 
 
 def _image_or_error(path: Path, size: int, channels: int, fit: str) -> np.ndarray | ValueError:

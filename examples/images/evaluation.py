@@ -1,6 +1,7 @@
 """The metrics of a trained network on the test images.
 
-The caller gives the thresholds, or the labels of the validation images choose them. Boxes choose nothing.
+The caller sets the thresholds, or they are chosen with the labels of the validation images. True boxes do not influence
+them.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def open_networks(runs: Sequence[Path], args: argparse.Namespace) -> list[Networ
 class Evaluated(NamedTuple):
     """The evaluation of a run.
 
-    Its name, settings and predictions; for each pair the predicted box, its best IoU, and whether the class is
-    predicted; and the contents of its output files.
+    ``found`` (k, 4): the predicted box of each pair. ``overlaps`` (k,): its best IoU. ``predicted`` (k,): whether the
+    class is predicted. ``metrics``, ``details``: the contents of the output files.
     """
 
     name: str
@@ -81,10 +82,13 @@ def thresholds_of(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """T_p and the gate per class (C,): numbers of the options, or chosen with the labels of the validation images.
 
-    The chosen threshold separates the validation images best. For the gate, it is compared with the probability of the
-    image; for T_p, with that of the largest patch, so that images that probably have the class have a patch above T_p.
-    Only the labels of images are used. Also returns the number of validation images, and the classes for which they
-    cannot choose a threshold, so that it is 0.5.
+    A chosen threshold is the one that separates the validation images best. The gate is compared with the probability
+    of the image. T_p is compared with that of the largest patch, so that images that probably have the class have a
+    patch above T_p. Only the labels of images are used.
+
+    Returns:
+        T_p; the gate; and, if a threshold was chosen, the number of validation images and the classes whose threshold
+        is 0.5, because their validation labels are all equal.
 
     Raises:
         ValueError: validation images are needed, but the run or the data has none.
@@ -99,7 +103,7 @@ def thresholds_of(
         raise ValueError(f"threshold, gate: {VALIDATION}: there are no validation images of the run in the data")
     there, expected = len(np.unique(index.patients[rows])), len(config["val_patients"])
     if there < expected:
-        print(f"warning: of the run's {expected} validation patients {there} are in the data", file=sys.stderr)
+        print(f"warning: only {there} of the run's {expected} validation patients are in the data", file=sys.stderr)
     predictions, labels = predict(model, config, index, rows, args), index.labels[rows]
     positive = (labels > 0).sum(0)
     known = (~np.isnan(labels)).sum(0)
@@ -182,7 +186,7 @@ def evaluate(network: Network, truth: Truth, args: argparse.Namespace) -> Evalua
 
 
 def trivial_of(truth: Truth, predictions: Predictions) -> dict[str, np.ndarray]:
-    """trivial_boxes of the grid of these maps."""
+    """``trivial_boxes`` for the grid of these maps."""
     grid = predictions.maps[0].shape if predictions.maps else (1, 1)
     return trivial_boxes(truth, grid, predictions.first, predictions.side)
 

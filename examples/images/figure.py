@@ -1,4 +1,4 @@
-"""The figure of an evaluation: the first box of each class, with the maps of one run or of two."""
+"""The figure of an evaluation: the first box of each class, with the maps of one or two runs."""
 
 from __future__ import annotations
 

@@ -142,5 +142,5 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "fil
 KEY = Markup(
     '<p class="note"><span class="box"></span> true box &ensp; <span class="box found"></span> found box &ensp; '
     '<span class="key-none">no box</span> the map has no pixel above T_p, or opening removes them all &ensp; '
-    '0 <span class="swatch"></span> 1 probability of the class: the more probable, the more opaque</p>'
+    '0 <span class="swatch"></span> 1 probability of the class; a higher probability is more opaque</p>'
 )

@@ -82,7 +82,7 @@ def over_patients(
     for c, (name, of) in enumerate(measures.items()):
         result[name] = interval([of(weight) for weight in draws_of_patients(patients, shown[:, c], draws, (seed, c))])
     mean = _mean_over_patients(list(measures.values()), patients, draws, (seed, len(measures)))
-    # the imputed changes may leave the range of a fraction
+    # the assumed changes of missing classes may exceed the range of a fraction
     return result | {"mean": Interval(*np.clip(mean, 0.0, 1.0).tolist())}
 
 
@@ -94,9 +94,9 @@ def _mean_over_patients(
     If a class is missing from a draw, it is assumed to change as the other classes do on average.
     """
     whole = np.array([of(np.ones(len(patients), int)) for of in measures])
-    alike = draws_of_patients(patients, np.zeros(len(patients), bool), draws, seed)
-    moved = [_mean(np.array([of(weight) for of in measures]) - whole) for weight in alike]
-    return interval(_mean(whole) + np.array(moved))
+    draws_of_all = draws_of_patients(patients, np.zeros(len(patients), bool), draws, seed)
+    changes = [_mean(np.array([of(weight) for of in measures]) - whole) for weight in draws_of_all]
+    return interval(_mean(whole) + np.array(changes))
 
 
 def auc_intervals(
@@ -107,7 +107,7 @@ def auc_intervals(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals over patients of the values of ``auc_per_class``."""
+    """95 % intervals over patients of the AUCs that ``auc_per_class`` returns."""
     measures = {name: _weighted_auc(scores[:, c], labels[:, c]) for c, name in enumerate(names)}
     return over_patients(measures, labels > 0, patients, draws, seed)
 
@@ -115,7 +115,7 @@ def auc_intervals(
 def auc_difference_interval(
     scores: np.ndarray, others: np.ndarray, labels: np.ndarray, patients: np.ndarray, draws: int = 1000, seed: int = 0
 ) -> Interval:
-    """95 % interval over patients of the mean AUC of ``scores`` (n, C) minus that of ``others`` (n, C), same images."""
+    """95 % interval over patients of the mean AUC of ``scores`` minus that of ``others``, both (n, C), same images."""
 
     def difference(c: int) -> Callable[[np.ndarray], float]:
         one, other = (_weighted_auc(some[:, c], labels[:, c]) for some in (scores, others))
@@ -128,18 +128,19 @@ def auc_difference_interval(
 def _weighted_auc(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], float]:
     """A function from weights (n,) to the AUC of the weighted images.
 
-    It sorts once for all draws; scikit-learn sorts for each draw."""
+    It sorts once for all draws. scikit-learn sorts for each draw.
+    """
     order = np.argsort(scores, kind="stable")
     positive, negative = (labels == 1)[order], (labels == 0)[order]
     _, starts = np.unique(scores[order], return_index=True)  # groups of images with equal scores
 
     def value(weight: np.ndarray) -> float:
         weight = weight[order]
-        pro = np.add.reduceat(weight * positive, starts)
-        contra = np.add.reduceat(weight * negative, starts)
-        pairs = float(pro.sum()) * float(contra.sum())
-        below = np.cumsum(contra) - contra / 2  # a pair with equal scores counts half
-        return float(pro @ below) / pairs if pairs else math.nan
+        positives = np.add.reduceat(weight * positive, starts)
+        negatives = np.add.reduceat(weight * negative, starts)
+        pairs = float(positives.sum()) * float(negatives.sum())
+        below = np.cumsum(negatives) - negatives / 2  # a pair with equal scores counts half
+        return float(positives @ below) / pairs if pairs else math.nan
 
     return value
 
@@ -152,8 +153,11 @@ def mean_intervals(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals over patients of the means by class (``boxes.per_class``) of values (n,) with class numbers
-    (n,)."""
+    """95 % intervals over patients of the mean of ``values`` (n,) in each class, and of the mean over the classes.
+
+    Args:
+        classes: class numbers (n,).
+    """
     present = np.unique(classes)
     measures = {names[c]: _weighted_mean(values, classes == c) for c in present}
     return over_patients(measures, classes[:, None] == present, patients, draws, seed)
@@ -167,15 +171,15 @@ def difference_intervals(
     For differences of two methods on the same boxes, with the class numbers ``classes`` (k,).
     """
     weights = np.array(list(draws_of_patients(patients, np.zeros(len(patients), bool), draws, (seed, 0))), float)
-    moved = []
+    changes = []
     for c in np.unique(classes):
         inside = classes == c
         total = weights[:, inside].sum(1, keepdims=True)
         drawn = np.divide(weights[:, inside] @ values[inside], total, out=np.full((draws, values.shape[1]), math.nan),
                           where=total > 0)  # fmt: skip
-        moved.append((drawn - values[inside].mean(0), values[inside].mean(0)))
-    whole = np.mean([mean for _, mean in moved], axis=0)
-    shifts = np.array([shift for shift, _ in moved])  # (classes, draws, m)
+        changes.append((drawn - values[inside].mean(0), values[inside].mean(0)))
+    whole = np.mean([mean for _, mean in changes], axis=0)
+    shifts = np.array([shift for shift, _ in changes])  # (classes, draws, m)
     count = np.maximum((~np.isnan(shifts[..., :1])).sum(0), 1)
     return [interval(column) for column in (whole + np.nansum(shifts, axis=0) / count).T]
 

@@ -258,9 +258,14 @@ class LocalNet(nn.Module):
 
 
 def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
-    """``weights``: ``"none"``, ``"imagenet"`` (downloaded by torchvision), or a file with a state_dict.
+    """Loads initial weights into ``model``.
 
-    The weights of a classifier in the file are ignored. All other weights must fit.
+    Args:
+        weights: ``"none"``, ``"imagenet"`` (downloaded by torchvision), or a file with a state_dict. The weights of a
+            classifier in the file are ignored. All other weights must fit.
+
+    Raises:
+        ValueError: there is no such file, the download fails, or the weights do not fit.
     """
     if weights == "none":
         return
@@ -269,7 +274,7 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
         return
     if weights == "imagenet":
         if backbone not in TORCHVISION:
-            raise ValueError(f"weights: there are none of ImageNet for {backbone}: name a file, or 'none'")
+            raise ValueError(f"weights: {backbone} has no ImageNet weights; give a file, or 'none'")
         import_torchvision()
         from torchvision import models
 
@@ -278,7 +283,7 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
         except Exception as error:  # a truncated file raises many types
             where = Path(torch.hub.get_dir(), "checkpoints")
             raise ValueError(
-                f"weights: could not be downloaded, or are cut off in {where} ({error}); name a file, or 'none'"
+                f"weights: could not be downloaded, or are truncated in {where} ({error}); give a file, or 'none'"
             ) from None
     else:
         path = Path(weights)

@@ -83,11 +83,15 @@ def predict(
     image: np.ndarray | None = None,
     classes: np.ndarray | None = None,
 ) -> Predictions:
-    """Predictions for the images ``rows`` (n,) of the index, in the order of its classes, with maps of the ``classes``
-    (k,) in the images ``image`` (k,), numbers below n."""
-    size, how = config["image_size"], {"channels": config["channels"], "fit": config["fit"]}
-    images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size, **how)
-    data = LabelledImages(images, index.labels, size, sizes=index.sizes, **how)
+    """Predictions for the images ``rows`` (n,) of the index, in the order of its classes.
+
+    Args:
+        image: (k,), for each map the number of its image, below n.
+        classes: (k,), for each map its class.
+    """
+    size, loading = config["image_size"], {"channels": config["channels"], "fit": config["fit"]}
+    images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size, **loading)
+    data = LabelledImages(images, index.labels, size, sizes=index.sizes, **loading)
     loader = DataLoader(data, args.batch_size, sampler=[(0, int(row)) for row in rows], num_workers=args.workers)
     pooling = make_pooling(config["pooling"])
     image = np.zeros(0, int) if image is None else image

@@ -56,9 +56,9 @@ def digests_of(index: Index, split: Split, seen: list[str]) -> Config:
 
 
 def trained_patients(run: Path, names: set[str], index: Index) -> set[str]:
-    """The patients of the training images ``names``, if ``index`` is of the same data set.
+    """The patients of the training images ``names``. Empty if ``index`` belongs to another kind of data set.
 
-    File names of ChestX-ray14 begin with the patient's number. For other data sets, split.csv has the patients.
+    In ChestX-ray14, file names begin with the number of the patient. For other data sets, split.csv has the patients.
     """
     if index.about.kind == nih.DESCRIPTION.kind:
         return {str(int(name[:8])) for name in names if nih.NAME.fullmatch(name)}

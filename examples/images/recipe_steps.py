@@ -138,7 +138,7 @@ def features_of(classifier: nn.Module) -> nn.Module:
     if hasattr(classifier, "forward_features"):
         return TimmFeatures(classifier)
     if hasattr(classifier, "features"):  # torchvision: DenseNet, MobileNet, EfficientNet
-        last = [nn.ReLU()] if type(classifier).__name__ == "DenseNet" else []  # a function in its forward, not a module
+        last = [nn.ReLU()] if type(classifier).__name__ == "DenseNet" else []  # its forward calls this as a function
         return nn.Sequential(classifier.features, *last)
     if hasattr(classifier, "avgpool"):  # torchvision: ResNet and its relatives
         return nn.Sequential(*(part for name, part in classifier.named_children() if name not in ("avgpool", "fc")))

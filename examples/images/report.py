@@ -95,8 +95,8 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
         if details[key] != VALIDATION:
             return str(details[key])
         rest = details["classes_at_0.5"]
-        but = f", 0.5 for {', '.join(rest)}, of which they show too little" if rest else ""
-        return f"chosen by the labels of {details['validation_images']} validation images{but}"
+        but = f", 0.5 for {', '.join(rest)}, whose validation labels are all equal" if rest else ""
+        return f"chosen with the labels of {details['validation_images']} validation images{but}"
 
     def cells(accuracy: dict[str, float], names: Sequence[str]) -> list[str]:
         return [page.number(accuracy.get(name), 2) for name in names]
@@ -126,19 +126,21 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
         ),
         page.table(["", *heads], overview, "share of boxes found, mean over the classes"),
         page.paragraph(
-            "Behind the gate a box counts where the class is predicted, too; without it, and in all rows that have no "
-            "network, whatever is predicted. MaxBoxAcc takes the one threshold that is best on these very boxes: what "
-            "the maps could give, not what the method gave. The mean box of a class is that of the boxes of other "
-            f"{units}; the ceiling is the best box that whole cells of the map can give. Draws of {units} cannot tell "
-            f"how certain a share of 0 or 1 is: its interval has no width. T_p {HALF}: each map's threshold is half "
-            "its maximum.",
+            "With the gate, a box counts only if its class is also predicted. Without the gate, and in all rows "
+            "without a network, every box counts. MaxBoxAcc uses the threshold that is best for these test boxes. It "
+            "shows what the maps could give, and is not a result of the method. The mean box of a class is the mean of "
+            f"the boxes of other {units}. The ceiling is the best box that consists of whole cells of the map. If a "
+            f"share is 0 or 1, its interval has no width, because all draws of {units} give the same share. "
+            f"T_p {HALF}: the threshold of each map is half of its maximum.",
             "note",
         ),
         *several_boxes(truth),
         *([page.paragraph(paper.NOTE, "note")] if truth.official else []),
         page.table(["", *heads], intervals, f"the same with 95 % intervals over {units}"),
         page.details("By class", *by_class),
-        page.table(["", *columns], pointing, "pointing game: boxes that hold the centre of the map's greatest cell"),
+        page.table(
+            ["", *columns], pointing, "pointing game: share of boxes that contain the centre of the map's largest cell"
+        ),
     )
 
 
@@ -148,8 +150,8 @@ def several_boxes(truth: Truth) -> list[page.Markup]:
     if not count:
         return []
     about = (
-        f"Several boxes of one class in an image count once: the best of them is compared with the box found. That is "
-        f"so {count} times; all tables of boxes have {len(truth.boxes)} comparisons."
+        "Several boxes of one class in an image count once: the best match is compared with the found box. This occurs "
+        f"{count} times. So all tables of boxes have {len(truth.boxes)} comparisons."
     )
     return [page.paragraph(about, "note")]
 
@@ -173,7 +175,7 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
     overlaps = [truth.overlaps(boxes_at(run.predictions, truth, thresholds, upsampling)) for run in runs]
     for t in (0.3, 0.5):
         lines = [page.Line(run.name, thresholds, share(overlaps[k] > t), k) for k, run in enumerate(runs)]
-        charts.append(page.chart(lines, f"What T_p does: IoU > {t:g}, no gate, no morphology", "T_p", "share"))
+        charts.append(page.chart(lines, f"Effect of T_p: IoU > {t:g}, no gate, no morphology", "T_p", "share"))
 
     at = np.linspace(0, 1, 101)
     rocs = []
@@ -190,7 +192,7 @@ def curves_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str) -> 
     return page.section(
         "Curves",
         page.side_by_side(*charts),
-        page.paragraph("The curves over T_p look at the test boxes; nothing was chosen by them.", "note"),
+        page.paragraph("The curves over T_p use the test boxes. They were not used to choose a threshold.", "note"),
         page.details("ROC of every class", page.side_by_side(*rocs)),
     )
 
@@ -238,13 +240,13 @@ def pictures_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, s
     best, worst = best_and_worst(runs[0], truth, 3)
     smooth = upsampling == "bilinear"
     parts = [
-        page.paragraph(f"The boxes of {runs[0].name} with the highest IoU. A click, or Enter, makes one larger."),
+        page.paragraph(f"The boxes of {runs[0].name} with the highest IoU. To enlarge one, click it or press Enter."),
         gallery.KEY,
         gallery.gallery(cards_of(runs, truth, best, side), smooth, "best", "map"),
     ]
     if worst:
         parts += [
-            page.paragraph("Those with the lowest IoU, of equal ones the most confident first."),
+            page.paragraph("The boxes with the lowest IoU. If IoUs are equal, the most confident come first."),
             gallery.gallery(cards_of(runs, truth, worst, side), smooth, "worst", ""),
         ]
     return page.section("Best and worst", *parts)
@@ -255,8 +257,8 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
     first = first_of_each_class(truth)
     order = [*first, *(k for k in range(len(truth.boxes)) if k not in set(first))][:count]
     cards = cards_of(runs, truth, order, side)
-    about = f"{len(cards)} of {len(truth.boxes)} {truth.counted}, one of each class first. "
-    about += "A click, or Enter, makes one larger."
+    about = f"{len(cards)} of {len(truth.boxes)} {truth.counted}, beginning with one of each class. "
+    about += "To enlarge one, click it or press Enter."
     return page.section(
         "Gallery", page.paragraph(about), gallery.KEY, gallery.gallery(cards, upsampling == "bilinear", "all")
     )
@@ -264,8 +266,8 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
 
 def verdict_section(sentences: Sequence[str], units: str) -> page.Markup:
     about = (
-        f"One side is better if the 95 % interval of the difference, over draws of {units}, lies above 0, "
-        "and if the mean AUC of its run is above chance (0.5). Boxes are compared without gate."
+        f"A run is better if the 95 % interval of the difference, over draws of {units}, lies above 0, "
+        "and if its mean AUC is above chance (0.5). Boxes are compared without the gate."
     )
     return page.section("Verdict", page.bullets(sentences), page.paragraph(about, "note"))
 
@@ -280,7 +282,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
     sentences = verdict(runs, truth, comparisons, args.draws, args.seed)
     sections = [verdict_section(sentences, truth.index.about.units)]
     if truth.index.missing:
-        about = f"{len(truth.index.missing)} images of the tables are not there, and were left out."
+        about = f"{len(truth.index.missing)} images of the tables are missing and were left out."
         sections.append(page.paragraph(about, "warning"))
     if len(truth.boxes) and args.gallery:
         sections.append(pictures_section(runs, truth, args.upsampling, args.gallery_size))
@@ -310,7 +312,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
             )
         )
     about = truth.index.about
-    lead = f"{' beside '.join(run.name for run in runs)}, on {len(truth.rows)} images of the {about.test_name}."
+    lead = f"{' compared with '.join(run.name for run in runs)}, on {len(truth.rows)} images of the {about.test_name}."
     content = page.page(
         f"{about.title}: classification and localization", lead, *sections, page.section("Settings", *settings)
     )

@@ -1,4 +1,4 @@
-"""The folder of a run: protection of existing files, a lock for one training, and the files besides checkpoints."""
+"""The folder of a run: protection of existing files, a lock for one training, and its output files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refuse_existing(out: Path, resume: bool) -> None:
         if not resume:
             raise ValueError(f"out: {out} holds a run; continue it with --resume, or name another folder")
         return
-    # an interruption at the end of the first epoch leaves a best.pt without these two, which may be overwritten
+    # An interruption at the end of the first epoch leaves best.pt without the other two files. It may be overwritten.
     if (out / "best.pt").exists() and (out / "history.csv").exists():
         raise ValueError(f"out: {out} holds a best.pt and a history.csv, but no last.pt; name another folder")
 
@@ -44,7 +44,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: child processes would keep it
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"out: another training is at work in {out}") from None
+            raise ValueError(f"out: another training writes into {out}; wait, or use another --out") from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -58,7 +58,7 @@ class RunFolder:
         self.out = out
         if not (out / "last.pt").exists():
             if resume:
-                print(f"{out} holds no last.pt to resume: training begins")
+                print(f"{out} holds no last.pt to resume; a new training starts")
             (out / "best.pt").unlink(missing_ok=True)  # from a training that ended before it wrote last.pt
         out.mkdir(parents=True, exist_ok=True)
         write_json(training.full_config(), out / "config.json")
@@ -73,13 +73,13 @@ class RunFolder:
                 for n in getattr(sources.split, part)
             )
             writer.writerows([name, PRETRAINED_PART, ""] for name in sources.seen)
-        if training.history:  # the previous process may have ended before it wrote this
+        if training.history:  # the interrupted process may not have written it
             write_history(training.history, out / "history.csv")
         self.logs = tensorboard(out, training.epoch)
         if training.epoch == training.extendable["epochs"]:
-            print(f"{out} is trained, all {training.epoch} epochs; --resume with more --epochs continues")
+            print(f"{out}: all {training.epoch} epochs are complete; to continue, use --resume with more --epochs")
 
-    def keep(self, training: Training, row: dict[str, Any], better: bool) -> None:
+    def save_epoch(self, training: Training, row: dict[str, Any], better: bool) -> None:
         """Writes the checkpoints and logs of a completed epoch."""
         # best.pt first: if the process is killed before last.pt is written, a resumed run finds the same best epoch
         if better:

@@ -17,7 +17,11 @@ from images.provenance import digests_of, names_of_weights
 
 
 class Sources(NamedTuple):
-    """``report``: the output of check_cxr.py and the split. ``seen``: the images that the weights were trained on."""
+    """The data of a run.
+
+    ``report``: the output of check_cxr.py, and the split. ``seen``: the images that the initial weights were trained
+    on.
+    """
 
     index: Index
     split: Split
@@ -27,11 +31,11 @@ class Sources(NamedTuple):
     def data(self, args: argparse.Namespace, config: Config) -> tuple[LabelledImages, LabelledImages]:
         """Cropped images for training and whole images for validation, from the cache if there is one."""
         index, size = self.index, config["image_size"]
-        how = {"channels": index.about.channels, "fit": index.about.fit}
-        images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size, **how)
-        how["sizes"] = index.sizes
-        train_data = LabelledImages(images, index.labels, size, crop_of(config), config["seed"], index.names, **how)
-        return train_data, LabelledImages(images, index.labels, size, **how)
+        loading = {"channels": index.about.channels, "fit": index.about.fit}
+        images = index.paths if args.cache is None else open_cache(args.cache, index.paths, size, **loading)
+        loading["sizes"] = index.sizes
+        train_data = LabelledImages(images, index.labels, size, crop_of(config), config["seed"], index.names, **loading)
+        return train_data, LabelledImages(images, index.labels, size, **loading)
 
 
 def open_sources(args: argparse.Namespace, config: Config) -> Sources:
@@ -43,15 +47,17 @@ def open_sources(args: argparse.Namespace, config: Config) -> Sources:
     index, report = checked_index(args)
     split = split_of(index, config)
     if index.test.all():
-        raise ValueError(f"data-dir: no image to train on is in {args.data_dir}")
+        raise ValueError(f"data-dir: there is no training image in {args.data_dir}")
     if not len(split.train):
-        raise ValueError(f"val-fraction: {config['val_fraction']:g} leaves no image to train on")
+        raise ValueError(f"val-fraction: {config['val_fraction']:g} leaves no training image")
     if config["val_fraction"] and not len(split.val):
-        print("warning: no patient validates, so that there is no best network", file=sys.stderr)
+        print("warning: there are no validation images, so no best network is chosen", file=sys.stderr)
     if len(split.train) < config["batch_size"]:
-        raise ValueError(f"batch-size: {config['batch_size']} is more than the {len(split.train)} training images")
+        raise ValueError(
+            f"batch-size: expected at most the {len(split.train)} training images, got {config['batch_size']}"
+        )
     seen = names_of_weights(config["weights"])
     config |= digests_of(index, split, seen)
     patients = f" of {len(split.val_patients)} other patients" if index.about.units == "patients" else ""
-    counts = f"{len(split.train)} images train, {len(split.val)}{patients} validate"
+    counts = f"{len(split.train)} training images, {len(split.val)} validation images{patients}"
     return Sources(index, split, f"{report}\n\n{counts}", seen)

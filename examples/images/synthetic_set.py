@@ -100,7 +100,7 @@ def write_dataset(
         ValueError: ``out`` is not empty.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: expected an empty folder, or none")
+        raise ValueError(f"{out}: expected an empty folder, or one that does not exist")
     plans = plan_images(images, seed, findings, rate)
     folders = [out / f"images_{k:03}" / "images" for k in range(1, 13)]
     folders = {"twelve": folders, "one": [out / "images"], "flat": [out]}[layout]

@@ -20,7 +20,7 @@ TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
 
 
 def without_nan(content: Any) -> Any:
-    """The value with None in place of NaN, which JSON does not have."""
+    """The value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(content, dict):
         return {key: without_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

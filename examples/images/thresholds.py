@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-#: The word in place of a number: the labels of the validation images choose the threshold.
+#: The option value for a threshold that is chosen with the labels of the validation images.
 VALIDATION = "validation"
 #: The two ways to place the cells of a map on the image.
 RASTERS = ("network", "even")
@@ -32,7 +32,7 @@ def map_threshold(text: str) -> float | str:
     """For argparse: a probability below 1, a fraction of the map's maximum such as ``0.5max``, or ``validation``."""
     if text == VALIDATION:
         return text
-    expected = f"a probability below 1, a share of the maximum such as {HALF}, or {VALIDATION}"
+    expected = f"a probability below 1, a fraction of the maximum such as {HALF}, or {VALIDATION}"
     if text.endswith("max"):
         return Relative(_share(text[: -len("max")], expected, text))
     return _share(text, expected, text)

@@ -100,7 +100,7 @@ class TimmFeatures(nn.Module):
 
 @lru_cache(maxsize=16)
 def timm_geometry(name: str, cut: int | None, output_stride: int) -> Geometry:
-    """Where the cells of ``TimmFeatures(name, cut, output_stride)`` look; ``field`` None: beyond 1024 pixels."""
+    """The grid and the receptive field of ``TimmFeatures(name, cut, output_stride)``; None if above 1024 pixels."""
     with torch.random.fork_rng():
         probe = nn.Sequential(TimmFeatures(name, cut, output_stride), nn.Identity())
     return geometry_of(probe.eval(), "1", 128)
@@ -125,9 +125,11 @@ def _create(
 
 
 def load_timm_weights(features: TimmFeatures, name: str, weights: str) -> None:
-    """``weights``: ``"imagenet"`` (downloaded by timm), or a .safetensors, .pth or .pt file; fp16 becomes float32.
+    """Loads initial weights into ``features``, as float32.
 
-    Of a file, the classifier and the stages after the cut are left out; every weight of the module has to be there.
+    Args:
+        weights: ``"imagenet"`` (downloaded by timm), or a .safetensors, .pth or .pt file. It must contain every weight
+            of the module. Other weights, of the classifier and of later stages, are ignored.
 
     Raises:
         ValueError: no such file, a failed download, or weights that do not fit.
@@ -136,7 +138,7 @@ def load_timm_weights(features: TimmFeatures, name: str, weights: str) -> None:
         try:
             state = _create(name, tuple(features.network.feature_info.out_indices), None, pretrained=True).state_dict()
         except Exception as error:  # a download fails in many ways
-            raise ValueError(f"weights: {name} could not be loaded ({error}); name a file, or 'none'") from None
+            raise ValueError(f"weights: {name} could not be loaded ({error}); give a file, or 'none'") from None
     else:
         path = Path(weights)
         if not path.is_file():

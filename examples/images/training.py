@@ -64,7 +64,7 @@ class Training:
         torch.backends.cudnn.benchmark = True  # all crops have the same size
         self.processes = processes
         self.network = make_model(self.config)
-        if processes.first or self.config["weights"] != "imagenet":  # others get them from the first
+        if processes.first or self.config["weights"] != "imagenet":  # other processes get them from the first one
             load_weights(self.network, self.config["backbone"], self.config["weights"])
         if self.config["freeze"]:
             self.network.features.freeze(self.config["freeze"])
@@ -208,7 +208,7 @@ class Training:
             self.sums /= self.processes.count
 
     def refuse_not_finite(self) -> None:
-        """Call this before writing a checkpoint, so that the last usable checkpoint stays.
+        """Raises an error before a checkpoint is written, so that the last usable checkpoint stays.
 
         Raises:
             ValueError: the loss of the epoch so far, or a parameter, is not finite.
@@ -216,15 +216,15 @@ class Training:
         finite = math.isfinite(float(self.sums[0]))
         if not finite or not all(bool(p.isfinite().all()) for p in self.network.parameters()):
             what = "parameters that are not finite" if finite else f"a loss of {float(self.sums[0]):g}"
-            raise ValueError(f"loss: {what} in epoch {self.epoch + 1}; a lower --lr may help, with another --out")
+            raise ValueError(f"loss: {what} in epoch {self.epoch + 1}; a lower --lr may help; use another --out")
 
     def restore(self, path: Path) -> None:
         """Loads the state from ``path``. Raises ValueError if it was trained with other settings."""
         state = load_state(path)
-        # keys that older versions did not write are not compared, nor is the title, which is the folder's name
+        # The title, which is the name of the folder, is not compared, nor are keys that older versions did not write.
         ignored = {"title", *({"train_labels_digest", "train_files_digest"} - set(state["config"]))}
-        then = OLDER | state["config"]
-        different = [key for key in self.config if key not in ignored and then.get(key) != self.config[key]]
+        stored = OLDER | state["config"]
+        different = [key for key in self.config if key not in ignored and stored.get(key) != self.config[key]]
         different += [key for key in EXTENDABLE if self.extendable[key] < state["epoch"]]
         if "train_names_digest" in different:  # the images differ
             different = [key for key in different if key not in ("train_labels_digest", "train_files_digest")]
@@ -273,7 +273,7 @@ def predict(training: Training, data: LabelledImages, numbers: np.ndarray, args:
     mine = np.arange(processes.rank, len(numbers), processes.count)
     size = max(config["batch_size"] // config["accumulate"] // processes.count, 1)
     batches = [[(0, int(n)) for n in numbers[mine[k : k + size]]] for k in range(0, len(mine), size)]
-    if processes.group is not None:  # each process has its own batch statistics; those of the first are saved
+    if processes.group is not None:  # use the batch statistics of the first process, which are those in the checkpoint
         for buffer in training.network.buffers():
             dist.broadcast(buffer, 0, group=processes.group)
     training.network.eval()

@@ -97,11 +97,11 @@ def truth_of(index: Index) -> Truth:
 
 
 def refuse_trained(truth: Truth, trained: set[str], patients: set[str], run: Path) -> None:
-    """Raises an error if the run was trained on test images.
+    """Refuses a run that was trained on test images.
 
     Args:
         trained: names of the training and validation images of the run.
-        patients: their patients, if they can be compared with the patients of the data set.
+        patients: the patients of these images; empty if they cannot be compared with those of the data set.
 
     Raises:
         ValueError: images of the test part, or other images of their patients, were used for training or validation.
@@ -112,13 +112,13 @@ def refuse_trained(truth: Truth, trained: set[str], patients: set[str], run: Pat
         boxed = {truth.names[i] for i in truth.image} & trained
         raise ValueError(
             f"run: {run} was trained or validated on {len(both)} images of the {part}, {len(boxed)} of them with "
-            f"boxes ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): its predictions for them mean nothing"
+            f"boxes ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}); an evaluation on them would be invalid"
         )
     shared = patients & set(truth.patients.astype(str).tolist())
     if shared:
         raise ValueError(
             f"run: {run} was trained or validated on other images of {len(shared)} patients of the {part} "
-            f"({min(shared)}, for one): its predictions for them mean nothing"
+            f"(e.g. {min(shared)}); an evaluation on them would be invalid"
         )
 
 

@@ -1,8 +1,8 @@
 """The result of an evaluation as text: the better run, and the boxes without a network that are better than the runs.
 
-Comparisons are paired: both sides are measured on the same images and boxes. The confidence interval is that of the
-difference of their means over the classes, over draws of patients. One side is better if its interval is above 0. A run
-is better than something only if its mean AUC is above chance: the interval of the AUC is above 0.5.
+Comparisons are paired: both methods are measured on the same images and boxes. The confidence interval over patients is
+that of the difference of their means over the classes. A method is better if this interval is above 0. A run must also
+have a mean AUC above chance: the interval of the AUC is above 0.5.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _percent(value: float) -> str:
 def verdict(
     runs: Sequence[Evaluated], truth: Truth, comparisons: Sequence[Comparison], draws: int, seed: int
 ) -> list[str]:
-    """The first sentences of the report."""
+    """The sentences of the verdict, which begin the report."""
     return [line[0].upper() + line[1:] for line in _sentences(runs, truth, comparisons, draws, seed)]
 
 

@@ -18,7 +18,7 @@ LOSSES = {"bag": "bag only", "sgl": "SGL", "mask": "SGL, mask penalty"}
 T_P = (0.5, 0.9)
 SEEDS = (4, 5, 6)
 
-#: The settings of a run besides its row and seed.
+#: The settings of a run that do not follow from its row and seed.
 SETTINGS: Config = {
     "size": 96, "train_images": 1000, "test_images": 400, "epochs": 10, "batch_size": 32, "lr": 3e-3,
     "weight_decay": 1e-4, "prior": 0.1, "delta_l": 0.3, "lam": 1.0, "lam_delay": 2.0, "lam_warmup": 4.0,
@@ -80,9 +80,10 @@ def rows_of(name: str) -> list[Row]:
 
 
 def settings_of(row: Row) -> Config:
-    """
+    """The settings of a run of this row.
+
     Raises:
-        ValueError: an unknown setting, or a value of the wrong type.
+        ValueError: a setting is unknown, or a value has the wrong type.
     """
     settings = SETTINGS | {"loss": "bag" if row.loss == "bag" else "sgl", "pooling": row.pooling}
     for key in (row.pooling, row.loss, f"{row.pooling}/{row.loss}"):
@@ -90,7 +91,7 @@ def settings_of(row: Row) -> Config:
     for change in row.changes:
         key, _, text = change.partition("=")
         if key not in SETTINGS or isinstance(SETTINGS[key], bool):
-            raise ValueError(f"rows: {row.name}: {key!r} is no setting: {', '.join(SETTINGS)}")
+            raise ValueError(f"rows: {row.name}: expected one of the settings {', '.join(SETTINGS)}, got {key!r}")
         try:
             settings[key] = type(SETTINGS[key])(text)
         except ValueError:

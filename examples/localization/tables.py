@@ -30,11 +30,11 @@ def collect(path: Path) -> Found:
         content = content_of(cells)
         (row,) = rows_of(content["row"])
         run, expected = Run(row, content["seed"]), settings_of(row)
-        there = content["settings"]
-        other = [key for key in {**expected, **there} if there.get(key) != expected.get(key)]
+        stored = content["settings"]
+        other = [key for key in {**expected, **stored} if stored.get(key) != expected.get(key)]
         if other:
-            there, here = ({key: settings.get(key) for key in other} for settings in (there, expected))
-            raise ValueError(f"out: {path}: {row.name}, seed {run.seed} is of {there}, not {here}")
+            was, now = ({key: settings.get(key) for key in other} for settings in (stored, expected))
+            raise ValueError(f"out: {path}: {row.name}, seed {run.seed} was computed with {was}, not {now}")
         found[run] = content
     return {run: found[run] for run in sorted(found, key=order_of)}
 
