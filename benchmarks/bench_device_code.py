@@ -26,6 +26,8 @@ import build_device_code  # noqa: E402
 
 #: Lane instructions per clock and multiprocessor of the pipes that are alike on the GPUs below.
 PIPES = {"fp32": 128, "alu": 64, "imad": 64, "mufu": 16, "shuffle": 32}
+#: Of a multiprocessor. Each issues one instruction of a warp per clock, and has a quarter of each pipe.
+SCHEDULERS = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class GPU:
     bandwidth: float  # bytes per second
     fp64: float
     convert: float
-    issue: float = 128
 
 
 GPUS = [
@@ -117,18 +118,34 @@ def risen(before: dict[str, float], now: dict[str, float]) -> dict[str, tuple[fl
     return {name: (count, now[name]) for name, count in before.items() if now[name] > 1.03 * count + 0.01}
 
 
-def picoseconds(gpu: GPU, case: Case, counts: dict[str, Any]) -> dict[str, float]:
-    """The model's time per element of one kernel, by what limits it: issue, the busiest pipe, memory."""
-    scale = gpu.multiprocessors / case.multiprocessors
-    busy = min(counts["blocks"], case.multiprocessors) * scale * gpu.clock / 1e12
+def busy_schedulers(case: Case, launch: dict[str, Any]) -> int:
+    """The schedulers that have a warp of the launch. A block runs on one multiprocessor."""
+    return min(launch["warps"], SCHEDULERS * min(launch["blocks"], case.multiprocessors))
+
+
+def clocks(gpu: GPU, case: Case, counts: dict[str, Any]) -> dict[str, float]:
+    """The clocks that the launches of a kernel need, by what limits them: issue, the longest warp, the busiest pipe.
+
+    A warp issues at most one instruction per clock, so no launch ends before its longest warp.
+    """
     rates = {**PIPES, "fp64": gpu.fp64, "convert": gpu.convert}
+    result = dict.fromkeys(("issue", "warp", "pipe"), 0.0)
+    for launch in counts["launches"]:
+        schedulers = busy_schedulers(case, launch)
+        result["issue"] += launch["instructions"] / schedulers
+        result["warp"] += launch["longest"]
+        busiest = max(launch["by_class"][name] * 32 / rate for name, rate in rates.items())
+        result["pipe"] += busiest * SCHEDULERS / schedulers
+    return result
+
+
+def picoseconds(gpu: GPU, case: Case, counts: dict[str, Any]) -> dict[str, float]:
+    """The model's time per element of one kernel, by what limits it: as :func:`clocks`, and memory."""
+    elements = counts["elements"] * gpu.multiprocessors / case.multiprocessors
     size = {"float32": 4, "float64": 8}.get(case.dtype, 2)
     written = size if counts["stores"]["bytes"] > size / 2 else 0
-    return {
-        "issue": counts["issued"] / gpu.issue / busy,
-        "pipe": max(counts["by_class"][name] / rate for name, rate in rates.items()) / busy,
-        "memory": (size + written) / gpu.bandwidth * 1e12,
-    }
+    times = {name: count / gpu.clock / elements * 1e12 for name, count in clocks(gpu, case, counts).items()}
+    return {**times, "memory": (size + written) / gpu.bandwidth * 1e12}
 
 
 def report(case: Case, counts: dict[str, Any]) -> str:
@@ -142,14 +159,20 @@ def report(case: Case, counts: dict[str, Any]) -> str:
             f"           {classes}",
             f"           sectors / needed: loads {sectors(count['loads']):.2f}, stores {sectors(count['stores']):.2f}",
         ]
+        lines += [
+            f"           launch: {launch['warps']} warps on {busy_schedulers(case, launch)} schedulers, "
+            f"{launch['instructions'] / launch['warps']:.0f} instructions a warp, {launch['longest']} at most"
+            for launch in count["launches"]
+        ]
     for gpu in GPUS:
         limits = [picoseconds(gpu, case, counts[name]) for name in ("forward", "backward")]
         size = {"float32": 4, "float64": 8}.get(case.dtype, 2)
         copy = 2 * size / gpu.bandwidth * 1e12
         total = sum(max(limit.values()) for limit in limits)
+        names = " / ".join(max(limit, key=lambda name: limit[name]) for limit in limits)
         issue = sum(max(limit["issue"], limit["memory"]) for limit in limits)
         lines.append(
-            f"  {gpu.name:8s} model: {total:6.2f} ps, {total / copy:5.2f} copies; "
+            f"  {gpu.name:8s} model: {total:6.2f} ps, {total / copy:5.2f} copies, limited by {names}; "
             f"by issue and memory alone {issue / copy:5.2f} copies"
         )
     return "\n".join(lines)

@@ -121,16 +121,18 @@ SGL_HD float reciprocal(float x) {
 #endif
 }
 
-// For x <= 88. The rounding error of the product with log2 e would be many ulp of the result for large |x|, so it is
-// computed and corrected.
-SGL_HD float exp(float x) {
-  x = x < -105.0f ? -105.0f : x;  // 0
+// For -1e38 < x <= 88. The rounding error of the product with log2 e would be many ulp of the result for large |x|, so
+// the result is corrected by e^(x - scaled ln 2). ln 2 is split into two constants.
+SGL_HD float exp_in_range(float x) {
   const float scaled = x * 1.44269502f;
-  // its negative: nvcc would compute -scaled by a second product
-  const float gained = std::fma(x, -1.92596303e-8f, std::fma(x, -1.44269502f, scaled));
+  const float lost = std::fma(scaled, 1.90465430e-9f, std::fma(scaled, -0.693147182f, x));
   const float result = exp2_instruction(scaled);
-  return result * (gained * -0.693147181f) + result;
+  return result * lost + result;
 }
+// For x <= 88, and 0 below -105.
+SGL_HD float exp(float x) { return exp_in_range(std::fmax(x, -105.0f)); }
+// 1 / (1 + e^-x) for x < 1e38, without the two cases of `probability`
+SGL_HD float sigmoid(float x) { return reciprocal(1.0f + exp_in_range(std::fmin(-x, 88.0f))); }
 // a / b, to 2 ulp
 SGL_HD float quotient(float a, float b) { return a * reciprocal(b); }
 
@@ -261,6 +263,8 @@ SGL_HD Probability<F> probability(F x, const Scale<T>& scale) {
   }
   return o;
 }
+
+SGL_HD double sigmoid(double x) { return probability<false>(x, Scale<double>{0, 0, 0, false}).p; }
 
 // Sum of log(1 + u) as one logarithm of a product. The product is stored minus 1, so that a tiny u keeps its precision.
 // In float, for at most kFactors factors, each at most 2.

@@ -2,26 +2,42 @@
 // of threads processes a piece of a pair, or of several pairs whose classes lie side by side in memory. Threads exchange nothing.
 #pragma once
 
+#include <type_traits>
+
 #include "group.cuh"
 #include "rows.cuh"
 
 namespace sgl {
 namespace cuda {
 
-template <class Pooling, Kind kind, bool scaled, class T>
+// Whether a negative pair needs nothing but p of its instances, so that sigmoid() suffices.
+SGL_HD constexpr bool needs_p_only(int64_t pooling) {
+  return pooling == NoPooling::kCode || pooling == MaxPooling::kCode;
+}
+
+template <class Pooling, Kind kind, class T>
 SGL_DEVICE T slope_of(T x, const Coefficients<T>& k) {
-  const Probability<T> o = probability<scaled>(x, k.scale);
-  T g = instance_slope<kind, scaled>(x, o, k);
-  if (Pooling::kCode != NoPooling::kCode) g += Pooling::template slope<scaled>(x, o, k.pooling, k.slope1, k.slope2);
+  Probability<T> o = {};
+  T g;
+  if constexpr (kind == Kind::kNegative && needs_p_only(Pooling::kCode)) {
+    g = k.negative * sigmoid(x);
+  } else {
+    o = probability<false>(x, k.scale);
+    g = instance_slope<kind, false>(x, o, k);
+  }
+  if constexpr (Pooling::kCode != NoPooling::kCode)
+    g += Pooling::template slope<false>(x, o, k.pooling, k.slope1, k.slope2);
   return g;
 }
 
-// The same for any kind and pooling, which it chooses for each instance.
+// The same for any kind and pooling, which it chooses for each instance. `by_sigmoid`: p of a negative pair is sigmoid(), so
+// that the gradient has the same bits in every layout.
 template <bool scaled, class T>
-SGL_DEVICE T any_slope_of(T x, const Coefficients<T>& k) {
+SGL_DEVICE T any_slope_of(T x, const Coefficients<T>& k, bool by_sigmoid) {
   const Probability<T> o = probability<scaled>(x, k.scale);
   T g = T(0);
-  if (k.kind == Kind::kNegative) g = instance_slope<Kind::kNegative, scaled>(x, o, k);
+  if (k.kind == Kind::kNegative)
+    g = !scaled && by_sigmoid ? k.negative * sigmoid(x) : instance_slope<Kind::kNegative, scaled>(x, o, k);
   if (k.kind == Kind::kPositive) g = instance_slope<Kind::kPositive, scaled>(x, o, k);
   if (k.kind == Kind::kRounded) g = instance_slope<Kind::kRounded, scaled>(x, o, k);
   if (k.kind == Kind::kExtremes) g = instance_slope<Kind::kExtremes, scaled>(x, o, k);
@@ -30,143 +46,258 @@ SGL_DEVICE T any_slope_of(T x, const Coefficients<T>& k) {
          });
 }
 
-// The gradient slope(x) of a simple row: of pack `first`, of the one `step` packs further on, and so on. Then of the
-// instances after the `packs` whole packs, in the same way: neighbouring threads have neighbouring instances.
-template <class T, class In, class Slope>
-SGL_DEVICE void write_gradient(
-    const Row<In>& row, In* grad, unsigned packs, unsigned first, unsigned step, const Slope& slope) {
-  constexpr unsigned kSize = Pack<In>::kSize;
-  const unsigned n = row.n;
-  // in both loops the next logits are loaded before the gradient of these is computed
-  if (first < packs) {
-    const Pack<In>* const logits = reinterpret_cast<const Pack<In>*>(row.x);
-    Pack<In> next = logits[first];
-#pragma unroll 1
-    for (unsigned p = first; p < packs; p += step) {
-      Pack<In> pack = next;
-      if (p + step < packs) next = logits[p + step];
-#pragma unroll
-      for (unsigned v = 0; v < kSize; ++v) write_as(&pack.x[v], slope(read_as(T(), pack.x[v])));
-      reinterpret_cast<Pack<In>*>(grad)[p] = pack;
-    }
+// ---------------------------------------------------------------------------------------------------------------------
+// Simple rows: one stride, and every position is an instance
+
+template <class P>
+SGL_DEVICE P* moved(P* address, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  return reinterpret_cast<P*>(reinterpret_cast<Byte*>(address) + bytes);
+}
+
+// The instances of a thread, a pack of them at a time: adjacent ones (tiling.in_packs), or instances that lie `tiling.each`
+// positions apart, so that neighbouring threads have neighbouring ones. The first pack may begin before the row, at a multiple
+// of 16 or 32 bytes, and the last one may end after it.
+template <class In>
+struct Instances {
+  static constexpr int kSize = Pack<In>::kSize;
+  const Tiling& tiling;
+  const In* logits;
+  In* grad;
+  int position, n;
+  uint32_t whole;  // a pack at a position below it lies in the row and can be accessed at once
+
+  // `first`: number of the thread among those that process the row
+  SGL_DEVICE Instances(
+      const Tiling& t, const In* all_logits, In* all_grads, const Bounds& bounds, uint32_t cls, uint32_t first)
+      : tiling(t), n(static_cast<int>(bounds.end - bounds.begin)) {
+    const uint64_t bag = bounds.begin;
+    logits = all_logits + (bag * t.logits_bag + static_cast<uint64_t>(cls) * t.logits_class);
+    grad = all_grads + (bag * t.grad_bag + static_cast<uint64_t>(cls) * t.grad_class);
+    const uint32_t skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(logits)) / sizeof(In) & t.skew_mask;
+    position = static_cast<int>(first * t.first_step - skew);
+    whole = t.in_packs && n >= kSize ? n - kSize + 1 : 0;
+    logits = moved(logits, int64_t{position} * t.logits_stride);
+    grad = moved(grad, int64_t{position} * t.grad_stride);
   }
-  const unsigned begin = packs * kSize + first;
-  if (begin >= n) return;
-  const Dimension& dim = row.rows->dimension[0];
-  const In* from = row.x + begin * dim.logits;
-  In* to = grad + begin * dim.grad;
-  const int64_t from_step = step * dim.logits, to_step = step * dim.grad;
-  In next = *from;
+
+  SGL_DEVICE bool exist() const { return position < n; }
+  SGL_DEVICE bool is_instance(int j) const { return static_cast<uint32_t>(j) < static_cast<uint32_t>(n); }
+
+  SGL_DEVICE void load(Pack<In>& pack) const {
+    if (static_cast<uint32_t>(position) < whole) {
+      pack = *reinterpret_cast<const Pack<In>*>(logits);
+      return;
+    }
+    const In* from = logits;
+#pragma unroll
+    for (int v = 0; v < kSize; ++v, from = moved(from, tiling.logits_each))
+      if (is_instance(position + v * tiling.each)) pack.x[v] = *from;
+  }
+
+  // the pack that was loaded from position `at`
+  SGL_DEVICE void store(const Pack<In>& pack, int at) const {
+    if (static_cast<uint32_t>(at) < whole) {
+      *reinterpret_cast<Pack<In>*>(grad) = pack;
+      return;
+    }
+    In* to = grad;
+#pragma unroll
+    for (int v = 0; v < kSize; ++v, to = moved(to, tiling.grad_each))
+      if (is_instance(at + v * tiling.each)) *to = pack.x[v];
+  }
+};
+
+// The gradient slope(x) of each instance. `next`: the first pack
+template <class T, class In, class Slope>
+SGL_DEVICE void write_gradient(Instances<In> instances, Pack<In> next, const Slope& slope) {
+  constexpr int kSize = Pack<In>::kSize;
 #pragma unroll 1
-  for (unsigned j = begin; j < n; j += step, to += to_step) {
-    const In x = next;
-    from += from_step;
-    if (j + step < n) next = *from;
-    write_as(to, slope(read_as(T(), x)));
+  while (instances.exist()) {
+    // the next logits are loaded before the gradient of these is computed
+    Pack<In> pack = next;
+    const int at = instances.position;
+    instances.position += instances.tiling.step;
+    instances.logits = moved(instances.logits, instances.tiling.logits_step);
+    if (instances.exist()) instances.load(next);
+#pragma unroll
+    for (int v = 0; v < kSize; ++v) write_as(&pack.x[v], slope(read_as(T(), pack.x[v])));
+    instances.store(pack, at);
+    instances.grad = moved(instances.grad, instances.tiling.grad_step);
   }
 }
 
-// The same for a kind and a pooling with kOwnLoop, both chosen outside of the loop.
+// The same number to every instance.
+template <class T, class In>
+SGL_DEVICE void fill(Instances<In> instances, T value) {
+  Pack<In> pack;
+#pragma unroll
+  for (int v = 0; v < Pack<In>::kSize; ++v) write_as(&pack.x[v], value);
+#pragma unroll 1
+  while (instances.exist()) {
+    instances.store(pack, instances.position);
+    instances.position += instances.tiling.step;
+    instances.grad = moved(instances.grad, instances.tiling.grad_step);
+  }
+}
+
+// The saved row of a pair and the denominators of the batch.
+template <class T>
+struct SavedRow {
+  T columns[kColumns], denominators[kDenominatorPair + 1];
+
+  SGL_DEVICE bool is(Kind kind) const { return columns[kColumnKind] == static_cast<T>(static_cast<int>(kind)); }
+  // of sigmoid()
+  SGL_DEVICE bool below_limit() const { return columns[kColumnHigh] < T(1e38); }
+};
+
+// Numbers that lie on 16 bytes
+template <class T, int kCount>
+SGL_DEVICE void load_packs(T (&to)[kCount], const T* from) {
+  static_assert(kCount % Pack<T>::kSize == 0, "whole packs");
+#pragma unroll
+  for (int k = 0; k < kCount; k += Pack<T>::kSize) {
+    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from + k);
+#pragma unroll
+    for (int v = 0; v < Pack<T>::kSize; ++v) to[k + v] = pack.x[v];
+  }
+}
+
+// Calls f with an object of the pooling with kOwnLoop whose bit this is. Bits, because a comparison with codes would become a
+// jump table, which takes longer.
+template <class Function>
+SGL_DEVICE void with_own_pooling(uint32_t bit, const Function& f) {
+#define SGL_CASE(P)          \
+  if constexpr (P::kOwnLoop) \
+    if (bit & 1u << P::kCode) return f(P());
+  SGL_POOLINGS(SGL_CASE)
+#undef SGL_CASE
+}
+
+// For a kind and a pooling with kOwnLoop: both are constants of the loop, and of the computation of the coefficients.
 template <Kind kind, class T, class In>
 SGL_DEVICE void write_own_loop(
-    const Row<In>& row, In* grad, unsigned packs, unsigned first, unsigned step, const Coefficients<T>& k) {
-  with_pooling(k.pooling_code, [&](auto pooling) {
+    const Call& call, const Instances<In>& instances, const Pack<In>& first, SavedRow<T> saved, T grad_output,
+    uint32_t cls) {
+  with_own_pooling(instances.tiling.own_pooling, [&](auto pooling) {
     using P = decltype(pooling);
-    if constexpr (P::kOwnLoop)
-      write_gradient<T>(row, grad, packs, first, step, [&](T x) { return slope_of<P, kind, false>(x, k); });
+    saved.columns[kColumnKind] = static_cast<T>(static_cast<int>(kind));
+    Settings settings = call.settings;
+    settings.pooling = P::kCode;
+    // negative pairs do not need pos_weight
+    const T* pos_weights = static_cast<const T*>(call.pos_weight);
+    const T pos_weight = kind == Kind::kNegative || pos_weights == nullptr ? T(1) : pos_weights[cls];
+    const Coefficients<T> k = coefficients(saved.columns, saved.denominators, grad_output, pos_weight, settings);
+    write_gradient<T>(instances, first, [&](T x) { return slope_of<P, kind>(x, k); });
   });
 }
 
-// The same for any row, kind and pooling, instance by instance.
+// The gradient of a simple row. False if its kind or pooling has no loop of its own.
+template <class T, class In>
+SGL_DEVICE bool write_simple(
+    const Call& call, const Instances<In>& instances, const Pack<In>& first, const SavedRow<T>& saved, T grad_output,
+    uint32_t cls) {
+  // the own loops need p that is not scaled (scale_of), and logits below the limit of sigmoid()
+  const bool in_range =
+      saved.columns[kColumnHigh] >= T(-40) && saved.columns[kColumnLow] <= T(40) && saved.below_limit();
+  if (in_range && instances.tiling.own_pooling != 0) {
+    if (saved.is(Kind::kNegative)) {
+      write_own_loop<Kind::kNegative>(call, instances, first, saved, grad_output, cls);
+      return true;
+    }
+    if (saved.is(Kind::kPositive)) {
+      write_own_loop<Kind::kPositive>(call, instances, first, saved, grad_output, cls);
+      return true;
+    }
+  }
+  // No product with 0 or NaN: an excluded pair may hold anything, and a weight of 0 must not hide a NaN.
+  const bool excluded = saved.is(Kind::kExcluded);
+  if (!excluded && !saved.is(Kind::kNonFinite)) return false;
+  fill(instances, excluded ? T(0) : nan_of(T()));
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Any row, instance by instance
+
 template <bool scaled, class T, class In>
-SGL_DEVICE void write_general(const Row<In>& row, In* grad, unsigned first, unsigned step, const Coefficients<T>& k) {
+SGL_DEVICE void write_each(
+    const Row<In>& row, In* grad, int first, int step, const Coefficients<T>& k, bool by_sigmoid) {
+  const bool excluded = k.kind == Kind::kExcluded, filled = excluded || k.kind == Kind::kNonFinite;
 #pragma unroll 1
-  for (unsigned j = first; j < static_cast<unsigned>(row.n); j += step) {
+  for (int j = first; j < row.n; j += step) {
     const Steps steps = steps_to(*row.rows, j);
     const bool live = row.mask == nullptr || row.mask[steps.mask];
-    const T x = read_as(T(), live ? row.x[steps.logits] : filler(In()));
-    write_as(grad + steps.grad, live ? any_slope_of<scaled>(x, k) : T(0));
+    T g = live && !excluded ? nan_of(T()) : T(0);
+    if (live && !filled) g = any_slope_of<scaled>(read_as(T(), row.x[steps.logits]), k, by_sigmoid);
+    write_as(grad + steps.grad, g);
   }
 }
 
-// The same number to every instance, without reading them.
 template <class T, class In>
-SGL_DEVICE void fill(const Row<In>& row, In* grad, unsigned packs, T value, unsigned first, unsigned step) {
-  constexpr unsigned kSize = Pack<In>::kSize;
-  Pack<In> pack;
-#pragma unroll
-  for (unsigned v = 0; v < kSize; ++v) write_as(&pack.x[v], value);
-  for (unsigned p = first; p < packs; p += step) reinterpret_cast<Pack<In>*>(grad)[p] = pack;
-#pragma unroll 1
-  for (unsigned j = packs * kSize + first; j < static_cast<unsigned>(row.n); j += step) {
-    const Steps steps = steps_to(*row.rows, j);
-    write_as(grad + steps.grad, row.mask == nullptr || row.mask[steps.mask] ? value : T(0));
-  }
-}
-
-// The gradient of a pair from its saved row and the denominators: of the packs and instances that write_gradient says.
-template <class T, class In>
-SGL_DEVICE void write_row(
-    const Call& call, const Row<In>& row, In* row_grad, const T* columns, const T* denominators, T grad_output,
-    int64_t cls, unsigned first, unsigned step) {
+SGL_DEVICE void write_general(
+    const Call& call, const Row<In>& row, In* grad, int first, int step, const SavedRow<T>& saved, T grad_output,
+    uint32_t cls) {
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
   const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-  const Coefficients<T> k = coefficients(columns, denominators, grad_output, pos_weight, call.settings);
-  const bool in_packs = row.is_contiguous && call.rows.dimension[0].grad == 1 && lies_on_16_bytes(row_grad);
-  const unsigned packs = in_packs ? row.n / Pack<In>::kSize : 0;
-  const bool own_loop = row.is_simple && !k.scale.any && has_own_loop(k.pooling_code);
-  if (k.kind == Kind::kExcluded || k.kind == Kind::kNonFinite) {
-    // No product with 0 or NaN: an excluded pair may hold anything, and a weight of 0 must not hide a NaN.
-    fill(row, row_grad, packs, k.kind == Kind::kExcluded ? T(0) : nan_of(T()), first, step);
-  } else if (own_loop && k.kind == Kind::kNegative) {
-    write_own_loop<Kind::kNegative>(row, row_grad, packs, first, step, k);
-  } else if (own_loop && k.kind == Kind::kPositive) {
-    write_own_loop<Kind::kPositive>(row, row_grad, packs, first, step, k);
-  } else if (k.scale.any) {
-    write_general<true>(row, row_grad, first, step, k);
+  const Coefficients<T> k = coefficients(saved.columns, saved.denominators, grad_output, pos_weight, call.settings);
+  const bool by_sigmoid = needs_p_only(call.settings.pooling) && saved.below_limit();
+  if (k.scale.any) {
+    write_each<true>(row, grad, first, step, k, by_sigmoid);
   } else {
-    write_general<false>(row, row_grad, first, step, k);
+    write_each<false>(row, grad, first, step, k, by_sigmoid);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The kernel
 
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
-    const __grid_constant__ Call call, const __grid_constant__ Backward backward, const int group_bits,
-    const Tiling tiling) {
+    const __grid_constant__ Call call, const __grid_constant__ Backward backward, const __grid_constant__ Tiling tiling) {
   const Rows& rows = call.rows;
-  const T* saved = static_cast<const T*>(backward.saved);
-  const uint32_t classes = rows.classes, pairs = rows.units;
-  const T* denominators = saved + int64_t{pairs} * kColumns;
-  const T* grad_output = static_cast<const T*>(backward.grad_output);
-  In* grad = static_cast<In*>(backward.grad);
+  const T* columns = static_cast<const T*>(backward.saved);
+  const uint32_t classes = rows.classes;
+  const T* grad_outputs = static_cast<const T*>(backward.grad_output);
+  In* grads = static_cast<In*>(backward.grad);
 
-  const uint32_t groups = blockDim.x >> group_bits, rank = threadIdx.x & ((1u << group_bits) - 1);
+  const uint32_t rank = threadIdx.x & ((1u << tiling.group_bits) - 1);
   // Neighbouring threads have neighbouring classes, then neighbouring instances.
   const uint32_t at = quotient_of(rank, tiling.across), class_at = rank - at * tiling.across.by;
-  for (uint32_t item = blockIdx.x * groups + (threadIdx.x >> group_bits); item < tiling.items;
-       item += gridDim.x * groups) {
+  for (uint32_t item = blockIdx.x * tiling.groups + (threadIdx.x >> tiling.group_bits); item < tiling.items;
+       item += tiling.item_step) {
     const uint32_t strip = quotient_of(item, tiling.pieces), bag = quotient_of(strip, tiling.strips);
     const uint32_t cls = (strip - bag * tiling.strips.by) * tiling.across.by + class_at;
     if (at >= tiling.lengthwise || cls >= classes) continue;
-    const uint32_t pair = bag * classes + cls;
-    const Place place = place_of(rows, bag, cls);
-    const Row<In> row(call, place, tiling.lengthwise);
-    write_row(
-        call, row, grad + place.grad, saved + int64_t{pair} * kColumns, denominators,
-        grad_output[backward.per_pair ? pair : 0], cls, (item - strip * tiling.pieces.by) * tiling.lengthwise + at,
-        tiling.pieces.by * tiling.lengthwise);
+    const uint32_t pair = bag * classes + cls, piece = item - strip * tiling.pieces.by;
+    SavedRow<T> saved;
+    load_packs(saved.columns, columns + int64_t{pair} * kColumns);
+    load_packs(saved.denominators, columns + int64_t{rows.units} * kColumns);
+    const T grad_output = grad_outputs[pair * backward.grad_output_step];
+    const Bounds bounds = bounds_of(rows, bag);
+    const uint32_t first = piece * tiling.lengthwise + at;
+    if (tiling.is_simple) {
+      const Instances<In> instances(tiling, static_cast<const In*>(call.logits), grads, bounds, cls, first);
+      Pack<In> pack = {};
+      if (instances.exist()) instances.load(pack);
+      if (write_simple(call, instances, pack, saved, grad_output, cls)) continue;
+    }
+    const Place place = place_of(rows, bounds, cls);
+    write_general(
+        call, Row<In>(call, place, tiling.lengthwise), grads + place.grad, static_cast<int>(first),
+        static_cast<int>(tiling.pieces.by * tiling.lengthwise), saved, grad_output, cls);
   }
 
   if (rows.offsets == nullptr || blockIdx.x > 0) return;
   // rows of no bag, before the first and after the last: there are none where the offsets are right, so one block is enough
-  const int64_t begin = clamped(offset_at(rows, 0), 0, rows.positions);
-  const int64_t end = clamped(offset_at(rows, rows.bags), begin, rows.positions);
+  const Bounds bounds = bounds_of(rows, 0, static_cast<uint32_t>(rows.bags));
+  const int64_t begin = bounds.begin, end = bounds.end;
   const int64_t outside = (begin + rows.positions - end) * static_cast<int64_t>(classes);
   In zero;
   write_as(&zero, T(0));
   for (int64_t i = threadIdx.x; i < outside; i += blockDim.x) {
     const int64_t row = i / classes, cls = i - row * classes;
-    grad[(row < begin ? row : row - begin + end) * rows.grad_bag + cls * rows.grad_class] = zero;
+    grads[(row < begin ? row : row - begin + end) * rows.grad_bag + cls * rows.grad_class] = zero;
   }
 }
 

@@ -596,7 +596,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
       const unsigned bag = exists ? quotient_of(pair, work.classes) : 0,
                      cls = exists ? pair - bag * work.classes.by : 0;
       Sums& sums = shared.sums[waiting * pairs + index];
-      Place place = place_of(call.rows, bag, cls);
+      Place place = place_of(call.rows, bounds_of(call.rows, bag), cls);
       if (visit > 0) {
         const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
         find_others(settings, Row<In>(call, place, group.size()), pos_weight, group, shared.search, sums);

@@ -104,6 +104,11 @@ int bits_of_block(int threads) {
 // Groups of 2^part_bits pairs.
 uint32_t groups_of(const Call& call, int part_bits) { return (call.rows.units + (1u << part_bits) - 1) >> part_bits; }
 
+// Positions of a bag; for packed bags only the mean is known here.
+int64_t mean_length(const Rows& rows) {
+  return rows.offsets == nullptr ? rows.positions : rows.positions / std::max<int64_t>(rows.bags, 1);
+}
+
 // SGL_TWO_TYPES: only the kernels for float and bfloat16, which tests/device_code compiles in half the time.
 template <class T, class In>
 cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& plan, cudaStream_t stream) {
@@ -128,15 +133,65 @@ cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& pla
   return cudaGetLastError();
 }
 
+// Whether numbers at these addresses lie alike on 16 bytes, in every row.
+template <class In>
+bool lie_alike(const Rows& rows, const void* a, const void* b, int64_t bag_difference, int64_t class_difference) {
+  constexpr int64_t kSize = 16 / sizeof(In);
+  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % 16 == 0 &&
+         (rows.bags == 1 || bag_difference % kSize == 0) && (rows.classes == 1 || class_difference % kSize == 0);
+}
+
+template <class In>
+Tiling tiling_of(const Call& call, const Backward& backward, const Plan& plan) {
+  const Rows& rows = call.rows;
+  const Dimension& dim = rows.dimension[0];
+  const uint32_t size = 1u << plan.backward_bits, pieces = plan.pieces, across = classes_across(rows, size);
+  const uint32_t strips = (rows.classes + across - 1) / across;
+  Tiling t = {};
+  t.across = divisor_of(across);
+  t.strips = divisor_of(strips);
+  t.pieces = divisor_of(pieces);
+  t.lengthwise = size / across;
+  t.items = static_cast<uint32_t>(rows.bags) * strips * pieces;
+  t.group_bits = plan.backward_bits;
+  t.groups = plan.threads >> plan.backward_bits;
+  t.item_step = plan.backward_blocks * t.groups;
+  const auto is_small = [](int64_t stride) { return stride >= 0 && stride < (int64_t{1} << 31) / int64_t{sizeof(In)}; };
+  t.is_simple = rows.dimensions == 1 && call.mask == nullptr;
+  for (const int64_t stride : {rows.logits_bag, rows.logits_class, rows.grad_bag, rows.grad_class, dim.logits, dim.grad})
+    t.is_simple = t.is_simple && is_small(stride);
+  if (!t.is_simple) return t;
+  t.own_pooling = has_own_loop(call.settings.pooling) ? 1u << call.settings.pooling : 0;
+  constexpr int kSize = 16 / sizeof(In);
+  const bool adjacent = dim.logits == 1 && dim.grad == 1;
+  const bool alike = lie_alike<In>(
+      rows, call.logits, backward.grad, rows.logits_bag - rows.grad_bag, rows.logits_class - rows.grad_class);
+  // Packs of a short row that begins anywhere would leave many threads without work.
+  t.in_packs = adjacent && alike &&
+               (mean_length(rows) > kShort ||
+                (rows.offsets == nullptr && lie_alike<In>(rows, call.logits, nullptr, rows.logits_bag, rows.logits_class)));
+  t.skew_mask = t.in_packs ? kSize - 1 : adjacent && alike ? 2 * kSize - 1 : 0;
+  const int threads = static_cast<int>(pieces * t.lengthwise);
+  t.first_step = t.in_packs ? kSize : 1;
+  t.each = t.in_packs ? 1 : threads;
+  t.step = threads * kSize;
+  t.logits_bag = static_cast<uint32_t>(rows.logits_bag);
+  t.logits_class = static_cast<uint32_t>(rows.logits_class);
+  t.grad_bag = static_cast<uint32_t>(rows.grad_bag);
+  t.grad_class = static_cast<uint32_t>(rows.grad_class);
+  t.logits_stride = static_cast<int>(dim.logits * sizeof(In));
+  t.grad_stride = static_cast<int>(dim.grad * sizeof(In));
+  t.logits_each = int64_t{t.each} * t.logits_stride;
+  t.grad_each = int64_t{t.each} * t.grad_stride;
+  t.logits_step = int64_t{t.step} * t.logits_stride;
+  t.grad_step = int64_t{t.step} * t.grad_stride;
+  return t;
+}
+
 template <class T, class In>
 cudaError_t backward_as(const Call& call, const Backward& backward, const Plan& plan, cudaStream_t stream) {
-  const uint32_t size = 1u << plan.backward_bits, pieces = plan.pieces, across = classes_across(call.rows, size);
-  const uint32_t strips = (call.rows.classes + across - 1) / across;
-  const Tiling tiling{
-      divisor_of(across), divisor_of(strips), divisor_of(pieces), size / across,
-      static_cast<uint32_t>(call.rows.bags) * strips * pieces};
-  SGL_LAUNCH(
-      (backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, plan.backward_bits, tiling);
+  const Tiling tiling = tiling_of<In>(call, backward, plan);
+  SGL_LAUNCH((backward_kernel<T, In>), plan.backward_blocks, plan.threads, stream, call, backward, tiling);
   return cudaGetLastError();
 }
 
@@ -152,8 +207,7 @@ int64_t workspace_bytes(const Call& call, const Plan& plan) {
 Plan plan_of(const Call& call, int multiprocessors) {
   const Rows& rows = call.rows;
   const int64_t units = rows.units;
-  // for packed bags only the mean is known here
-  const int64_t length = rows.offsets == nullptr ? rows.positions : rows.positions / rows.bags;
+  const int64_t length = mean_length(rows);
   const int64_t positions = rows.offsets == nullptr ? length : 2 * length;
   const auto at_most = [](int64_t n, int64_t most) {
     return static_cast<int>(std::max<int64_t>(1, std::min(n, most)));

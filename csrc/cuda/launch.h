@@ -89,7 +89,7 @@ struct Forward {
 struct Backward {
   const void *grad_output, *saved;  // of the loss's type
   void* grad;
-  bool per_pair;  // grad_output has a number for each pair, else one
+  uint32_t grad_output_step;  // 1 if grad_output has a number for each pair, 0 if it has one for all
 };
 
 // How a call is divided among the multiprocessors of a GPU. Only the shape and the GPU decide it, and with it the order of
@@ -115,6 +115,18 @@ struct Tiling {
   Divisor across, strips, pieces;
   uint32_t lengthwise;  // threads of a group for each of these classes
   uint32_t items;
+  uint32_t groups, item_step;  // groups in a block, and in the grid
+  int group_bits;
+  // The rest is for simple rows: every position is an instance, and they have one stride. Addresses take few instructions,
+  // because these strides have 32 bits. Rows of larger strides are not simple.
+  bool is_simple;
+  uint32_t own_pooling;  // 1 << code of the pooling if it has a loop of its own, else 0
+  bool in_packs;  // the instances of a thread are adjacent: it accesses packs of 16 bytes
+  uint32_t skew_mask;  // this part of the index of the row's first number is where the row begins in the first pack
+  int first_step, each, step;  // positions from thread to thread, between instances of a pack, and from pack to pack
+  uint32_t logits_bag, logits_class, grad_bag, grad_class;  // as in Rows
+  int logits_stride, grad_stride;  // in bytes, from position to position
+  int64_t logits_each, grad_each, logits_step, grad_step;  // in bytes, as each and step
 };
 
 // These functions return an error code of the CUDA runtime, 0 for success.

@@ -249,13 +249,15 @@ Tensor backward(
   const Layout layout = layout_of(logits, mask, offsets, &grad);
   check_saved(saved, logits, layout);
   STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(saved.const_data_ptr()) % 16 == 0, "saved: expected at a multiple of 16 bytes");
+  STD_TORCH_CHECK(
       grad_output.numel() == (per_pair ? layout.bags * layout.classes : 1) && grad_output.is_contiguous() &&
           grad_output.scalar_type() == loss_type(logits) && device_of(grad_output) == device_of(logits),
       "grad_output: expected contiguous, of the loss's dtype, on the logits' device");
   const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
   const int device = device_of(logits);
   const SelectedDevice selected(device);
-  const Backward backward{grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr(), per_pair};
+  const Backward backward{grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr(), per_pair ? 1u : 0u};
   check(launch_backward(call, backward, plan_of(call, multiprocessors_of(device)), current_stream(device)));
   return grad;
 }

@@ -79,34 +79,49 @@ SGL_DEVICE BFloat16 filler(BFloat16) {
 }
 
 struct Place {
-  int64_t logits, mask, grad;  // of the first position
+  int64_t logits, grad;  // of the first position
+  uint32_t first;  // the bag, or the first row of a packed one
   int positions;
 };
 
-SGL_DEVICE int64_t offset_at(const Rows& rows, int64_t i) {
-  const int64_t at = i * rows.offsets_step;
-  return rows.offsets_are_64_bit ? static_cast<const int64_t*>(rows.offsets)[at]
-                                 : static_cast<const int32_t*>(rows.offsets)[at];
+// `value`, but at least 0 and at most `most`
+SGL_DEVICE uint32_t clamped(int64_t value, uint32_t most) {
+  const int32_t high = static_cast<int32_t>(value >> 32);
+  uint32_t low = static_cast<uint32_t>(value);
+  if (high > 0) low = most;
+  if (high < 0) low = 0;
+  return low < most ? low : most;
 }
 
-SGL_DEVICE int clamped(int64_t value, int64_t low, int64_t high) {
-  return static_cast<int>(value < low ? low : value > high ? high : value);
-}
+struct Bounds {
+  uint32_t begin, end;
+};
 
-SGL_DEVICE Place place_of(const Rows& rows, uint32_t bag, uint32_t cls) {
-  // at most 2^30 - 1 of each
-  int64_t first = bag;
-  int positions = static_cast<int>(rows.positions);
-  if (rows.offsets != nullptr) {
-    // Offsets are clamped, so that invalid ones never address other memory. If they decrease, bags overlap, and a shared row
-    // gets the gradient of one of these bags. Which one is undefined.
-    const int begin = clamped(offset_at(rows, bag), 0, positions);
-    positions = clamped(offset_at(rows, int64_t{bag} + 1), begin, positions) - begin;
-    first = begin;
+// Offsets `first` and `last`. They are clamped, so that invalid ones never address other memory. If they decrease, bags
+// overlap, and a shared row gets the gradient of one of these bags. Which one is undefined.
+SGL_DEVICE Bounds bounds_of(const Rows& rows, uint32_t first, uint32_t last) {
+  const int64_t from = first * rows.offsets_step, to = last * rows.offsets_step;
+  int64_t begin, end;
+  if (rows.offsets_are_64_bit) {
+    begin = static_cast<const int64_t*>(rows.offsets)[from], end = static_cast<const int64_t*>(rows.offsets)[to];
+  } else {
+    begin = static_cast<const int32_t*>(rows.offsets)[from], end = static_cast<const int32_t*>(rows.offsets)[to];
   }
+  const uint32_t most = static_cast<uint32_t>(rows.positions);
+  const uint32_t low = clamped(begin, most), high = clamped(end, most);
+  return {low, high > low ? high : low};
+}
+
+// The first position of a bag in steps of logits_bag, and the one after its last. There are at most 2^30 - 1 positions.
+SGL_DEVICE Bounds bounds_of(const Rows& rows, uint32_t bag) {
+  if (rows.offsets == nullptr) return {bag, bag + static_cast<uint32_t>(rows.positions)};
+  return bounds_of(rows, bag, bag + 1);
+}
+
+SGL_DEVICE Place place_of(const Rows& rows, const Bounds& bounds, uint32_t cls) {
   return {
-      first * rows.logits_bag + cls * rows.logits_class, first * rows.mask_bag,
-      first * rows.grad_bag + cls * rows.grad_class, positions};
+      bounds.begin * rows.logits_bag + cls * rows.logits_class, bounds.begin * rows.grad_bag + cls * rows.grad_class,
+      bounds.begin, static_cast<int>(bounds.end - bounds.begin)};
 }
 
 // Steps from the first position of a bag to position j.
@@ -160,7 +175,7 @@ struct Row {
   // `threads`: a power of 2, that process the row
   SGL_DEVICE Row(const Call& call, const Place& place, int threads)
       : x(static_cast<const In*>(call.logits) + place.logits),
-        mask(call.mask == nullptr ? nullptr : call.mask + place.mask),
+        mask(call.mask == nullptr ? nullptr : call.mask + place.first * call.rows.mask_bag),
         rows(&call.rows),
         n(place.positions) {
     const Rows& r = call.rows;

@@ -11,6 +11,8 @@ const char* const class_names[kClasses] = {"fp32",    "mufu",    "fp64",   "imad
                                            "move",    "convert", "const",  "global",  "shared",
                                            "shuffle", "barrier", "branch", "uniform", "other"};
 Counts counts;
+std::vector<LaunchCounts> launches;
+uint64_t longest_warp = 0;
 std::vector<Range> ranges;
 Options options;
 std::mt19937 generator;

@@ -81,6 +81,13 @@ struct Counts {
   uint64_t blocks = 0, threads = 0;
 };
 extern Counts counts;
+// One launch. "longest": the instructions of the warp that issued the most.
+struct LaunchCounts {
+  uint64_t blocks = 0, warps = 0, instructions = 0, longest = 0;
+  uint64_t by_class[kClasses] = {};
+};
+extern std::vector<LaunchCounts> launches;
+extern uint64_t longest_warp;  // of the launch that runs
 struct Range {
   uint64_t low, high;
   int tag;

@@ -96,6 +96,10 @@ def cases() -> Iterator[Case]:
             name = f"packed {classes} classes {str(dtype)[6:]}, offsets {str(index)[6:]}"
             x, y = torch.randn(int(offsets[-1]), classes).to(dtype), labels(len(sizes), classes, 0.5)
             yield case(name, x, y, offsets=offsets.to(index), mask_weight=0.5, pooling="mean")
+        # rows that begin anywhere, and the loops of backward for max pooling
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x, y = torch.randn(int(offsets[-1]), classes).to(dtype), labels(len(sizes), classes, 0.5, 0.2)
+            yield case(f"packed {classes} classes {str(dtype)[6:]}, max", x, y, offsets=offsets, mask_weight=0.5)
     many = torch.cat((torch.zeros(1), torch.randint(0, 2000, (299,)).sort().values, torch.tensor([2000]))).long()
     yield case("packed, 300 small bags", torch.randn(2000), labels(300, 1, 0.5)[:, 0], offsets=many, pooling="lse")
     x = torch.randn(5000, 6)[:, ::2]
@@ -152,6 +156,7 @@ def cases() -> Iterator[Case]:
     for size in (1, 2, 3, 4, 5, 7, 8, 9, 31, 33, 255, 257, 511, 512, 513, 1027):
         x, y = torch.randn(5, 3, size), labels(5, 3, 0.5)
         yield case(f"odd rows {size} float32", x, y, pooling="mean")
+        yield case(f"odd rows {size} float32 max", x, labels(5, 3, 0.5, 0.2), mask_weight=0.5)
         yield case(f"odd rows {size} bfloat16", x.bfloat16(), y)
     yield case("one class 9x50", torch.randn(9, 50), labels(9, 1, 0.5)[:, 0], pooling="noisy_or")
     yield case("transposed map", torch.randn(3, 2, 40, 30).transpose(2, 3), labels(3, 2, 0.5))

@@ -40,6 +40,10 @@ QUICK = {
 OTHER = {
     "a shuffle without the upper half of the warp": Fault(
         "cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu", "map 32x14x256"),
+    "one pack of the gradient too many at the end of a row": Fault(
+        "cuda/backward.cuh", "n >= kSize ? n - kSize + 1 : 0", "n >= kSize ? n - kSize + 2 : 0", "odd rows"),
+    "a pack of the gradient that begins too late": Fault(
+        "cuda/backward.cuh", "first * t.first_step - skew", "first * t.first_step", "odd rows"),
     "no warp barrier": Fault("cuda/group.cuh", "      __syncwarp();\n", "      ;\n", "map 32x14x256"),
     "no alignment check": Fault("cuda/rows.cuh", " && lies_on_16_bytes(x);", ";", "storage offset"),
     "one exchange buffer instead of two": Fault("cuda/group.cuh", "    turn_ ^= 1;\n", "", "map 4x3x4096"),

@@ -70,6 +70,18 @@ def write_profile(path: str) -> None:
     _library.device_code_profile(path.encode())
 
 
+def launches() -> list[dict[str, Any]]:
+    """The launches since :func:`reset_counts`, at most 64: blocks, warps, instructions of warps, those of the longest warp."""
+    width = 4 + len(CLASSES)
+    raw = (ctypes.c_uint64 * (64 * width))()
+    found = []
+    for k in range(_library.device_code_launches(raw, 64)):
+        numbers = list(raw[k * width : (k + 1) * width])
+        found.append(dict(zip(("blocks", "warps", "instructions", "longest"), numbers, strict=False)))
+        found[-1]["by_class"] = dict(zip(CLASSES, numbers[4:], strict=True))
+    return found
+
+
 def counts() -> dict[str, Any]:
     """The counts since :func:`reset_counts`.
 

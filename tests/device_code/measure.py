@@ -3,6 +3,8 @@
     measure.py '{"architecture": "90", "multiprocessors": 132, "shape": [32, 14, 256], "packed": false,
                  "dtype": "float32", "positives": 0.05, "settings": {}, "profile": null}'
 
+"launches" has the counts of each launch, which are not per element.
+
 A shape is (N, C, L); packed bags have L instances each. The counts of "other" memory include the gradient, which
 backward allocates itself. ``profile`` is a path for the issue counts of every instruction.
 """
@@ -26,6 +28,8 @@ def per_element(n: int) -> dict[str, Any]:
     stored = [memory[tag, "store"] for tag in ("other", "grad")]
     return {
         "blocks": counts["blocks"],
+        "elements": n,
+        "launches": interpreter.launches(),
         "active": counts["lane"] / n,
         "issued": counts["warp"] * 32 / n,
         "by_class": {name: count * 32 / n for name, count in counts["by_class"].items()},

@@ -105,7 +105,15 @@ cudaError_t __cudaLaunchKernel(
     device_code::allocations_changed = true;
     device_code::generator.seed(device_code::options.seed * 7919u + static_cast<unsigned>(seed++));
     if (device == nullptr) device_code::fail("no device code is loaded");
+    const device_code::Counts before = device_code::counts;
+    device_code::longest_warp = 0;
     device->run(name, launch);
+    const device_code::Counts& after = device_code::counts;
+    device_code::LaunchCounts count = {
+        grid.x, uint64_t(grid.x) * ((block.x + 31) / 32), after.warp_instructions - before.warp_instructions,
+        device_code::longest_warp, {}};
+    for (int k = 0; k < device_code::kClasses; ++k) count.by_class[k] = after.by_class[k] - before.by_class[k];
+    device_code::launches.push_back(count);
   } catch (const std::exception& e) {
     error_text = e.what();
     pending = 999;
@@ -173,7 +181,22 @@ API void device_code_range(uint64_t low, uint64_t bytes, int tag) {
     device_code::ranges.push_back({low, low + bytes, tag});
   }
 }
-API void device_code_reset_counts() { device_code::counts = device_code::Counts(); }
+API void device_code_reset_counts() {
+  device_code::counts = device_code::Counts();
+  device_code::launches.clear();
+}
+// For each launch since the last reset, at most `most`: blocks, warps, instructions of its warps, those of the longest warp;
+// instructions by class. Returns the number of launches. The longest warp is known for machine code only.
+API int device_code_launches(uint64_t* out, int most) {
+  int n = 0;
+  for (const device_code::LaunchCounts& c : device_code::launches) {
+    if (n == most) break;
+    ++n;
+    for (uint64_t v : {c.blocks, c.warps, c.instructions, c.longest}) *out++ = v;
+    for (uint64_t v : c.by_class) *out++ = v;
+  }
+  return n;
+}
 // Writes the counts in this order: warp and lane instructions, blocks, threads, branches, divergent branches, shared
 // requests, wavefronts, ideal wavefronts; warp instructions by class; lane instructions by class; then for each tag,
 // loads before stores: requests, bytes, sectors, ideal sectors. Returns the number of values.

@@ -103,6 +103,7 @@ struct Warp {
   uint32_t alive, at_block, at_warp, at_conv;
   int conv[32];
   uint32_t collective_target;
+  uint64_t issued;
   int current;  // the group that runs next: uniform registers belong to the warp, so a group is not interrupted
   uint32_t* r(int i) { return R.data() + size_t(i) * 32; }
 };
@@ -1821,6 +1822,7 @@ class SassDevice : public Device {
       Warp& w = b.warps[static_cast<size_t>(k)];
       w.block = &b;
       w.index = k;
+      w.issued = 0;
       if (w.R.size() != size_t(p.rows) * 32) w.R.assign(size_t(p.rows) * 32, 0);
       std::fill_n(w.r(0), 32 * kRows, 0x7fb7beefu);
       std::fill_n(w.r(kRZ), 32, 0);
@@ -1989,6 +1991,7 @@ class SassDevice : public Device {
         const Instruction& i = code[pc];
         uint32_t m = group & pred(w, i.predicate, i.negated);
         ++counts.warp_instructions;
+        longest_warp = std::max(longest_warp, ++w.issued);
         ++p.issued[pc];
         counts.lane_instructions += size;
         ++counts.by_class[i.cls];
