@@ -254,7 +254,8 @@ SGL_DEVICE void write_general(
 
 template <class T, class In>
 __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
-    const __grid_constant__ Call call, const __grid_constant__ Backward backward, const __grid_constant__ Tiling tiling) {
+    const __grid_constant__ Call call, const __grid_constant__ Backward backward,
+    const __grid_constant__ Tiling tiling) {
   const Rows& rows = call.rows;
   const T* columns = static_cast<const T*>(backward.saved);
   const uint32_t classes = rows.classes;

@@ -158,7 +158,8 @@ Tiling tiling_of(const Call& call, const Backward& backward, const Plan& plan) {
   t.item_step = plan.backward_blocks * t.groups;
   const auto is_small = [](int64_t stride) { return stride >= 0 && stride < (int64_t{1} << 31) / int64_t{sizeof(In)}; };
   t.is_simple = rows.dimensions == 1 && call.mask == nullptr;
-  for (const int64_t stride : {rows.logits_bag, rows.logits_class, rows.grad_bag, rows.grad_class, dim.logits, dim.grad})
+  for (const int64_t stride :
+       {rows.logits_bag, rows.logits_class, rows.grad_bag, rows.grad_class, dim.logits, dim.grad})
     t.is_simple = t.is_simple && is_small(stride);
   if (!t.is_simple) return t;
   t.own_pooling = has_own_loop(call.settings.pooling) ? 1u << call.settings.pooling : 0;
@@ -167,9 +168,10 @@ Tiling tiling_of(const Call& call, const Backward& backward, const Plan& plan) {
   const bool alike = lie_alike<In>(
       rows, call.logits, backward.grad, rows.logits_bag - rows.grad_bag, rows.logits_class - rows.grad_class);
   // Packs of a short row that begins anywhere would leave many threads without work.
-  t.in_packs = adjacent && alike &&
-               (mean_length(rows) > kShort ||
-                (rows.offsets == nullptr && lie_alike<In>(rows, call.logits, nullptr, rows.logits_bag, rows.logits_class)));
+  t.in_packs =
+      adjacent && alike &&
+      (mean_length(rows) > kShort ||
+       (rows.offsets == nullptr && lie_alike<In>(rows, call.logits, nullptr, rows.logits_bag, rows.logits_class)));
   t.skew_mask = t.in_packs ? kSize - 1 : adjacent && alike ? 2 * kSize - 1 : 0;
   const int threads = static_cast<int>(pieces * t.lengthwise);
   t.first_step = t.in_packs ? kSize : 1;

@@ -257,7 +257,8 @@ Tensor backward(
   const Call call = call_of(logits, mask, offsets, pos_weight, layout, settings);
   const int device = device_of(logits);
   const SelectedDevice selected(device);
-  const Backward backward{grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr(), per_pair ? 1u : 0u};
+  const Backward backward{
+      grad_output.const_data_ptr(), saved.const_data_ptr(), grad.mutable_data_ptr(), per_pair ? 1u : 0u};
   check(launch_backward(call, backward, plan_of(call, multiprocessors_of(device)), current_stream(device)));
   return grad;
 }

@@ -110,8 +110,11 @@ cudaError_t __cudaLaunchKernel(
     device->run(name, launch);
     const device_code::Counts& after = device_code::counts;
     device_code::LaunchCounts count = {
-        grid.x, uint64_t(grid.x) * ((block.x + 31) / 32), after.warp_instructions - before.warp_instructions,
-        device_code::longest_warp, {}};
+        grid.x,
+        uint64_t(grid.x) * ((block.x + 31) / 32),
+        after.warp_instructions - before.warp_instructions,
+        device_code::longest_warp,
+        {}};
     for (int k = 0; k < device_code::kClasses; ++k) count.by_class[k] = after.by_class[k] - before.by_class[k];
     device_code::launches.push_back(count);
   } catch (const std::exception& e) {
