@@ -73,7 +73,7 @@ def write_profile(path: str) -> None:
 def launches() -> list[dict[str, Any]]:
     """The launches since :func:`reset_counts`, at most 64.
 
-    Each has its blocks, its warps, the instructions that these issued in all and by pipe, and those of the longest warp.
+    Each has its blocks, its warps, the instructions of all warps, also by pipe, and those of the longest warp.
     """
     width = 4 + len(CLASSES)
     raw = (ctypes.c_uint64 * (64 * width))()
