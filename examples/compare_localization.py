@@ -64,8 +64,8 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "runs.csv"
-    there = collect(table)
-    missing = [run for run in runs if run not in there]
+    computed = collect(table)
+    missing = [run for run in runs if run not in computed]
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
     if not missing:
         return
@@ -80,7 +80,7 @@ def compute_all(runs: list[Run], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    return exit_status(lambda: compare(args), "stopped; the same command goes on")
+    return exit_status(lambda: compare(args), "stopped; the same command continues")
 
 
 def compare(args: argparse.Namespace) -> None:

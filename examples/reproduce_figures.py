@@ -50,7 +50,7 @@ DECIDED = {
 }  # fmt: skip
 #: Seconds between two checkpoints of a run. At most this much work is lost by an interruption.
 SAVE_EVERY = 60.0
-#: A file beside the table: the predictions of the networks of Figure 5b for single instances.
+#: A file in the folder of the table: the predictions of the networks of Figure 5b for single instances.
 SHOWN = "figure5b.json"
 
 
@@ -89,23 +89,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = args.device or default_device()
     if args.figure == "queue" and any((args.methods, args.sizes, args.bags, args.seeds, args.quick, args.options)):
-        parser.error(
-            "--figure queue: --methods, --sizes, --bags, --seeds, --quick and --options are those of its figures"
-        )
+        parser.error("--figure queue: sets --methods, --sizes, --bags, --seeds, --quick and --options; leave them out")
     defaults = DEFAULTS | DEFAULTS_OF.get(args.figure, {}) | (QUICK[args.figure] if args.quick else {})
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.options = [*(QUICK_OPTIONS[args.figure] if args.quick else []), *args.options]
-    taken = DECIDED & {option.split("=")[0] for option in args.options}
-    if taken:
+    forbidden = DECIDED & {option.split("=")[0] for option in args.options}
+    if forbidden:
         parser.error(
-            f"--options: {', '.join(sorted(taken))} is decided by the figure, or has an option of its own here"
+            f"--options: {', '.join(sorted(forbidden))} cannot be given here: the figure or another option sets it"
         )
     if args.figure == "6" and len(args.bags) > 1:
-        parser.error("--bags: figure 6 is of one number of training bags")
+        parser.error(f"--bags: expected one number for figure 6, got {args.bags}")
     if (args.figure == "6") != any(args.positives):
-        parser.error("--positives: expected at least 1 for figure 6, and for no other")
+        parser.error("--positives: expected at least 1 for figure 6, and none for other figures")
     if min(*args.sizes, *args.bags, args.seeds, args.epochs) < 1 or min(args.workers, *args.positives) < 0:
         parser.error("--sizes, --bags, --seeds, --epochs: expected at least 1, --workers at least 0")
     args.methods = args.methods or FIGURES.get(args.figure)
@@ -141,7 +139,7 @@ def config_of(run: Run, args: argparse.Namespace) -> Config:
 
 
 def compute(run: Run, args: argparse.Namespace) -> Path:
-    """Trains, tests, and writes the file of the run. Continues an interrupted run after its last full epoch."""
+    """Trains, tests, and writes the file of the run. Continues an interrupted run after its last checkpoint."""
     import torch
     from bags.experiment import bags_of, numbers_to_show
     from bags.training import train_run
@@ -203,7 +201,7 @@ def shown(model: torch.nn.Module, images: torch.Tensor, bags: Bags, number: int)
 
 
 def without_paths(options: list[str]) -> list[str]:
-    """The command without the folder of the data, for the results."""
+    """``options`` without the folder of the data."""
     named = {"--data-dir": lambda path: "DIR", "--data": lambda path: Path(path).name}
     return [named.get(before, str)(option) for before, option in zip(["", *options], options, strict=False)]
 
@@ -225,10 +223,10 @@ def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespac
     print(f"{len(runs)} runs, {len(missing)} of them to compute, {args.workers} at once, into {args.out}/", flush=True)
     if not missing:
         return
-    # Loaded before the workers start, so that a wrong folder is an error at once and data are downloaded once.
+    # Load the data before the workers start: a wrong folder is reported at once, and data are downloaded only once.
     load_instances(args.data, args.data_dir)
     unit = sum(run.cost for run in missing) / 1000
-    bar = "{l_bar}{bar}| {elapsed} gone, {remaining} to go{postfix}"
+    bar = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left{postfix}"
     with Progress(total=1000, bar_format=bar) as progress:
         for run, path in compute_in_workers(compute, missing, args.workers, args):
             result = read(path)["result"]["last"]
@@ -263,8 +261,8 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
             settings = settings_of({name: text_of(value) for name, value in content["config"].items()})
             other = differing(settings, expected)
             if other:
-                there, here = ({name: each.get(name) for name in other} for each in (settings, expected))
-                raise ValueError(f"out: {path} is of {there}, not {here}")
+                was, now = ({name: each.get(name) for name in other} for each in (settings, expected))
+                raise ValueError(f"out: {path} was computed with {was}, not {now}")
             continue
         for seed, settings, row in rows:
             if seed == str(run.seed) and not differing(settings, expected):
@@ -277,7 +275,7 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
 
 
 def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
-    """Adds the runs of the files in ``folders`` to the table, and their data for Figure 5b to the file beside it."""
+    """Adds the runs of the files in ``folders`` to the table, and their data for Figure 5b to the file SHOWN."""
     from common.files import write_json
 
     contents = [read(path) for folder in folders for path in sorted(folder.glob("size*.json"))]
@@ -298,7 +296,7 @@ def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    return exit_status(lambda: reproduce(args), "stopped; the same command goes on")
+    return exit_status(lambda: reproduce(args), "stopped; the same command continues")
 
 
 def reproduce(args: argparse.Namespace) -> None:

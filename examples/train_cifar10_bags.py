@@ -1,4 +1,4 @@
-"""CIFAR10-Bags: from labels such as "this bag contains a dog" a network learns which pictures are dogs.
+"""CIFAR10-Bags: from labels such as "this bag contains a dog", a network learns which pictures are dogs.
 
     python train_cifar10_bags.py --data-dir DIR                            SGL and max pooling, five runs of each
     python train_cifar10_bags.py --data FILE.npz --positives 10 --bag-size 100 --loss sgl

@@ -1,4 +1,4 @@
-"""MNIST-Bags: from labels such as "this bag contains a 9" a network learns which digits are nines.
+"""MNIST-Bags: from labels such as "this bag contains a 9", a network learns which digits are nines.
 
     python train_mnist_bags.py                                    the demonstration: SGL and max pooling, three seeds
                                                                   each, on scikit-learn's digits; one to two minutes

@@ -78,10 +78,10 @@ def data(tmp_path, monkeypatch):
     """A folder with five test images and two others, its index, and a run with KnownMaps."""
     rows = {
         # name: patient, test, classes, (first cell, cells, value) of the painted area, boxes
-        "00000001_000.png": (1, True, [MASS], ((2, 1, 2, 2), 255), [(MASS, 2, 1, 2, 2)]),  # met exactly
+        "00000001_000.png": (1, True, [MASS], ((2, 1, 2, 2), 255), [(MASS, 2, 1, 2, 2)]),  # IoU 1
         "00000001_001.png": (1, True, [MASS], ((2, 1, 2, 2), 255), [(MASS, 2, 1, 4, 2)]),  # IoU 1/2
-        "00000002_000.png": (2, True, [MASS], ((0, 0, 1, 1), 255), [(MASS, 4, 4, 2, 2)]),  # elsewhere
-        "00000003_000.png": (3, True, [NODULE], ((5, 5, 2, 1), 128), [(NODULE, 5, 5, 2, 1)]),  # seen at p = 0.4
+        "00000002_000.png": (2, True, [MASS], ((0, 0, 1, 1), 255), [(MASS, 4, 4, 2, 2)]),  # IoU 0
+        "00000003_000.png": (3, True, [NODULE], ((5, 5, 2, 1), 128), [(NODULE, 5, 5, 2, 1)]),  # IoU 1 at T_p < 0.4
         "00000004_000.png": (4, True, [], ((0, 0, 0, 0), 0), []),
         "00000080_000.png": (80, False, [MASS], ((1, 1, 2, 2), 255), []),
         "00000090_000.png": (90, False, [NODULE], ((1, 1, 2, 2), 128), []),
@@ -97,7 +97,7 @@ def data(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(paths[-1])
         if true:
             boxes[name] = [(c, *(UNIT * float(v) for v in box)) for c, *box in true]
-    (tmp_path / nih.ENTRIES[0]).write_text("its kind is seen by its name")
+    (tmp_path / nih.ENTRIES[0]).write_text("")  # the name of this file identifies the data set
     index = Index(
         about=nih.DESCRIPTION,
         names=list(rows),
@@ -269,7 +269,11 @@ def test_boxes_peaks_pictures_and_ceiling_use_the_centre_of_the_cells(data, monk
         edges = [np.flatnonzero(np.diff(found.any(axis), prepend=False, append=False)) for axis in (0, 1)]
         assert (np.abs(np.subtract(edges, [[8 * 20, 8 * 36], [8 * 12, 8 * 20]])) <= 4).all() == exact
         # the HTML gallery places and scales the picture of the map
-        place = next(a for tag, a in alone((out / "report.html").read_text()).found if a.get("class") == "map fixed")
+        place = next(
+            a
+            for tag, a in self_contained_elements((out / "report.html").read_text()).found
+            if a.get("class") == "map fixed"
+        )
         left, width = float(place["x"]), float(place["width"])
         with Image.open(io.BytesIO(base64.b64decode(place["href"].split(",")[1]))) as picture:
             columns = (np.asarray(picture.convert("RGB")) != np.asarray(picture.convert("RGB"))[0, 0]).any((0, 2))
@@ -284,9 +288,9 @@ def test_gate_and_threshold_are_separate_options(data):
     assert below["localization"]["0.7"]["Nodule"] == 0
     open_gate, _ = evaluate(folder, "--threshold", "0.3", "--gate", "0.3")
     assert open_gate["localization"]["0.7"]["Nodule"] == 1
-    shut, _ = evaluate(folder, "--gate", "0.95")
-    assert shut["localization"]["0.1"]["mean"] == 0
-    assert shut["localization_ungated"]["0.1"]["Mass"] == pytest.approx(2 / 3)
+    closed_gate, _ = evaluate(folder, "--gate", "0.95")
+    assert closed_gate["localization"]["0.1"]["mean"] == 0
+    assert closed_gate["localization_ungated"]["0.1"]["Mass"] == pytest.approx(2 / 3)
 
 
 def test_thresholds_from_the_labels_of_validation_images(data, monkeypatch, capsys):
@@ -439,8 +443,8 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
-def alone(text):
-    """The elements of a page that loads nothing from other files or hosts."""
+def self_contained_elements(text):
+    """The elements of a page. Fails if the page loads anything from other files or hosts."""
     page = Elements(text)
     assert not page.open
     assert "http" not in text.replace("http-equiv", "")
@@ -456,7 +460,7 @@ def test_report_is_self_contained(data, monkeypatch):
     monkeypatch.setattr(figure, "draw", DRAW)
     _, out = evaluate(folder)
     text = (out / "report.html").read_text()
-    page = alone(text)
+    page = self_contained_elements(text)
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
     cards = [attributes for tag, attributes in page.found if attributes.get("class") == "card"]
@@ -503,7 +507,7 @@ def test_two_runs_are_compared(data, monkeypatch):
     assert first["localization_ungated"] == second["localization_ungated"]
     assert first["localization"]["0.1"]["Mass"] > second["localization"]["0.1"]["Mass"] == 0  # a mean over the map
     text = (out / "report.html").read_text()
-    page = alone(text)
+    page = self_contained_elements(text)
     used = {attributes["href"] for tag, attributes in page.found if tag == "use"}
     assert used == {f"#{attributes['id']}" for tag, attributes in page.found if tag == "image" and "id" in attributes}
     assert len(used) == 2 + 2 + 4
@@ -568,7 +572,7 @@ def test_constant_map_is_shown():
     for image in images:
         with Image.open(io.BytesIO(base64.b64decode(image["href"].split(",")[1]))) as picture:
             opacities[image["class"]] = np.asarray(picture.convert("RGBA"))[..., 3]
-    assert (opacities["map fixed"] == round(0.05 * 255)).all()  # hardly tinted
+    assert (opacities["map fixed"] == round(0.05 * 255)).all()  # nearly transparent
     assert (opacities["map own"] == 0).all()  # its range is empty
 
 

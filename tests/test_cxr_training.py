@@ -93,7 +93,7 @@ def assert_same_run(one, other):
 def test_receptive_field_of_local_patch_networks(name, stride):
     field = int("".join(filter(str.isdigit, name)))
     if stride > field:
-        with pytest.raises(ValueError, match=f"a local backbone of {field} pixels has 8"):
+        with pytest.raises(ValueError, match=f"expected 8 for a local backbone of {field} pixels"):
             PatchClassifier(name, stride, 14)
         return
     side = 96
@@ -289,7 +289,7 @@ def test_dry_run_warns_if_lam_stays_zero(drawn, capsys, options, warns):
     assert (text in capsys.readouterr().out) == warns
 
 
-def test_warning_after_a_measured_start_that_never_came():
+def test_warning_if_the_measured_start_never_occurs():
     config = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", "--start-auc", "0.9"]))
     idle = [{"lam": 0.0}, {"lam": 0.0}]
     found = losses.lam_warning(config, idle)
@@ -794,7 +794,7 @@ def test_interrupted_run_can_be_resumed(drawn, tmp_path):
     assert "Traceback" not in message
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("a process that loads images is gone")])
+@pytest.mark.parametrize("error", [None, RuntimeError("a process that loads images has ended")])
 def test_interruption_that_a_library_suppresses_still_stops_the_run(drawn, tmp_path, monkeypatch, capsys, error):
     steps = []
 

@@ -196,7 +196,7 @@ def test_verdict_without_boxes():
     )
 
 
-def test_verdict_at_chance_claims_nothing():
+def test_verdict_at_chance_calls_no_run_better():
     """The boxes are perfect, and the probabilities are random: "is better" and "finds more" would mislead."""
     rng = np.random.default_rng(0)
     boxes = np.concatenate([rng.uniform(0, 700, (120, 2)), rng.uniform(150, 250, (120, 2))], axis=1)

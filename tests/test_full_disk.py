@@ -113,7 +113,7 @@ COMMANDS = {
     "extract_features": (
         "--images {photos} --backbone timm/resnet18 --weights none --cut 1 --out {out}", 700, "{out}/features.bin",
     ),
-    "extract_features, file a bag": (
+    "extract_features, one file per bag": (
         "--images {photos} --backbone timm/resnet18 --weights none --cut 1 --out {out} --format h5", 1000,
         "{out}/0.h5",
     ),

@@ -62,7 +62,7 @@ def test_colours_of_16_bits_are_scaled_or_an_error(tmp_path):
     write_png16(tmp_path / "x.png", values.astype(np.uint16) * 257)
     assert np.array_equal(np.asarray(pixels.read_image(tmp_path / "x.png")), values)
     write_png16(tmp_path / "x.png", values.astype(np.uint16) << 4)  # 12 bits: nearly black
-    with pytest.raises(ValueError, match=r"x\.png: 16 bits per colour, of which the upper 8 reach 15 of 255 only"):
+    with pytest.raises(ValueError, match=r"x\.png: 16 bits per colour, but the upper 8 bits only reach 15 of 255"):
         pixels.read_image(tmp_path / "x.png")
 
 

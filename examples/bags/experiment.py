@@ -142,8 +142,8 @@ def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
             print(f"{name:6}{label:16}" + "".join(cells))
     print(
         f"\nauc         area under the ROC curve of the bag labels: is there a {target} in the bag?\n"
-        f"iou         overlap of instances with p > 0.5 and the true ones (class {target}), mean over bags: where?\n"
-        "iou_pooled  the same, the instances of 64 bags taken together"
+        f"iou         IoU of the instances with p > 0.5 and the true ones (class {target}), mean over bags\n"
+        "iou_pooled  the same for the instances of 64 bags together"
     )
 
 
@@ -161,7 +161,7 @@ def validation_table(results: dict[str, dict[str, Any]], config: Config) -> str:
             *lines,
             "",
             f"The validation AUC is the highest of all epochs, on {config['val_bags']} bags. So it is too high,",
-            "most of all for a network that has not learned. Compare networks on the test bags.",
+            "especially for a network that has not learned. Compare networks on the test bags.",
         ]
     )
 

@@ -44,10 +44,10 @@ def forward(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
     reused in every step. This makes a small network nearly twice as fast. A network with batch normalization gets all
     images at once, because it normalizes them together.
     """
-    some = 256 if images.device.type == "cpu" else 4096
+    group = 256 if images.device.type == "cpu" else 4096
     if model.training and has_batch_norm(model):
-        some = len(index)
-    return torch.cat([model(images[part]).reshape(-1).float() for part in index.split(max(some, 1))])
+        group = len(index)
+    return torch.cat([model(images[part]).reshape(-1).float() for part in index.split(max(group, 1))])
 
 
 def instance_logits(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: Of the local networks, by receptive field: in how many blocks of each of the four stages there is a 3x3 convolution.
+#: The local networks, by receptive field: the number of blocks with a 3x3 convolution in each of the four stages.
 THREES = {9: (1, 1, 0, 0), 17: (1, 1, 1, 0), 33: (1, 1, 1, 1), 65: (1, 1, 2, 2)}
 
 TORCHVISION = ("resnet18", "resnet50", "densenet121")

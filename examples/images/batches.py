@@ -56,10 +56,11 @@ def batches_of(numbers: np.ndarray, config: Config, epoch: int, rank: int, count
     steps = len(order) // size
     share = size // config["accumulate"] // count
     passes = order[: steps * size].reshape(steps * config["accumulate"], count, share)[:, rank]
-    return [[(epoch, int(number)) for number in some] for some in passes]
+    return [[(epoch, int(number)) for number in one_pass] for one_pass in passes]
 
 
 def crop_of(config: Config) -> int:
+    """The side of the training crops in pixels."""
     return crop_side(config["image_size"], config["output_stride"])
 
 
@@ -70,5 +71,7 @@ def loader_of(data: LabelledImages, batches: list[list[tuple[int, int]]], args: 
         num_workers=args.workers,
         worker_init_fn=ignore_interrupts,
         pin_memory=torch.device(args.device).type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # otherwise it would draw from the generator of the training
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # with the default, the loader would change the random numbers of the training
     )

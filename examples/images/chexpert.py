@@ -66,19 +66,19 @@ def load_chexpert(
     test = np.array([in_test for *_, in_test in rows])
     refuse_shared_patients(np.array(patients), test, tables)
     paths = [file_of(data_dir, name) for name in names]
-    there = np.array([path is not None for path in paths])
-    missing = [name for name, is_there in zip(names, there, strict=True) if not is_there]
-    if not there.any():
+    present = np.array([path is not None for path in paths])
+    missing = [name for name, is_present in zip(names, present, strict=True) if not is_present]
+    if not present.any():
         raise ValueError(f"{data_dir}: none of the {len(names)} images of the tables was found ({some(missing)})")
     if not allow_missing:
         refuse_missing(data_dir, missing, len(names))
     files = [path for path in paths if path is not None]
     return Index(
         about=Description("chexpert", "CheXpert", classes, NO_FINDING, "official validation list", fit, 1),
-        names=[name for name, is_there in zip(names, there, strict=True) if is_there],
-        labels=labels[there],
-        patients=np.array(patients)[there],
-        test=test[there],
+        names=[name for name, is_present in zip(names, present, strict=True) if is_present],
+        labels=labels[present],
+        patients=np.array(patients)[present],
+        test=test[present],
         paths=files,
         boxes={},
         sizes=read_sizes(files)[0],

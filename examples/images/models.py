@@ -212,7 +212,7 @@ def convolution(inward: int, outward: int, size: int = 1, stride: int = 1) -> li
 
 
 class LocalNet(nn.Module):
-    """A residual network with a receptive field of ``receptive_field`` pixels, in whose middle the cell lies.
+    """A residual network. Each cell lies in the middle of its receptive field of ``receptive_field`` pixels.
 
     Only the image is padded, not the layers. So the output of a patch does not depend on its position, except at the
     border of the image.
@@ -229,8 +229,8 @@ class LocalNet(nn.Module):
         super().__init__()
         if output_stride not in (8, 16) or receptive_field < output_stride:
             raise ValueError(
-                f"output stride: a local backbone of {receptive_field} pixels has 8"
-                f"{' or 16' if receptive_field > 16 else ''}, got {output_stride}"
+                f"output stride: expected 8{' or 16' if receptive_field > 16 else ''} for a local backbone of "
+                f"{receptive_field} pixels, got {output_stride}"
             )
         first = widths[0] // 4 if block is Bottleneck else widths[0]
         layers = convolution(3, first, 3)

@@ -94,24 +94,24 @@ def load_index(
         entries = Entries(names, *(column[kept] for column in entries[1:]))
         test = test[kept]
     found = find_images(data_dir)
-    there = np.array([Path(name).stem in found for name in entries.names])
-    missing = [name for name, is_there in zip(entries.names, there, strict=True) if not is_there]
-    if not there.any():
+    present = np.array([Path(name).stem in found for name in entries.names])
+    missing = [name for name, is_present in zip(entries.names, present, strict=True) if not is_present]
+    if not present.any():
         raise ValueError(
-            f"{data_dir}: none of the {len(there)} images of the tables is in images_001/images to images_012/images, "
-            "in images, or in the folder itself"
+            f"{data_dir}: none of the {len(present)} images of the tables was found in images_001/images to "
+            "images_012/images, in images, or in the folder itself"
         )
     if not allow_missing:
-        refuse_missing(data_dir, missing, len(there))
-    names = [name for name, is_there in zip(entries.names, there, strict=True) if is_there]
+        refuse_missing(data_dir, missing, len(present))
+    names = [name for name, is_present in zip(entries.names, present, strict=True) if is_present]
     drawn = (Path(tables or data_dir) / DRAWN).is_file()
     title = "generated images in the layout of ChestX-ray14" if drawn else DESCRIPTION.title
     return Index(
         about=DESCRIPTION._replace(title=title, drawn=drawn),
         names=names,
-        labels=entries.labels[there],
-        patients=entries.patients[there],
-        test=test[there],
+        labels=entries.labels[present],
+        patients=entries.patients[present],
+        test=test[present],
         paths=[found[Path(name).stem] for name in names],
         boxes=boxes,
         sizes=np.full((len(names), 2), BOX_SIDE),
@@ -129,7 +129,7 @@ def notes_of(data_dir: Path, tables: Path, listed: set[str], rows: int, found: d
         if any(entry.suffix.lower() in SUFFIXES for folder in folders for entry in folder.iterdir())
     ]
     table = next(name for name in ENTRIES if (tables / name).is_file())
-    official = "the official number" if rows == OFFICIAL_IMAGES else f"{OFFICIAL_IMAGES} in the official one"
+    official = "the official number" if rows == OFFICIAL_IMAGES else f"the official table has {OFFICIAL_IMAGES}"
     lines = [f"layout    {', '.join(layouts)}", f"table     {table}, {rows} rows ({official})"]
     others = sorted(set(found) - {Path(name).stem for name in listed})
     if others:

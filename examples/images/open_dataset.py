@@ -21,7 +21,7 @@ def kind_of(tables: Path) -> str:
         "chexpert": all((tables / name).is_file() for name in chexpert.TABLES),
         "folder": (tables / folder.LABELS).is_file(),
     }
-    kinds = [kind for kind, is_there in shown.items() if is_there]
+    kinds = [kind for kind, is_present in shown.items() if is_present]
     if len(kinds) > 1:
         raise ValueError(f"{tables}: found the tables of {' and of '.join(kinds)}; choose one with --dataset")
     if not kinds:

@@ -15,7 +15,7 @@ from images.backbones import BACKBONES, STRIDES, TORCHVISION
 
 DEFAULT_POOLING = {"sgl": "softmax", "bag": "mean", "bil": "mean", "mmm": "max"}
 
-#: Settings that decide a result. They must not change when a run is resumed. The images must be the same as well.
+#: Settings that decide a result. They must not change when a run is resumed, and neither must the images.
 RESUME_KEYS = (
     "backbone", "weights", "cut", "freeze", "output_stride", "image_size", "loss", "pooling", "delta_l", "lam",
     "lam_delay", "lam_warmup", "start_auc", "rise", "k_start", "k_epochs", "mask_weight", "normalize", "rescale",

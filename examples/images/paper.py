@@ -1,8 +1,8 @@
 """Tables 1 and 2 of Seibold et al. (ACCV 2020), on the official test list of ChestX-ray14.
 
 "*" marks methods that used bounding boxes in training. Values are as printed, with one exception: Table 2 prints 0.1
-for SGL, Effusion, T_IoU 0.7. This contradicts the printed mean; 0.01 agrees with it. The printed mean of Liu et al. at
-T_IoU 0.1 (0.60) differs from the mean of its row (0.57).
+for SGL, Effusion, T_IoU 0.7. This contradicts the printed mean. The value 0.01 agrees with it and is used here. The
+printed mean of Liu et al. at T_IoU 0.1 (0.60) differs from the mean of its row (0.57).
 """
 
 from __future__ import annotations
@@ -59,5 +59,5 @@ LOCALIZATION = {
 }
 NOTE = (
     "Rows with a year or (paper) are those of Tables 1 and 2 of Seibold et al., ACCV 2020. *: used bounding boxes in "
-    "training. Table 2 prints 0.1 for SGL, Effusion, at 0.7; its mean fits 0.01, which is shown here."
+    "training. Table 2 prints 0.1 for SGL, Effusion, at 0.7. The printed mean requires 0.01, which is shown here."
 )

@@ -74,8 +74,8 @@ def read_image(path: Path) -> Any:
         raise ValueError(f"{path}: expected 8 or 16 bits, got floating point")
     if deep and max(high for _, high in _extrema(image)) < 64:
         raise ValueError(
-            f"{path}: 16 bits per colour, of which the upper 8 reach {max(high for _, high in _extrema(image))} of 255 "
-            "only: scale it to 8 bits first"
+            f"{path}: 16 bits per colour, but the upper 8 bits only reach {max(high for _, high in _extrema(image))} "
+            "of 255; scale the image to 8 bits first"
         )
     return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 

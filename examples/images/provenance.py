@@ -81,8 +81,10 @@ def trained_names(run: Path) -> set[str]:
     with path.open(newline="") as file:
         rows = [(row["image"], row["part"]) for row in csv.DictReader(file)]
     config = load_state(Path(run) / "last.pt", mmap=True)["config"]
-    own, before = ([name for name, part in rows if (part == PRETRAINED_PART) == old] for old in (False, True))
-    if digest_of(own) != config["train_names_digest"] or digest_of(before) != config.get(
+    own, pretrained = (
+        [n for n, part in rows if (part == PRETRAINED_PART) == of_weights] for of_weights in (False, True)
+    )
+    if digest_of(own) != config["train_names_digest"] or digest_of(pretrained) != config.get(
         "weights_names_digest", digest_of([])
     ):
         raise ValueError(f"{path}: these are not the images that the run was trained on")

@@ -35,7 +35,9 @@ RATES = {
 }  # fmt: skip
 #: (finding, other finding): factor by which the first one makes the other one more frequent.
 TOGETHER = {("Effusion", "Atelectasis"): 3.0, ("Cardiomegaly", "Edema"): 4.0, ("Pneumonia", "Infiltration"): 2.5}
+#: The share of patients in the test list, and the factor of the frequency of findings there.
 TEST_SHARE, TEST_RATE = 0.2, 1.4
+#: The probability that a finding remains in the next image of the patient.
 STAYS = 0.7
 
 

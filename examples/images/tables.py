@@ -62,12 +62,12 @@ def clear_baseline(folder: Path, needed: bool) -> None:
     """
     if not folder.exists():
         return
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    if there == set(TABLES):
-        for name in there:
+    existing = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if existing == set(TABLES):
+        for name in existing:
             (folder / name).unlink()
         folder.rmdir()
-    elif needed and there:
+    elif needed and existing:
         raise ValueError(
             f"out: expected no other files in {folder}, the folder of the second run's tables; use another --out"
         )

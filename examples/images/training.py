@@ -216,7 +216,7 @@ class Training:
         finite = math.isfinite(float(self.sums[0]))
         if not finite or not all(bool(p.isfinite().all()) for p in self.network.parameters()):
             what = "parameters that are not finite" if finite else f"a loss of {float(self.sums[0]):g}"
-            raise ValueError(f"loss: {what} in epoch {self.epoch + 1}; a lower --lr may help; use another --out")
+            raise ValueError(f"loss: {what} in epoch {self.epoch + 1}; a lower --lr may help, in another --out")
 
     def restore(self, path: Path) -> None:
         """Loads the state from ``path``. Raises ValueError if it was trained with other settings."""
