@@ -4,8 +4,9 @@
     python recipe.py --backbone timm/resnet18 --weights FILE    another network of timm, with weights of a file
     python recipe.py --backbone torchvision/resnet18 --cut -1   a whole network of torchvision
 
-The script trains a classifier with one label per image, makes it fully convolutional without a change of its output,
-trains it further with SGLLoss, and measures the boxes before and after. The boxes are used for measuring only.
+The script trains a classifier with one label per image. It makes the classifier fully convolutional, which does not
+change its output. Then it continues the training with SGLLoss, and measures the boxes before and after. The boxes are
+used for measuring only.
 The steps are functions of images/recipe_steps.py.
 """
 

@@ -1,9 +1,11 @@
 """The tables of your own data: labels.csv, split.csv and boxes.csv, of images and of bags of features.
 
-labels.csv has the column ``image`` (or ``bag``), optionally ``patient`` and ``split`` (train, val, test), and then
-either ``labels`` (class names joined by ``|``, empty for none) or one column per class with 1, 0, or, for unknown,
-nothing, NaN or -1. boxes.csv has ``image``, ``label`` (or ``class``), and ``x,y,w,h`` or ``xmin,ymin,xmax,ymax`` in
-pixels; x and y are the upper left corner. split.csv has ``image`` and ``split``.
+labels.csv has the column ``image`` (or ``bag``), and optionally ``patient`` and ``split`` (train, val, test). The
+labels are either in the column ``labels`` (class names joined by ``|``, empty for none), or in one column per class (1
+or 0; nothing, NaN or -1 for unknown).
+
+boxes.csv has ``image``, ``label`` (or ``class``), and ``x,y,w,h`` or ``xmin,ymin,xmax,ymax`` in pixels. x and y are the
+upper left corner. split.csv has ``image`` and ``split``.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class PatchClassifier(nn.Module):
 def grid_of(features: nn.Module) -> Grid:
     """The grid of a network, computed from its layers in the order of their names.
 
-    The window of a layer with kernel size k, dilation d and padding p is centred d (k - 1) / 2 - p inputs after the
+    A layer has kernel size k, dilation d and padding p. Its window is centred d (k - 1) / 2 - p inputs after the
     position of the output. With the even padding of torchvision's 3x3 and 7x7 convolutions, this offset is 0: a stride
     keeps the centre of the first position. The 2x2 averages in a DenseNet's transitions move the centre by half a step.
     """

@@ -2,8 +2,8 @@
 
 The functions return HTML or SVG as text. They escape every text once. Text that is already HTML is a ``Markup``.
 
-The charts are not drawn by matplotlib, for three reasons: their colours follow the light or dark scheme of the page,
-they have a quarter of the size, and they take a millisecond instead of half a second. A report has up to 20 charts.
+The charts are not drawn by matplotlib, for three reasons. Their colours follow the light or dark scheme of the page.
+They have a quarter of the size. They take a millisecond instead of half a second; a report has up to 20 charts.
 """
 
 from __future__ import annotations

@@ -266,8 +266,8 @@ def gallery_section(runs: Sequence[Evaluated], truth: Truth, upsampling: str, co
 
 def verdict_section(sentences: Sequence[str], units: str) -> page.Markup:
     about = (
-        f"A run is better if the 95 % interval of the difference, over draws of {units}, lies above 0, "
-        "and if its mean AUC is above chance (0.5). Boxes are compared without the gate."
+        f"A run is better if the 95 % interval of the difference, over draws of {units}, lies above 0. "
+        "Its mean AUC must also be above chance (0.5). Boxes are compared without the gate."
     )
     return page.section("Verdict", page.bullets(sentences), page.paragraph(about, "note"))
 

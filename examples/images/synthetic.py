@@ -8,8 +8,9 @@ Contents of the images and their reasons:
 - Each class has a finding with its own appearance, position and size. The boxes of the eight classes with boxes are
   about as large as the real ones: a nodule has 48 to 96 of 1024 pixels, an infiltration 180 to 350, a large heart 420
   to 520, always in the same place. The contrast varies by a factor of three, down to findings that are hidden by the
-  vessels. Some findings are visible in a small patch (nodule, the streaks of an atelectasis), some at an edge
-  (pneumothorax, effusion), and some only in the whole image (cardiomegaly, emphysema). So no receptive field fits all.
+  vessels. Some findings are visible in a small patch (nodule, the streaks of an atelectasis). Some are visible
+  at an edge (pneumothorax, effusion), and some only in the whole image (cardiomegaly, emphysema). So no receptive field
+  fits all.
   Mass and nodule differ only in size and outline.
 - The box encloses the area in which the finding has more than half of its strength. An image has at most one finding
   per class, so that every finding can have a box. In the test list every finding of the eight classes has a box; in the
@@ -21,8 +22,8 @@ Contents of the images and their reasons:
   which appearance belongs to it.
 - Patients have one to eight images. Some findings remain in the same place in later images, so a split by image would
   leak information. The test list has a fifth of the patients. It has more findings and more AP views, as the real one.
-- As in the real files, two images in a hundred are RGBA, the last line of a list has no newline, and the box list says
-  Infiltrate.
+- The files have three properties of the real ones. Two images in a hundred are RGBA. The last line of a list has no
+  newline. The box list names the class Infiltration "Infiltrate".
 
 The images do not look real to a radiologist. Results on them say nothing about patients.
 """

@@ -53,7 +53,7 @@ class Training:
     """The state of a training, which last.pt stores.
 
     ``config`` lacks the EXTENDABLE settings, which are in ``extendable``. So steps and validations cannot depend on the
-    number of epochs, and a run resumed with more epochs equals one that had them from the start.
+    number of epochs. A run that is resumed with more epochs equals a run that had them from the start.
     """
 
     def __init__(self, config: Config, processes: Processes, compiled: bool):
