@@ -1,8 +1,8 @@
 """The table of the runs of an experiment: a CSV with one row per run.
 
 A row holds the method, the seed and every setting. It also holds the results of two networks, that of the last epoch
-and that of the best epoch on validation. The last columns are about the computation. Runs with different settings
-share a table.
+and that of the best epoch on validation. The last columns hold its times, commit, machine and command. Runs with
+different settings share a table.
 """
 
 from __future__ import annotations
