@@ -134,6 +134,9 @@ struct SharedMemory {
     if (options.races) check_race(address, size, thread, store, pc, atomic);
     return bytes.data() + address;
   }
+  static std::string name_of(int thread) {
+    return thread < 0 ? "threads of several warps" : "thread " + std::to_string(thread);
+  }
   // Fails if the access is a race, and records it. Atomic writes do not race with one another: `writer` is the first of
   // them if all are from one warp, else -2.
   void check_race(uint32_t address, int size, int thread, bool store, uint32_t pc, bool atomic) {
@@ -147,13 +150,13 @@ struct SharedMemory {
       const bool written_before = ordered(t.writer, t.written_block, t.written_warp);
       if (!written_before && !(atomic && t.atomic))
         fail(
-            "race in shared memory at %u: thread %d %s a byte that thread %d wrote, pc %u", address + k, thread,
-            store ? "writes" : "reads", t.writer, pc);
+            "race in shared memory at %u: thread %d %s a byte that %s wrote, pc %u", address + k, thread,
+            store ? "writes" : "reads", name_of(t.writer).c_str(), pc);
       if (store) {
         if (!ordered(t.reader, t.read_block, t.read_warp))
           fail(
-              "race in shared memory at %u: thread %d writes a byte that thread %d read, pc %u", address + k, thread,
-              t.reader, pc);
+              "race in shared memory at %u: thread %d writes a byte that %s read, pc %u", address + k, thread,
+              name_of(t.reader).c_str(), pc);
         const bool joins_atomics = atomic && t.atomic && !written_before;
         t.writer = !joins_atomics ? thread : t.writer >= 0 && t.writer / 32 == thread / 32 ? t.writer : -2;
         t.atomic = atomic;
