@@ -25,6 +25,7 @@ import extract_features  # noqa: E402
 import finetune_features  # noqa: E402
 import train_features  # noqa: E402
 from features import advice, backbones, extraction, finetuning, labels, runs, store, training  # noqa: E402
+from features import geometry as geometries  # noqa: E402
 from features.evaluation import bootstrap, box_metrics, instance_metrics  # noqa: E402
 from features.heads import Candidates, Head, PatchNetwork  # noqa: E402
 
@@ -86,18 +87,18 @@ def command(data, out, *options):
 def test_geometry_equals_that_of_the_convolutions():
     """Stride 4; kernel 3 with padding 1, then kernel 5 with padding 1: a field of 3 + 2 * 4 = 11 pixels."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 5, 5, 2, 1))
-    found = backbones.geometry_of(network, "3", 64)
+    found = geometries.geometry_of(network, "3", 64)
     # The first output of layer 0 is centred on pixel 0 (0.5). That of layer 3 is centred on output 1, 2 pixels later.
-    assert found == backbones.Geometry(4, 2.5, 11)
+    assert found == geometries.Geometry(4, 2.5, 11)
 
 
 def test_effective_centre_is_the_centre_of_the_weights():
     """The only weight of a 9x9 kernel is in its third row and column, 2 pixels before the middle."""
     network = nn.Sequential(nn.Conv2d(3, 2, 9, 4, 4, bias=False))
-    assert backbones.geometry_of(network, "0", 32) == backbones.Geometry(4, 0.5, 9)
+    assert geometries.geometry_of(network, "0", 32) == geometries.Geometry(4, 0.5, 9)
     with torch.no_grad():
         network[0].weight.zero_()[:, :, 2, 2] = torch.randn(2, 3)
-    assert backbones.effective_centre(network, "0", 32, 4) == pytest.approx(-1.5, abs=1e-4)
+    assert geometries.effective_centre(network, "0", 32, 4) == pytest.approx(-1.5, abs=1e-4)
 
 
 def test_receptive_field_after_a_global_mean_is_the_whole_image():
@@ -105,12 +106,12 @@ def test_receptive_field_after_a_global_mean_is_the_whole_image():
         def forward(self, x):
             return x * torch.sigmoid(x.mean((2, 3), keepdim=True))
 
-    assert backbones.geometry_of(nn.Sequential(nn.Conv2d(3, 4, 2, 2), Gate()), "1", 32).field is None
+    assert geometries.geometry_of(nn.Sequential(nn.Conv2d(3, 4, 2, 2), Gate()), "1", 32).field is None
 
 
 def test_maps_of_other_stages_are_aligned_with_the_first_stage():
     """A map of the x coordinates of a finer grid, resampled on a coarser grid, has the x coordinates of the latter."""
-    fine, coarse = backbones.Geometry(4, 3.5, 9), backbones.Geometry(8, 5.0, 20)
+    fine, coarse = geometries.Geometry(4, 3.5, 9), geometries.Geometry(8, 5.0, 20)
     x = (torch.arange(16) * 4 + 3.5).expand(1, 1, 16, 16)
     found = backbones._aligned(x, fine, coarse, torch.Size((8, 8)))
     expected = torch.arange(8) * 8 + 5.0
@@ -154,7 +155,7 @@ def test_list_of_stages_has_their_geometry(timm, capsys):
 def test_geometry_of_a_network_with_layer_norm(timm):
     """A patch of 4 pixels, then 7x7 convolutions at stride 4: 4 + 24 for each."""
     network = timm.create_model("convnext_atto", depths=(2, 1, 1, 1))
-    assert backbones.geometry_of(network, "stages.0", 96) == backbones.Geometry(4, 2.0, 4 + 2 * 24)
+    assert geometries.geometry_of(network, "stages.0", 96) == geometries.Geometry(4, 2.0, 4 + 2 * 24)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_nothing_after_the_cut_is_computed(timm):
     with torch.no_grad():
         found = backbone(torch.rand(1, 3, 64, 96))
     assert found.shape == (1, 64, 16, 24) and not calls
-    assert backbone.geometry == backbones.Geometry(4, 0.5, 43)  # 7x7 and pooling: 11; four 3x3 at stride 4: 32 more
+    assert backbone.geometry == geometries.Geometry(4, 0.5, 43)  # 7x7 and pooling: 11; four 3x3 at stride 4: 32 more
 
 
 def test_the_output_stride_is_halved_by_dilation(timm):
@@ -221,7 +222,7 @@ def test_tokens_of_a_vision_transformer_become_a_map(timm):
     backbone = backbones.load_backbone("vit_tiny_patch16_224", weights="none", cut="blocks.0")
     with torch.no_grad():
         assert backbone(torch.rand(1, 3, 64, 96)).shape == (1, 192, 4, 6)
-    assert backbone.geometry == backbones.Geometry(16, 8.0, None)
+    assert backbone.geometry == geometries.Geometry(16, 8.0, None)
 
 
 # extraction
@@ -948,7 +949,7 @@ def test_networks_of_torchvision(timm, tmp_path):
     with torch.no_grad():
         wanted = network.features[:7]((image - backbone.mean) / backbone.std)
     torch.testing.assert_close(backbone(image), wanted)
-    geometry = backbones.geometry_of(network, "features.12", 224)
+    geometry = geometries.geometry_of(network, "features.12", 224)
     assert (geometry.stride, geometry.field) == (16, 155)
     assert backbones.stages_in(network) == [f"features.{k}" for k in range(13)]
     with pytest.raises(ValueError, match="similar names: squeezenet1_0, squeezenet1_1"):

@@ -14,7 +14,8 @@ from images.label_tables import NAMES, same
 from images.pixels import DICOM
 from torch import Tensor
 
-from features.backbones import Backbone, Geometry
+from features.backbones import Backbone
+from features.geometry import Geometry
 from features.labels import name_among
 from features.store import Bag
 

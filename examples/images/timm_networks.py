@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from features.backbones import Geometry, geometry_of, import_timm
+from features.backbones import import_timm
+from features.geometry import Geometry, geometry_of
 from torch import Tensor, nn
 
 from images.pixels import MEAN, STD
