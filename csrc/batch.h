@@ -249,8 +249,8 @@ SGL_HD void save_row(const Sums& s, const Pair& b, const Settings& settings, dou
   row[kColumnReference] = finite ? static_cast<T>(s.extent.reference) : T(0);
   if (settings.loss == kSelfGuidingLoss) {
     for (int k = 0; k < 3; ++k) {
-      const double divisor = settings.per_bag ? at_least_one(b.count[k]) : 1.0;
-      row[kColumnNegative + k] = static_cast<T>(settings.lam * class_weight * b.weight / divisor);
+      const double weight = settings.lam * class_weight * b.weight;
+      row[kColumnNegative + k] = static_cast<T>(settings.per_bag ? weight / at_least_one(b.count[k]) : weight);
     }
   } else {
     row[kColumnNegative] = static_cast<T>(class_weight * b.instance_slope);

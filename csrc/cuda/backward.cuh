@@ -227,7 +227,7 @@ SGL_DEVICE void write_each(
 #pragma unroll 1
   for (int j = first; j < row.n; j += step) {
     const Steps steps = steps_to(*row.rows, j);
-    const bool live = row.mask == nullptr || row.mask[steps.mask];
+    const bool live = row.has(steps);
     T g = live && !excluded ? nan_of(T()) : T(0);
     if (live && !filled) g = any_slope_of<scaled>(read_as(T(), row.x[steps.logits]), k, by_sigmoid);
     write_as(grad + steps.grad, g);

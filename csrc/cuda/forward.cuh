@@ -102,6 +102,41 @@ enum class Stage {
   kOthers
 };
 
+// What the settings ask of the passes. The host finds out, so that no thread has to.
+struct Needs {
+  bool has_instances;  // a negative pair has the loss of its instances
+  bool ties;  // the instances at the largest logit are counted
+  bool nearest;  // the smallest |x| is kept
+  bool counts_maxima;
+  bool constant;  // a positive pair whose logits are all equal is a kind of its own
+  bool others[2];  // [positive]: the pair needs other passes than the first one
+  Kind kind[2];  // [positive]
+};
+
+// Whether the first pass alone gives all sums of a pair.
+inline bool first_pass_suffices(const Settings& settings, bool positive) {
+  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
+  const bool is_pooled = has_sums(settings.pooling) && !counts_maxima(settings.pooling);
+  return !(positive && has_instances) && settings.loss != kMinMeanMaxLoss && !is_pooled;
+}
+
+inline Needs needs_of(const Settings& settings) {
+  Needs needs = {};
+  needs.has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
+  needs.counts_maxima = counts_maxima(settings.pooling);
+  needs.ties = needs.counts_maxima || settings.loss == kMinMeanMaxLoss;
+  needs.nearest = pooling_reference(settings.pooling) == Reference::kNearestToZero;
+  needs.constant = settings.loss == kSelfGuidingLoss && settings.rescale;
+  needs.kind[1] = settings.loss == kSelfGuidingLoss   ? Kind::kPositive
+                  : settings.loss == kBagInstanceLoss ? Kind::kRounded
+                  : settings.loss == kMinMeanMaxLoss  ? Kind::kExtremes
+                                                      : Kind::kBagOnly;
+  needs.kind[0] = needs.has_instances ? Kind::kNegative : needs.kind[1];
+  for (int positive = 0; positive < 2; ++positive)
+    needs.others[positive] = !first_pass_suffices(settings, positive == 1);
+  return needs;
+}
+
 // How Plan divides the work of a launch: 2^group_bits threads form a group, with 2^part_bits parts; 2^piece_bits blocks divide
 // the pairs of a group between them, in both stages.
 struct Work {
@@ -109,6 +144,7 @@ struct Work {
   int group_bits, part_bits, piece_bits;
   int pair_bits;  // 2^pair_bits pairs of a block are processed at once
   Divisor classes;
+  Needs needs;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +155,8 @@ SGL_DEVICE FirstPass<T, ties> first_pass(const Row<In>& row, const Group& group)
   FirstPass<T, ties> found;
   T not_finite = T(0), above = T(0);
   LogOfProduct<T> product;
+  // NaN makes `above` NaN, and an infinite logit is the largest or the smallest
+  constexpr bool found_by_extremes = negative && kMaximumOfNaN && std::is_same_v<T, float>;
   for_instances<kPacks<In>, T>(
       row, group,
       [&](const auto& x, bool live) {
@@ -132,10 +170,10 @@ SGL_DEVICE FirstPass<T, ties> first_pass(const Row<In>& row, const Group& group)
           found.low = smaller(found.low, x[v]);
           if constexpr (!ties) found.more = smaller(found.more, magnitude);
           found.n += live ? 1 : 0;
-          not_finite += (live ? x[v] : T(0)) * T(0);
+          if constexpr (!found_by_extremes) not_finite += (live ? x[v] : T(0)) * T(0);
           if (negative) {
             product.multiply_by_1_plus(live ? exp(-magnitude) : T(0));
-            above += larger(T(0), x[v]);
+            above += found_by_extremes ? larger_or_nan(T(0), live ? x[v] : T(0)) : larger(T(0), x[v]);
           }
         }
         if constexpr (ties) {
@@ -153,28 +191,30 @@ SGL_DEVICE FirstPass<T, ties> first_pass(const Row<In>& row, const Group& group)
         above = T(0);
         product = LogOfProduct<T>();
       });
+  if (found_by_extremes && found.n > 0) not_finite = found.low * T(0) + found.high * T(0);
   found.loss += static_cast<double>(not_finite);
   return found;
 }
 
-// The first pass of this part of the group. `partial`: what it found in each piece of the pair. `piece`: of this block. False if
+// The first pass of this part of the group. `partial`: what it found in the pieces of all pairs. `piece`: of this block. False if
 // the launch ends with it.
 template <bool ties, class T, class In>
 SGL_DEVICE bool find_first(
-    const Row<In>& row, bool negative, const Work& work, PartialResult* partial, unsigned piece, Group& group,
-    FirstFound<T>& result) {
+    const Row<In>& row, bool negative, const Work& work, PartialResult* partial, unsigned pair, unsigned piece,
+    Group& group, FirstFound<T>& result) {
   FirstPass<T, ties> found;
   static_assert(sizeof(found) <= sizeof(PartialResult), "fits into the workspace");
   if (work.stage == Stage::kOthers) {
     if (group.rank() < 1 << work.piece_bits)
-      found = *reinterpret_cast<const FirstPass<T, ties>*>(partial + group.rank());
+      found = *reinterpret_cast<const FirstPass<T, ties>*>(partial + ((pair << work.piece_bits) + group.rank()));
   } else {
     // A variant for each combination: no instance pays for what its row does not need.
     found = negative ? first_pass<true, ties, T>(row, group) : first_pass<false, ties, T>(row, group);
   }
   found = group.reduce(found);
   if (work.stage == Stage::kFirstPass) {
-    if (group.rank() == 0) *reinterpret_cast<FirstPass<T, ties>*>(partial + piece) = found;
+    if (group.rank() == 0)
+      *reinterpret_cast<FirstPass<T, ties>*>(partial + ((pair << work.piece_bits) + piece)) = found;
     return false;
   }
   result = {found.loss, found.low, found.high, ties ? T(0) : T(found.more), ties ? int(found.more) : 0, found.n};
@@ -408,43 +448,29 @@ SGL_DEVICE T ranked(const Row<In>& row, int n, int64_t k, T low, T high, Group& 
   return order_statistic_of(row, n, wanted, low, high, guess, group);
 }
 
-// Whether the first pass alone gives all sums of a pair.
-SGL_HD bool first_pass_suffices(const Settings& settings, bool positive) {
-  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
-  const bool is_pooled = has_sums(settings.pooling) && !counts_maxima(settings.pooling);
-  return !(positive && has_instances) && settings.loss != kMinMeanMaxLoss && !is_pooled;
-}
-
 // Thread 0 of each part writes to `out` what the first pass found. The result is whether the pair needs other passes, too.
 template <class T>
-SGL_DEVICE bool save_first(
-    const Settings& settings, const FirstFound<T>& first, Label label, const Group& group, Sums& out) {
+SGL_DEVICE bool save_first(const Needs& needs, const FirstFound<T>& first, Label label, const Group& group, Sums& out) {
   const bool positive = label == Label::kPositive, exists = label != Label::kUnknown && first.n > 0;
-  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
-  const bool against_zero = has_instances && !positive, finite = first.loss == first.loss;
+  const bool finite = first.loss == first.loss;
+  const Kind kind = positive ? needs.kind[1] : needs.kind[0];
   if (group.rank() == 0) {
-    out.kind = !exists                                                                            ? Kind::kExcluded
-               : !finite                                                                          ? Kind::kNonFinite
-               : against_zero                                                                     ? Kind::kNegative
-               : settings.loss == kSelfGuidingLoss && settings.rescale && first.low == first.high ? Kind::kConstant
-               : settings.loss == kSelfGuidingLoss                                                ? Kind::kPositive
-               : settings.loss == kBagInstanceLoss                                                ? Kind::kRounded
-               : settings.loss == kMinMeanMaxLoss                                                 ? Kind::kExtremes
-                                                                                                  : Kind::kBagOnly;
+    out.kind = !exists                                                 ? Kind::kExcluded
+               : !finite                                               ? Kind::kNonFinite
+               : positive && needs.constant && first.low == first.high ? Kind::kConstant
+                                                                       : kind;
     out.positive = positive;
     out.n = first.n;
-    const bool nearest = pooling_reference(settings.pooling) == Reference::kNearestToZero;
-    out.extent = {first.low, first.high, nearest ? first.nearest : T(0), 0};
-    for (int k = 0; k < 3; ++k) out.loss[k] = out.count[k] = 0;
-    if (against_zero) {
-      out.loss[0] = first.loss;
-      out.count[0] = first.n;
-    }
+    out.extent = {first.low, first.high, needs.nearest ? first.nearest : T(0), 0};
+    const bool against_zero = needs.has_instances && !positive;
+    out.loss[0] = against_zero ? first.loss : 0;
+    out.count[0] = against_zero ? first.n : 0;
+    for (int k = 1; k < 3; ++k) out.loss[k] = out.count[k] = 0;
     out.square = 0;
     out.highs = first.ties;
-    if (counts_maxima(settings.pooling)) out.pooled[0] = first.ties;
+    if (needs.counts_maxima) out.pooled[0] = first.ties;
   }
-  return exists && finite && !first_pass_suffices(settings, positive);
+  return exists && finite && (positive ? needs.others[1] : needs.others[0]);
 }
 
 // The other passes of a pair, by the undivided group. `out` has what the first pass found.
@@ -559,7 +585,6 @@ SGL_DEVICE void finalize_one(
 template <class T, class In>
 SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Work& work, ForwardShared& shared) {
   const Settings& settings = call.settings;
-  const bool has_instances = settings.loss == kSelfGuidingLoss || settings.loss == kBagInstanceLoss;
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
   Group group(work.group_bits, shared.group);
@@ -610,14 +635,13 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
       if (piece_bits > 0) place = piece_of(call.rows, place, piece, piece_bits);
       const Row<In> row(call, place, group.size());
       // parts have to do the same
-      const bool negative = has_instances && (work.part_bits > 0 || label != Label::kPositive);
-      const bool ties = counts_maxima(settings.pooling) || settings.loss == kMinMeanMaxLoss;
-      PartialResult* const partial = forward.partial + (pair << work.piece_bits);
+      const bool negative = work.needs.has_instances && (work.part_bits > 0 || label != Label::kPositive);
       FirstFound<T> first;
-      const bool continues = ties ? find_first<true, T>(row, negative, work, partial, piece, group, first)
-                                  : find_first<false, T>(row, negative, work, partial, piece, group, first);
+      const bool continues =
+          work.needs.ties ? find_first<true, T>(row, negative, work, forward.partial, pair, piece, group, first)
+                          : find_first<false, T>(row, negative, work, forward.partial, pair, piece, group, first);
       if (!continues) return false;
-      const bool more = save_first(settings, first, label, group, sums);
+      const bool more = save_first(work.needs, first, label, group, sums);
       // The lanes of a warp begin with one lane of each part. So all warps of a block get the same bits.
       left = __ballot_sync(kAllLanes, more) & ((2u << ((1 << work.part_bits) - 1)) - 1);
       group.sync();
@@ -673,8 +697,8 @@ __global__ void finalize_kernel(
 }
 
 template <class T, class In>
-__global__ void __maxnreg__(kRegisters<T>)
-    forward_kernel(const __grid_constant__ Call call, const __grid_constant__ Forward forward, const Work work) {
+__global__ void __maxnreg__(kRegisters<T>) forward_kernel(
+    const __grid_constant__ Call call, const __grid_constant__ Forward forward, const __grid_constant__ Work work) {
   SGL_SHARED(ForwardShared, shared);
   if (!sums_of_block<T, In>(call, forward, work, shared)) return;
   if (threadIdx.x < kBatchNumbers) {

@@ -80,6 +80,10 @@ class Group {
     if constexpr (sizeof(R) <= 2 * sizeof(uint32_t)) {
 #pragma unroll
       for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
+    } else if constexpr (sizeof(R) <= 6 * sizeof(uint32_t)) {
+#pragma unroll
+      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+        if (lanes >> part_bits_ > 0) value.merge(from_other_lane(value, lanes));
     } else {
 #pragma unroll 1
       for (int lanes = kWarp / 2; lanes >> part_bits_ > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));

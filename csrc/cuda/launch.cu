@@ -119,7 +119,8 @@ cudaError_t forward_as(const Call& call, const Forward& forward, const Plan& pla
         part_bits,
         plan.piece_bits,
         bits_of_block(threads) - group_bits + part_bits,
-        divisor_of(call.rows.classes)};
+        divisor_of(call.rows.classes),
+        needs_of(call.settings)};
   };
   if (plan.piece_bits > 0) {
     const int threads = plan.first_threads, part_bits = plan.first_part_bits;
@@ -157,14 +158,14 @@ Tiling tiling_of(const Call& call, const Backward& backward, const Plan& plan) {
   t.groups = plan.threads >> plan.backward_bits;
   t.item_step = plan.backward_blocks * t.groups;
   const auto is_small = [](int64_t stride) { return stride >= 0 && stride < (int64_t{1} << 31) / int64_t{sizeof(In)}; };
-  t.is_simple = rows.dimensions == 1 && call.mask == nullptr;
+  t.is_simple = call.is_simple;
   for (const int64_t stride :
        {rows.logits_bag, rows.logits_class, rows.grad_bag, rows.grad_class, dim.logits, dim.grad})
     t.is_simple = t.is_simple && is_small(stride);
   if (!t.is_simple) return t;
   t.own_pooling = has_own_loop(call.settings.pooling) ? 1u << call.settings.pooling : 0;
   constexpr int kSize = 16 / sizeof(In);
-  const bool adjacent = dim.logits == 1 && dim.grad == 1;
+  const bool adjacent = call.is_adjacent && dim.grad == 1;
   const bool alike = lie_alike<In>(
       rows, call.logits, backward.grad, rows.logits_bag - rows.grad_bag, rows.logits_class - rows.grad_class);
   // Packs of a short row that begins anywhere would leave many threads without work.
@@ -224,7 +225,7 @@ Plan plan_of(const Call& call, int multiprocessors) {
   // If there are fewer groups than multiprocessors, blocks divide their pairs, as long as a thread gets 32 instances.
   plan.first_part_bits = part_bits;
   plan.first_threads = 128;
-  if (is_long && rows.dimensions == 1 && call.mask == nullptr) {
+  if (is_long && call.is_simple) {
     const int64_t instances = 32 * (plan.first_threads >> part_bits);
     while (plan.piece_bits < 6 && all_groups << plan.piece_bits < multiprocessors &&
            length >= instances << (plan.piece_bits + 1))
@@ -243,9 +244,10 @@ Plan plan_of(const Call& call, int multiprocessors) {
   if (in_warps) {
     plan.forward_bits = kWarpBits;
     if (in_parts && first_pass_suffices(call.settings, false)) plan.part_bits = kWarpBits - kPartBits;
-    // as many pairs per block as possible while every multiprocessor gets a block
+    // As many pairs per block as possible while every multiprocessor gets a block, because a block finalizes its pairs together.
+    // A multiprocessor runs four warps as fast as one.
     groups = kMaxThreads >> kWarpBits;
-    while (groups > 1 && units < static_cast<int64_t>(groups << plan.part_bits) * multiprocessors) groups /= 2;
+    while (groups > 4 && units < static_cast<int64_t>(groups << plan.part_bits) * multiprocessors) groups /= 2;
     plan.threads = groups << kWarpBits;
   } else {
     // Fewer threads for each pair issue less. More of them finish a pair earlier, unless its block has to wait for another

@@ -55,7 +55,8 @@ struct Targets {
   const void* data;  // null: the bag logits are computed, for which no label is needed
   int64_t bag_step, class_step;
   int bytes;
-  bool is_floating, is_bfloat16;
+  // The bits of a label except for the sign of a floating-point number, and the largest such bits that are no NaN.
+  uint64_t magnitude, largest;
 };
 
 // What forward and backward have in common.
@@ -66,6 +67,8 @@ struct Call {
   const void* pos_weight;  // (C,) of the loss's type; null: 1
   Rows rows;
   Settings settings;
+  bool is_simple;  // rows have one stride, and every position is an instance
+  bool is_adjacent;  // simple, with stride 1
 };
 
 // What the first pass of a piece of a pair found.

@@ -78,8 +78,13 @@ Targets targets_of(const Tensor& targets, const Layout& layout) {
   t.class_step = targets.dim() == 2 ? targets.stride(1) : 0;
   t.bytes = static_cast<int>(targets.element_size());
   const ScalarType type = targets.scalar_type();
-  t.is_bfloat16 = type == ScalarType::BFloat16;
-  t.is_floating = t.is_bfloat16 || type == ScalarType::Half || type == ScalarType::Float || type == ScalarType::Double;
+  const uint64_t infinity = type == ScalarType::BFloat16 ? 0x7f80
+                            : type == ScalarType::Half   ? 0x7c00
+                            : type == ScalarType::Float  ? 0x7f800000
+                            : type == ScalarType::Double ? 0x7ff0000000000000
+                                                         : 0;
+  t.magnitude = infinity == 0 ? ~uint64_t{0} : (uint64_t{1} << (8 * t.bytes - 1)) - 1;
+  t.largest = infinity == 0 ? ~uint64_t{0} : infinity;
   return t;
 }
 
@@ -127,13 +132,18 @@ const void* class_vector(const std::optional<Tensor>& v, const char* name, const
 Call call_of(
     const Tensor& logits, const std::optional<Tensor>& mask, const std::optional<Tensor>& offsets,
     const std::optional<Tensor>& pos_weight, const Layout& layout, const Settings& settings) {
-  return {
+  Call call = {
       type_of(logits),
       logits.const_data_ptr(),
       mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
       class_vector(pos_weight, "pos_weight", logits, layout),
       rows_of(layout, logits, offsets),
-      settings};
+      settings,
+      false,
+      false};
+  call.is_simple = call.rows.dimensions == 1 && call.mask == nullptr;
+  call.is_adjacent = call.is_simple && call.rows.dimension[0].logits == 1;
+  return call;
 }
 
 int multiprocessors_of(int device) {

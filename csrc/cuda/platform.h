@@ -35,6 +35,24 @@ SGL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 SGL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 #endif
 
+// The larger number, or NaN if b is one. Without such an instruction, b * 0 has to be looked at, too.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr bool kMaximumOfNaN = true;
+#else
+constexpr bool kMaximumOfNaN = false;
+#endif
+template <class T>
+SGL_DEVICE T larger_or_nan(T a, T b) {
+  return larger(a, b);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+SGL_DEVICE float larger_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+#endif
+
 template <class T>
 SGL_DEVICE T magnitude_of(T x) {
   return -minus_magnitude(x);

@@ -14,35 +14,20 @@ namespace cuda {
 // ---------------------------------------------------------------------------------------------------------------------
 // Labels
 
-SGL_DEVICE Label label_of(const Targets& targets, int64_t bag, int64_t cls) {
+SGL_DEVICE Label label_of(const Targets& targets, uint32_t bag, uint32_t cls) {
   const int64_t at = bag * targets.bag_step + cls * targets.class_step;
-  bool zero, unknown = false;
-  if (targets.bytes == 8) {
-    if (targets.is_floating) {
-      const double y = static_cast<const double*>(targets.data)[at];
-      zero = y == 0, unknown = y != y;
-    } else {
-      zero = static_cast<const int64_t*>(targets.data)[at] == 0;
-    }
-  } else if (targets.bytes == 4) {
-    if (targets.is_floating) {
-      const float y = static_cast<const float*>(targets.data)[at];
-      zero = y == 0, unknown = y != y;
-    } else {
-      zero = static_cast<const int32_t*>(targets.data)[at] == 0;
-    }
+  uint64_t bits;
+  if (targets.bytes == 4) {
+    bits = static_cast<const uint32_t*>(targets.data)[at];
+  } else if (targets.bytes == 8) {
+    bits = static_cast<const uint64_t*>(targets.data)[at];
   } else if (targets.bytes == 2) {
-    const uint16_t bits = static_cast<const uint16_t*>(targets.data)[at];
-    if (targets.is_floating) {
-      const int magnitude = bits & 0x7fff;
-      zero = magnitude == 0, unknown = magnitude > (targets.is_bfloat16 ? 0x7f80 : 0x7c00);
-    } else {
-      zero = bits == 0;
-    }
+    bits = static_cast<const uint16_t*>(targets.data)[at];
   } else {
-    zero = static_cast<const uint8_t*>(targets.data)[at] == 0;
+    bits = static_cast<const uint8_t*>(targets.data)[at];
   }
-  return unknown ? Label::kUnknown : zero ? Label::kNegative : Label::kPositive;
+  bits &= targets.magnitude;
+  return bits > targets.largest ? Label::kUnknown : bits == 0 ? Label::kNegative : Label::kPositive;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -158,43 +143,59 @@ SGL_DEVICE Place piece_of(const Rows& rows, Place place, int piece, int bits) {
   return place;
 }
 
+// A flag in global memory that no kernel writes. nvcc does not always see that the address is one of global memory.
+SGL_DEVICE bool flag_at(const bool* address) {
+#if defined(__CUDA_ARCH__)
+  return __ldg(reinterpret_cast<const unsigned char*>(address)) != 0;
+#else
+  return *address;
+#endif
+}
+
 // Rows of at most this many positions are short.
 constexpr int kShort = 4 * kWarp;
 
 template <class In>
 struct Row {
   const In* x;
-  const bool* mask;
+  const bool* mask;  // of all bags
   const Rows* rows;
+  uint32_t first;  // as in Place
   int n;  // positions
-  bool is_simple;  // one stride, and every position is an instance
+  bool is_simple, is_adjacent;  // as in Call
   bool is_contiguous;  // simple, with stride 1, and packs lie on 16 bytes
   int width;  // neighbouring positions of a thread: a pack, or 1 in a short row, so that more threads have work
   int whole_packs;  // of all threads together; none in a short row
 
   // `threads`: a power of 2, that process the row
-  SGL_DEVICE Row(const Call& call, const Place& place, int threads)
-      : x(static_cast<const In*>(call.logits) + place.logits),
-        mask(call.mask == nullptr ? nullptr : call.mask + place.first * call.rows.mask_bag),
-        rows(&call.rows),
+  SGL_DEVICE Row(const Call& c, const Place& place, int threads)
+      : x(static_cast<const In*>(c.logits) + place.logits),
+        mask(c.mask),
+        rows(&c.rows),
+        first(place.first),
         n(place.positions) {
-    const Rows& r = call.rows;
-    is_simple = r.dimensions == 1 && mask == nullptr;
-    is_contiguous = is_simple && r.dimension[0].logits == 1 && lies_on_16_bytes(x);
+    is_simple = c.is_simple;
+    is_adjacent = c.is_adjacent;
+    is_contiguous = is_adjacent && lies_on_16_bytes(x);
     width = n <= kShort || (is_simple && !is_contiguous) ? 1 : Pack<In>::kSize;
     whole_packs = 0;
     if (is_simple && n > kShort) whole_packs = is_contiguous ? n / Pack<In>::kSize : n / Pack<In>::kSize & -threads;
   }
 
-  // Packs first, first + threads, ... of a simple row. One branch for all of them. `rank`: of the thread
+  // Whether the position at these steps from the first one is an instance.
+  SGL_DEVICE bool has(const Steps& steps) const {
+    return mask == nullptr || flag_at(mask + (first * rows->mask_bag + steps.mask));
+  }
+
+  // Packs begin, begin + threads, ... of a simple row. One branch for all of them. `rank`: of the thread
   template <int kCount>
-  SGL_DEVICE void load(Pack<In> (&packs)[kCount], int first, int rank, int threads) const {
+  SGL_DEVICE void load(Pack<In> (&packs)[kCount], int begin, int rank, int threads) const {
     if (is_contiguous) {
 #pragma unroll
-      for (int u = 0; u < kCount; ++u) packs[u] = reinterpret_cast<const Pack<In>*>(x)[first + u * threads];
+      for (int u = 0; u < kCount; ++u) packs[u] = reinterpret_cast<const Pack<In>*>(x)[begin + u * threads];
     } else {
       const int64_t stride = rows->dimension[0].logits, step = threads * stride;
-      const In* from = x + ((first - rank) * Pack<In>::kSize + rank) * stride;
+      const In* from = x + ((begin - rank) * Pack<In>::kSize + rank) * stride;
 #pragma unroll
       for (int u = 0; u < kCount; ++u) {
 #pragma unroll
@@ -209,7 +210,7 @@ struct Row {
     if (!live) return filler(In());
     if (is_simple) return x[j * rows->dimension[0].logits];
     const Steps steps = steps_to(*rows, j);
-    live = mask == nullptr || mask[steps.mask];
+    live = has(steps);
     return live ? x[steps.logits] : filler(In());
   }
 };
@@ -281,10 +282,14 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
   }
   if constexpr (kTogether > 1) {
     if (row.is_simple && row.n <= kShort) {
-      // a short row: a thread has at most 16 instances
+      // A short row: a thread has at most 16 instances. The threads begin at a multiple of 32 bytes, before the row if that is
+      // none, so that eight of them read one sector at a time.
       const int64_t stride = row.rows->dimension[0].logits;
+      constexpr uint32_t kSector = 32 / sizeof(In);
+      if (row.is_adjacent) p -= static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row.x)) / sizeof(In) % kSector;
 #pragma unroll 1
       for (; p < row.n; p += group.size()) {
+        if (p < 0) continue;
         const T x[1] = {read_as(T(), row.x[p * stride])};
         f(x, true);
       }

@@ -250,6 +250,7 @@ void floating(const std::string& t, Class cls) {
   UN("abs." + t, T, T, cls, std::fabs(x))
   BIN("min." + t, T, cls, minimum(x, y))
   BIN("max." + t, T, cls, maximum(x, y))
+  BIN("max.NaN." + t, T, cls, std::isnan(x) || std::isnan(y) ? T(NAN) : maximum(x, y))
   COMPARE("setp.eq." + t, T, x == y)
   COMPARE("setp.ne." + t, T, x < y || x > y)
   COMPARE("setp.lt." + t, T, x < y)
@@ -812,8 +813,9 @@ class Builder {
       i.cls = kBarrier;
       return emit();
     }
-    const std::vector<std::string> parts = split(op, '.');
+    std::vector<std::string> parts = split(op, '.');
     if (parts[0] == "ld" || parts[0] == "st") {
+      if (parts.size() > 3 && parts[2] == "nc") parts.erase(parts.begin() + 2);  // a cache for constants, not counted
       const bool is_store = parts[0] == "st";
       const std::string type = parts.back();
       const std::string space_name = parts[1];
