@@ -650,6 +650,8 @@ def test_small_network_reads_patches_of_the_image(images):
     bag = extraction.pixel_bag(image, np.array([[24.5, 14.5], [2.0, 30.0]]), 16)
     patch = bag.features[0].reshape(3, 16, 16)
     np.testing.assert_array_equal(patch, image[0, :, 6:22, 16:32].numpy())
+    beyond, within = (extraction.pixel_bag(image, np.array([place]), 16).features for place in ([-0.4, 99], [0.5, 47]))
+    np.testing.assert_array_equal(beyond, within)
     network = PatchNetwork(3 * 27 * 27, 2, 0.0)
     assert network.first.in_features == 1200
     x = torch.randn(5, 3 * 27 * 27)

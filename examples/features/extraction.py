@@ -144,10 +144,11 @@ def point_bag(
 
 def patches_at(image: Tensor, points: np.ndarray, side: int) -> Tensor:
     """The squares (n, 3, side, side) of an image (1, 3, H, W) around ``points`` (n, 2). Beyond the edge, the image is
-    mirrored."""
+    mirrored. A point beyond the edge counts as one in the nearest pixel."""
     half = side // 2
     padded = F.pad(image, (half, side, half, side), mode="reflect")
-    return torch.cat([padded[..., y : y + side, x : x + side] for x, y in np.floor(points).astype(int)])
+    pixels = np.clip(np.floor(points).astype(int), 0, [image.shape[3] - 1, image.shape[2] - 1])
+    return torch.cat([padded[..., y : y + side, x : x + side] for x, y in pixels])
 
 
 def pixel_bag(image: Tensor, points: np.ndarray, side: int) -> Bag:
