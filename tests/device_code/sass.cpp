@@ -97,6 +97,7 @@ struct Warp {
   std::vector<uint32_t> R;
   uint32_t P[kPredicates];
   uint32_t B[16];
+  uint32_t meeting[16][32];  // of each lane in a barrier: the target of its BSSY
   uint32_t pc[32];
   int group[32];
   int groups;
@@ -215,20 +216,21 @@ RUN(ffma) {
     d[l] = bits<uint32_t>(i.ftz ? flush_to_zero(v) : v);
   });
 }
+// The smaller or the larger of two numbers; -0 is smaller than 0. NaN if `nan` and one of them is NaN.
+inline float extreme(float x, float y, bool least, bool nan) {
+  if (std::isnan(x) || std::isnan(y)) return nan ? bits<float>(0x7fffffffu) : std::isnan(x) ? y : x;
+  if (least) return x < y || (x == y && std::signbit(x)) ? x : y;
+  return x > y || (x == y && !std::signbit(x)) ? x : y;
+}
+// Of two numbers, or of three (FMNMX3)
 RUN(fmnmx) {
-  const uint32_t *a = row(w, i.a), *b = row(w, i.b);
+  const uint32_t *a = row(w, i.a), *b = row(w, i.b), *c = i.wide ? row(w, i.c) : nullptr;
   uint32_t* d = w.r(i.d);
   const uint32_t least = pred(w, i.q1, i.n1);
   for_lanes(m, [&](int l) {
-    const float x = as_float(i.a, a[l], i.ftz), y = as_float(i.b, b[l], i.ftz);
-    float v;
-    if (std::isnan(x) || std::isnan(y)) {
-      v = i.nan ? bits<float>(0x7fffffffu) : std::isnan(x) ? y : x;
-    } else if (least >> l & 1) {
-      v = x < y || (x == y && std::signbit(x)) ? x : y;
-    } else {
-      v = x > y || (x == y && !std::signbit(x)) ? x : y;
-    }
+    const bool smaller = least >> l & 1;
+    float v = extreme(as_float(i.a, a[l], i.ftz), as_float(i.b, b[l], i.ftz), smaller, i.nan);
+    if (c != nullptr) v = extreme(v, as_float(i.c, c[l], i.ftz), smaller, i.nan);
     d[l] = bits<uint32_t>(v);
   });
 }
@@ -1152,12 +1154,14 @@ class Section {
       if (name == "FFMA") i.c = operand(next(), kFloatImm);
       return none_left();
     }
-    if (name == "FMNMX" || name == "FSEL") {
-      set(name == "FMNMX" ? fmnmx : fsel, kAlu);
+    if (name == "FMNMX" || name == "FMNMX3" || name == "FSEL") {
+      set(name == "FSEL" ? fsel : fmnmx, kAlu);
+      i.wide = name == "FMNMX3";
       i.nan = has("NAN");
       dest();
       i.a = operand(next(), kFloatImm);
       i.b = operand(next(), kFloatImm);
+      if (i.wide) i.c = operand(next(), kFloatImm);
       src_pred(i.q1, i.n1);
       return none_left();
     }
@@ -1913,9 +1917,13 @@ class SassDevice : public Device {
     for (int x = 0; x < 16; ++x) {
       uint32_t here = 0;
       for_lanes(w.at_conv, [&](int l) { here |= uint32_t(w.conv[l] == x) << l; });
+      // Lanes wait for those that meet at the same place.
+      uint32_t late = 0;
+      for_lanes(w.B[x] & w.alive & ~here, [&](int missing) {
+        for_lanes(here, [&](int l) { late |= uint32_t(w.meeting[x][l] == w.meeting[x][missing]) << l; });
+      });
+      here &= ~late;
       if (here == 0) continue;
-      const uint32_t wanted = w.B[x] & w.alive;
-      if ((wanted & ~here) != 0) continue;
       // Lanes that wait at the same instruction continue as one group.
       std::map<uint32_t, int> places;
       for_lanes(here, [&](int l) {
@@ -2083,9 +2091,11 @@ class SassDevice : public Device {
             break;
           }
           case kBssy:
-            if (m == group)
-              w.B[i.barrier] |= group;  // |=: lanes of another group may be in it
-            else if (m != 0)
+            if (m == group) {
+              // |=: lanes of another group may be in it, for another place
+              w.B[i.barrier] |= group;
+              for_lanes(group, [&](int l) { w.meeting[i.barrier][l] = i.target; });
+            } else if (m != 0)
               fail("the predicate of a BSSY is false in some lanes");
             ++pc;
             break;
