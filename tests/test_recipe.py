@@ -85,5 +85,22 @@ def test_code_of_the_recipe_page_runs(capsys):
         exec(block, names)
     assert names["logits"].shape == (8, 3, 2, 2)
     assert names["box"].shape == (4,)
-    assert names["cut"](images)[0].shape[1:] == (128, 8, 8)
+    assert names["resnet"](images).shape == (8, 3, 2, 2)
+    assert names["cut_model"](images).shape == (8, 3, 8, 8)
     assert "bag AUC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "stride"), [("timm/test_resnet", 0, 2), ("timm/test_resnet", 1, 4), ("timm/resnet18", None, 32)]
+)
+def test_first_cell_of_a_resnet_is_at_pixel_one_half(name, cut, stride):
+    torch.manual_seed(0)
+    model = recipe.FullyConvolutional(recipe.make_classifier(name, 1, None, cut), torch.randn(1, 3, 96, 96))
+    assert recipe.first_cell(model, 96) == pytest.approx(0.5 / stride, abs=0.1)
+
+
+def test_boxes_follow_the_first_cell():
+    logits = torch.full((1, 8, 8), -5.0)
+    logits[0, 3:5, 3:5] = 5.0
+    default = recipe.boxes_of(logits, (96, 96), 0.5)
+    assert recipe.boxes_of(logits, (96, 96), 0.0).tolist() == (default - [6, 6, 0, 0]).tolist()  # half of 12 pixels

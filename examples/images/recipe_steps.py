@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common.import_torchvision import import_torchvision
+from features.geometry import effective_centre, geometry_of
 from torch import Tensor, nn
 
 from sgl_ops import LamSchedule, SGLLoss, diagnose, prior_bias
@@ -190,19 +191,42 @@ def heat_maps(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(part) for part in images.split(64)])
 
 
-def boxes_of(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Boxes x, y, w, h in pixels (N, 4) from logits (N, h, w): the peak's component above half of the maximum."""
+def first_cell(model: FullyConvolutional, side: int) -> float:
+    """The centre of the first cell of the map, in cells from the edge of the image: 0.5 / 32 for a whole ResNet.
+
+    Args:
+        side: side of the images in pixels.
+    """
+    stride = geometry_of(model, "features", side).stride
+    return effective_centre(model, "features", side, stride) / stride
+
+
+def boxes_of(logits: Tensor, size: tuple[int, int], first: float) -> np.ndarray:
+    """Boxes x, y, w, h in pixels (N, 4) from logits (N, h, w): the peak's component above half of the maximum.
+
+    Args:
+        first: centre of the first cell, in cells from the edge of the image.
+    """
     return np.stack(
-        [heatmap_to_box(m, size, 0.5, mode="bilinear", side=1, relative=True) for m in torch.sigmoid(logits).numpy()]
+        [
+            heatmap_to_box(heat_map, size, 0.5, mode="bilinear", side=1, first=first, relative=True)
+            for heat_map in torch.sigmoid(logits).numpy()
+        ]
     )
 
 
-def report(title: str, logits: Tensor, labels: Tensor, true_boxes: Tensor, pooling: str | nn.Module) -> np.ndarray:
-    """Prints the findings of :func:`sgl_ops.diagnose`. Prints and returns the fraction of boxes found at each IoU."""
+def report(
+    title: str, logits: Tensor, labels: Tensor, true_boxes: Tensor, pooling: str | nn.Module, first: float
+) -> np.ndarray:
+    """Prints the findings of :func:`sgl_ops.diagnose`. Prints and returns the fraction of boxes found at each IoU.
+
+    Args:
+        first: centre of the first cell, in cells from the edge of the image.
+    """
     print(f"\n{title}")
     print(diagnose(logits, labels, pooling=pooling, names=["square"]))
     positive = labels[:, 0] == 1
-    found = boxes_of(logits[positive, 0], (SIDE, SIDE))
+    found = boxes_of(logits[positive, 0], (SIDE, SIDE), first)
     overlap = box_iou(found, true_boxes[positive].numpy())
     accuracy = np.array([(overlap > least).mean() for least in (0.1, 0.3, 0.5)])
     print("share of boxes with IoU > 0.1, 0.3, 0.5: " + ", ".join(f"{a:.2f}" for a in accuracy))
@@ -246,10 +270,10 @@ def run(args: argparse.Namespace) -> None:
     print("2. fully convolutional: one logit per cell, the same mean")
     model = FullyConvolutional(classifier, images[:2])
     logits = heat_maps(model, test_images)
-    report("the map of the classifier (CAM)", logits, test_labels, test_boxes, "mean_logits")
+    report("the map of the classifier (CAM)", logits, test_labels, test_boxes, "mean_logits", first_cell(model, SIDE))
     with torch.no_grad():  # the classifier expects a positive mean, the bag loss a few positive cells
         model.head.bias.copy_(torch.minimum(model.head.bias, prior_bias(labels, share=0.1)))
     print("\n3. SGLLoss")
     train(model, images, labels, SGLLoss(lam=args.lam, pooling="max"), 2 * args.epochs, 1e-3)
     logits = heat_maps(model, test_images)
-    report("the map after SGLLoss", logits, test_labels, test_boxes, "max")
+    report("the map after SGLLoss", logits, test_labels, test_boxes, "max", first_cell(model, SIDE))
