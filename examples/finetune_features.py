@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from features import labels as tables
     from features.finetuning import BlocksHead, MapReader, load_blocks, width_of
-    from features.report import write_report
-    from features.runs import Truth, load_predictions, plan, save_predictions, summary, write_tables
+    from features.results import counted, write_results
+    from features.runs import Truth, plan, save_predictions
     from features.store import FeatureBags
     from features.training import Settings, Transform, fit, make_model, predicted
 
@@ -131,13 +131,11 @@ def run(args: argparse.Namespace) -> None:
         losses = " ".join(f"{row['loss']:.3f}" for row in log)
         seconds = time.process_time() - begun
         print(f"run {number} of {len(runs)}: loss {losses}, {seconds:.0f} s of processor time", flush=True)
-    repeats: dict[int, list] = {}
-    for one in runs:
-        repeats.setdefault(one.repeat, []).append(load_predictions(parts / f"{one.name}.npz"))
-    result, rows = summary(list(repeats.values()), truth, after)
-    write_tables(args.out, list(repeats.values()), labels, after, result, rows)
     images = Path(known["images"]) if known["images"] else None
-    write_report(args.out, next(iter(repeats.values())), truth, after, result, images, args.overlays, None)
+    training = (
+        f"Fine-tuned: {', '.join(args.blocks)}. Loss: {settings.loss}; {counted(runs[-1].repeat + 1, known['folds'])}."
+    )
+    result = write_results(args.out, runs, truth, after, images, args.overlays, training)
     for name, values in result.items():
         keys = (key for key in ("auc", "pointing", "iou_0.3", "iou_0.5") if key in values)
         print(f"{name}: {', '.join(f'{key} {values[key]:.3f}' for key in keys)}")

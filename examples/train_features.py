@@ -151,11 +151,15 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from features import labels as tables
     from features.advice import lam_advice
-    from features.report import write_report
-    from features.runs import Truth, load_predictions, plan, save_predictions, summary, write_tables
+    from features.extraction import find_images
+    from features.results import counted, write_results
+    from features.runs import Truth, plan, save_predictions
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
+    from images.dataset import some
 
+    if args.images is not None:
+        find_images(args.images)  # a wrong folder is an error before the training
     bags = FeatureBags(args.features)
     labels = tables.read_labels(args.labels, args.classes, args.patient, bags.names, args.folds is None)
     truth = Truth(
@@ -175,6 +179,12 @@ def run(args: argparse.Namespace) -> None:
     for name, column in zip(labels.classes, labels.values.T, strict=True):
         counts = f"{(column == 1).sum()} positive, {(column == 0).sum()} negative, {np.isnan(column).sum()} unknown"
         print(f"{name}: {len(column)} bags, {counts}")
+    unlabelled = sorted(set(bags.names) - set(labels.names))
+    if unlabelled:
+        print(
+            f"note: {len(unlabelled)} of {len(bags.names)} bags with features are not in {args.labels.name} "
+            f"and are not used ({some(unlabelled)})"
+        )
     print(f"first run: {len(runs[0].train)} bags for training, {len(runs[0].test)} for the test", flush=True)
     for number, one in enumerate(runs, 1):
         path = parts / f"{one.name}.npz"
@@ -192,17 +202,13 @@ def run(args: argparse.Namespace) -> None:
         begun = next((row["epoch"] for row in history if row["lam"] > 0), None)
         note = "" if args.loss != "sgl" else f", lam {'stayed 0' if begun is None else f'rose from epoch {begun}'}"
         print(f"run {number} of {len(runs)}: loss {history[-1]['loss']:.3f}{note}", flush=True)
-    repeats: dict[int, list] = {}
-    for one in runs:
-        repeats.setdefault(one.repeat, []).append(load_predictions(parts / f"{one.name}.npz"))
     # a checkpoint of an older version has no history
     saved = [torch.load(parts / f"{one.name}.pt", weights_only=True).get("history", []) for one in runs]
     advice = lam_advice(saved, [labels.values[one.train] for one in runs], settings)
     if advice is not None:
         print(f"warning: {advice}", flush=True)
-    result, rows = summary(list(repeats.values()), truth, bags)
-    write_tables(args.out, list(repeats.values()), labels, bags, result, rows)
-    write_report(args.out, next(iter(repeats.values())), truth, bags, result, args.images, args.overlays, advice)
+    training = f"Loss: {args.loss}, pooling: {args.pooling}, head: {args.head}; {counted(args.repeats, args.folds)}."
+    result = write_results(args.out, runs, truth, bags, args.images, args.overlays, training, advice)
     for name, values in result.items():
         line = ", ".join(
             f"{key} {values[key]:.3f}"

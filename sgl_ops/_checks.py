@@ -158,6 +158,8 @@ def _wrong_targets(targets: Tensor, logits: Tensor, offsets: Tensor | None, bags
     elif got in ((bags,), (bags, 1)):
         indices = "targets" if targets.dim() == 1 else "targets.squeeze(1)"
         hint = f"; if these are class indices, pass torch.nn.functional.one_hot({indices}.long(), {classes})"
+        if dense and logits.dim() == 3:
+            hint = f"; maps (N, H, W) of one class need logits.unsqueeze(1){hint}"
     allowed = f"({bags}, {classes})" + (f" or ({bags},)" if classes == 1 else "")
     return ValueError(
         f"targets: expected shape {allowed}, (bags, classes), with logits of shape {tuple(shape)}, "

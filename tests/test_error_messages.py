@@ -40,10 +40,14 @@ def suggestion(message: str) -> tuple[str, str]:
         ),
         (
             {"logits": torch.randn(4, 3, 50), "targets": INDICES},
-            "targets: expected shape (4, 3), (bags, classes), with logits of shape (4, 3, 50), got (4,); if these are "
-            "class indices, pass torch.nn.functional.one_hot(targets.long(), 3)",
+            "targets: expected shape (4, 3), (bags, classes), with logits of shape (4, 3, 50), got (4,); maps (N, H, W) "
+            "of one class need logits.unsqueeze(1); if these are class indices, pass torch.nn.functional.one_hot("
+            "targets.long(), 3)",
         ),
-        ({"logits": torch.randn(4, 3, 50), "targets": INDICES.unsqueeze(1).int()}, "got (4, 1); if these are class"),
+        (
+            {"logits": torch.randn(4, 3, 50), "targets": INDICES.unsqueeze(1).int()},
+            "of one class need logits.unsqueeze(1); if these are class",
+        ),
         (
             {"logits": torch.randn(9, 3), "targets": INDICES, "offsets": torch.tensor([0, 2, 4, 6, 9])},
             "targets: expected shape (4, 3), (bags, classes), with logits of shape (9, 3), got (4,); if these",

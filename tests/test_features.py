@@ -26,8 +26,9 @@ import finetune_features  # noqa: E402
 import train_features  # noqa: E402
 from features import advice, backbones, extraction, finetuning, labels, runs, store, training  # noqa: E402
 from features import geometry as geometries  # noqa: E402
-from features.evaluation import bootstrap, box_metrics, instance_metrics  # noqa: E402
+from features.evaluation import bootstrap, box_metrics, box_of, instance_metrics  # noqa: E402
 from features.heads import Candidates, Head, PatchNetwork  # noqa: E402
+from features.results import write_results  # noqa: E402
 
 
 def write(path, header, rows):
@@ -512,8 +513,8 @@ def test_boxes_in_every_form(tmp_path, key, label, sides):
         ),
         ("bag,class,x,y,w,h\nx,a,1,1,,1\n", "line 2: expected numbers x, y, w, h, got "),
         ("bag,class,xmin,ymin,xmax,ymax\nx,a,5,1,2,3\n", "line 2: expected x, y of at least 0 and w, h above 0"),
-        ("bag,class,x,y,w,h\nx,b,1,1,1,1\n", r"has no box with one of the classes a in one of the bags \(x\)"),
-        ("bag,class,x,y,w,h\ny,a,1,1,1,1\n", r"has no box with one of the classes a in one of the bags \(x\)"),
+        ("bag,class,x,y,w,h\nx,b,1,1,1,1\n", r"expected boxes of a in bags such as x; .* has boxes of b in these bags"),
+        ("bag,class,x,y,w,h\ny,a,1,1,1,1\n", r"expected boxes of a in bags such as x; .* has no box in these bags"),
     ],
 )
 def test_errors_of_boxes(tmp_path, text, message):
@@ -822,6 +823,44 @@ def test_command_prints_how_it_read_the_labels(data, tmp_path, capsys):
     assert lines[0] == "lesion: 40 bags, 20 positive, 20 negative, 0 unknown"
     assert lines[1].startswith("other: 40 bags, ") and lines[1].endswith(", 8 unknown")
     assert lines[2] == "first run: 28 bags for training, 12 for the test"
+
+
+def test_wrong_folder_of_images_is_an_error_before_the_training(data, tmp_path, capsys):
+    assert command(data, tmp_path / "out", "--images", str(tmp_path / "nowhere")) == 2
+    assert "images: expected a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bags_without_a_label_are_named(data, tmp_path, capsys):
+    lines = (data / "labels.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "labels.csv").write_text("".join(lines[:-2]))
+    options = ("--labels", str(tmp_path / "labels.csv"), "--epochs", "1")
+    assert command(data, tmp_path / "out", *options) == 0
+    note = "note: 2 of 40 bags with features are not in labels.csv and are not used (b38, b39)"
+    assert note in capsys.readouterr().out.splitlines()
+
+
+def test_report_says_how_often_the_boxes_are_right(tmp_path):
+    """Two folds: an image whose predicted box is right, and an image whose predicted box misses the true box."""
+    writer = store.StoreWriter(tmp_path / "features", {"stride": 16, "centre": 8.0})
+    for name in ("a", "b"):
+        writer.add(name, store.Bag(np.zeros((16, 1), np.float32), None, (4, 4), (64, 64)))
+    p = np.zeros((16, 1), np.float32)
+    p[5] = 0.9
+    box = box_of(p.reshape(4, 4).astype(float), (64, 64), 0.5)[None]
+    known = labels.Labels(["a", "b"], ["cat"], np.ones((2, 1), np.float32), None, np.array(["a", "b"]))
+    truth = runs.Truth(known, {}, {"cat": {"a": box, "b": box + np.array([20.0, 0.0, 0.0, 0.0])}})
+    plan = [runs.Run(0, fold, np.array([1 - fold]), np.array([fold])) for fold in range(2)]
+    (tmp_path / "parts").mkdir()
+    for run, name in zip(plan, ("a", "b"), strict=True):
+        found = runs.Predictions(np.array([name]), np.array([[0.9]], np.float32), p, np.array([0, 16]))
+        runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
+    write_results(tmp_path, plan, truth, store.FeatureBags(tmp_path / "features"), None, 1, "Loss: sgl; 1 x 2 folds.")
+    page = (tmp_path / "report.html").read_text()
+    assert "2 test images have true boxes of cat. In 1 of them (50%, 95 % interval 0% to 100%), the predicted" in page
+    assert "Loss: sgl; 1 x 2 folds." in page and "Each fold" in page
+    with (tmp_path / "folds.csv").open() as file:
+        assert [(row["fold"], row["iou_0.3"]) for row in csv.DictReader(file)] == [("0", "1.0"), ("1", "0.0")]
 
 
 @pytest.mark.examples

@@ -15,7 +15,7 @@ import pytest
 import torch
 import train_cxr
 from common.processes import Processes
-from images import check, chexpert, folder, items, nih, provenance, training, truth
+from images import check, chexpert, folder, items, label_tables, nih, provenance, training, truth
 from images import options as settings
 from images.checkpoint import OLDER, load_run
 from images.dataset import with_classes
@@ -80,6 +80,25 @@ def test_labels_in_one_column_are_read(images):
     assert index.patients.tolist() == names
 
 
+def test_suffixes_are_optional_in_every_table(images):
+    stems = [name.partition(".")[0] for name in names_of(images)]
+    parts = ["train"] * 4 + ["test"] * 4
+    for given in (stems, names_of(images)):
+        write_csv(images / "labels.csv", ["bag", "cat"], *([name, i % 2] for i, name in enumerate(given)))
+        write_csv(images / "split.csv", ["image", "split"], *zip(names_of(images), parts, strict=True))
+        write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], [stems[1], "cat", 1, 2, 3, 4])
+        index = open_with(images)
+        assert index.names == given and [path.name for path in index.paths] == names_of(images)
+        assert index.boxes == {given[1]: [(0, 1, 2, 3, 4)]}
+        assert index.test.tolist() == [part == "test" for part in parts]
+
+
+def test_a_cell_with_another_folder_is_another_image():
+    name_of = label_tables.name_among(["a/1.png", "b/2.png", "c/2.png", "slide", "scan.001"])
+    cells = ["1", "a/1", "1.png", "b/1.png", "2.png", "c/2", "x/slide.svs", "scan.002"]
+    assert [name_of(cell) for cell in cells] == ["a/1.png"] * 3 + [None, None, "c/2.png", "slide", None]
+
+
 def test_labels_in_columns_may_be_unknown(images):
     values = ["1", "0", "", "-1", "NaN", "nan", "1.0", "-1.0"]
     rows = [[name, value, "1"] for name, value in zip(names_of(images), values, strict=True)]
@@ -105,7 +124,7 @@ def test_files_may_be_named_with_or_without_folder(images):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["picture", "cat"], ["0.png", "1"]], "line 1: expected different column names, including image, got"),
+        ([["picture", "cat"], ["0.png", "1"]], "line 1: expected different column names, including image or bag, got"),
         ([["image"], ["0.png"]], "expected a column labels, or one column per class"),
         ([["image", "cat"], ["0.png", "2"]], "line 2: cat: expected 1, 0, or nothing, NaN or -1 for unknown, got '2'"),
         ([["image", "cat"], ["0.png", "1"], ["0.png", "0"]], r"line 3: 0\.png is already in .*line 2"),
@@ -114,7 +133,7 @@ def test_files_may_be_named_with_or_without_folder(images):
         ([["image", "labels"], ["0.png", ""]], "the column labels is empty in all rows"),
         ([["image", "cat", "split"], ["0.png", "1", "exam"]], "line 2: expected a split train, val, test, got 'exam'"),
         ([["image", "cat"], ["9.png", "1"]], "none of the 1 images"),
-        ([["image", "cat"], ["0", "1"]], r"none of the 1 images .*; names need their suffix, such as 0\.png"),
+        ([["image", "cat"], ["0.png", "1"], ["0", "1"]], r"0 and 0\.png are both the image a/b/0\.png"),
         ([["image;cat"], ["0.png;1"]], "line 1: expected different .*; cells are separated by commas"),
         ([["image", "cat"], ["0.png", "1"], ["9.png", "1"]], r"1 of 2 images of the tables are missing \(9\.png\)"),
         (

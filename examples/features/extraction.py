@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from images import pixels
 from images.dataset import records_of, some
-from images.label_tables import NAMES, same
+from images.label_tables import NAMES, name_among, same
 from images.pixels import DICOM
 from torch import Tensor
 
 from features.backbones import Backbone
 from features.geometry import Geometry
-from features.labels import name_among
 from features.store import Bag
 
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".webp", ".bmp", ".gif", ".tif", ".tiff", *DICOM)

@@ -5,14 +5,14 @@ The tables are those of images.label_tables. They name a bag by its name, or by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from images import label_tables
 from images.dataset import records_of, some
-from images.label_tables import CLASSES, NAMES, same
+from images.label_tables import CLASSES, NAMES, name_among, same
 
 PATIENT = "patient"
 
@@ -33,20 +33,6 @@ class Labels(NamedTuple):
     values: np.ndarray
     split: np.ndarray | None
     groups: np.ndarray
-
-
-def name_among(names: Collection[str]) -> Callable[[str], str | None]:
-    """A function from a cell of a table to the bag of ``names`` that it refers to; None if there is none.
-
-    The cell is the name of a bag, or a path, whose last part is the name, with or without the suffix of a file.
-    """
-    known = set(names)
-
-    def name_of(cell: str) -> str | None:
-        place = PurePosixPath(cell.replace("\\", "/"))
-        return next((name for name in (cell, place.name, place.stem) if name in known), None)
-
-    return name_of
 
 
 def read_labels(
@@ -125,9 +111,10 @@ def read_boxes(path: Path, classes: Sequence[str], bags: Sequence[str]) -> dict[
     for name, label, place in label_tables.read_boxes(path, lambda _, __, label: label in boxes, name_among(bags)):
         boxes[label].setdefault(name, []).append(place)
     if not any(boxes.values()):
-        raise ValueError(
-            f"boxes: {path} has no box with one of the classes {some(classes, 20)} in one of the bags ({some(bags)})"
-        )
+        present: dict[str, None] = {}  # the classes of the file, in its order
+        list(label_tables.read_boxes(path, lambda _, __, label: bool(present.setdefault(label)), name_among(bags)))
+        found = f"has boxes of {some(present, 20)} in these bags" if present else "has no box in these bags"
+        raise ValueError(f"boxes: expected boxes of {some(classes, 20)} in bags such as {some(bags)}; {path} {found}")
     return {label: {name: np.array(places) for name, places in found.items()} for label, found in boxes.items()}
 
 

@@ -178,22 +178,43 @@ def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: Featur
             for part in parts
         ]
         if len(within) > len(whole):
-            within = np.array(within)[~np.isnan(within)]
-            stats |= {"auc_of_folds": float(np.mean(within)), "auc_of_folds_sd": float(np.std(within))}
+            defined = np.array(within)[~np.isnan(within)]
+            if len(defined):
+                stats |= {"auc_of_folds": float(np.mean(defined)), "auc_of_folds_sd": float(np.std(defined))}
         result[name] = stats
     return result, rows
 
 
+def rows_of_folds(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: FeatureBags) -> list[dict]:
+    """The metrics of each fold, one row per repeat, fold and class; none if the repeats have no folds."""
+    return [
+        {"repeat": repeat, "fold": fold, "class": name} | values
+        for repeat, parts in enumerate(repeats)
+        for fold, part in enumerate(parts)
+        for name, values in metrics_of(part, truth, bags, with_intervals=False).items()
+        if len(parts) > 1
+    ]
+
+
 def write_tables(
-    folder: Path, repeats: Sequence[Sequence[Predictions]], labels: Labels, bags: FeatureBags, result: dict, rows: list
+    folder: Path,
+    repeats: Sequence[Sequence[Predictions]],
+    labels: Labels,
+    bags: FeatureBags,
+    result: dict,
+    rows: list[dict],
+    folds: list[dict],
 ) -> None:
-    """``metrics.json``, ``runs.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats)."""
+    """``metrics.json``, ``runs.csv``, ``folds.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats)."""
     with naming(folder / "metrics.json"):
         (folder / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
-    with naming(folder / "runs.csv"), (folder / "runs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    for name, lines in (("runs.csv", rows), ("folds.csv", folds)):
+        if lines:
+            with naming(folder / name), (folder / name).open("w", newline="") as file:
+                columns = list(dict.fromkeys(key for line in lines for key in line))
+                writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
+                writer.writeheader()
+                writer.writerows(lines)
     whole = [joined(parts) for parts in repeats]
     places: dict[str, list[tuple[Predictions, int]]] = {}
     for predictions in whole:

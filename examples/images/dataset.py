@@ -124,7 +124,7 @@ def refuse_shared_patients(patients: np.ndarray, parts: np.ndarray, where: objec
 def text_of(path: Path) -> str:
     """The content of a text file. Raises ValueError if it does not exist or is not text."""
     if not path.is_file():
-        raise ValueError(f"{path.parent}: no {path.name}")
+        raise ValueError(f"{path}: there is no such file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

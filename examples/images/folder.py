@@ -1,8 +1,8 @@
 """A folder of images with labels.csv: any classes, any depth, any format that can be read.
 
-See images.label_tables for the tables. The column ``image`` is a path below the folder, or a file name that occurs once
-in it. Without a split, the patients (or images) are split at random into 70, 10 and 20 percent, and split.csv stores
-the result.
+See images.label_tables for the tables. The column ``image`` (or ``bag``) is a path below the folder, or a file name
+that occurs once in it. The suffix is optional. Without a split, the patients (or images) are split at random into 70,
+10 and 20 percent, and split.csv stores the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ from images.dataset import (
     some,
     take,
 )
-from images.label_tables import BOXES, LABELS, PARTS, SPLIT, read_boxes, read_labels, read_split, refuse_twice
+from images.label_tables import (
+    BOXES,
+    LABELS,
+    NAMES,
+    PARTS,
+    SPLIT,
+    name_among,
+    read_boxes,
+    read_labels,
+    read_split,
+    refuse_twice,
+    same,
+)
 from images.pixels import image_suffixes, read_header
 
 #: Shares of PARTS if the table has no split.
@@ -49,20 +61,18 @@ def load_folder(
     path = tables / LABELS
     if not path.is_file():
         raise ValueError(f"{tables}: no {LABELS}")
-    header, records = records_of(path, ["image"])
+    header, records = records_of(path, [NAMES])
     classes, labels = read_labels(header, records)
-    names = [cells["image"] for _, cells in records]
+    names = [same(cells, NAMES, at) or "" for at, cells in records]
     refuse_twice(names, records)
-    patients = np.array([cells.get("patient") or cells["image"] for _, cells in records])
+    patients = np.array([cells.get("patient") or name for name, (_, cells) in zip(names, records, strict=True)])
     parts, split_note = parts_of(header, records, names, patients, tables, seed)
     refuse_shared_patients(patients, parts, tables)
-    boxes = boxes_of(tables / BOXES, classes, set(names)) if (tables / BOXES).is_file() else {}
+    boxes = boxes_of(tables / BOXES, classes, names) if (tables / BOXES).is_file() else {}
     found, unlisted = find_files(Path(data_dir), names)
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
-        stems = {Path(place).stem: Path(place).name for place in unlisted}
-        hint = f"; names need their suffix, such as {stems[names[0]]}" if names[0] in stems else ""
-        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} was found ({some(missing)}){hint}")
+        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} was found ({some(missing)})")
     if not allow_missing:
         refuse_missing(Path(data_dir), missing, len(names))
     rows = np.array([name in found for name in names])
@@ -106,7 +116,7 @@ def parts_of(
     seed: int,
 ) -> tuple[np.ndarray, str]:
     """The part (rows,) of every image, one of PARTS, and a line for the report that names the source of the split."""
-    given = read_split(header, records, names, tables)
+    given = read_split(header, records, names, tables, name_among(names))
     if given is not None:
         return given[0], f"split     {given[1]}"
     path = tables / SPLIT
@@ -138,7 +148,7 @@ def draw_split(patients: np.ndarray, seed: int) -> np.ndarray:
 # boxes and files
 
 
-def boxes_of(path: Path, classes: tuple[str, ...], names: set[str]) -> dict[str, list[Box]]:
+def boxes_of(path: Path, classes: tuple[str, ...], names: list[str]) -> dict[str, list[Box]]:
     """The boxes of each image, by its name. An image may have several boxes of one class.
 
     Raises:
@@ -146,14 +156,15 @@ def boxes_of(path: Path, classes: tuple[str, ...], names: set[str]) -> dict[str,
     """
 
     def accept(at: str, name: str, label: str) -> bool:
-        if name not in names:
+        if name not in known:
             raise ValueError(f"{at}: {name!r} is not in {LABELS}")
         if label not in classes:
             raise ValueError(f"{at}: expected one of the classes {some(classes, 20)}, got {label!r}")
         return True
 
+    known, name_of = set(names), name_among(names)
     boxes: dict[str, list[Box]] = {}
-    for name, label, place in read_boxes(path, accept):
+    for name, label, place in read_boxes(path, accept, lambda cell: name_of(cell) or cell):
         boxes.setdefault(name, []).append((classes.index(label), *place))
     return boxes
 
@@ -172,7 +183,7 @@ def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[
     """The file of each name, and the images that no name refers to.
 
     Raises:
-        ValueError: there is no such folder, or a name without a folder matches several files.
+        ValueError: there is no such folder, a name matches several files, or two names match one file.
     """
     if not data_dir.is_dir():
         raise ValueError(f"{data_dir}: no such folder")
@@ -182,20 +193,24 @@ def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[
         for path in sorted(data_dir.rglob("*"))
         if path.suffix.lower() in suffixes and path.is_file()
     }
-    by_name: dict[str, list[str]] = {}
-    for place in files:
-        by_name.setdefault(place.rsplit("/", 1)[-1], []).append(place)
-    found, used = {}, set()
+    matching: dict[str, list[str]] = {}  # by path or last part, with and without the suffix
+    for place, path in files.items():
+        for text in {place, path.name, place.removesuffix(path.suffix), path.stem}:
+            matching.setdefault(text, []).append(place)
+    found: dict[str, Path] = {}
+    name_of: dict[str, str] = {}
     for name in names:
-        places = [name] if name in files else by_name.get(name, [])
+        places = [name] if name in files else matching.get(name, [])
         if len(places) > 1:
             raise ValueError(
-                f"{data_dir}: {name} matches several files ({some(places)}); write the name with its folder"
+                f"{data_dir}: {name} matches several files ({some(places)}); write the name with its folder and suffix"
             )
         if places:
-            found[name] = files[places[0]]
-            used.add(places[0])
-    return found, [place for place in files if place not in used]
+            (place,) = places
+            if place in name_of:
+                raise ValueError(f"{LABELS}: {name} and {name_of[place]} are both the image {place}")
+            found[name], name_of[place] = files[place], name
+    return found, [place for place in files if place not in name_of]
 
 
 def read_sizes(paths: list[Path]) -> tuple[np.ndarray, bool]:

@@ -11,12 +11,13 @@ upper left corner. split.csv has ``image`` and ``split``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from images.dataset import records_of, some
+from images.pixels import image_suffixes
 
 LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
 PARTS = ("train", "val", "test")
@@ -26,6 +27,46 @@ SIDES, CORNERS = ("x", "y", "w", "h"), ("xmin", "ymin", "xmax", "ymax")
 
 #: Position for messages, and cells by column, of a row.
 Record = tuple[str, dict[str, str]]
+
+
+def name_among(names: Collection[str]) -> Callable[[str], str | None]:
+    """A function from a cell of a table to the image or bag of ``names`` that it refers to; None if there is none.
+
+    A cell refers to a name that is equal, or else to the only name that has the same last part, with or without the
+    suffix of an image. If both have a folder, the folders must be equal. The last part of a cell may have any suffix if
+    the name is the part before it: the bag ``a`` of the slide ``a.svs``.
+    """
+    known = set(names)
+    by_part: dict[str, set[PurePosixPath]] = {}
+    for name in known:
+        path = _path_of(name)
+        for part in _last_parts(path):
+            by_part.setdefault(part, set()).add(path)
+    name_of_path = {_path_of(name): name for name in known}
+
+    def name_of(cell: str) -> str | None:
+        if cell in known:
+            return cell
+        path = _path_of(cell)
+        for part in _last_parts(path):
+            found = [other for other in by_part.get(part, ()) if len({path.parent, other.parent} - {_HERE}) < 2]
+            if len(found) == 1:
+                return name_of_path[found[0]]
+        return path.stem if path.stem in known else None
+
+    return name_of
+
+
+_HERE = PurePosixPath(".")
+
+
+def _path_of(name: str) -> PurePosixPath:
+    return PurePosixPath(name.replace("\\", "/"))
+
+
+def _last_parts(path: PurePosixPath) -> tuple[str, ...]:
+    """The last part of a path, and the same without the suffix of an image."""
+    return (path.name, path.stem) if path.suffix.lower() in image_suffixes() else (path.name,)
 
 
 def read_labels(

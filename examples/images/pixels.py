@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ DICOM = (".dcm", ".dicom")
 ORIENTATION = 0x0112  # EXIF tag; values of 5 and more exchange width and height
 
 
-def image_suffixes() -> set[str]:
+@functools.cache
+def image_suffixes() -> frozenset[str]:
     """The suffixes of files that can be read, in lower case."""
     from PIL import Image
 
-    return set(Image.registered_extensions()) | set(DICOM)
+    return frozenset(Image.registered_extensions()) | set(DICOM)
 
 
 def read_header(path: Path) -> tuple[int, int, bool]:
