@@ -40,9 +40,9 @@ def suggestion(message: str) -> tuple[str, str]:
         ),
         (
             {"logits": torch.randn(4, 3, 50), "targets": INDICES},
-            "targets: expected shape (4, 3), (bags, classes), with logits of shape (4, 3, 50), got (4,); maps (N, H, W) "
-            "of one class need logits.unsqueeze(1); if these are class indices, pass torch.nn.functional.one_hot("
-            "targets.long(), 3)",
+            "targets: expected shape (4, 3), (bags, classes), with logits of shape (4, 3, 50), got (4,); maps "
+            "(N, H, W) of one class need logits.unsqueeze(1); if these are class indices, pass "
+            "torch.nn.functional.one_hot(targets.long(), 3)",
         ),
         (
             {"logits": torch.randn(4, 3, 50), "targets": INDICES.unsqueeze(1).int()},
