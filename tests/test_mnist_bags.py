@@ -149,12 +149,31 @@ def test_validation_every_n_epochs(tmp_path):
         assert other == one if validated else other == one | {n: "" for n in one if n.startswith("val_")}
 
 
+def test_conclusion_names_the_seeds_that_failed():
+    def results(values):
+        runs = [{"seed": s, "last": {"auc": a, "iou": i, "iou_pooled": i}} for s, (a, i) in enumerate(values)]
+        keys = ("auc", "iou", "iou_pooled")
+        return {"runs": runs, "mean": {"last": {k: sum(r["last"][k] for r in runs) / len(runs) for k in keys}}}
+
+    both = {"sgl": results([(1.0, 0.7), (0.9, 0.8)]), "max": results([(0.5, 0.0), (0.9, 0.6)])}
+    assert experiment.conclusion(both) == (
+        "SGL against max pooling alone: bag AUC 0.95 against 0.70 (0.25 higher), "
+        "pooled IoU 0.75 against 0.30 (0.45 higher).\n"
+        "Max pooling did not learn with seed 0 (bag AUC below 0.7). "
+        "Without these seeds the pooled IoU is 0.80 against 0.60."
+    )
+    assert experiment.seed_to_show(both) == 1
+    both["max"] = results([(0.8, 0.5), (0.9, 0.6)])
+    assert "did not learn" not in experiment.conclusion(both) and experiment.seed_to_show(both) == 0
+
+
 def test_without_loss_both_methods_are_compared(tmp_path, capsys, monkeypatch):
     headings = {}
     monkeypatch.setattr(
         experiment, "draw_panels", lambda panels, columns, heading, path, *_: headings.update({path.name: heading})
     )
-    assert example.main([*SMALL, "--epochs", "1", "--seed", "3", "--out", str(tmp_path / "drawn")]) == 0
+    options = ("--epochs", "1", "--runs", "1", "--seed", "3", "--out", str(tmp_path / "drawn"))
+    assert example.main([*SMALL, *options]) == 0
     assert headings["comparison.png"].startswith(
         "Networks of seed 3 after the last epoch, trained with the label of each"
     )
@@ -173,7 +192,9 @@ def test_without_loss_both_methods_are_compared(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "sgl (max) seed 0: epoch 1 of 1, loss" in printed  # one line per epoch if the output is not a terminal
     assert "SGL against max pooling alone: bag AUC" in printed
-    assert "comparison.png shows the same test bags under both losses, with the networks of seed 0.\n" in printed
+    results = {name: json.loads((tmp_path / "out" / name / "metrics.json").read_text()) for name in ("sgl", "max")}
+    seed = experiment.seed_to_show(results)
+    assert f"comparison.png shows the same test bags under both losses, with the networks of seed {seed}.\n" in printed
     for name in ("sgl", "max"):
         for entry in json.loads((tmp_path / "out" / name / "metrics.json").read_text())["runs"]:
             best = entry["best_val"]

@@ -34,6 +34,9 @@ from bags.training import (
 
 MakeModel = Callable[[Config, int], nn.Module]
 
+#: A run with a lower AUC on the test bags has not learned. Chance is 0.5.
+FAILED = 0.7
+
 
 def bags_of(instances: Instances, config: Config, seed: int, device: str) -> tuple[dict[str, Tensor], dict[str, Bags]]:
     """Images and bags for train, val and test. No image is in two of these parts."""
@@ -85,10 +88,10 @@ def title_of(bags: Bags, number: int) -> str:
 
 def train_method(
     name: str, config: Config, args: argparse.Namespace, instances: Instances, make_model: MakeModel, folder: Path
-) -> tuple[dict[str, Any], nn.Module]:
-    """Trains all seeds of one method and writes its files. Returns its metrics and the network of the first seed."""
+) -> tuple[dict[str, Any], dict[int, nn.Module]]:
+    """Trains all seeds of one method and writes its files. Returns its metrics, and its networks by seed."""
     channels = instances.train_images.shape[1]
-    runs, histories, first = [], {}, None
+    runs, histories, models = [], {}, {}
     start = time.perf_counter()
     for seed in range(args.seed, args.seed + args.runs):
         images, bags = bags_of(instances, config, seed, args.device)
@@ -96,9 +99,8 @@ def train_method(
             lambda: make_model(config, channels), config, seed, images, bags, folder / f"seed{seed}.pt", args.resume
         )
         runs.append(entry)
-        histories[seed] = history
-        if first is None:
-            first = model
+        histories[seed], models[seed] = history, model
+        if seed == args.seed:
             panels = [panel(model, images["test"], bags["test"], n, title_of(bags["test"], n))
                       for n in numbers_to_show(bags["test"], 3, 1)]  # fmt: skip
             heading = f"{name}, network of seed {seed}: the probability of each instance, the highest first"
@@ -107,11 +109,25 @@ def train_method(
         metrics = {"config": config, "runs": runs, **summarize(runs), "seconds": round(time.perf_counter() - start, 1)}
         write_json(metrics, folder / "metrics.json")
         write_history(histories, folder / "history.csv")
-    return metrics, first
+    return metrics, models
 
 
-def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, args: argparse.Namespace, path: Path) -> None:
-    """Draws the networks of both methods of the first seed on the same test bags."""
+def failed_seeds(metrics: dict[str, Any]) -> list[int]:
+    """The seeds whose network of the last epoch does not separate the test bags: bag AUC below FAILED."""
+    return [run["seed"] for run in metrics["runs"] if run["last"]["auc"] < FAILED]
+
+
+def seed_to_show(results: dict[str, dict[str, Any]]) -> int:
+    """The first seed with which every method learned; the first seed if there is none."""
+    seeds = [run["seed"] for run in next(iter(results.values()))["runs"]]
+    failed = {seed for metrics in results.values() for seed in failed_seeds(metrics)}
+    return next((seed for seed in seeds if seed not in failed), seeds[0])
+
+
+def compare(
+    models: dict[str, nn.Module], images: Tensor, bags: Bags, seed: int, args: argparse.Namespace, path: Path
+) -> None:
+    """Draws the networks of both methods with the same seed on the same test bags."""
     shown = 20
     panels = [
         panel(models[name], images, bags, n, f"{label}, {title_of(bags, n)}")
@@ -119,7 +135,7 @@ def compare(models: dict[str, nn.Module], images: Tensor, bags: Bags, args: argp
         for name, label in (("max", "max pooling"), ("sgl", "SGL"))
     ]
     heading = (
-        f"Networks of seed {args.seed} after the last epoch, trained with the label of each bag: does it hold a "
+        f"Networks of seed {seed} after the last epoch, trained with the label of each bag: does it hold a "
         f"{args.target}?\nEach picture shows the {shown} instances of a bag with the highest probability, in falling "
         f"order, row by row.\n{SHOWN.format(4, 1)}"
     )
@@ -167,14 +183,25 @@ def validation_table(results: dict[str, dict[str, Any]], config: Config) -> str:
 
 
 def conclusion(results: dict[str, dict[str, Any]]) -> str:
-    """The result of the comparison of SGL with max pooling in one sentence."""
+    """The result of the comparison of SGL with max pooling, and the seeds that failed."""
     sgl, baseline = (results[name]["mean"]["last"] for name in ("sgl", "max"))
     parts = []
     for metric, text in (("auc", "bag AUC"), ("iou_pooled", "pooled IoU")):
         difference = sgl[metric] - baseline[metric]
         verdict = f"{abs(difference):.2f} {'higher' if difference > 0 else 'lower'}"
         parts.append(f"{text} {sgl[metric]:.2f} against {baseline[metric]:.2f} ({verdict})")
-    return f"SGL against max pooling alone: {', '.join(parts)}."
+    text = f"SGL against max pooling alone: {', '.join(parts)}."
+    failed = {name: failed_seeds(results[name]) for name in ("sgl", "max")}
+    for name, label in (("sgl", "SGL"), ("max", "Max pooling")):
+        if failed[name]:
+            seeds = ", ".join(map(str, failed[name]))
+            text += f"\n{label} did not learn with seed {seeds} (bag AUC below {FAILED})."
+    every = {seed for seeds in failed.values() for seed in seeds}
+    left = {name: [run for run in results[name]["runs"] if run["seed"] not in every] for name in failed}
+    if every and left["sgl"]:
+        sgl, baseline = (np.mean([run["last"]["iou_pooled"] for run in left[name]]) for name in ("sgl", "max"))
+        text += f" Without these seeds the pooled IoU is {sgl:.2f} against {baseline:.2f}."
+    return text
 
 
 def free_folder(name: str) -> Path:
@@ -209,13 +236,17 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
         out = free_folder(name) if args.out is None else args.out
         if not args.resume and any(out.glob("**/seed*.pt")):
             raise ValueError(f"out: {out} holds runs; continue them with --resume, or name another folder")
-        results, models = {}, {}
+        results: dict[str, dict[str, Any]] = {}
+        models: dict[str, dict[int, nn.Module]] = {}
         for method, config in configs.items():
             folder = out if args.loss else out / method
             folder.mkdir(parents=True, exist_ok=True)
             results[method], models[method] = train_method(method, config, args, instances, make_model, folder)
         if len(models) > 1:
-            compare(models, images["test"], bags["test"], args, out / "comparison.png")
+            shown = seed_to_show(results)
+            images, bags = bags_of(instances, next(iter(configs.values())), shown, args.device)
+            networks = {method: of_seed[shown] for method, of_seed in models.items()}
+            compare(networks, images["test"], bags["test"], shown, args, out / "comparison.png")
     except (ValueError, OSError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
@@ -230,9 +261,7 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
     print()
     if len(models) > 1:
         print(conclusion(results))
-        print(
-            f"{out}/comparison.png shows the same test bags under both losses, with the networks of seed {args.seed}."
-        )
+        print(f"{out}/comparison.png shows the same test bags under both losses, with the networks of seed {shown}.")
     print(f"Figures and pictures are in {out}/.")
     next_step("train on your own data, see docs/own-loop.md and docs/own-data.md")
     return 0
