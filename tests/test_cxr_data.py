@@ -195,7 +195,7 @@ def test_missing_tables_and_folders_are_an_error(copy, tmp_path):
     for file in (BOX, "test_list.txt"):
         content = (copy / file).read_text()
         (copy / file).unlink()
-        with pytest.raises(ValueError, match=f"no {file}"):
+        with pytest.raises(ValueError, match=f"{file}: there is no such file"):
             nih.load_index(copy)
         (copy / file).write_text(content)
     (copy / ENTRY).unlink()
