@@ -175,7 +175,7 @@ BUGS = {
         "forward.cuh", "blocks_done, gridDim.x - 1)", "blocks_done, gridDim.x - !BUG)", "none"),
     "one instance too many": ("rows.cuh", "live = j < n;", "live = j < n + BUG;", "memory"),
     "one vector too many": ("rows.cuh", "n / Pack<In>::kSize :", "n / Pack<In>::kSize + BUG :", "memory"),
-    "one logit too many in backward": ("backward.cuh", "j + step < n)", "j + step < n + BUG)", "memory"),
+    "one logit too many in backward": ("backward.cuh", "<uint32_t>(n); }", "<uint32_t>(n + BUG); }", "memory"),
     "the tail of a row is left out": (
         "rows.cuh", "p * row.width < row.n", "p * row.width + BUG < row.n", "none"),
 }  # fmt: skip

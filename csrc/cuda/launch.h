@@ -59,6 +59,12 @@ struct Targets {
   uint64_t magnitude, largest;
 };
 
+// `infinity`: its bits, of a floating-point number of t.bytes; 0 for integers
+inline void set_label_bits(Targets& t, uint64_t infinity) {
+  t.magnitude = infinity == 0 ? ~uint64_t{0} : (uint64_t{1} << (8 * t.bytes - 1)) - 1;
+  t.largest = infinity == 0 ? ~uint64_t{0} : infinity;
+}
+
 // What forward and backward have in common.
 struct Call {
   Type type;
@@ -70,6 +76,12 @@ struct Call {
   bool is_simple;  // rows have one stride, and every position is an instance
   bool is_adjacent;  // simple, with stride 1
 };
+
+// From the other members
+inline void set_form(Call& call) {
+  call.is_simple = call.rows.dimensions == 1 && call.mask == nullptr;
+  call.is_adjacent = call.is_simple && call.rows.dimension[0].logits == 1;
+}
 
 // What the first pass of a piece of a pair found.
 struct PartialResult {

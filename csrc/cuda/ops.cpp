@@ -83,8 +83,7 @@ Targets targets_of(const Tensor& targets, const Layout& layout) {
                             : type == ScalarType::Float  ? 0x7f800000
                             : type == ScalarType::Double ? 0x7ff0000000000000
                                                          : 0;
-  t.magnitude = infinity == 0 ? ~uint64_t{0} : (uint64_t{1} << (8 * t.bytes - 1)) - 1;
-  t.largest = infinity == 0 ? ~uint64_t{0} : infinity;
+  set_label_bits(t, infinity);
   return t;
 }
 
@@ -141,8 +140,7 @@ Call call_of(
       settings,
       false,
       false};
-  call.is_simple = call.rows.dimensions == 1 && call.mask == nullptr;
-  call.is_adjacent = call.is_simple && call.rows.dimension[0].logits == 1;
+  set_form(call);
   return call;
 }
 

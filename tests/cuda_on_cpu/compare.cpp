@@ -229,6 +229,7 @@ bool run_emulated(const Problem& problem, Result& result) {
   }
   call.settings = {c.delta_l, c.lam,     c.mask_weight, c.pooling, c.pooling_parameter,
                    c.per_bag, c.rescale, c.weighted,    c.loss};
+  set_form(call);
   std::vector<float> targets;
   for (int8_t label : c.labels) targets.push_back(label == 0 ? NAN : label == 2 ? 1.0f : 0.0f);
 
@@ -245,7 +246,8 @@ bool run_emulated(const Problem& problem, Result& result) {
   const int type = c.type == 1 ? 1 : 0;
   std::vector<double> workspace(workspace_bytes(call, plan) / sizeof(double));
   Forward forward = {};
-  forward.targets = {targets.data(), c.classes, 1, 4, true, false};
+  forward.targets = {targets.data(), c.classes, 1, 4};
+  set_label_bits(forward.targets, 0x7f800000);
   forward.class_weight = c.class_weight;
   forward.workspace = workspace.data();
   const int64_t sizes[] = {working, 3 * working, (c.bags * c.classes + 1) * kColumns * working};
