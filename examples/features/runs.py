@@ -77,11 +77,11 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
 
 def save_predictions(path: Path, predictions: Predictions) -> None:
     """Writes the predictions. Atomic: after a crash the file is complete or missing."""
-    beside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     with naming(path):
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             np.savez(file, **predictions._asdict())
-        os.replace(beside, path)
+        os.replace(temporary, path)
 
 
 def load_predictions(path: Path) -> Predictions:

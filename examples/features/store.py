@@ -115,10 +115,10 @@ class FileWriter:
                 if value is not None:
                     file.attrs[key] = value
             file.attrs["settings"] = json.dumps(self.settings)
-        beside, path = self.folder / f"{name}.tmp", self.folder / f"{name}.h5"
+        temporary, path = self.folder / f"{name}.tmp", self.folder / f"{name}.h5"
         with naming(path):
-            beside.write_bytes(content.getbuffer())
-            os.replace(beside, path)
+            temporary.write_bytes(content.getbuffer())
+            os.replace(temporary, path)
         self.names.add(name)
 
 
