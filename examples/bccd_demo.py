@@ -15,9 +15,7 @@ from pathlib import Path
 
 from common import options
 from common.files import naming
-
-#: Options of train_features.py that were chosen by cross-validation over the photos of the splits train and val.
-RECIPE = ["--k-start=0.2", "--restarts=4", "--trial-epochs=30", "--epochs=30"]
+from features.recommended import SMALL_OBJECTS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             return failed
         arguments = ["--features", str(args.out / "features"), "--labels", str(args.out / "labels.csv")]
         arguments += ["--boxes", str(args.out / "boxes.csv"), "--images", str(images), "--out", str(args.out / loss)]
-        arguments += ["--loss", loss, "--repeats", str(args.repeats), "--resume", *RECIPE]
+        arguments += ["--loss", loss, "--repeats", str(args.repeats), "--resume", *SMALL_OBJECTS]
         failed = train_features.main(arguments)
     if not failed:
         try:

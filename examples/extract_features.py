@@ -100,6 +100,7 @@ def list_stages(args: argparse.Namespace) -> None:
 def extract(args: argparse.Namespace) -> None:
     """Writes the bags of all images that are not yet in ``args.out``."""
     from features.extraction import find_images, read_image, read_points
+    from features.recommended import training_command
     from features.store import FileWriter, StoreWriter
 
     images = find_images(args.images)
@@ -119,11 +120,7 @@ def extract(args: argparse.Namespace) -> None:
         if done % 20 == 0 or done == len(todo):
             left = (time.monotonic() - begun) / done * (len(todo) - done)
             print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
-    labels = args.images / "labels.csv"
-    options.next_step(
-        f"python train_features.py --features {args.out} --labels {labels if labels.is_file() else labels.name} "
-        f"--images {args.images} --folds 5 --out runs"
-    )
+    options.next_step(training_command(args.out, args.images, points is None, args.backbone == "pixels"))
 
 
 def pixel_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.ndarray]) -> tuple[BagOf, dict]:

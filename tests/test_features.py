@@ -25,7 +25,7 @@ import bccd_demo  # noqa: E402
 import extract_features  # noqa: E402
 import finetune_features  # noqa: E402
 import train_features  # noqa: E402
-from features import advice, backbones, extraction, finetuning, labels, runs, store, training  # noqa: E402
+from features import advice, backbones, extraction, finetuning, labels, recommended, runs, store, training  # noqa: E402
 from features import geometry as geometries  # noqa: E402
 from features.evaluation import bootstrap, box_metrics, box_of, instance_metrics  # noqa: E402
 from features.heads import Candidates, Head, PatchNetwork  # noqa: E402
@@ -220,6 +220,15 @@ def test_errors_of_backbones(timm, options, message):
         backbones.load_backbone(**{"name": "resnet18", "weights": "none"} | options)
 
 
+def test_error_without_a_network_connection_names_the_option_for_a_file(timm, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match=r"could not be loaded \(no network\); pass a file: --weights FILE"):
+        backbones.load_backbone("resnet18")
+
+
 def test_tokens_of_a_vision_transformer_become_a_map(timm):
     backbone = backbones.load_backbone("vit_tiny_patch16_224", weights="none", cut="blocks.0")
     with torch.no_grad():
@@ -339,7 +348,7 @@ def test_images_are_those_of_own_data(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,x\nim0,1\n", "expected different column names, including image or bag, x, y, got"),
+        ("image,x\nim0,1\n", r"expected a column y, found the columns \['image', 'x'\]"),
         ("image,x,y\nim0,1,one\n", "line 2: expected numbers x, y, got '1', 'one'"),
         ("image,x,y\nim0,1,1\nim7.png,1,1\n", r"1 bags of .* have no image \(im7\.png\)"),
     ],
@@ -412,7 +421,7 @@ def read_text(tmp_path, text, bags=("x", "y", "z.1"), **options):
     [
         ("bag,a\nx,1\nx,0\n", "line 3: x is already in .*line 2"),
         ("image,a\nx.png,1\nsub/x.png,0\n", "line 3: x is already in .*line 2"),
-        ("slide,a\nx,1\n", r"expected different column names, including image or bag, got \['slide', 'a'\]"),
+        ("slide,a\nx,1\n", r"expected a column image or bag or file or filename, found the columns \['slide', 'a'\]"),
         ("bag,a\nx,red\n", "line 2: a: expected 1, 0, or nothing, .* got 'red'; --classes names the columns"),
         ("bag,a,split\nx,1,holdout\n", "line 2: expected a split train, val, test, got 'holdout'"),
         ("bag,a\nq.png,1\nx,1\n", r"1 of the 2 bags of .* have no features \(q\.png\); bags with features: x, y, z\.1"),
@@ -435,7 +444,7 @@ def test_errors_of_options_that_name_columns(tmp_path):
         read_text(tmp_path, "bag,a\nx,1\n", group="who")
 
 
-@pytest.mark.parametrize("key", ["bag", "image", "bag,image"])
+@pytest.mark.parametrize("key", ["bag", "image", "bag,image", "file", "filename"])
 @pytest.mark.parametrize("name", ["{}", "{}.png", "deep/er/{}.jpeg", "deep\\{}.h5"])
 def test_bag_is_named_by_its_file_with_or_without_suffix(tmp_path, key, name):
     rows = [",".join([name.format(bag)] * (key.count(",") + 1)) for bag in ("y", "z.1", "x")]
@@ -486,7 +495,7 @@ def test_tables_of_own_images_are_read_as_by_the_image_commands(tmp_path):
         assert sum(len(p) for by_bag in places.values() for p in by_bag.values()) == len(boxes)
 
 
-@pytest.mark.parametrize("key", ["bag", "image"])
+@pytest.mark.parametrize("key", ["bag", "image", "file", "filename"])
 @pytest.mark.parametrize("label", ["class", "label", "class,label"])
 @pytest.mark.parametrize("sides", ["x,y,w,h", "xmin,ymin,xmax,ymax"])
 def test_boxes_in_every_form(tmp_path, key, label, sides):
@@ -505,7 +514,7 @@ def test_boxes_in_every_form(tmp_path, key, label, sides):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bag,x,y,w,h\nx,1,1,1,1\n", "expected different column names, including image or bag, label or class, got"),
+        ("bag,x,y,w,h\nx,1,1,1,1\n", "expected a column label or class, found the columns"),
         ("bag,class,x,y\nx,a,1,1\n", "expected the columns x, y, w, h or xmin, ymin, xmax, ymax, got bag, class, x, y"),
         ("bag,class,x,y,w,h,xmin,ymin,xmax,ymax\nx,a,1,1,1,1,1,1,2,2\n", "or xmin, ymin, xmax, ymax, got both"),
         (
@@ -1014,6 +1023,23 @@ def test_tables_of_own_features_are_read(tmp_path):
         assert list(places[found.classes[0]]) == bags[:1]
 
 
+def test_printed_training_command_is_that_of_own_features(tmp_path, monkeypatch):
+    blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+    first = next(line for line in blocks.splitlines() if "train_features.py" in line)
+    monkeypatch.chdir(tmp_path)
+    photos = Path("photos")
+    photos.mkdir()
+    (photos / "labels.csv").touch()
+    (photos / "boxes.csv").touch()
+    assert recommended.training_command(Path("features"), photos, True, False) == " ".join(first.split())
+    assert "--boxes" not in recommended.training_command(Path("features"), photos, False, False)
+    (photos / "boxes.csv").unlink()
+    command = recommended.training_command(Path("my features"), photos, True, False)
+    assert "--boxes" not in command and "--features 'my features'" in command
+    patches = recommended.training_command(Path("features"), photos, False, True)
+    assert "--head patches" in patches and "--k-start" not in patches
+
+
 @pytest.mark.examples
 def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsys):
     """Every command of docs/own-features.md in its order, with small networks without weights and one epoch."""
@@ -1184,7 +1210,7 @@ def test_demonstration_on_blood_smears_runs(timm, tmp_path, monkeypatch, capsys)
         Image.fromarray(array).save(data / "images" / f"p{k}.png")
     boxes = [[f"p{k}.png", ("train", "test")[k // 4], ("RBC", "Platelets")[k % 2], 5, 6, 25, 36] for k in range(6)]
     write(data / "boxes.csv", ["image", "split", "class", "xmin", "ymin", "xmax", "ymax"], boxes)
-    monkeypatch.setattr(bccd_demo, "RECIPE", ["--epochs=1"])
+    monkeypatch.setattr(bccd_demo, "SMALL_OBJECTS", ["--epochs=1"])
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--weights", "none"]
     assert bccd_demo.main(options) == 0
     assert (tmp_path / "out" / "bccd.png").stat().st_size > 10_000

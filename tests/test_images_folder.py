@@ -124,7 +124,11 @@ def test_files_may_be_named_with_or_without_folder(images):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["picture", "cat"], ["0.png", "1"]], "line 1: expected different column names, including image or bag, got"),
+        (
+            [["picture", "cat"], ["0.png", "1"]],
+            r"line 1: expected a column image or bag or file or filename, found the columns \['picture', 'cat'\]",
+        ),
+        ([["image", "cat", "cat"], ["0.png", "1", "1"]], "expected one name per column, each once, found the columns"),
         ([["image"], ["0.png"]], "expected a column labels, or one column per class"),
         ([["image", "cat"], ["0.png", "2"]], "line 2: cat: expected 1, 0, or nothing, NaN or -1 for unknown, got '2'"),
         ([["image", "cat"], ["0.png", "1"], ["0.png", "0"]], r"line 3: 0\.png is already in .*line 2"),
@@ -134,7 +138,7 @@ def test_files_may_be_named_with_or_without_folder(images):
         ([["image", "cat", "split"], ["0.png", "1", "exam"]], "line 2: expected a split train, val, test, got 'exam'"),
         ([["image", "cat"], ["9.png", "1"]], "none of the 1 images"),
         ([["image", "cat"], ["0.png", "1"], ["0", "1"]], r"0 and 0\.png are both the image a/b/0\.png"),
-        ([["image;cat"], ["0.png;1"]], "line 1: expected different .*; cells are separated by commas"),
+        ([["image;cat"], ["0.png;1"]], "line 1: expected a column .*; cells are separated by commas"),
         ([["image", "cat"], ["0.png", "1"], ["9.png", "1"]], r"1 of 2 images of the tables are missing \(9\.png\)"),
         (
             [["image", "patient", "split", "cat"], ["0.png", "p", "train", "1"], ["2.jpg", "p", "test", "1"]],

@@ -157,31 +157,44 @@ def test_conclusion_names_the_seeds_that_failed():
 
     both = {"sgl": results([(1.0, 0.7), (0.9, 0.8)]), "max": results([(0.5, 0.0), (0.9, 0.6)])}
     assert experiment.conclusion(both) == (
-        "SGL against max pooling alone: bag AUC 0.95 against 0.70 (0.25 higher), "
-        "pooled IoU 0.75 against 0.30 (0.45 higher).\n"
+        "SGL against max pooling alone: bag AUC 0.950 against 0.700 (0.250 higher), "
+        "pooled IoU 0.750 against 0.300 (0.450 higher).\n"
         "Max pooling did not learn with seed 0 (bag AUC below 0.7). "
-        "Without these seeds the pooled IoU is 0.80 against 0.60."
+        "Without this seed the pooled IoU is 0.800 against 0.600."
     )
+    assert experiment.chosen_by(both) == "seed 1 (the first seed with which both losses learned)"
+    three = {name: results([(0.5, 0.0), (0.5, 0.1), (0.9, 0.6)]) for name in both}
+    text = experiment.conclusion(three)
+    assert "SGL did not learn with seeds 0, 1 (" in text and "Without these seeds the pooled IoU is 0.600" in text
+    none = {name: results([(0.5, 0.0)]) for name in both}
+    assert experiment.chosen_by(none) == "seed 0 (the first seed; no seed learned with both)"
     assert experiment.seed_to_show(both) == 1
     both["max"] = results([(0.8, 0.5), (0.9, 0.6)])
     assert "did not learn" not in experiment.conclusion(both) and experiment.seed_to_show(both) == 0
 
 
 def test_without_loss_both_methods_are_compared(tmp_path, capsys, monkeypatch):
-    headings = {}
+    headings, drawn = {}, {}
     monkeypatch.setattr(
-        experiment, "draw_panels", lambda panels, columns, heading, path, *_: headings.update({path.name: heading})
+        experiment,
+        "draw_panels",
+        lambda panels, columns, heading, path, *_: (
+            headings.update({path.name: heading}) or drawn.update({path.name: panels})
+        ),
     )
     options = ("--epochs", "1", "--runs", "1", "--seed", "3", "--out", str(tmp_path / "drawn"))
     assert example.main([*SMALL, *options]) == 0
-    assert headings["comparison.png"].startswith(
-        "Networks of seed 3 after the last epoch, trained with the label of each"
-    )
-    assert (
-        "Each picture shows the 20 instances of a bag with the highest probability, in falling order"
-        in headings["comparison.png"]
-    )
-    assert "The bags are the first test bags: 4 positive, 1 negative." in headings["comparison.png"]
+    heading = " ".join(headings["comparison.png"].split())
+    assert heading.startswith("Networks of seed 3 (the first seed")
+    # the counts of the marks, one instance at a time
+    for first, name in enumerate(("Max pooling", "SGL")):
+        rows = [
+            (p > 0.5, y > 0) for panel in drawn["comparison.png"][first::2] for p, y in zip(*panel[1:3], strict=True)
+        ]
+        counts = f"{rows.count((True, True))} of {sum(y for _, y in rows)} instances of class 9"
+        assert f"{name} marks {counts} and {rows.count((True, False))} others" in heading
+    assert "Each picture shows the 20 instances of a bag with the highest probability, in falling order" in heading
+    assert "The bags are the first test bags: 4 positive, 1 negative." in heading
     assert "network of seed 3: the probability of each instance, the highest first" in headings["bags.png"]
     monkeypatch.undo()
     capsys.readouterr()
@@ -194,7 +207,8 @@ def test_without_loss_both_methods_are_compared(tmp_path, capsys, monkeypatch):
     assert "SGL against max pooling alone: bag AUC" in printed
     results = {name: json.loads((tmp_path / "out" / name / "metrics.json").read_text()) for name in ("sgl", "max")}
     seed = experiment.seed_to_show(results)
-    assert f"comparison.png shows the same test bags under both losses, with the networks of seed {seed}.\n" in printed
+    assert "comparison.png shows the same test bags under both losses.\n" in printed
+    assert f"It shows the networks of seed {seed} (the first seed" in printed
     for name in ("sgl", "max"):
         for entry in json.loads((tmp_path / "out" / name / "metrics.json").read_text())["runs"]:
             best = entry["best_val"]

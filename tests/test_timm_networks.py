@@ -95,7 +95,9 @@ def test_imagenet_weights_without_internet_are_an_error(monkeypatch):
 
     model = PatchClassifier(SMALL, 32, 2)
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ValueError, match=r"weights: timm/test_resnet could not be loaded \(no network\)"):
+    with pytest.raises(
+        ValueError, match=r"timm/test_resnet could not be loaded \(no network\); pass a file: --weights FILE"
+    ):
         load_weights(model, SMALL, "imagenet")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,22 +124,50 @@ def seed_to_show(results: dict[str, dict[str, Any]]) -> int:
     return next((seed for seed in seeds if seed not in failed), seeds[0])
 
 
+def chosen_by(results: dict[str, dict[str, Any]]) -> str:
+    """The seed of the comparison, and how it was chosen."""
+    seed = seed_to_show(results)
+    learned = not any(seed in failed_seeds(metrics) for metrics in results.values())
+    rule = "the first seed with which both losses learned" if learned else "the first seed; no seed learned with both"
+    return f"seed {seed} ({rule})"
+
+
+def marks(panels: Sequence[tuple[Any, ...]], name: str, target: int) -> str:
+    """How many of the true instances in the bags of ``panels`` are marked (p > 0.5), and how many others."""
+    marked = np.concatenate([panel[1] for panel in panels]) > 0.5
+    true = np.concatenate([panel[2] for panel in panels]) > 0
+    right, wrong = (marked & true).sum(), (marked & ~true).sum()
+    return f"{name} marks {right} of {true.sum()} instances of class {target} and {wrong} others"
+
+
 def compare(
-    models: dict[str, nn.Module], images: Tensor, bags: Bags, seed: int, args: argparse.Namespace, path: Path
-) -> None:
-    """Draws the networks of both methods with the same seed on the same test bags."""
+    models: dict[str, nn.Module],
+    images: Tensor,
+    bags: Bags,
+    chosen: str,
+    args: argparse.Namespace,
+    path: Path,
+) -> str:
+    """Draws the networks of both methods with the same seed on the same test bags. Returns the counts of the marks.
+
+    Args:
+        chosen: the seed and how it was chosen, in words.
+    """
     shown = 20
     panels = [
         panel(models[name], images, bags, n, f"{label}, {title_of(bags, n)}")
         for n in numbers_to_show(bags, 4, 1)
         for name, label in (("max", "max pooling"), ("sgl", "SGL"))
     ]
+    # of all instances in these bags, also of those that the picture leaves out
+    counts = "; ".join(marks(panels[k::2], name, args.target) for k, name in enumerate(("Max pooling", "SGL")))
     heading = (
-        f"Networks of seed {seed} after the last epoch, trained with the label of each bag: does it hold a "
-        f"{args.target}?\nEach picture shows the {shown} instances of a bag with the highest probability, in falling "
-        f"order, row by row.\n{SHOWN.format(4, 1)}"
+        f"Networks of {chosen} after the last epoch,\ntrained with the label of each bag: does it hold a "
+        f"{args.target}? Each picture shows the {shown} instances of a bag with the highest probability,\nin falling "
+        f"order, row by row. {SHOWN.format(4, 1)}\nIn these bags: {counts}."
     )
     draw_panels(panels, 2, heading, path, shown)
+    return counts
 
 
 def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
@@ -188,20 +216,25 @@ def conclusion(results: dict[str, dict[str, Any]]) -> str:
     parts = []
     for metric, text in (("auc", "bag AUC"), ("iou_pooled", "pooled IoU")):
         difference = sgl[metric] - baseline[metric]
-        verdict = f"{abs(difference):.2f} {'higher' if difference > 0 else 'lower'}"
-        parts.append(f"{text} {sgl[metric]:.2f} against {baseline[metric]:.2f} ({verdict})")
+        verdict = f"{abs(difference):.3f} {'higher' if difference > 0 else 'lower'}"
+        parts.append(f"{text} {sgl[metric]:.3f} against {baseline[metric]:.3f} ({verdict})")
     text = f"SGL against max pooling alone: {', '.join(parts)}."
     failed = {name: failed_seeds(results[name]) for name in ("sgl", "max")}
     for name, label in (("sgl", "SGL"), ("max", "Max pooling")):
         if failed[name]:
             seeds = ", ".join(map(str, failed[name]))
-            text += f"\n{label} did not learn with seed {seeds} (bag AUC below {FAILED})."
+            text += f"\n{label} did not learn with {_seeds(failed[name])} {seeds} (bag AUC below {FAILED})."
     every = {seed for seeds in failed.values() for seed in seeds}
     left = {name: [run for run in results[name]["runs"] if run["seed"] not in every] for name in failed}
     if every and left["sgl"]:
         sgl, baseline = (np.mean([run["last"]["iou_pooled"] for run in left[name]]) for name in ("sgl", "max"))
-        text += f" Without these seeds the pooled IoU is {sgl:.2f} against {baseline:.2f}."
+        which = f"{'this' if len(every) == 1 else 'these'} {_seeds(every)}"
+        text += f" Without {which} the pooled IoU is {sgl:.3f} against {baseline:.3f}."
     return text
+
+
+def _seeds(numbers: Collection[int]) -> str:
+    return "seed" if len(numbers) == 1 else "seeds"
 
 
 def free_folder(name: str) -> Path:
@@ -246,7 +279,8 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
             shown = seed_to_show(results)
             images, bags = bags_of(instances, next(iter(configs.values())), shown, args.device)
             networks = {method: of_seed[shown] for method, of_seed in models.items()}
-            compare(networks, images["test"], bags["test"], shown, args, out / "comparison.png")
+            chosen = chosen_by(results)
+            counts = compare(networks, images["test"], bags["test"], chosen, args, out / "comparison.png")
     except (ValueError, OSError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
@@ -261,7 +295,8 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
     print()
     if len(models) > 1:
         print(conclusion(results))
-        print(f"{out}/comparison.png shows the same test bags under both losses, with the networks of seed {shown}.")
+        print(f"{out}/comparison.png shows the same test bags under both losses.")
+        print(f"It shows the networks of {chosen}. In these bags: {counts}.")
     print(f"Figures and pictures are in {out}/.")
     next_step("train on your own data, see docs/own-loop.md and docs/own-data.md")
     return 0

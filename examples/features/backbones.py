@@ -152,7 +152,7 @@ def _create_timm(name: str, pretrained: bool, output_stride: int | None) -> tupl
     except (TypeError, NotImplementedError, AssertionError, KeyError) as error:
         raise ValueError(f"output stride: {short} cannot have {output_stride} ({error})") from None
     except Exception as error:  # a download fails in many ways
-        raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file, or 'none'") from None
+        raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file: --weights FILE") from None
     return network, network.pretrained_cfg, network.patch_embed.patch_size[0] if is_tokens else None
 
 
@@ -174,7 +174,7 @@ def _create_torchvision(name: str, pretrained: bool, output_stride: int | None) 
             f"backbone: torchvision has no model {short!r}" + (f"; similar names: {', '.join(near)}" if near else "")
         ) from None
     except Exception as error:  # a download fails in many ways
-        raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file, or 'none'") from None
+        raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file: --weights FILE") from None
     return network, {"mean": MEAN, "std": STD, "input_size": (3, 224, 224)}, None
 
 

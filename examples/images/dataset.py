@@ -156,13 +156,15 @@ def records_of(
     rows = rows_of(path)
     line, header = next(rows, (1, []))
     either = [(names,) if isinstance(names, str) else names for names in needed]
-    lacking = [names for names in either if not set(names) & set(header)]
-    if lacking or len(set(header)) != len(header) or "" in header:
+    lacking = [" or ".join(names) for names in either if not set(names) & set(header)]
+    if lacking:
         separators = "; cells are separated by commas" if len(header) == 1 else ""
         raise ValueError(
-            f"{path}, line {line}: expected different column names, including {', '.join(map(' or '.join, either))}, "
-            f"got {header}{separators}"
+            f"{path}, line {line}: expected a column {', and a column '.join(lacking)}, found the columns "
+            f"{header}{separators}"
         )
+    if len(set(header)) != len(header) or "" in header:
+        raise ValueError(f"{path}, line {line}: expected one name per column, each once, found the columns {header}")
     records = []
     for line, cells in rows:
         if len(cells) != len(header):

@@ -1,8 +1,8 @@
 """A folder of images with labels.csv: any classes, any depth, any format that can be read.
 
-See images.label_tables for the tables. The column ``image`` (or ``bag``) is a path below the folder, or a file name
-that occurs once in it. The suffix is optional. Without a split, the patients (or images) are split at random into 70,
-10 and 20 percent, and split.csv stores the result.
+See images.label_tables for the tables. The column ``image`` is a path below the folder, or a file name that occurs once
+in it. The suffix is optional. Without a split, the patients (or images) are split at random into 70, 10 and 20 percent,
+and split.csv stores the result.
 """
 
 from __future__ import annotations

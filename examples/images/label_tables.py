@@ -1,8 +1,8 @@
 """The tables of your own data: labels.csv, split.csv and boxes.csv, of images and of bags of features.
 
-labels.csv has the column ``image`` (or ``bag``), and optionally ``patient`` and ``split`` (train, val, test). The
-labels are either in the column ``labels`` (class names joined by ``|``, empty for none), or in one column per class (1
-or 0; nothing, NaN or -1 for unknown).
+labels.csv has the column ``image``, and optionally ``patient`` and ``split`` (train, val, test). The labels are either
+in the column ``labels`` (class names joined by ``|``, empty for none), or in one column per class (1 or 0; nothing, NaN
+or -1 for unknown). In every table, ``image`` may also be named ``bag``, ``file`` or ``filename``.
 
 boxes.csv has ``image``, ``label`` (or ``class``), and ``x,y,w,h`` or ``xmin,ymin,xmax,ymax`` in pixels. x and y are the
 upper left corner. split.csv has ``image`` and ``split``.
@@ -22,7 +22,7 @@ from images.pixels import image_suffixes
 LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
 PARTS = ("train", "val", "test")
 VALUES = {"1": 1.0, "0": 0.0, "-1": math.nan, "": math.nan, "nan": math.nan}
-NAMES, CLASSES = ("image", "bag"), ("label", "class")
+NAMES, CLASSES = ("image", "bag", "file", "filename"), ("label", "class")
 SIDES, CORNERS = ("x", "y", "w", "h"), ("xmin", "ymin", "xmax", "ymax")
 
 #: Position for messages, and cells by column, of a row.

@@ -139,7 +139,7 @@ def load_timm_weights(features: TimmFeatures, name: str, weights: str) -> None:
         try:
             state = _create(name, tuple(features.network.feature_info.out_indices), None, pretrained=True).state_dict()
         except Exception as error:  # a download fails in many ways
-            raise ValueError(f"weights: {name} could not be loaded ({error}); give a file, or 'none'") from None
+            raise ValueError(f"weights: {name} could not be loaded ({error}); pass a file: --weights FILE") from None
     else:
         path = Path(weights)
         if not path.is_file():
