@@ -216,6 +216,10 @@ Compilers: {result["compilers"]}; kernels for CUDA {cuda}.
 Checks: tags, abi3audit {result["abi3audit"]}, contents, no path of the machine that built the wheel, size{excess}.
 Fresh environments on {result["machine"]}: {passed} passed, {failed} failed, {missing} not available.
 
+- error: the largest error of loss and gradient in the self-test of `python -m sgl_ops`, relative to their largest
+  value. The self-test compares the operator (float32) with the reference (float64).
+- first `import sgl_ops`: the time of the first import in the environment, without the import of torch.
+
 | torch | build | Python | result | CPU kernels | error | first `import sgl_ops` |
 |---|---|---|---|---|---|---|
 """
