@@ -20,7 +20,7 @@ __all__ = ["BagMeasures", "Diagnosis", "Finding", "diagnose"]
 
 #: A map is flat if max p - min p of the bag is below this.
 FLAT_RANGE = 0.05
-#: A map is flooded if more than this share of the bag is above delta_h.
+#: A map is flooded if more than this share of the bag has theta above delta_h, or more than this share has p above it.
 FLOODED_SHARE = 0.5
 #: One instance takes all if it alone has a target above 0, in a bag of at least so many instances.
 SINGLE_BAG_SIZE = 8
@@ -58,7 +58,8 @@ class BagMeasures(NamedTuple):
         auc: AUC of the bag logits.
         chance_deviation: standard deviation of the AUC of random scores, for this many bags.
         range: max p - min p of a positive bag, median over the positive bags.
-        above: share of a positive bag's instances with theta or p above delta_h, median over the positive bags.
+        above: the larger of two shares of a positive bag's instances: those with theta above delta_h, and those with p
+            above delta_h. Median over the positive bags.
         selected: instances of a positive bag whose target M is above 0, median over the positive bags.
         flat, flooded, single: share of the positive bags whose map is flat, flooded, or has one instance with M > 0.
         saturated: share of the instances of all bags with a known label whose logit is beyond 15 in magnitude.
@@ -150,11 +151,13 @@ def diagnose(
     ``non-finite logits``      a bag holds a NaN or infinite logit
     ``no positive bags``       no label is 1
     ``no negative bags``       no label is 0
-    ``too few bags``           so few that an AUC of 1 may be chance
+    ``too few bags``           so few that an AUC of 1 may be chance (1/2 + 2 standard deviations of the AUC of random
+                               scores is 1 or more)
     ``probabilities``          every logit is above 0 and at most 1
     ``nothing learnt``         bag AUC below 1/2 + 2 standard deviations of the AUC of random scores
-    ``flat maps``              max p - min p < 0.05 in most positive bags (and not flooded)
-    ``flooded maps``           in most positive bags, over half of the instances have theta or p above delta_h
+    ``flat maps``              in most positive bags, max p - min p < 0.05 and the map is not flooded
+    ``flooded maps``           in most positive bags, over half of the instances have theta above delta_h, or over half
+                               have p above delta_h
     ``one instance takes all`` most positive bags have M > 0 in one instance alone (bags of 8 instances or more)
     ``saturated logits``       over half of the instances have a logit beyond 15 in magnitude
     ========================== ====================================================================================

@@ -77,8 +77,8 @@ class SGLTerms(NamedTuple):
     """Scalars: ``total`` = bag + lam instance + mask_weight mask, and these three terms without their weights.
 
     Only ``total`` has a gradient. ``bag``, ``instance`` and ``mask`` are detached, for logging: ``backward`` of one of
-    them is an error, and a sum of one of them with another loss has no gradient of it. To train with other weights set
-    ``lam`` and ``mask_weight``; to train with the bag loss alone set both to 0, or use :class:`sgl_ops.BagLoss`.
+    them is an error, and in a sum with another loss they give no gradient. To train with other weights, set ``lam`` and
+    ``mask_weight``. To train with the bag loss alone, set both to 0, or use :class:`sgl_ops.BagLoss`.
     """
 
     total: Tensor

@@ -45,20 +45,20 @@ class SGLLoss(_Loss):
         L_{inst} &= \sum_{k \in \{neg, amb, pos\}} \frac{1}{n_k} \sum_{j \in k} w\, BCE(p_j, M_j) & \text{(Eq. 7)} \\
         L &= BCE(P, y) + \lambda L_{inst} + \mu L_{mask} & \text{(Eq. 9)}
 
-    with M = 0 and w = 1 in a negative bag, P the pooled probability, BCE(P, y) averaged over the bags and classes with
-    a known label, and :math:`L_{mask}` the mean over those of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`
-    (Sec. 3.3). The median of an even number of instances is the lower one: of two instances with p = 0.1 and 0.9 it is
-    0.1, so that alpha is 0.8 and not 0.4. A positive bag whose instances are all equal has no instance loss. An empty
-    part contributes 0.
+    with M = 0 and w = 1 in a negative bag, and P the pooled probability. BCE(P, y) is averaged over the pairs of a bag
+    and a class with a known label. :math:`L_{mask}` is the mean of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`
+    over the same pairs (Sec. 3.3). The median of an even number of instances is the lower one: of two instances with
+    p = 0.1 and 0.9 it is 0.1, so that alpha is 0.8 and not 0.4. A positive bag whose instances are all equal has no
+    instance loss. An empty part contributes 0.
 
-    *Readings of the paper.* These points are not in its text. M, theta, alpha and w are constants, without a gradient.
-    The instances of a part are counted over the whole batch. The penalty on the mask is on p [M > 0], as M itself has
-    no gradient. The median is the lower one. Equal instances have no ranking.
+    *Interpretation of the paper.* The text of the paper does not define these points. M, theta, alpha and w are
+    constants, without a gradient. The instances of a part are counted over the whole batch. The penalty on the mask is
+    on p [M > 0], as M itself has no gradient. The median is the lower one. Equal instances have no ranking.
 
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS`, or a module that takes
             (logits, \*, mask, offsets, features) and gives bag logits.
-        class_weight: (C,), >= 0, constant: multiplies every term of a class; denominators stay.
+        class_weight: (C,), >= 0, constant: multiplies every term of a class. The denominators do not change.
         pos_weight: (C,), > 0, constant: multiplies the positive half of every BCE, as in ``BCEWithLogitsLoss``.
         process_group: the ``torch.distributed.ProcessGroup`` that shares the batch (``torch.distributed.group.WORLD``
             for all processes; it is None before ``init_process_group``). With ``DistributedDataParallel``, loss and
@@ -186,7 +186,7 @@ class BagLoss(_Loss):
 
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module.
-        class_weight: (C,), >= 0: multiplies every term of a class; the denominator stays.
+        class_weight: (C,), >= 0: multiplies every term of a class. The denominators do not change.
         pos_weight: (C,), > 0: multiplies the positive half of the BCE.
         check: whether the values of targets and offsets are checked; None: on the CPU only.
         impl: ``"auto"``, ``"fused"`` (the operator) or ``"reference"`` (PyTorch alone), as in :class:`SGLLoss`.
@@ -245,11 +245,12 @@ class BagLoss(_Loss):
 
 
 class BILLoss(_Loss):
-    r"""The bag-instance loss of Zhou et al. 2017: instances against their own rounded probabilities.
+    r"""The bag-instance loss of Zhou et al. 2017.
 
-    With :math:`s_j = [p_j > 0.5]\, y`, :math:`r = \mathrm{mean}_j BCE(p_j, s_j)` and :math:`b = BCE(P, y)`: a positive
-    (bag, class) pair gives :math:`b + (\mathrm{stop\_gradient}(b) - r)^2`, a negative one :math:`r`. The loss is the
-    mean over the pairs.
+    The targets of the instances are their own rounded probabilities (0 in a negative bag):
+    :math:`s_j = [p_j > 0.5]\, y`. The instance loss is :math:`r = \mathrm{mean}_j BCE(p_j, s_j)`, the bag loss is
+    :math:`b = BCE(P, y)`. A positive (bag, class) pair gives :math:`b + (\mathrm{stop\_gradient}(b) - r)^2`, a
+    negative one :math:`r`. The loss is the mean over the pairs.
 
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS` or a pooling module (the authors of SGL: ``"mean_logits"``).

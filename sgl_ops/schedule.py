@@ -49,8 +49,8 @@ class LamSchedule:
     .. math:: AUC_c \ge \max(a, \; 1/2 + 3 \sigma_c), \quad \sigma_c^2 = \frac{n_1 + n_0 + 1}{12\, n_1 n_0}
 
     with a = ``auc`` and :math:`\sigma_c` the standard deviation of the AUC of random scores for :math:`n_1` positive
-    and :math:`n_0` negative bags in the window. With few bags, the required AUC is higher. A class counts if the
-    required AUC is below 1. This needs at least four positive and four negative bags.
+    and :math:`n_0` negative bags in the window. With few bags, the required AUC is higher. A class counts if
+    :math:`1/2 + 3 \sigma_c` is below 1. This needs, for example, 7 positive and 7 negative bags, or 4 and 16.
 
     *Several classes.* lam is one number for all classes. It rises
 

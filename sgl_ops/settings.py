@@ -19,7 +19,7 @@ __all__ = ["SGLSettings"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SGLSettings:
-    """What :class:`sgl_ops.SGLLoss` computes, except the pooling, the class vectors and the process group.
+    """The settings of :class:`sgl_ops.SGLLoss`, without the pooling, the class weights and the process group.
 
     The object is constant. ``criterion.lam = 2.0`` gives the module a new object. Each field below is an argument of
     :class:`~sgl_ops.SGLLoss`, :func:`~sgl_ops.functional.sgl_loss` and :func:`~sgl_ops.functional.sgl_terms`.
@@ -37,8 +37,8 @@ class SGLSettings:
         weighted: False takes w = 1 in Eq. 7 (the ablation without weighting).
         guide: a function that returns targets, parts and weights in place of Eq. 5 to 8: see :mod:`sgl_ops.reference`.
             The reference then computes the loss, and ``delta_l``, ``rescale`` and ``weighted`` are not used.
-        check: whether the values of targets, offsets, class vectors and tensor weights are checked. None: on the CPU
-            only. True: always; on a GPU the call then waits for the device. False: never.
+        check: whether the values of targets, offsets, ``class_weight``, ``pos_weight`` and tensor weights are checked.
+            None: on the CPU only. True: always; on a GPU the call then waits for the device. False: never.
         impl: ``"auto"`` (the fused operator where there is a kernel, else the reference), ``"fused"`` or
             ``"reference"``. The operator has no second derivative. It does not work under ``torch.func`` and in forward
             mode: there ``"auto"`` takes the reference.

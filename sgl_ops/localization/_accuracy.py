@@ -157,12 +157,12 @@ def max_box_accuracy(
 ) -> dict[str, dict[str, float]]:
     """MaxBoxAcc: the localization accuracy at the threshold at which it is highest (Choe et al., CVPR 2020).
 
-    Each map is scaled to 0 ... 1 by the cells that have a pixel. One threshold of 0, 1 / steps, ... is chosen for all
-    maps together: the one with the highest mean over the classes *on these boxes*. So MaxBoxAcc measures the maps for
-    the best threshold. It is not a result of a method that has to choose a threshold. There is no class gate and no
-    opening and closing. A constant map has no box.
+    Each map is scaled to 0 ... 1 by the smallest and the largest value of the cells that contain a pixel of the image.
+    One threshold of 0, 1 / steps, ... is chosen for all maps together: the one with the highest mean over the classes
+    *on these boxes*. So MaxBoxAcc measures the maps for the best threshold. It is not a result of a method that has to
+    choose a threshold. There is no class gate and no opening and closing. A constant map has no box.
 
-    Differences from the authors' code (wsolevaluation). They make the values comparable, but not equal:
+    Differences from the authors' code (wsolevaluation):
 
     - it takes the largest component (``component="largest"``); the default here is the component of the maximum;
     - a pixel counts if its value is greater than *or equal to* the threshold, and a box if its IoU is; here both must
@@ -170,7 +170,8 @@ def max_box_accuracy(
     - its boxes include their last pixel, w = x1 - x0 + 1 of contour points; here boxes are half-open;
     - its mean is over the images; here it is over the classes.
 
-    On 200 maps of drawn lesions, the authors' rules gave values from 0.2 points lower to 2.9 points higher.
+    Because of these differences, the values are not equal to those of the authors' code. On 200 maps of drawn lesions,
+    the authors' rules gave values from 0.2 points lower to 2.9 points higher.
 
     Args:
         heatmaps: n maps (h, w), finite; their shapes may differ.
