@@ -68,11 +68,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(out: Path, images: Path, count: int) -> None:
-    """``bccd.png``: photo and true boxes, and map and box without and with SGL, of seed 0."""
+    """``bccd.png``: photo and true boxes, and map and boxes without and with SGL, of seed 0."""
+    from common.drawing import TRUE, draw_box
     from features.bccd import CLASS
     from features.extraction import find_images, read_image
     from features.labels import read_boxes
-    from features.report import TRUE, draw_box, draw_map
+    from features.report import draw_map
     from features.runs import first_of, load_predictions, maps_of
     from features.store import FeatureBags
     from matplotlib.figure import Figure

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from features import labels as tables
     from features.finetuning import BlocksHead, MapReader, load_blocks, width_of
-    from features.results import counted, write_results
+    from features.results import write_results
     from features.runs import Truth, plan, save_predictions
     from features.store import FeatureBags
     from features.training import Settings, Transform, fit, make_model, predicted
@@ -132,13 +132,8 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.process_time() - begun
         print(f"run {number} of {len(runs)}: loss {losses}, {seconds:.0f} s of processor time", flush=True)
     images = Path(known["images"]) if known["images"] else None
-    training = (
-        f"Fine-tuned: {', '.join(args.blocks)}. Loss: {settings.loss}; {counted(runs[-1].repeat + 1, known['folds'])}."
-    )
-    result = write_results(args.out, runs, truth, after, images, args.overlays, training)
-    for name, values in result.items():
-        keys = (key for key in ("auc", "pointing", "iou_0.3", "iou_0.5") if key in values)
-        print(f"{name}: {', '.join(f'{key} {values[key]:.3f}' for key in keys)}")
+    training = f"Fine-tuned: {', '.join(args.blocks)}. Loss: {settings.loss}"
+    write_results(args.out, runs, truth, after, images, args.overlays, training, settings)
     options.next_step(f"open {args.out / 'report.html'}")
 
 

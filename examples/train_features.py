@@ -124,7 +124,9 @@ def make_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
     machine.add_argument("--cache-gb", type=float, default=2.0, help="keep features in memory up to this size (2)")
-    machine.add_argument("--overlays", type=int, default=12, metavar="N", help="bags shown in the report (12)")
+    machine.add_argument(
+        "--overlays", type=int, default=12, metavar="N", help="bags shown in the report, from each fold in turn (12)"
+    )
     return parser
 
 
@@ -150,9 +152,8 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
     from features import labels as tables
-    from features.advice import lam_advice
     from features.extraction import find_images
-    from features.results import counted, write_results
+    from features.results import write_results
     from features.runs import Truth, plan, save_predictions
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
@@ -204,18 +205,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"run {number} of {len(runs)}: loss {history[-1]['loss']:.3f}{note}", flush=True)
     # a checkpoint of an older version has no history
     saved = [torch.load(parts / f"{one.name}.pt", weights_only=True).get("history", []) for one in runs]
-    advice = lam_advice(saved, [labels.values[one.train] for one in runs], settings)
-    if advice is not None:
-        print(f"warning: {advice}", flush=True)
-    training = f"Loss: {args.loss}, pooling: {args.pooling}, head: {args.head}; {counted(args.repeats, args.folds)}."
-    result = write_results(args.out, runs, truth, bags, args.images, args.overlays, training, advice)
-    for name, values in result.items():
-        line = ", ".join(
-            f"{key} {values[key]:.3f}"
-            for key in ("auc", "instance_auc", "instance_ap", "instance_iou", "pointing", "iou_0.3", "iou_0.5")
-            if key in values
-        )
-        print(f"{name}: {line}")
+    training = f"Loss: {args.loss}, pooling: {args.pooling}, head: {args.head}"
+    write_results(args.out, runs, truth, bags, args.images, args.overlays, training, settings, saved)
     options.next_step(f"open {args.out / 'report.html'}")
 
 

@@ -25,11 +25,14 @@ import bccd_demo  # noqa: E402
 import extract_features  # noqa: E402
 import finetune_features  # noqa: E402
 import train_features  # noqa: E402
+from common.drawing import FOUND  # noqa: E402
 from features import advice, backbones, extraction, finetuning, labels, recommended, runs, store, training  # noqa: E402
 from features import geometry as geometries  # noqa: E402
-from features.evaluation import bootstrap, box_metrics, box_of, instance_metrics  # noqa: E402
+from features.evaluation import auc, bootstrap, box_metrics, box_of, boxes_of, instance_metrics  # noqa: E402
 from features.heads import Candidates, Head, PatchNetwork  # noqa: E402
+from features.report import draw_map, write_report  # noqa: E402
 from features.results import write_results  # noqa: E402
+from matplotlib.colors import to_hex  # noqa: E402
 
 
 def write(path, header, rows):
@@ -775,8 +778,8 @@ def test_command_explains_lam_that_stayed_zero(data, tmp_path, capsys):
     assert command(data, tmp_path / "rises", *options, "--start=at_once") == 0
     assert command(data, tmp_path / "bag", *options, "--loss=bag") == 0
     assert command(data, tmp_path / "off", *options, "--lam=0") == 0
-    assert "warning" not in capsys.readouterr().out
-    assert "Warning" not in (tmp_path / "rises" / "report.html").read_text()
+    assert "lam stayed" not in capsys.readouterr().out
+    assert "lam stayed" not in (tmp_path / "rises" / "report.html").read_text()
 
 
 def test_advice_names_the_cause_and_what_is_not_yet_used():
@@ -789,6 +792,53 @@ def test_advice_names_the_cause_and_what_is_not_yet_used():
     few = advice.lam_advice([history], [labels[17:23]], settings)
     assert "too few training bags" in few and "--epochs" not in few
     assert advice.lam_advice([[{"lam": 0.5, "auc": [0.9]}]], [labels], settings) is None
+
+
+def training_rows(*trainings):
+    """Rows of trainings with 12 positive and 12 negative test bags; each argument: AUC, and fraction of boxes hit."""
+    counts = {"repeat": 0, "class": "cat", "positive": 12, "negative": 12, "images": 12}
+    return [counts | {"fold": fold, "auc": value, "iou_0.1": hit} for fold, (value, hit) in enumerate(trainings)]
+
+
+def failures(rows, losses, **options):
+    history = {(0, fold): [{"loss": 9.0, "bag_loss": loss}] for fold, loss in enumerate(losses)}
+    settings = replace(training.Settings(k_start=0.2, restarts=4), **options)
+    text = advice.failure_advice(rows, history, settings, True)
+    return text, [] if text is None else re.findall(r"fold (\d)", text)
+
+
+def test_trainings_that_seem_to_have_failed_are_named_with_the_reason():
+    good = training_rows((0.9, 0.8), (0.85, 0.6), (0.8, 0.7), (0.9, 0.9))
+    assert failures(good, [0.4, 0.42, 0.38, 0.44]) == (None, [])
+    # each sign alone
+    text, named = failures(good, [0.4, 0.42, 0.38, 0.5])
+    assert named == ["3"] and "1 of 4 trainings: fold 3 (training loss 0.50, the median is 0.40)" in text
+    assert "--restarts 8" in text and "--k-start" not in text and "--repeats" in text
+    # two of four: the lower median
+    assert failures(good, [0.4, 0.5, 0.38, 0.5])[1] == ["1", "3"]
+    text, named = failures(training_rows((0.9, 0.8), (0.6, 0.6), (0.8, 0.7), (0.9, 0.0)), [0.4] * 4)
+    assert named == ["1", "3"] and "fold 1 (test AUC 0.60, not clearly above chance)" in text
+    assert "fold 3 (no box overlaps a true box in 12 images)" in text
+    # without the search for small objects, the advice is to use it
+    assert "--k-start 0.2 --restarts 4 --trial-epochs 30" in failures(good, [0.4, 0.4, 0.4, 0.5], restarts=1)[0]
+    # the whole loss of SGL is not compared, and two trainings are too few
+    history = {(0, fold): [{"loss": loss}] for fold, loss in enumerate([0.4, 0.4, 0.4, 0.9])}
+    assert advice.failure_advice(good, history, training.Settings(), True) is None
+    assert "fold 3" in advice.failure_advice(good, history, training.Settings(loss="bag"), True)
+    assert failures(good[:2], [0.4, 0.9]) == (None, [])
+    # few test bags say little
+    few = [row | {"positive": 4, "images": 4} for row in training_rows((0.5, 0.0))]
+    assert failures(few, [0.4]) == (None, [])
+
+
+def test_chance_is_that_of_random_orders():
+    """5 % of random orders of the test bags have an AUC that is called above chance."""
+    generator = np.random.default_rng(0)
+    target = np.repeat([1.0, 0.0], [22, 16])
+    values = [auc(generator.permutation(38).astype(float), target) for _ in range(4000)]
+    row = {"positive": 22, "negative": 16}
+    above = np.mean([not advice._signs(row | {"auc": value}) for value in values])
+    assert 0.04 < above < 0.06
 
 
 def test_initial_probability_of_the_head_is_the_prior():
@@ -850,7 +900,7 @@ def test_bags_without_a_label_are_named(data, tmp_path, capsys):
     assert note in capsys.readouterr().out.splitlines()
 
 
-def test_report_says_how_often_the_boxes_are_right(tmp_path):
+def test_report_says_how_often_the_boxes_are_right(tmp_path, capsys):
     """Two folds: an image whose predicted box is right, and an image whose predicted box misses the true box."""
     writer = store.StoreWriter(tmp_path / "features", {"stride": 16, "centre": 8.0})
     for name in ("a", "b"):
@@ -865,12 +915,89 @@ def test_report_says_how_often_the_boxes_are_right(tmp_path):
     for run, name in zip(plan, ("a", "b"), strict=True):
         found = runs.Predictions(np.array([name]), np.array([[0.9]], np.float32), p, np.array([0, 16]))
         runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
-    write_results(tmp_path, plan, truth, store.FeatureBags(tmp_path / "features"), None, 1, "Loss: sgl; 1 x 2 folds.")
+    bags = store.FeatureBags(tmp_path / "features")
+    write_results(tmp_path, plan, truth, bags, None, 2, "Loss: sgl", training.Settings())
     page = (tmp_path / "report.html").read_text()
-    assert "2 test images have true boxes of cat. In 1 of them (50%, 95 % interval 0% to 100%), the predicted" in page
-    assert "Loss: sgl; 1 x 2 folds." in page and "Each fold" in page
+    assert (
+        "2 test images have true boxes of cat. In 1 of them (50%), the predicted box overlaps a true box with IoU &gt; "
+        "0.3 (folds: 0% to 100%). The 95 % interval is 0% to 100% if other images are tested with the same networks."
+    ) in page
+    assert "Loss: sgl; 2 trainings (2 folds, 1 repeat); each image is tested once." in page and "Each fold" in page
+    assert re.findall("<h3>(.*?)</h3>", page) == ["a (fold 0)", "b (fold 1)"]
+    assert "image AUC" in page and "bag" not in page.split("<h1>")[1].split("<h2>The first")[0]
+    assert "iou_0.3 0.500 (folds: 0.000 to 1.000)" in capsys.readouterr().out
     with (tmp_path / "folds.csv").open() as file:
         assert [(row["fold"], row["iou_0.3"]) for row in csv.DictReader(file)] == [("0", "1.0"), ("1", "0.0")]
+    # a second repeat that finds no box: the mean over the repeats, and its interval
+    second = [run._replace(repeat=1) for run in plan]
+    for run, name in zip(second, ("a", "b"), strict=True):
+        found = runs.Predictions(np.array([name]), np.array([[0.1]], np.float32), 0 * p, np.array([0, 16]))
+        runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
+    write_results(tmp_path, plan + second, truth, bags, None, 2, "Loss: sgl", training.Settings())
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "2 test images have true boxes of cat. On average over the repeats, the predicted box overlaps a true box with "
+        "IoU &gt; 0.3 in 25% of these images (repeats: 0% to 50%; folds: 0% to 100%). The 95 % interval is 0% to 50%"
+    ) in page
+    assert "4 trainings (2 folds, 2 repeats); each image is tested 2 times." in page
+    assert re.findall("<h3>(.*?)</h3>", page) == ["a (fold 0 of repeat 0)", "b (fold 1 of repeat 0)"]
+
+
+def test_pictures_of_the_report_come_from_every_fold_in_turn(tmp_path):
+    writer = store.StoreWriter(tmp_path / "features", {})
+    names = [f"b{k}" for k in range(9)]
+    for name in names:
+        writer.add(name, store.Bag(np.zeros((4, 1), np.float32), None, (2, 2), (8, 8)))
+    values = np.array([[1.0], [1], [1], [1], [0], [1], [1], [0], [1]], np.float32)
+    truth = runs.Truth(labels.Labels(names, ["cat"], values, None, np.array(names)), {}, {})
+    parts = []
+    for part in ([3, 1, 0, 2], [4, 5], [7, 8, 6]):
+        n = len(part)
+        found = np.array(names)[part], np.full((n, 1), 0.5), np.zeros((4 * n, 1)), 4 * np.arange(n + 1)
+        parts.append(runs.Predictions(*found))
+    rows = [{"repeat": 0, "fold": k, "class": "cat"} for k in range(3)]
+    write_report(tmp_path, parts, truth, store.FeatureBags(tmp_path / "features"), {}, None, 6, "text", rows)
+    found = re.findall("<h3>(.*?)</h3>", (tmp_path / "report.html").read_text())
+    assert found == ["b0 (fold 0)", "b5 (fold 1)", "b6 (fold 2)", "b1 (fold 0)", "b8 (fold 2)", "b2 (fold 0)"]
+
+
+def test_every_box_of_a_map_is_drawn_and_the_evaluated_one_is_the_thickest():
+    from matplotlib.figure import Figure
+
+    heatmap = np.zeros((6, 6))
+    heatmap[1, 1], heatmap[4, 4], heatmap[4, 0] = 0.7, 0.9, 0.4
+    axes = Figure().subplots()
+    draw_map(axes, heatmap, (96, 96), 0.5)
+    frames = [patch for patch in axes.patches if to_hex(patch.get_edgecolor()) == FOUND]
+    places = [[*frame.get_xy(), frame.get_width(), frame.get_height()] for frame in frames]
+    assert places == boxes_of(heatmap, (96, 96), 0.5).tolist() and len(places) == 2
+    assert places[0] == box_of(heatmap, (96, 96), 0.5).tolist()
+    assert frames[0].get_linewidth() > frames[1].get_linewidth()
+
+
+def test_interval_of_the_auc_is_that_of_the_mean_over_the_repeats(tmp_path):
+    """The repeats rank the bags differently. Their mean score separates the bags better than each repeat does."""
+    generator = np.random.default_rng(3)
+    names = np.array([f"b{k:02d}" for k in range(60)])
+    values = (np.arange(60) % 2).astype(np.float32)[:, None]
+    truth = runs.Truth(labels.Labels(names.tolist(), ["cat"], values, None, names), {}, {})
+    writer = store.StoreWriter(tmp_path, {})
+    for name in names:
+        writer.add(name, store.Bag(np.zeros((1, 1), np.float32), None, None, None))
+    bags, repeats, scores = store.FeatureBags(tmp_path), [], []
+    for _ in range(5):
+        score = values[:, 0] + generator.normal(0, 1.2, 60)
+        order = generator.permutation(60)
+        scores.append(score)
+        repeats.append([runs.Predictions(names[order], score[order, None], np.zeros((60, 1)), np.arange(61))])
+    result = runs.summary(repeats, truth, bags)[0]["cat"]
+    pairs = [(score[values[:, 0] == 1, None] > score[values[:, 0] == 0]).mean() for score in scores]
+    assert result["auc"] == pytest.approx(np.mean(pairs))
+    # an own bootstrap, with other samples
+    samples = generator.integers(60, size=(4000, 60))
+    own = [np.mean([auc(score[rows], values[rows, 0]) for score in scores]) for rows in samples]
+    assert [result["auc_low"], result["auc_high"]] == pytest.approx(np.quantile(own, [0.025, 0.975]), abs=0.015)
+    assert abs((result["auc_low"] + result["auc_high"]) / 2 - result["auc"]) < 0.02
 
 
 @pytest.mark.examples

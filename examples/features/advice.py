@@ -1,18 +1,52 @@
-"""Advice for a training whose instance loss never started."""
+"""Warnings about trainings: SGL never started, or the network seems not to have found the object.
+
+All texts that say what to change are here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from features.recommended import SEARCH
 from features.training import Settings
 from sgl_ops import LamSchedule
 
+#: A training whose last bag loss exceeds the (lower) median of all trainings by this factor seems to have failed. It
+#: compares three or more trainings. Chosen on 12 trainings of 150 blood-smear photos; see docs/own-features.md.
+HIGH_LOSS = 1.15
+#: The test AUC is not above chance if a random order reaches it with a probability above 5 % (one-sided).
+CHANCE = 1.645
+#: Fewer test bags of a kind, or fewer images with boxes, give no warning: their metrics are too uncertain.
+FEWEST = 8
 
-def lam_advice(histories: Sequence[Sequence[dict]], labels: Sequence[np.ndarray], settings: Settings) -> str | None:
+
+def training_warnings(
+    rows: Sequence[Mapping[str, object]],
+    histories: Mapping[tuple[int, int], Sequence[Mapping]],
+    labels: Mapping[tuple[int, int], np.ndarray],
+    settings: Settings,
+    many_folds: bool,
+) -> list[str]:
+    """The warnings about the trainings of a command, each a paragraph.
+
+    Args:
+        rows: the rows of :func:`features.runs.rows_of_trainings`.
+        histories: the rows of the epochs by (repeat, fold), as ``train`` logs them. Some may be missing or empty.
+        labels: the labels (N, C) of the training bags by (repeat, fold).
+        many_folds: the repeats have folds.
+    """
+    known = {key: history for key, history in histories.items() if history}
+    started = lam_advice(list(known.values()), [labels[key] for key in known], settings)
+    failed = failure_advice(rows, known, settings, many_folds)
+    return [text for text in (started, failed) if text is not None]
+
+
+def lam_advice(histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarray], settings: Settings) -> str | None:
     """What lam 0 in whole runs means, and what to change. None if lam rose in every run.
 
     Args:
@@ -36,13 +70,83 @@ def lam_advice(histories: Sequence[Sequence[dict]], labels: Sequence[np.ndarray]
     changes = [f"train longer (--epochs {2 * settings.epochs})"]
     if settings.pooling != "topk":
         changes.append("use --pooling topk")
-    if settings.head in ("linear", "mlp") and not (settings.k_start and settings.restarts > 1):
-        changes.append("find small objects with --k-start 0.2 --restarts 4 --trial-epochs 30")
+    if _can_search(settings) and not _searches(settings):
+        changes.append(f"find small objects with {' '.join(SEARCH)}")
     changes.append("extract other features (--stages, --cut, larger images)")
     return (
         text + f"To change this: {'; '.join(changes)}. If the highest AUC is close to the threshold, lower "
         "--start-auc. --start at_once uses the instance loss from the first step."
     )
+
+
+def failure_advice(
+    rows: Sequence[Mapping[str, object]],
+    histories: Mapping[tuple[int, int], Sequence[Mapping]],
+    settings: Settings,
+    many_folds: bool,
+) -> str | None:
+    """The trainings whose network seems not to have found the object, why, and what to change. None if there is none.
+
+    Arguments are those of :func:`training_warnings`.
+    """
+    losses = {key: history[-1].get("bag_loss") for key, history in histories.items()}
+    if settings.loss != "sgl":  # the whole loss, also of a checkpoint that has no bag_loss
+        losses = {key: history[-1]["loss"] for key, history in histories.items()}
+    losses = {key: loss for key, loss in losses.items() if loss is not None}
+    usual = statistics.median_low(losses.values()) if len(losses) > 2 else math.nan
+    many_repeats = len({row["repeat"] for row in rows}) > 1
+    many_classes = len({row["class"] for row in rows}) > 1
+    lines = []
+    for key in sorted({(row["repeat"], row["fold"]) for row in rows}):
+        reasons = []
+        if losses.get(key, 0) > HIGH_LOSS * usual:
+            reasons.append(f"training loss {losses[key]:.2f}, the median is {usual:.2f}")
+        for row in rows:
+            if (row["repeat"], row["fold"]) == key:
+                of = f" of {row['class']}" if many_classes else ""
+                reasons += [f"{text}{of}" for text in _signs(row)]
+        if reasons:
+            repeat, fold = key
+            name = f"fold {fold}" if many_folds else f"seed {repeat}"
+            name += f" of repeat {repeat}" if many_folds and many_repeats else ""
+            lines.append(f"{name} ({'; '.join(reasons)})")
+    if not lines:
+        return None
+    changes = []
+    if _can_search(settings) and not _searches(settings):
+        changes.append(f"find small objects with {' '.join(SEARCH)}")
+    elif _can_search(settings):
+        changes.append(f"try more initial heads (--restarts {2 * settings.restarts})")
+    if not many_repeats:
+        changes.append("compare other seeds and folds (--repeats 3)")
+    changes.append("extract other features (--stages, --cut, larger images)")
+    return (
+        f"The network seems not to have found the object in {len(lines)} of "
+        f"{len({(row['repeat'], row['fold']) for row in rows})} trainings: {', '.join(lines)}. Do not use the maps of "
+        f"these trainings. To change this: {'; '.join(changes)}."
+    )
+
+
+def _signs(row: Mapping) -> list[str]:
+    """What shows in the metrics of a training, for one class, that its network has not found the object."""
+    signs = []
+    positive, negative = row["positive"], row["negative"]
+    if min(positive, negative) >= FEWEST:
+        # the standard deviation of the AUC of a random order
+        spread = math.sqrt((positive + negative + 1) / (12 * positive * negative))
+        if row["auc"] < 0.5 + CHANCE * spread:
+            signs.append(f"test AUC {row['auc']:.2f}, not clearly above chance")
+    if row.get("images", 0) >= FEWEST and row["iou_0.1"] == 0:
+        signs.append(f"no box overlaps a true box in {row['images']} images")
+    return signs
+
+
+def _can_search(settings: Settings) -> bool:
+    return settings.head in ("linear", "mlp")
+
+
+def _searches(settings: Settings) -> bool:
+    return settings.k_start > 0 and settings.restarts > 1
 
 
 def can_learn(labels: np.ndarray, auc: float) -> bool:

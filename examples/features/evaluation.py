@@ -9,7 +9,7 @@ import numpy as np
 from common import metrics
 from sklearn.metrics import average_precision_score
 
-from sgl_ops.localization import box_iou, contains, heatmap_to_box, heatmap_to_point
+from sgl_ops.localization import box_iou, contains, heatmap_to_box, heatmap_to_boxes, heatmap_to_point
 
 T_IOU = (0.1, 0.3, 0.5)
 
@@ -28,12 +28,6 @@ def bootstrap(
     values = np.array([measure(generator.integers(count, size=count)) for _ in range(repeats)])
     values = values[~np.isnan(values)]
     return tuple(np.quantile(values, (0.025, 0.975)).tolist()) if len(values) else (math.nan, math.nan)
-
-
-def bag_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """AUC of the bags (n,) for one class, and its bootstrap interval over bags."""
-    low, high = bootstrap(lambda rows: auc(scores[rows], labels[rows]), len(scores))
-    return {"auc": auc(scores, labels), "auc_low": low, "auc_high": high}
 
 
 def instance_metrics(
@@ -69,6 +63,22 @@ def box_of(heatmap: np.ndarray, size: tuple[int, int], first: float) -> np.ndarr
     return heatmap_to_box(heatmap, size, 0.5, "bilinear", 1, first)
 
 
+def boxes_of(heatmap: np.ndarray, size: tuple[int, int], first: float) -> np.ndarray:
+    """The boxes (n, 4) of all components of a map, the one of :func:`box_of` first."""
+    return heatmap_to_boxes(heatmap, size, 0.5, "bilinear", 1, first)
+
+
+def best_overlaps(
+    maps: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], truth: Mapping[str, np.ndarray], first: float
+) -> dict[str, float]:
+    """By bag, the largest IoU of the predicted box with a true box. Bags without true boxes are left out."""
+    return {
+        name: float(box_iou(box_of(heatmap, sizes[name], first), truth[name]).max())
+        for name, heatmap in maps.items()
+        if name in truth
+    }
+
+
 def box_metrics(
     maps: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], truth: Mapping[str, np.ndarray], first: float
 ) -> dict[str, float]:
@@ -77,21 +87,33 @@ def box_metrics(
     A bag counts as found at T if the predicted box has an IoU greater than T with any of its true boxes. For
     ``pointing``, the centre of the cell with the largest value must lie in one of them.
     """
-    rows = [
-        (
-            float(box_iou(box_of(maps[name], sizes[name], first), truth[name]).max()),
-            bool(contains(truth[name], heatmap_to_point(maps[name], sizes[name], first)).any()),
-        )
-        for name in maps
-        if name in truth
-    ]
-    if not rows:
+    overlaps = best_overlaps(maps, sizes, truth, first)
+    if not overlaps:
         return {}
-    overlaps, hits = (np.array(column, float) for column in zip(*rows, strict=True))
-    result = {"images": len(rows), "pointing": float(hits.mean())}
+    hits = [contains(truth[name], heatmap_to_point(maps[name], sizes[name], first)).any() for name in overlaps]
+    result = {"images": len(overlaps), "pointing": float(np.mean(hits))}
     for t in T_IOU:
-        result[f"iou_{t:g}"] = float((overlaps > t).mean())
+        result[f"iou_{t:g}"] = float(np.mean([overlap > t for overlap in overlaps.values()]))
+    return result | box_intervals([overlaps])
+
+
+def box_intervals(repeats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The 95 % intervals over bags of the fractions found at 0.3 and 0.5, each the mean over the repeats.
+
+    Args:
+        repeats: the overlaps of the same bags in each repeat, as :func:`best_overlaps` returns them.
+    """
+    overlaps = np.array([[found[name] for name in repeats[0]] for found in repeats])
+    result = {}
     for t in (0.3, 0.5):
-        low, high = bootstrap(lambda picked, t=t: float((overlaps[picked] > t).mean()), len(rows))
+        low, high = bootstrap(lambda picked, t=t: float((overlaps[:, picked] > t).mean()), overlaps.shape[1])
         result |= {f"iou_{t:g}_low": low, f"iou_{t:g}_high": high}
     return result
+
+
+def auc_interval(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The 95 % interval over bags of the mean AUC of ``scores`` (repeats, n), with ``labels`` (n,)."""
+    low, high = bootstrap(
+        lambda picked: float(np.mean([auc(one[picked], labels[picked]) for one in scores])), scores.shape[1]
+    )
+    return {"auc_low": low, "auc_high": high}

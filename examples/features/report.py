@@ -9,20 +9,24 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from common.drawing import FOUND, OPACITY, TRUE, draw_box
 from common.files import naming
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from features.evaluation import box_of
+from features.evaluation import boxes_of
 from features.extraction import find_images, read_image
-from features.runs import Predictions, Truth, first_of, joined
+from features.runs import Predictions, Truth, first_of, unit_of
 from features.store import FeatureBags
 from sgl_ops.localization import overlay
 
-STYLE = """body{font:15px sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
-td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}img{max-width:100%}"""
+STYLE = f"""body{{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}}table{{border-collapse:collapse}}
+td,th{{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}}img{{max-width:100%}}p{{max-width:60em}}
+.warning{{border-left:.4em solid #d33;padding-left:.8em}}
+.true,.found{{display:inline-block;width:1em;height:.8em;border:3px solid;outline:1px solid #000}}
+.true{{border-color:{TRUE}}}.found{{border-color:{FOUND}}}"""
+#: Columns of the tables: the metric, and its title. UNIT is "image" or "bag".
 COLUMNS = (
-    ("auc", "bag AUC"),
+    ("auc", "UNIT AUC"),
     ("auc_low", "95 % from"),
     ("auc_high", "to"),
     ("instance_auc", "instance AUC"),
@@ -35,13 +39,15 @@ COLUMNS = (
 )
 #: The explanation of the columns, by the first column that needs it.
 MEANINGS = {
-    "auc": "Bag AUC: the chance that a positive bag has a higher probability than a negative one. 0.5 is chance.",
-    "instance_auc": "Instance AUC, AP and IoU: of the instances in positive bags.",
+    "auc": "UNIT AUC: the chance that a positive UNIT has a higher probability than a negative one. 0.5 is chance.",
+    "auc_low": "95 % from, to: the interval of this AUC if other UNITs of the same kind were tested (bootstrap over "
+    "the UNITs). The trained networks stay the same. So the interval does not contain the differences between "
+    "trainings.",
+    "instance_auc": "Instance AUC, AP and IoU: of the instances in positive UNITs.",
     "pointing": "Pointing game: fraction of the images whose largest probability lies in a true box.",
     "iou_0.1": "Box IoU: fraction of the images whose predicted box overlaps a true box so much. IoU is the area of "
     "the intersection divided by the area of the union.",
 }
-TRUE, FOUND = "#2ee62e", "#ff9d1e"
 
 
 def write_report(
@@ -54,43 +60,71 @@ def write_report(
     count: int,
     training: str,
     folds: Sequence[Mapping[str, object]],
-    advice: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
-    """``report.html``: metrics by class, and the first ``count`` positive test bags (by name) of the first class.
+    """``report.html``: metrics by class, and ``count`` positive test bags of the first class: by name, fold by fold.
 
     Args:
-        parts: predictions of the first repeat.
+        parts: predictions of the first repeat, one per fold.
         images: folder of the images of the bags; None: draw the positions without an image.
         training: the loss and the number of trainings, in words.
-        folds: the rows of :func:`features.runs.rows_of_folds`.
-        advice: a warning about the training, shown first.
+        folds: the rows of :func:`features.runs.rows_of_trainings`; empty without folds.
+        warnings: about the trainings, shown first.
     """
-    table = _table([{"class": name, **values} for name, values in result.items()], ["class"])
+    unit = unit_of(bags)
+    table = _table([{"class": name, **values} for name, values in result.items()], ["class"], unit)
     if folds:
-        table += f"<h2>Each fold</h2>{_table(folds, ['repeat', 'fold', 'class'])}"
-    found = "".join(f"<p>{escape(line)}</p>" for line in map(_boxes_in_words, result, result.values()) if line)
-    notes = "".join(f"<li>{text}</li>" for key, text in MEANINGS.items() if any(key in v for v in result.values()))
-    predictions = joined(parts)
+        table += f"<h2>Each fold</h2>{_table(folds, ['repeat', 'fold', 'class'], unit)}"
+    found = "".join(f"<p>{escape(line)}</p>" for name, v in result.items() if (line := _boxes_in_words(name, v, folds)))
+    meanings = [text for key, text in MEANINGS.items() if any(key in values for values in result.values())]
+    notes = "".join(f"<li>{_with_unit(text, unit)}</li>" for text in meanings)
     files = find_images(images) if images is not None else {}
-    figures = "".join(
-        f"<h3>{escape(name)}</h3><img src='data:image/png;base64,{_figure(predictions, i, truth, bags, files)}'>"
-        for name, i in _positive(predictions, truth)[:count]
-    )
+    figures = ""
+    for fold, i in _in_turn([_positive(part, truth) for part in parts])[:count]:
+        name = escape(str(parts[fold].names[i]))
+        title = f"{name} (fold {fold}{' of repeat 0' if _repeats(folds) > 1 else ''})" if folds else name
+        picture = _figure(parts[fold], i, truth, bags, files)
+        figures += f"<h3>{title}</h3><img src='data:image/jpeg;base64,{picture}'>"
     first = escape(truth.labels.classes[0])
-    warning = "" if advice is None else f"<p><strong>Warning:</strong> {escape(advice)}</p>"
+    shown = f"The first positive test {unit}s of {first}{', from each fold in turn' if folds else ''}"
+    warned = "".join(f"<p class=warning><strong>Warning:</strong> {escape(text)}</p>" for text in warnings)
     with naming(folder / "report.html"):
         (folder / "report.html").write_text(
             f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
-            f"<h1>Results</h1>{warning}<p>{escape(training)}</p>{found}{table}<ul>{notes}</ul>"
-            f"<h2>The first positive test bags of {first}</h2><p>Colour: probability of an instance; low ones are "
-            f"transparent. Orange: the predicted box, where p > 0.5. Green: true boxes.</p>{figures}"
+            f"<h1>Results</h1>{warned}<p>{escape(training)}</p>{found}{table}<ul>{notes}</ul>"
+            f"<h2>{shown}</h2>{_legend(unit)}{figures}"
         )
 
 
-def _table(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
+def _with_unit(text: str, unit: str) -> str:
+    text = text.replace("UNIT", unit)
+    return text[0].upper() + text[1:]
+
+
+def _legend(unit: str) -> str:
+    if unit != "image":
+        return "<p>Colour: the probability of an instance.</p>"
+    return (
+        "<p>Colour: the probability of a cell of the map, from transparent blue (low) to light green (high). <span "
+        "class=found></span> Predicted boxes, around the places with p &gt; 0.5. Each is drawn, but only the thick one "
+        "is evaluated: it contains the largest probability. <span class=true></span> True boxes.</p>"
+    )
+
+
+def _in_turn(parts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(part, element): the first of each part, then the second of each part, and so on."""
+    rounds = max(map(len, parts), default=0)
+    return [(k, part[n]) for n in range(rounds) for k, part in enumerate(parts) if n < len(part)]
+
+
+def _repeats(folds: Sequence[Mapping[str, object]]) -> int:
+    return len({row["repeat"] for row in folds})
+
+
+def _table(rows: Sequence[Mapping[str, object]], names: Sequence[str], unit: str) -> str:
     """A table of the columns ``names`` and of the metrics that any row has."""
     shown = [(key, title) for key, title in COLUMNS if any(key in row for row in rows)]
-    titles = "".join(f"<th>{title}</th>" for title in (*names, *(title for _, title in shown)))
+    titles = "".join(f"<th>{title.replace('UNIT', unit)}</th>" for title in (*names, *(title for _, title in shown)))
     lines = [
         "".join(f"<th>{escape(str(row[name]))}</th>" for name in names)
         + "".join(f"<td>{row[key]:.3f}</td>" if key in row else "<td></td>" for key, _ in shown)
@@ -99,29 +133,47 @@ def _table(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
     return f"<table><tr>{titles}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _boxes_in_words(name: str, values: Mapping[str, float]) -> str:
+def range_of_folds(folds: Sequence[Mapping[str, object]], name: str, key: str, form: str = ".3f") -> str:
+    """The lowest and highest value of metric ``key`` of class ``name`` in the folds, in words; empty without folds."""
+    values = [row[key] for row in folds if row["class"] == name and key in row]
+    values = [value for value in values if not np.isnan(value)]
+    return f"folds: {min(values):{form}} to {max(values):{form}}" if values else ""
+
+
+def _boxes_in_words(name: str, values: Mapping[str, float], folds: Sequence[Mapping[str, object]]) -> str:
     """How often the predicted box of class ``name`` is right; empty without true boxes."""
     if "iou_0.3" not in values:
         return ""
     low, share, high = (values[key] for key in ("iou_0.3_low", "iou_0.3", "iou_0.3_high"))
-    count = values["images"]
+    count = round(values["images"])
+    between = range_of_folds(folds, name, "iou_0.3", ".0%")
+    interval = f"The 95 % interval is {low:.0%} to {high:.0%} if other images are tested with the same networks."
+    if values["iou_0.3_worst"] < values["iou_0.3_best"] or _repeats(folds) > 1:
+        repeats = f"repeats: {values['iou_0.3_worst']:.0%} to {values['iou_0.3_best']:.0%}"
+        ranges = "; ".join(filter(None, (repeats, between)))
+        return (
+            f"{count} test images have true boxes of {name}. On average over the repeats, the predicted box overlaps a "
+            f"true box with IoU > 0.3 in {share:.0%} of these images ({ranges}). {interval}"
+        )
+    between = f" ({between})" if between else ""
     return (
-        f"{count:.0f} test images have true boxes of {name}. In {share * count:.3g} of them ({share:.0%}, 95 % "
-        f"interval {low:.0%} to {high:.0%}), the predicted box overlaps a true box with IoU > 0.3."
+        f"{count} test images have true boxes of {name}. In {round(share * count)} of them ({share:.0%}), the "
+        f"predicted box overlaps a true box with IoU > 0.3{between}. {interval}"
     )
 
 
-def _positive(predictions: Predictions, truth: Truth) -> list[tuple[str, int]]:
+def _positive(predictions: Predictions, truth: Truth) -> list[int]:
+    """The indices of the bags that are positive for the first class, in the order of their names."""
     labels = dict(zip(truth.labels.names, truth.labels.values[:, 0].tolist(), strict=True))
-    return sorted((name, i) for i, name in enumerate(predictions.names.tolist()) if labels[name] == 1)
+    return [i for i in np.argsort(predictions.names).tolist() if labels[str(predictions.names[i])] == 1]
 
 
 def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, files: dict[str, Path]) -> str:
-    name = str(predictions.names[i])
+    name, unit = str(predictions.names[i]), unit_of(bags)
     bag = bags.shape(name)
     coords = bags.coords(name)
     probabilities = predictions.instances[predictions.offsets[i] : predictions.offsets[i + 1], 0]
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(15, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
     if name in files:
         image = read_image(files[name])[0].permute(1, 2, 0).numpy()
@@ -130,9 +182,10 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
     if bag.grid is not None and bag.size is not None:
         heatmap = probabilities.reshape(bag.grid).astype(float)
         draw_map(right, heatmap, bag.size, first_of(bags))
-        for boxes in (truth.boxes.get(truth.labels.classes[0], {}).get(name, ()),):
-            for box in boxes:
-                draw_box(left, box, TRUE)
+        for box in truth.boxes.get(truth.labels.classes[0], {}).get(name, ()):
+            draw_box(left, box, TRUE)
+        for axes in (left, right):
+            axes.set(xlim=(-0.5, bag.size[1] - 0.5), ylim=(bag.size[0] - 0.5, -0.5), aspect="equal")
     elif coords is not None:
         points = right.scatter(*np.asarray(coords).T, c=probabilities, s=8, cmap="turbo", vmin=0, vmax=1)
         figure.colorbar(points, ax=right)
@@ -144,19 +197,19 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
             left.scatter(*np.asarray(coords).T, c=truth.instances[name][:, 0], s=8, cmap="coolwarm", vmin=0, vmax=1)
     else:
         right.plot(np.sort(probabilities)[::-1])
+    part = "a cell" if unit == "image" else "an instance"
     left.set_title("truth" if truth.boxes or truth.instances else "image")
-    right.set_title(f"p of the bag {predictions.bags[i, 0]:.2f}, largest p of an instance {probabilities.max():.2f}")
+    right.set_title(f"p of the {unit} {predictions.bags[i, 0]:.2f}, largest p of {part} {probabilities.max():.2f}")
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=70, bbox_inches="tight")
+    figure.savefig(content, format="jpeg", dpi=80, bbox_inches="tight", pil_kwargs={"quality": 90})
     return base64.b64encode(content.getvalue()).decode()
 
 
 def draw_map(axes, heatmap: np.ndarray, size: tuple[int, int], first: float) -> None:
-    """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and the predicted box."""
-    axes.imshow(overlay(heatmap, size, "bilinear", first))
-    draw_box(axes, box_of(heatmap, size, first), FOUND)
+    """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and its boxes.
 
-
-def draw_box(axes, box: np.ndarray, colour: str) -> None:
-    if not np.isnan(box).any():
-        axes.add_patch(Rectangle(box[:2], box[2], box[3], fill=False, color=colour, linewidth=2))
+    The first box, which is evaluated, is thicker than the others.
+    """
+    axes.imshow(overlay(heatmap, size, "bilinear", first, opacity=OPACITY / 100))
+    for number, box in enumerate(boxes_of(heatmap, size, first)):
+        draw_box(axes, box, FOUND, 1.5 if number else 3.0)

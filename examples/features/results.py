@@ -1,13 +1,15 @@
-"""The results of finished runs: tables and report."""
+"""The results of finished runs: tables, report, and warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from features.report import write_report
-from features.runs import Predictions, Run, Truth, load_predictions, rows_of_folds, summary, write_tables
+from features.advice import training_warnings
+from features.report import range_of_folds, write_report
+from features.runs import Predictions, Run, Truth, load_predictions, rows_of_trainings, summary, unit_of, write_tables
 from features.store import FeatureBags
+from features.training import Settings
 
 
 def write_results(
@@ -18,27 +20,51 @@ def write_results(
     images: Path | None,
     overlays: int,
     training: str,
-    advice: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """Writes the tables and the report of ``runs``, whose predictions are in ``out/parts``.
+    settings: Settings,
+    histories: Sequence[Sequence[Mapping]] = (),
+) -> None:
+    """Writes the tables and the report of ``runs``, whose predictions are in ``out/parts``. Prints the metrics.
 
     Args:
-        images, overlays, training, advice: as in :func:`features.report.write_report`.
-
-    Returns:
-        the metrics by class.
+        images, overlays, training: as in :func:`features.report.write_report`.
+        histories: the rows of the epochs of each run, as ``train`` logs them; empty: the training is not examined.
     """
     repeats: dict[int, list[Predictions]] = {}
     for run in runs:
         repeats.setdefault(run.repeat, []).append(load_predictions(out / "parts" / f"{run.name}.npz"))
     finished = list(repeats.values())
     result, rows = summary(finished, truth, bags)
-    folds = rows_of_folds(finished, truth, bags)
+    trainings = rows_of_trainings(finished, truth, bags)
+    many_folds = len(finished[0]) > 1
+    keys = [(run.repeat, run.fold) for run in runs]
+    warnings = training_warnings(
+        trainings,
+        dict(zip(keys, histories, strict=False)),
+        {key: truth.labels.values[run.train] for key, run in zip(keys, runs, strict=True)},
+        settings,
+        many_folds,
+    )
+    folds = trainings if many_folds else []
     write_tables(out, finished, truth.labels, bags, result, rows, folds)
-    write_report(out, finished[0], truth, bags, result, images, overlays, training, folds, advice)
-    return result
+    counted = f"{training}; {trainings_in_words(runs, unit_of(bags))}."
+    write_report(out, finished[0], truth, bags, result, images, overlays, counted, folds, warnings)
+    for text in warnings:
+        print(f"warning: {text}", flush=True)
+    for name, values in result.items():
+        line = ", ".join(
+            f"{key} {values[key]:.3f}" + (f" ({found})" if (found := range_of_folds(folds, name, key)) else "")
+            for key in ("auc", "instance_auc", "instance_ap", "instance_iou", "pointing", "iou_0.3", "iou_0.5")
+            if key in values
+        )
+        print(f"{name}: {line}")
 
 
-def counted(repeats: int, folds: int | None) -> str:
-    """The number of trainings in words."""
-    return f"{repeats} x {folds} folds" if folds else f"{repeats} seeds" if repeats > 1 else "1 seed"
+def trainings_in_words(runs: Sequence[Run], unit: str) -> str:
+    """The number of trainings, and how often each bag is tested."""
+    repeats, folds = len({run.repeat for run in runs}), len({run.fold for run in runs})
+    times = "once" if repeats == 1 else f"{repeats} times"
+    if folds > 1:
+        how = f"({folds} folds, {repeats} repeat{'s' if repeats > 1 else ''})"
+        return f"{len(runs)} trainings {how}; each {unit} is tested {times}"
+    trainings = f"{repeats} training{'s' if repeats > 1 else ''}"
+    return f"{trainings} with the given split; each {unit} of the test part is tested {times}"

@@ -14,7 +14,7 @@ import numpy as np
 from common.files import naming
 from images.dataset import refuse_shared_patients
 
-from features.evaluation import auc, bag_metrics, bootstrap, box_metrics, instance_metrics
+from features.evaluation import auc, auc_interval, best_overlaps, box_intervals, box_metrics, instance_metrics
 from features.labels import Labels, folds
 from features.store import FeatureBags
 
@@ -96,9 +96,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(names, bags, instances, np.concatenate([[0], np.cumsum(sizes)]))
 
 
-def metrics_of(
-    predictions: Predictions, truth: Truth, bags: FeatureBags, with_intervals: bool = True
-) -> dict[str, dict[str, float]]:
+def metrics_of(predictions: Predictions, truth: Truth, bags: FeatureBags) -> dict[str, dict[str, float]]:
     """Metrics by class, of bags; with labels of instances or boxes, also of these."""
     rows = {name: i for i, name in enumerate(truth.labels.names)}
     labels = truth.labels.values[[rows[str(name)] for name in predictions.names]]
@@ -106,7 +104,7 @@ def metrics_of(
     result: dict[str, dict[str, float]] = {}
     for c, name in enumerate(truth.labels.classes):
         scores = predictions.bags[:, c]
-        found = bag_metrics(scores, labels[:, c]) if with_intervals else {"auc": auc(scores, labels[:, c])}
+        found = {"auc": auc(scores, labels[:, c])}
         known = [i for i, bag in enumerate(predictions.names) if str(bag) in truth.instances]
         if known:
             values = instance_metrics(
@@ -141,37 +139,44 @@ def first_of(bags: FeatureBags) -> float:
     return settings["centre"] / settings["stride"] if settings.get("stride") else 0.5
 
 
+def unit_of(bags: FeatureBags) -> str:
+    """What a bag is, for the report: "image" if the bags are maps of images, otherwise "bag"."""
+    return "image" if all(bags.shape(name).grid is not None for name in bags.names[:1]) else "bag"
+
+
 def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: FeatureBags) -> tuple[dict, list[dict]]:
     """Metrics over all repeats (each a list of folds): a dictionary by class, and one row per repeat and class.
 
     The metrics of a repeat are computed over the test bags of all its folds together. Each metric has its mean, worst
-    and best over the repeats. ``auc_low`` and ``auc_high`` are the 95 % interval over bags of the AUC of the scores
-    averaged over the repeats. ``auc_of_folds`` and ``auc_of_folds_sd`` are the mean and the standard deviation of the
-    AUC within the folds.
+    and best over the repeats. ``KEY_low`` and ``KEY_high`` are the 95 % interval over bags of this mean: the bags are
+    resampled, and the trained networks stay. ``auc_of_folds`` and ``auc_of_folds_sd`` are the mean and the standard
+    deviation of the AUC within the folds.
     """
     whole = [joined(parts) for parts in repeats]
     rows = []
     for number, predictions in enumerate(whole):
-        for name, values in metrics_of(predictions, truth, bags, with_intervals=False).items():
+        for name, values in metrics_of(predictions, truth, bags).items():
             rows.append({"repeat": number, "class": name} | values)
     order = {name: i for i, name in enumerate(truth.labels.names)}
     result = {}
     for c, name in enumerate(truth.labels.classes):
         own = [row for row in rows if row["class"] == name]
-        keys = [key for key in own[0] if key not in ("repeat", "class")]
+        keys = [key for key in own[0] if key not in ("repeat", "class") and not key.endswith(("_low", "_high"))]
         stats = {}
         for key in keys:
             values = np.array([row[key] for row in own], float)
             stats[key] = float(values.mean())
             stats[f"{key}_worst"], stats[f"{key}_best"] = float(values.min()), float(values.max())
-        scores = {}
-        for predictions in whole:
-            for bag, score in zip(predictions.names.tolist(), predictions.bags[:, c], strict=True):
-                scores.setdefault(bag, []).append(float(score))
-        mean = np.array([np.mean(values) for values in scores.values()])
-        labels = truth.labels.values[[order[bag] for bag in scores], c]
-        low, high = bootstrap(lambda picked, mean=mean, labels=labels: auc(mean[picked], labels[picked]), len(mean))
-        stats |= {"auc_low": low, "auc_high": high}
+        # every repeat tests the same bags, in another order
+        ordered = [predictions.bags[np.argsort(predictions.names), c] for predictions in whole]
+        labels = truth.labels.values[[order[str(bag)] for bag in np.sort(whole[0].names)], c]
+        stats |= auc_interval(np.array(ordered), labels)
+        if "images" in own[0]:
+            overlaps = [
+                best_overlaps(*maps_of(predictions, bags, c), truth.boxes[name], first_of(bags))
+                for predictions in whole
+            ]
+            stats |= box_intervals(overlaps)
         within = [
             auc(part.bags[:, c], truth.labels.values[[order[str(bag)] for bag in part.names], c])
             for parts in repeats
@@ -185,15 +190,17 @@ def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: Featur
     return result, rows
 
 
-def rows_of_folds(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: FeatureBags) -> list[dict]:
-    """The metrics of each fold, one row per repeat, fold and class; none if the repeats have no folds."""
-    return [
-        {"repeat": repeat, "fold": fold, "class": name} | values
-        for repeat, parts in enumerate(repeats)
-        for fold, part in enumerate(parts)
-        for name, values in metrics_of(part, truth, bags, with_intervals=False).items()
-        if len(parts) > 1
-    ]
+def rows_of_trainings(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: FeatureBags) -> list[dict]:
+    """The metrics of each training, one row per repeat, fold and class, with the numbers of its test bags."""
+    order = {name: i for i, name in enumerate(truth.labels.names)}
+    rows = []
+    for repeat, parts in enumerate(repeats):
+        for fold, part in enumerate(parts):
+            labels = truth.labels.values[[order[str(bag)] for bag in part.names]]
+            for c, (name, values) in enumerate(metrics_of(part, truth, bags).items()):
+                counts = {"positive": int((labels[:, c] == 1).sum()), "negative": int((labels[:, c] == 0).sum())}
+                rows.append({"repeat": repeat, "fold": fold, "class": name} | counts | values)
+    return rows
 
 
 def write_tables(

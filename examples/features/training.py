@@ -213,8 +213,8 @@ def train(
     """Trains a head on the bags ``names`` with ``labels`` (N, C), NaN = unknown, and returns it.
 
     Args:
-        log: called after each epoch with ``epoch``, ``loss``, ``lam``, and ``auc``: the training AUC of each class, or
-            nothing if the start of lam is not measured.
+        log: called after each epoch with ``epoch``, ``loss``, ``bag_loss`` (its part without the instance loss),
+            ``lam``, and ``auc``: the training AUC of each class, or nothing if the start of lam is not measured.
     """
     transform = reader.fit(names, settings.components)
     model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
@@ -246,7 +246,7 @@ def fit(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for epoch in range(1, settings.epochs + 1):
-            total = 0.0
+            total = bag_total = 0.0
             order = torch.randperm(len(names), generator=generator)
             for batch in batches(reader, names, labels, settings.batch_size, order):
                 if settings.cosine:
@@ -260,14 +260,20 @@ def fit(
                 if settings.loss == "sgl" and settings.start == "measured":
                     with torch.no_grad():
                         criterion.lam = schedule.step(criterion.pooling(shaped, **given), batch.labels)
-                loss = criterion(shaped, batch.labels, **given)
+                if settings.loss == "sgl":
+                    terms = criterion.terms(shaped, batch.labels, **given)
+                    loss, bag_loss = terms.total, terms.bag
+                else:
+                    loss = bag_loss = criterion(shaped, batch.labels, **given)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * (len(batch.offsets) - 1)
+                bag_total += bag_loss.item() * (len(batch.offsets) - 1)
                 step += 1
             auc = [] if schedule.class_auc is None else schedule.class_auc.tolist()
-            log({"epoch": epoch, "loss": total / len(names), "lam": getattr(criterion, "lam", 0.0), "auc": auc})
+            means = {"loss": total / len(names), "bag_loss": bag_total / len(names)}
+            log({"epoch": epoch, **means, "lam": getattr(criterion, "lam", 0.0), "auc": auc})
     return model.eval()
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from common.drawing import FOUND, OPACITY, TRUE, draw_box
 from common.files import naming
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
-from images import page
 from images.evaluation import Evaluated
 from images.pixels import load_image
 from images.truth import SQUARE, Truth
@@ -54,26 +53,24 @@ def draw(runs: Sequence[Evaluated], truth: Truth, path: Path, upsampling: str) -
             extent = (0, SQUARE, SQUARE, 0)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
             axes.set(xlim=(0, SQUARE), ylim=(SQUARE, 0))
-            framed = [(box, page.TRUE) for box in truth.boxes[k]]
+            framed = [(box, TRUE) for box in truth.boxes[k]]
             title = truth.class_names[c]
             if column:
                 run = runs[column - 1]
                 predictions = run.predictions
                 layer = overlay(
-                    predictions.maps[k], picture.shape[:2], upsampling, predictions.first, opacity=page.OPACITY / 100
+                    predictions.maps[k], picture.shape[:2], upsampling, predictions.first, opacity=OPACITY / 100
                 )
                 axes.imshow(layer, extent=extent, interpolation="nearest")
-                framed.append((run.found[k], page.FOUND))
+                framed.append((run.found[k], FOUND))
                 title = f"{run.name}\n{caption_of(run, truth, k)}"
-            for (x, y, w, h), colour in framed:
-                if not math.isnan(x):
-                    axes.add_patch(Rectangle((x, y), w, h, fill=False, lw=2, ec=colour))
+            for box, colour in framed:
+                draw_box(axes, box, colour)
             axes.set_title(title, fontsize=7.5)
     colours = LinearSegmentedColormap.from_list("map", COLOURS / 255)
     figure.colorbar(ScalarMappable(cmap=colours), ax=grid, shrink=0.5, label="probability of the class")
     frames = [
-        Patch(fill=False, ec=colour, lw=2, label=name)
-        for name, colour in (("true box", page.TRUE), ("found box", page.FOUND))
+        Patch(fill=False, ec=colour, lw=2, label=name) for name, colour in (("true box", TRUE), ("found box", FOUND))
     ]
     frames.append(Patch(fill=False, ec="none", label='"no box": no pixel of the map is above T_p'))
     # on one line, the legend is 6 inches wide

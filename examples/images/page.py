@@ -14,13 +14,9 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
+from common.drawing import FOUND, OPACITY, TRUE
 
 from sgl_ops.localization import overlay
-
-#: The frames of true and found boxes.
-TRUE, FOUND = "#2ee62e", "#4fc3ff"
-#: Opacity of the map where the probability is 1, in percent.
-OPACITY = 70
 
 
 class Markup(str):

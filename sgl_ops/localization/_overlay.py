@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from ._maps import Size, Values, to_array, upsample
 
-#: Colours of the values 0 ... 1, RGB (5, 3): violet, red, orange, yellow. Lighter is more, also without colour vision.
-COLOURS = np.array([(84, 22, 138), (172, 32, 118), (226, 70, 62), (250, 146, 26), (255, 232, 92)], np.uint8)
+#: Colours of the values 0 ... 1, RGB (5, 3): blue, light blue, green, light green. Lighter is more, also without colour
+#: vision. They differ from the pink and violet of stained cells, and from grey images.
+COLOURS = np.array([(24, 32, 160), (0, 104, 224), (0, 180, 232), (40, 230, 170), (190, 255, 70)], np.uint8)
 
 
 def overlay(
