@@ -778,8 +778,8 @@ def test_command_explains_lam_that_stayed_zero(data, tmp_path, capsys):
     assert command(data, tmp_path / "rises", *options, "--start=at_once") == 0
     assert command(data, tmp_path / "bag", *options, "--loss=bag") == 0
     assert command(data, tmp_path / "off", *options, "--lam=0") == 0
-    assert "lam stayed" not in capsys.readouterr().out
-    assert "lam stayed" not in (tmp_path / "rises" / "report.html").read_text()
+    assert "lam stayed 0 in" not in capsys.readouterr().out
+    assert "lam stayed 0 in" not in (tmp_path / "rises" / "report.html").read_text()
 
 
 def test_advice_names_the_cause_and_what_is_not_yet_used():
@@ -941,6 +941,27 @@ def test_report_says_how_often_the_boxes_are_right(tmp_path, capsys):
     ) in page
     assert "4 trainings (2 folds, 2 repeats); each image is tested 2 times." in page
     assert re.findall("<h3>(.*?)</h3>", page) == ["a (fold 0 of repeat 0)", "b (fold 1 of repeat 0)"]
+
+
+def test_failed_training_is_named_in_the_report_and_on_the_terminal(tmp_path, capsys):
+    """Fold 0 separates its 8 positive and 8 negative bags; fold 1 gives all of them the same probability."""
+    names = np.array([f"b{k:02d}" for k in range(32)])
+    values = (np.arange(32) % 2).astype(np.float32)[:, None]
+    truth = runs.Truth(labels.Labels(names.tolist(), ["cat"], values, None, names), {}, {})
+    writer = store.StoreWriter(tmp_path / "features", {})
+    for name in names:
+        writer.add(name, store.Bag(np.zeros((1, 1), np.float32), None, None, None))
+    (tmp_path / "parts").mkdir()
+    plan = [runs.Run(0, fold, np.arange(16) + 16 * (1 - fold), np.arange(16) + 16 * fold) for fold in range(2)]
+    for run, score in zip(plan, (values[:16], np.full((16, 1), 0.5)), strict=True):
+        found = runs.Predictions(names[run.test], score, score, np.arange(17))
+        runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
+    bags = store.FeatureBags(tmp_path / "features")
+    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings())
+    text = "The network seems not to have found the object in 1 of 2 trainings: fold 1 (test AUC 0.50, not clearly"
+    assert f"warning: {text}" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert text in page and "2 trainings (2 folds, 1 repeat); each bag is tested once." in page
 
 
 def test_pictures_of_the_report_come_from_every_fold_in_turn(tmp_path):

@@ -17,7 +17,7 @@ from features.training import Settings
 from sgl_ops import LamSchedule
 
 #: A training whose last bag loss exceeds the (lower) median of all trainings by this factor seems to have failed. It
-#: compares three or more trainings. Chosen on 12 trainings of 150 blood-smear photos; see docs/own-features.md.
+#: compares three or more trainings. Chosen on 39 trainings of 150 blood-smear photos; see docs/own-features.md.
 HIGH_LOSS = 1.15
 #: The test AUC is not above chance if a random order reaches it with a probability above 5 % (one-sided).
 CHANCE = 1.645
