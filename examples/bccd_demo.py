@@ -91,13 +91,13 @@ def draw(out: Path, images: Path, count: int) -> None:
             cell.set_axis_off()
             if column:
                 maps, sizes = found[column - 1]
-                draw_map(cell, maps[name], sizes[name], first_of(bags))
+                draw_map(cell, maps[name], sizes[name], first_of(bags), 1.8)
         for box in boxes[name]:
-            draw_box(row[0], box, TRUE)
+            draw_box(row[0], box, TRUE, 1.5)
     for cell, title in zip(axes[0], ("platelets (never shown in training)", "bag loss", "SGL"), strict=True):
         cell.set_title(title)
     with naming(out / "bccd.png"):
-        figure.savefig(out / "bccd.png", dpi=90)
+        figure.savefig(out / "bccd.png", dpi=110)
 
 
 if __name__ == "__main__":

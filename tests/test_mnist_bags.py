@@ -187,7 +187,7 @@ def test_without_loss_both_methods_are_compared(tmp_path, capsys, monkeypatch):
     heading = " ".join(headings["comparison.png"].split())
     assert heading.startswith("Networks of seed 3 (the first seed")
     # the counts of the marks, one instance at a time
-    for first, name in enumerate(("Max pooling", "SGL")):
+    for first, name in enumerate(("max pooling", "SGL")):
         rows = [
             (p > 0.5, y > 0) for panel in drawn["comparison.png"][first::2] for p, y in zip(*panel[1:3], strict=True)
         ]

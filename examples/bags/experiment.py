@@ -160,14 +160,15 @@ def compare(
         for name, label in (("max", "max pooling"), ("sgl", "SGL"))
     ]
     # of all instances in these bags, also of those that the picture leaves out
-    counts = "; ".join(marks(panels[k::2], name, args.target) for k, name in enumerate(("Max pooling", "SGL")))
+    counts = [marks(panels[k::2], name, args.target) for k, name in enumerate(("max pooling", "SGL"))]
     heading = (
         f"Networks of {chosen} after the last epoch,\ntrained with the label of each bag: does it hold a "
         f"{args.target}? Each picture shows the {shown} instances of a bag with the highest probability,\nin falling "
-        f"order, row by row. {SHOWN.format(4, 1)}\nIn these bags: {counts}."
+        f"order, row by row. {SHOWN.format(4, 1)}\n"
+        f"In these bags, {counts[0]},\n{counts[1]}."
     )
     draw_panels(panels, 2, heading, path, shown)
-    return counts
+    return ", ".join(counts)
 
 
 def print_table(results: dict[str, dict[str, Any]], target: int) -> None:
@@ -296,7 +297,7 @@ def run(name: str, args: argparse.Namespace, configs: dict[str, Config], make_mo
     if len(models) > 1:
         print(conclusion(results))
         print(f"{out}/comparison.png shows the same test bags under both losses.")
-        print(f"It shows the networks of {chosen}. In these bags: {counts}.")
+        print(f"It shows the networks of {chosen}. In these bags, {counts}.")
     print(f"Figures and pictures are in {out}/.")
     next_step("train on your own data, see docs/own-loop.md and docs/own-data.md")
     return 0

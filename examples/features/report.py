@@ -205,11 +205,11 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
     return base64.b64encode(content.getvalue()).decode()
 
 
-def draw_map(axes, heatmap: np.ndarray, size: tuple[int, int], first: float) -> None:
+def draw_map(axes, heatmap: np.ndarray, size: tuple[int, int], first: float, width: float = 3.0) -> None:
     """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and its boxes.
 
-    The first box, which is evaluated, is thicker than the others.
+    The frame of the first box, which is evaluated, has the ``width`` in points. The others have half of it.
     """
     axes.imshow(overlay(heatmap, size, "bilinear", first, opacity=OPACITY / 100))
     for number, box in enumerate(boxes_of(heatmap, size, first)):
-        draw_box(axes, box, FOUND, 1.5 if number else 3.0)
+        draw_box(axes, box, FOUND, width / 2 if number else width)
