@@ -100,7 +100,8 @@ def failure_advice(
     for key in sorted({(row["repeat"], row["fold"]) for row in rows}):
         reasons = []
         if losses.get(key, 0) > HIGH_LOSS * usual:
-            reasons.append(f"training loss {losses[key]:.2f}, the median is {usual:.2f}")
+            kind = "bag loss" if settings.loss == "sgl" else "loss"
+            reasons.append(f"{kind} {losses[key]:.2f}, the median is {usual:.2f}")
         for row in rows:
             if (row["repeat"], row["fold"]) == key:
                 of = f" of {row['class']}" if many_classes else ""
