@@ -8,27 +8,40 @@
 namespace sgl {
 namespace SGL_LEVEL {
 
-template <class Pooling, Kind kind, bool scaled, class T>
+template <class Pooling, Kind kind, class T>
 void gradient_pass(const T* x, int64_t n, const Coefficients<T>& of_pair, T* grad) {
+  if constexpr (kind == Kind::kBagOnly && Pooling::kCode == NoPooling::kCode) {
+    for (int64_t j = 0; j < n; ++j) grad[j] = T(0);
+  } else {
+    using F = typename VectorOf<T>::F;
+    const Coefficients<T> k = of_pair;
+    map_vectors<F>(x, n, grad, [&](F v) SGL_INLINED {
+      const Probability<F> o = probability<false>(v, k.scale);
+      F g = instance_slope<kind, false>(v, o, k);
+      if (Pooling::kCode != NoPooling::kCode) g += Pooling::template slope<false>(v, o, k.pooling, k.slope1, k.slope2);
+      return g;
+    });
+  }
+}
+
+// For any kind and pooling, which are chosen for each vector. This saves code where speed matters less.
+template <bool scaled, class T>
+void any_gradient_pass(const T* x, int64_t n, const Coefficients<T>& of_pair, T* grad) {
   using F = typename VectorOf<T>::F;
   const Coefficients<T> k = of_pair;
   map_vectors<F>(x, n, grad, [&](F v) SGL_INLINED {
     const Probability<F> o = probability<scaled>(v, k.scale);
-    F g = instance_slope<kind, scaled>(v, o, k);
-    if (Pooling::kCode != NoPooling::kCode) g += Pooling::template slope<scaled>(v, o, k.pooling, k.slope1, k.slope2);
+    F g = F(T(0));
+    if (k.kind == Kind::kPositive) g = instance_slope<Kind::kPositive, scaled>(v, o, k);
+    if (k.kind == Kind::kNegative) g = instance_slope<Kind::kNegative, scaled>(v, o, k);
+    if (k.kind == Kind::kRounded) g = instance_slope<Kind::kRounded, scaled>(v, o, k);
+    if (k.kind == Kind::kExtremes) g = instance_slope<Kind::kExtremes, scaled>(v, o, k);
+    with_pooling(k.pooling_code, [&](auto pooling) SGL_INLINED {
+      using P = decltype(pooling);
+      if (P::kCode != NoPooling::kCode) g += P::template slope<scaled>(v, o, k.pooling, k.slope1, k.slope2);
+    });
     return g;
   });
-}
-
-template <class Pooling, Kind kind, class T>
-void gradient_of_kind(const T* x, int64_t n, const Coefficients<T>& k, T* grad) {
-  if constexpr (kind == Kind::kBagOnly && Pooling::kCode == NoPooling::kCode) {
-    for (int64_t j = 0; j < n; ++j) grad[j] = T(0);
-  } else if (k.scale.any) {
-    gradient_pass<Pooling, kind, true>(x, n, k, grad);
-  } else {
-    gradient_pass<Pooling, kind, false>(x, n, k, grad);
-  }
 }
 
 template <class T>
@@ -36,18 +49,17 @@ void gradient_of(const Coefficients<T>& k, const Row<T>& row, T* grad, ParallelF
   for_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
     const T* x = row.x + begin;
     T* g = grad + begin;
+    if (k.scale.any) return any_gradient_pass<true>(x, size, k, g);
+    // the losses for comparison
+    if (k.kind == Kind::kRounded || k.kind == Kind::kExtremes) return any_gradient_pass<false>(x, size, k, g);
     with_pooling(k.pooling_code, [&](auto pooling) {
       using P = decltype(pooling);
       if (k.kind == Kind::kPositive) {
-        gradient_of_kind<P, Kind::kPositive>(x, size, k, g);
+        gradient_pass<P, Kind::kPositive>(x, size, k, g);
       } else if (k.kind == Kind::kNegative) {
-        gradient_of_kind<P, Kind::kNegative>(x, size, k, g);
-      } else if (k.kind == Kind::kRounded) {
-        gradient_of_kind<P, Kind::kRounded>(x, size, k, g);
-      } else if (k.kind == Kind::kExtremes) {
-        gradient_of_kind<P, Kind::kExtremes>(x, size, k, g);
+        gradient_pass<P, Kind::kNegative>(x, size, k, g);
       } else {
-        gradient_of_kind<P, Kind::kBagOnly>(x, size, k, g);
+        gradient_pass<P, Kind::kBagOnly>(x, size, k, g);
       }
     });
   });

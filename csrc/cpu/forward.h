@@ -252,20 +252,18 @@ Rounded rounded_pass(const T* x, int64_t n) {
   return {loss.total()};
 }
 
-template <class Pooling, bool scaled, class T>
-Pooled pooled_pass(const T* x, int64_t n, const Scale<T>& of_logits, const PoolingSettings<T>& of_bag) {
+// The sums of terms(v, o) over the instances. kSums: the number of terms
+template <int kSums, bool scaled, class T, class Terms>
+SGL_HD Pooled sums_of_terms(const T* x, int64_t n, const Scale<T>& of_logits, const Terms& terms) {
   using F = typename VectorOf<T>::F;
   using Sum = typename Lanes<F>::Sum;
-  constexpr int kSums = Pooling::kSums;
   const Scale<T> scale = of_logits;
-  const PoolingSettings<T> settings = of_bag;
   Sum sum_a, sum_b, sum_c;
   F a = F(0), b = F(0), c = F(0);
   for_vectors<F>(
       x, n,
       [&](F v, auto live) SGL_INLINED {
-        const Probability<F> o = probability<scaled>(v, scale);
-        const PoolingTerms<F> t = Pooling::template terms<scaled>(v, o, scale, settings);
+        const PoolingTerms<F> t = terms(v, probability<scaled>(v, scale), scale);
         a += keep(live, t.a);
         if (kSums > 1) b += keep(live, t.b);
         if (kSums > 2) c += keep(live, t.c);
@@ -277,6 +275,25 @@ Pooled pooled_pass(const T* x, int64_t n, const Scale<T>& of_logits, const Pooli
         a = b = c = F(0);
       });
   return {{sum_a.total(), sum_b.total(), sum_c.total()}};
+}
+
+template <class Pooling, class T>
+Pooled pooled_pass(const T* x, int64_t n, const Scale<T>& scale, const PoolingSettings<T>& of_bag) {
+  const PoolingSettings<T> settings = of_bag;
+  return sums_of_terms<Pooling::kSums, false>(x, n, scale, [&](auto v, const auto& o, const auto& s) SGL_INLINED {
+    return Pooling::template terms<false>(v, o, s, settings);
+  });
+}
+
+// With scaled probabilities, which is rare: one loop chooses the pooling for each vector. This saves code.
+template <class T>
+Pooled scaled_pooled_pass(
+    int64_t code, const T* x, int64_t n, const Scale<T>& scale, const PoolingSettings<T>& of_bag) {
+  const PoolingSettings<T> settings = of_bag;
+  return sums_of_terms<3, true>(x, n, scale, [&](auto v, const auto& o, const auto& s) SGL_INLINED {
+    return with_pooling(
+        code, [&](auto pooling) SGL_INLINED { return decltype(pooling)::template terms<true>(v, o, s, settings); });
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -339,13 +356,14 @@ void find_pooled(
   }
   const PoolingSettings<T> pooling = pooling_settings(settings.pooling, extent, settings.pooling_parameter);
   const Pooled pooled = over_pieces(parallel_for, row.n, [&](int64_t begin, int64_t size) {
+    const T* x = row.x + begin;
+    if (scale.any) return scaled_pooled_pass(settings.pooling, x, size, scale, pooling);
     return with_pooling(settings.pooling, [&](auto chosen) {
       using P = decltype(chosen);
       if constexpr (P::kSums == 0 || P::kCountsMaxima) {
         return Pooled{};  // not reached
       } else {
-        return scale.any ? pooled_pass<P, true>(row.x + begin, size, scale, pooling)
-                         : pooled_pass<P, false>(row.x + begin, size, scale, pooling);
+        return pooled_pass<P>(x, size, scale, pooling);
       }
     });
   });
@@ -546,14 +564,14 @@ Batch forward_range(
     return forward_range_with(settings, adds_bag_loss, problem, labels, out, begin, end, scratch, parallel_for);
   };
   const bool bag_loss = problem.settings.loss == kBagLoss;
-  if (!bag_loss && problem.settings.loss != kBagLogits) return with(problem.settings, false);
+  const bool only_bag = bag_loss || problem.settings.loss == kBagLogits;
   // For small bags, the choices between losses and poolings take longer than a sum of logits. The compiler removes them
   // where the settings are constants.
   static constexpr Settings kMeans = bag_logits_of_means();
-  if (problem.settings.pooling == kMeans.pooling) return with(kMeans, bag_loss);
-  Settings bag_logits = problem.settings;
-  bag_logits.loss = kBagLogits;
-  return with(bag_logits, bag_loss);
+  if (only_bag && problem.settings.pooling == kMeans.pooling) return with(kMeans, bag_loss);
+  Settings settings = problem.settings;
+  if (only_bag) settings.loss = kBagLogits;
+  return with(settings, bag_loss);
 }
 
 }  // namespace SGL_LEVEL

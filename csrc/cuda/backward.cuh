@@ -285,7 +285,7 @@ __global__ void __maxnreg__(kRegisters<T>) backward_kernel(
     }
     const Place place = place_of(rows, bounds, cls);
     write_general(
-        call, Row<In>(call, place, tiling.lengthwise), grads + place.grad, static_cast<int>(first),
+        call, Row<In>(call, place, tiling.lengthwise, nullptr), grads + place.grad, static_cast<int>(first),
         static_cast<int>(tiling.pieces.by * tiling.lengthwise), saved, grad_output, cls);
   }
 

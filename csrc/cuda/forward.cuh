@@ -84,6 +84,15 @@ struct CountPass {
   SGL_DEVICE void merge(const CountPass& o) { n += o.n; }
 };
 
+struct RankPass {
+  int below, equal;
+
+  SGL_DEVICE void merge(const RankPass& o) {
+    below += o.below;
+    equal += o.equal;
+  }
+};
+
 template <class T>
 struct LargestPass {
   T x;
@@ -321,15 +330,21 @@ pooled_sums(int64_t code, const Row<In>& row, const Scale<T>& scale, const Pooli
 template <class T, class In>
 SGL_DEVICE int64_t count_up_to(const Row<In>& row, T pivot, Group& group) {
   CountPass found = {0};
-  for_instances<1, T>(row, group, one_by_one([&](T x, bool) { found.n += x <= pivot ? 1 : 0; }), [] {});
+  for_instances<0, T>(row, group, one_by_one([&](T x, bool) { found.n += x <= pivot ? 1 : 0; }), [] {});
   return group.reduce(found).n;
 }
 
+// The numbers of instances below `value` and equal to it.
 template <class T, class In>
-SGL_DEVICE int64_t count_equal(const Row<In>& row, T value, Group& group) {
-  CountPass found = {0};
-  for_instances<0, T>(row, group, one_by_one([&](T x, bool) { found.n += x == value ? 1 : 0; }), [] {});
-  return group.reduce(found).n;
+SGL_DEVICE RankPass rank_of(const Row<In>& row, T value, Group& group) {
+  RankPass found = {0, 0};
+  for_instances<1, T>(
+      row, group, one_by_one([&](T x, bool) {
+        found.below += x < value ? 1 : 0;
+        found.equal += x == value ? 1 : 0;
+      }),
+      [] {});
+  return group.reduce(found);
 }
 
 // The bins in which the logits of a pair are counted: a warp has 256 of them, a block more. `found` and `taken` are those of a
@@ -422,14 +437,14 @@ SGL_DEVICE bool search_bins(
   return true;
 }
 
-// The smallest logit that at least `wanted` logits do not exceed.
+// The smallest logit that at least `wanted` logits do not exceed. For the pairs that search_bins() refuses, in little code.
 template <class T, class In>
 SGL_DEVICE T order_statistic_of(const Row<In>& row, int n, int64_t wanted, T low, T high, T guess, Group& group) {
   return order_statistic(
       n, wanted, low, high, guess, [&](T pivot) { return count_up_to(row, pivot, group); },
       [&](T pivot) {
         LargestPass<T> found = {low};
-        for_instances<1, T>(
+        for_instances<0, T>(
             row, group, one_by_one([&](T x, bool) { found.x = (x <= pivot) & (x > found.x) ? x : found.x; }), [] {});
         return group.reduce(found).x;
       });
@@ -499,7 +514,7 @@ SGL_DEVICE void find_others(
     const double loss = rounded_pass<T>(row, group);
     if (writes) out.loss[0] = loss;
   } else if (settings.loss == kMinMeanMaxLoss) {
-    const int64_t lows = count_equal(row, low, group);
+    const int lows = rank_of(row, low, group).equal;
     if (writes) out.lows = lows;
   }
   // The median, then the k-th largest logit: one copy of the search.
@@ -511,10 +526,11 @@ SGL_DEVICE void find_others(
     if (round == 0) {
       if (writes) out.median = found;
     } else {
-      const int64_t above = n - count_up_to(row, found, group), tied = count_equal(row, found, group);
+      const RankPass rank = rank_of(row, found, group);
       if (writes) {
+        const int64_t above = n - rank.below - rank.equal;
         out.extent.reference = found;
-        out.extent.tie_weight = static_cast<double>(k - above) / static_cast<double>(tied);
+        out.extent.tie_weight = static_cast<double>(k - above) / static_cast<double>(rank.equal);
       }
     }
   }
@@ -526,7 +542,8 @@ SGL_DEVICE void find_others(
       static_cast<T>(out.extent.tie_weight)};
   const Scale<T> pooling_scaled = pooling_scale(settings.pooling, known);
   const PoolingSettings<T> pooling = pooling_settings(settings.pooling, known, settings.pooling_parameter);
-  const PooledPass pooled = group.reduce(pooled_sums(settings.pooling, row, pooling_scaled, pooling, group));
+  // Not unrolled: nvcc makes a copy of the reduction for each pooling.
+  const PooledPass pooled = group.reduce<false>(pooled_sums(settings.pooling, row, pooling_scaled, pooling, group));
   if (writes)
     for (int k = 0; k < 3; ++k) out.pooled[k] = pooled.sum[k];
 }
@@ -560,6 +577,7 @@ struct ForwardShared {
   Sums sums[kSlots];
   BatchRow batch[kSlots];
   BatchRow total;
+  Rows rows;  // of the call, if it is not simple
   bool is_last;
 };
 
@@ -595,6 +613,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
   const unsigned block = blockIdx.x >> piece_bits, blocks = gridDim.x >> piece_bits;
   if (threadIdx.x == 0)
     for (int c = 0; c < kBatchNumbers; ++c) shared.total[c] = 0;
+  if (!call.is_simple && threadIdx.x == 0) shared.rows = call.rows;
   __syncthreads();  // a block may have no pairs
 
   // Recomputed each round to save registers. The conditions of the loop are the same for the whole block.
@@ -624,7 +643,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
       Place place = place_of(call.rows, bounds_of(call.rows, bag), cls);
       if (visit > 0) {
         const T pos_weight = pos_weights == nullptr ? T(1) : pos_weights[cls];
-        find_others(settings, Row<In>(call, place, group.size()), pos_weight, group, shared.search, sums);
+        find_others(settings, Row<In>(call, place, group.size(), &shared.rows), pos_weight, group, shared.search, sums);
         continue;
       }
       const Label label = !exists                           ? Label::kUnknown
@@ -633,7 +652,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
       if (label == Label::kUnknown) place.positions = 0;
       const unsigned piece = blockIdx.x & ((1u << piece_bits) - 1);
       if (piece_bits > 0) place = piece_of(call.rows, place, piece, piece_bits);
-      const Row<In> row(call, place, group.size());
+      const Row<In> row(call, place, group.size(), &shared.rows);
       // parts have to do the same
       const bool negative = work.needs.has_instances && (work.part_bits > 0 || label != Label::kPositive);
       FirstFound<T> first;

@@ -17,7 +17,7 @@ constexpr int kPartBits = 3, kPart = 1 << kPartBits;
 constexpr int kMaxThreads = 256;
 // Registers per thread, at most: as few as possible without spills. Then many threads are resident, which hides latency.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kRegistersInFloat = 112, kRegistersInDouble = 144;
+constexpr int kRegistersInFloat = 120, kRegistersInDouble = 144;
 #else
 constexpr int kRegistersInFloat = 96, kRegistersInDouble = 128;
 #endif
@@ -72,15 +72,15 @@ class Group {
   }
 
   // R::merge(const R&) is exactly commutative. Therefore every thread of a part gets the same result. Small R are reduced by
-  // undivided groups only.
-  template <class R>
+  // undivided groups only. `unrolled`: whether the loop over the lanes of a warp is unrolled, which takes fewer instructions and
+  // more code
+  template <bool unrolled, class R>
   SGL_DEVICE R reduce(R value) {
     static_assert(sizeof(R) <= kMaxWords * sizeof(uint32_t) && alignof(R) <= 8, "fits into GroupShared");
-    // unrolled if the code stays small
-    if constexpr (sizeof(R) <= 2 * sizeof(uint32_t)) {
+    if constexpr (unrolled && sizeof(R) <= 2 * sizeof(uint32_t)) {
 #pragma unroll
       for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value.merge(from_other_lane(value, lanes));
-    } else if constexpr (sizeof(R) <= 6 * sizeof(uint32_t)) {
+    } else if constexpr (unrolled) {
 #pragma unroll
       for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
         if (lanes >> part_bits_ > 0) value.merge(from_other_lane(value, lanes));
@@ -106,6 +106,11 @@ class Group {
     if (parts > 1) __syncthreads();
     turn_ ^= 1;
     return value;
+  }
+  // Unrolled if the code stays small.
+  template <class R>
+  SGL_DEVICE R reduce(const R& value) {
+    return reduce<sizeof(R) <= 6 * sizeof(uint32_t)>(value);
   }
 
  private:

@@ -15,6 +15,7 @@
 #include "../median.h"
 
 #define SGL_DEVICE __device__ __forceinline__
+#define SGL_DEVICE_CALL inline __device__ __noinline__  // one copy per kernel
 
 namespace sgl {
 namespace cuda {
@@ -57,6 +58,26 @@ template <class T>
 SGL_DEVICE T magnitude_of(T x) {
   return -minus_magnitude(x);
 }
+
+// The address of an object in shared memory, as an argument of functions that are not inlined. With a pointer, nvcc would not
+// know there that the memory is shared.
+template <class T>
+class SharedAddress {
+ public:
+#if defined(__CUDA_ARCH__)
+  SGL_DEVICE SharedAddress(const T* object) : address_(static_cast<uint32_t>(__cvta_generic_to_shared(object))) {}
+  SGL_DEVICE const T& object() const { return *static_cast<const T*>(__cvta_shared_to_generic(address_)); }
+
+ private:
+  uint32_t address_;
+#else
+  SGL_DEVICE SharedAddress(const T* object) : address_(object) {}
+  SGL_DEVICE const T& object() const { return *address_; }
+
+ private:
+  const T* address_;
+#endif
+};
 
 }  // namespace cuda
 }  // namespace sgl

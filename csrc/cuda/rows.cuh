@@ -152,6 +152,19 @@ SGL_DEVICE bool flag_at(const bool* address) {
 #endif
 }
 
+// Whether the position at these steps from the first one of a bag is an instance. `first`: as in Place
+SGL_DEVICE bool is_instance(const Rows& rows, const bool* mask, uint32_t first, const Steps& steps) {
+  return mask == nullptr || flag_at(mask + (first * rows.mask_bag + steps.mask));
+}
+
+// The steps of a logit from the first position to position j, or kNoInstance. If it were inlined, the code of the forward kernel
+// would be a sixth larger.
+constexpr int64_t kNoInstance = -(int64_t{1} << 62);
+SGL_DEVICE_CALL int64_t step_to_instance(SharedAddress<Rows> rows, const bool* mask, uint32_t first, int j) {
+  const Steps steps = steps_to(rows.object(), j);
+  return is_instance(rows.object(), mask, first, steps) ? steps.logits : kNoInstance;
+}
+
 // Rows of at most this many positions are short.
 constexpr int kShort = 4 * kWarp;
 
@@ -160,6 +173,7 @@ struct Row {
   const In* x;
   const bool* mask;  // of all bags
   const Rows* rows;
+  SharedAddress<Rows> shared_rows;  // a copy for at()
   uint32_t first;  // as in Place
   int n;  // positions
   bool is_simple, is_adjacent;  // as in Call
@@ -167,11 +181,13 @@ struct Row {
   int width;  // neighbouring positions of a thread: a pack, or 1 in a short row, so that more threads have work
   int whole_packs;  // of all threads together; none in a short row
 
-  // `threads`: a power of 2, that process the row
-  SGL_DEVICE Row(const Call& c, const Place& place, int threads)
+  // `threads`: a power of 2, that process the row. `copy`: of the rows of the call, in shared memory; needed for at() if the call
+  // is not simple
+  SGL_DEVICE Row(const Call& c, const Place& place, int threads, const Rows* copy)
       : x(static_cast<const In*>(c.logits) + place.logits),
         mask(c.mask),
         rows(&c.rows),
+        shared_rows(copy),
         first(place.first),
         n(place.positions) {
     is_simple = c.is_simple;
@@ -183,9 +199,7 @@ struct Row {
   }
 
   // Whether the position at these steps from the first one is an instance.
-  SGL_DEVICE bool has(const Steps& steps) const {
-    return mask == nullptr || flag_at(mask + (first * rows->mask_bag + steps.mask));
-  }
+  SGL_DEVICE bool has(const Steps& steps) const { return is_instance(*rows, mask, first, steps); }
 
   // Packs begin, begin + threads, ... of a simple row. One branch for all of them. `rank`: of the thread
   template <int kCount>
@@ -209,9 +223,9 @@ struct Row {
     live = j < n;
     if (!live) return filler(In());
     if (is_simple) return x[j * rows->dimension[0].logits];
-    const Steps steps = steps_to(*rows, j);
-    live = has(steps);
-    return live ? x[steps.logits] : filler(In());
+    const int64_t step = step_to_instance(shared_rows, mask, first, j);
+    live = step != kNoInstance;
+    return live ? x[step] : filler(In());
   }
 };
 
@@ -232,44 +246,43 @@ SGL_DEVICE OneByOne<F> one_by_one(const F& f) {
 }
 
 // Calls f(several x, are they instances) for this thread's positions of the row, and flush() after every run.
-// kTogether: how many packs are loaded before f gets the first one: a whole run, or 1. With 0, f gets single instances, and
-// neighbouring threads have neighbouring ones. This saves code and registers in passes whose arithmetic takes longer than the
-// loads. Then f only gets positions that are instances.
+// kTogether: how many packs are loaded before f gets the first one: a whole run, or 1. With 1, flush() is called at the end
+// only. With 0, f gets single instances, and neighbouring threads have neighbouring ones. This saves code and registers in
+// passes whose arithmetic takes longer than the loads. Then f only gets positions that are instances.
 template <int kTogether, class T, class In, class F, class Flush>
 SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f, const Flush& flush) {
-  constexpr int kSize = Pack<In>::kSize;
+  constexpr int kSize = Pack<In>::kSize, kRun = kPacks<In> * kSize;
   static_assert(kTogether <= 1 || kTogether == kPacks<In>, "nothing, a pack or a run");
-  const int rank = group.rank();
+  const int rank = group.rank(), size = group.size();
   if constexpr (kTogether == 0) {
-    const int size = group.size();
+    const int64_t step = size * row.rows->dimension[0].logits;
     const In* from = row.x + rank * row.rows->dimension[0].logits;
-    int of_run = 0;
 #pragma unroll 1
-    for (int j = rank; j < row.n; j += size) {
-      In now;
-      if (row.is_simple) {
-        now = *from;
-        from += size * row.rows->dimension[0].logits;
-      } else {
-        bool live;
-        now = row.at(j, live);
-        if (!live) continue;
+    for (int j = rank; j < row.n;) {
+      const int end = j + kRun * size < row.n ? j + kRun * size : row.n;
+#pragma unroll 1
+      for (; j < end; j += size) {
+        In now;
+        if (row.is_simple) {
+          now = *from;
+          from += step;
+        } else {
+          bool live;
+          now = row.at(j, live);
+          if (!live) continue;
+        }
+        const T x[1] = {read_as(T(), now)};
+        f(x, true);
       }
-      const T x[1] = {read_as(T(), now)};
-      f(x, true);
-      if (++of_run == kPacks<In> * kSize) {
-        flush();
-        of_run = 0;
-      }
+      flush();
     }
-    flush();
     return;
   }
   int p = rank;
   if constexpr (kTogether > 1) {
-    for (; p + (kTogether - 1) * group.size() < row.whole_packs; p += kTogether * group.size()) {
+    for (; p + (kTogether - 1) * size < row.whole_packs; p += kTogether * size) {
       Pack<In> packs[kTogether];
-      row.load(packs, p, rank, group.size());
+      row.load(packs, p, rank, size);
       T x[kTogether * kSize];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
@@ -288,7 +301,7 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
       constexpr uint32_t kSector = 32 / sizeof(In);
       if (row.is_adjacent) p -= static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row.x)) / sizeof(In) % kSector;
 #pragma unroll 1
-      for (; p < row.n; p += group.size()) {
+      for (; p < row.n; p += size) {
         if (p < 0) continue;
         const T x[1] = {read_as(T(), row.x[p * stride])};
         f(x, true);
@@ -297,35 +310,32 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
       return;
     }
   }
-  int of_run = 0;
-  const auto count_pack = [&] {
-    if (++of_run == kPacks<In> * (row.width == 1 ? kSize : 1)) {
-      flush();
-      of_run = 0;
-    }
-  };
 #pragma unroll 1
-  for (; p < row.whole_packs; p += group.size()) {
+  for (; p < row.whole_packs; p += size) {
     Pack<In> pack[1];
-    row.load(pack, p, rank, group.size());
+    row.load(pack, p, rank, size);
     T x[kSize];
 #pragma unroll
     for (int v = 0; v < kSize; ++v) x[v] = read_as(T(), pack[0].x[v]);
     f(x, true);
-    count_pack();
   }
+  // The rest of a simple row completes at most one run. Other rows consist of this rest alone.
   if (row.width == 1) p = row.whole_packs * kSize + rank;
+  const int run = size * (row.width == 1 ? kRun : kRun / kSize);
 #pragma unroll 1
-  for (; p * row.width < row.n; p += group.size()) {
+  do {
+    const int end = kTogether > 1 ? p + run : row.n;
 #pragma unroll 1
-    for (int v = 0; v < row.width; ++v) {
-      bool live;
-      const T x[1] = {read_as(T(), row.at(p * row.width + v, live))};
-      f(x, live);
+    for (; p < end && p * row.width < row.n; p += size) {
+#pragma unroll 1
+      for (int v = 0; v < row.width; ++v) {
+        bool live;
+        const T x[1] = {read_as(T(), row.at(p * row.width + v, live))};
+        f(x, live);
+      }
     }
-    count_pack();
-  }
-  flush();
+    flush();
+  } while (kTogether > 1 && p * row.width < row.n);
 }
 
 }  // namespace cuda
