@@ -16,7 +16,9 @@ constexpr int kWarpBits = 5, kWarp = 1 << kWarpBits;
 constexpr int kPartBits = 3, kPart = 1 << kPartBits;
 constexpr int kMaxThreads = 256;
 // Registers per thread, at most: as few as possible without spills. Then many threads are resident, which hides latency.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kRegistersInFloat = 120, kRegistersInDouble = 144;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kRegistersInFloat = 128, kRegistersInDouble = 144;
 #else
 constexpr int kRegistersInFloat = 96, kRegistersInDouble = 128;
