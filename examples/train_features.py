@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     machine.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
     machine.add_argument("--cache-gb", type=float, default=2.0, help="keep features in memory up to this size (2)")
     machine.add_argument(
-        "--overlays", type=int, default=12, metavar="N", help="bags shown in the report, from each fold in turn (12)"
+        "--overlays", type=int, default=12, metavar="N", help="bags in the report, taken evenly from all folds (12)"
     )
     return parser
 

@@ -54,7 +54,8 @@ except ImportError as error:
     if (Path(__file__).parents[1] / "setup.py").exists() or not isinstance(error, ModuleNotFoundError):
         warnings.warn(
             f"sgl_ops in {Path(__file__).parent} has no compiled extension ({REASON}). Every loss uses the reference, "
-            "about ten times slower. Run 'pip install .' in the source tree and import sgl_ops from another folder.",
+            "at least 5 times slower on a CPU. Run 'pip install .' in the source tree, and import sgl_ops from another "
+            "folder.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -340,7 +341,9 @@ class _FusedTerms(torch.autograd.Function):
 
 
 def _gradient_of_terms(grad_parts: Tensor, kept: tuple[Tensor, ...], of_backward: tuple[Any, ...], loss: int) -> Tensor:
-    """The gradient by the logits, from that by (bag, instance, mask): each multiplies its columns of ``saved``.
+    """The gradient with respect to the logits, from the gradient with respect to (bag, instance, mask).
+
+    Each of the three multiplies its columns of ``saved``.
 
     ``kept``: logits, mask, offsets, pos_weight, saved, numbers. ``of_backward``: the other settings of the backward.
     """
@@ -364,7 +367,7 @@ if DEVICES:
         ctx.inputs = len(inputs)
 
     def _differentiate(ctx: Any, _total: Tensor, grad_parts: Tensor, _saved: Tensor) -> tuple[Tensor | None, ...]:
-        """Only the terms have a derivative. This operator is called if its other outputs are not used."""
+        """Only the terms have a derivative. Callers that need it use no other output."""
         grad = _gradient_of_terms(grad_parts, ctx.saved_tensors, ctx.of_backward, ctx.loss)
         return None, grad, *(None,) * (ctx.inputs - 2)
 
@@ -374,7 +377,7 @@ if DEVICES:
 def _factors(loss: int) -> tuple[str | int, ...]:
     """The term whose gradient multiplies each column of ``saved`` (enum Column in csrc/batch.h)."""
     first = CONSTANTS["first_weight_column"]
-    # the compared losses have one term, the bag term
+    # BagLoss, BIL and MMM have one term, the bag term
     parts = ["instance" if loss == CONSTANTS["self_guiding_loss"] else "bag"] * 3
     columns: list[str | int] = [*[1] * first, *parts, "mask", "bag"]
     return (*columns, *[1] * (CONSTANTS["saved_columns"] - len(columns)))

@@ -46,14 +46,16 @@ class SGLLoss(_Loss):
         L &= BCE(P, y) + \lambda L_{inst} + \mu L_{mask} & \text{(Eq. 9)}
 
     with M = 0 and w = 1 in a negative bag, and P the pooled probability. BCE(P, y) is averaged over the pairs of a bag
-    and a class with a known label. :math:`L_{mask}` is the mean of :math:`\sqrt{\mathrm{mean}_j (p_j [M_j > 0])^2}`
-    over the same pairs (Sec. 3.3). The median of an even number of instances is the lower one: of two instances with
-    p = 0.1 and 0.9 it is 0.1, so that alpha is 0.8 and not 0.4. A positive bag whose instances are all equal has no
-    instance loss. An empty part contributes 0.
+    and a class with a known label. :math:`L_{mask}` is the mean of :math:`\sqrt{\frac1n \sum_j p_j^2\,[M_j > 0]}` over
+    the same pairs (Sec. 3.3). :math:`[M_j > 0]` is 1 if :math:`M_j > 0`, otherwise 0; n is the number of instances of
+    the bag. The median of an even number of instances is the lower one: of two instances with p = 0.1 and 0.9 it is
+    0.1, so that alpha is 0.8 and not 0.4. A positive bag whose instances are all equal has no instance loss. An empty
+    part contributes 0.
 
-    *Interpretation of the paper.* The text of the paper does not define these points. M, theta, alpha and w are
-    constants, without a gradient. The instances of a part are counted over the whole batch. The penalty on the mask is
-    on p [M > 0], as M itself has no gradient. The median is the lower one. Equal instances have no ranking.
+    *Interpretation of the paper.* The text of the paper does not define these points. The package defines them as
+    follows. M, theta, alpha and w are constants, without a gradient. The instances of a part are counted over the whole
+    batch. The penalty on the mask is on p [M > 0], as M itself has no gradient. The median is the lower one. Equal
+    instances have no ranking.
 
     Args:
         pooling: a name in :data:`sgl_ops.pooling.POOLINGS`, or a module that takes

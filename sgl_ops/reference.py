@@ -283,8 +283,9 @@ def _or_one(number: Tensor) -> Tensor:
 
 
 def mask_sum(instances: Instances, guidance: Guidance, class_weight: Tensor | None) -> Tensor:
-    """Sum over the pairs of sqrt(mean (p [M > 0])^2), for L_mask (Sec. 3.3).
+    """Sum over the pairs of sqrt(1/n sum_j p_j^2 [M_j > 0]), for L_mask (Sec. 3.3).
 
+    [M_j > 0] is 1 if M_j > 0, otherwise 0; n is the number of instances of the bag.
     In log space: where p^2 underflows, the root of 0 would have an infinite gradient.
     """
     bags = instances.bags

@@ -300,8 +300,9 @@ def prior_bias(targets: Tensor, *, share: float = 1.0) -> Tensor:
     .. math:: b_c = \mathrm{logit}\left(s \, \frac{n_1 + 1/2}{n_1 + n_0 + 1}\right)
 
     for :math:`n_1` positive and :math:`n_0` negative bags of class c. If the other terms of the logits are near 0, the
-    first probability of an instance is then the fraction of positive instances in the training bags. Without this bias,
-    it is 0.5, and the first steps only change the bias. In large bags, a noisy-or has a first probability near 1.
+    initial probability of an instance is then the fraction of positive instances in the training bags. Without this
+    bias, it is 0.5, and the first steps only change the bias. The initial P of a large bag with noisy-or pooling
+    is near 1 without this bias.
 
     Args:
         targets: labels of the training bags, (N, C), or (N,) for one class; NaN = unknown.

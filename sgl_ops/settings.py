@@ -94,7 +94,7 @@ class SGLSettings:
 
     @property
     def per_bag(self) -> bool:
-        """Whether ``normalize`` is ``"bag"``: the operator's name of it."""
+        """Whether ``normalize`` is "bag". The operators call this setting ``per_bag``."""
         return self.normalize == "bag"
 
     @property

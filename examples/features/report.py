@@ -86,7 +86,7 @@ def write_report(
         picture = _figure(parts[fold], i, truth, bags, files)
         figures += f"<h3>{title}</h3><img src='data:image/jpeg;base64,{picture}'>"
     first = escape(truth.labels.classes[0])
-    shown = f"The first positive test {unit}s of {first}{', from each fold in turn' if folds else ''}"
+    shown = f"The first positive test {unit}s of {first}{' in each fold' if folds else ''}"
     warned = "".join(f"<p class=warning><strong>Warning:</strong> {escape(text)}</p>" for text in warnings)
     with naming(folder / "report.html"):
         (folder / "report.html").write_text(

@@ -227,7 +227,7 @@ def boxes_at(predictions: Predictions, truth: Truth, thresholds: np.ndarray, ups
 
 
 def points_hit(predictions: Predictions, truth: Truth) -> np.ndarray:
-    """Whether the centre of the largest cell of each map lies in a true box (k,): the pointing game."""
+    """Whether the centre of the cell with the largest value of each map lies in a true box (k,): the pointing game."""
     side, hits = predictions.side, []
     for heatmap, boxes in zip(predictions.maps, boxes_in_network(truth, side), strict=True):
         hits.append(contains(boxes, heatmap_to_point(heatmap, (side, side), predictions.first)).any())

@@ -119,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "pixels between neighbouring patches: 32, 16 or 8 (32; local and bagnet: 8; timm/NAME: that of the network)"
     )
     add("output-stride", None, strides, type=int, metavar="N")
-    add("prior", 0.5, "initial probability of a patch; use a small one if training starts from random weights")
+    add("prior", 0.5, "initial probability of a patch; use a value below 0.5 if training starts from random weights")
     norms = "statistics of batch norm: own, per process; sync, over all processes; frozen, those of the weights"
     add("batch-norm", "own", norms, choices=("own", "sync", "frozen"))
     group = parser.add_argument_group("loss")

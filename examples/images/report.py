@@ -139,7 +139,7 @@ def localization_section(runs: Sequence[Evaluated], truth: Truth) -> page.Markup
         page.table(["", *heads], intervals, f"the same with 95 % intervals over {units}"),
         page.details("By class", *by_class),
         page.table(
-            ["", *columns], pointing, "pointing game: share of boxes that contain the centre of the map's largest cell"
+            ["", *columns], pointing, "pointing game: share of boxes with the centre of the cell with the largest value"
         ),
     )
 

@@ -9,9 +9,9 @@ Conventions, the same in every function:
 - A heat map is an array (h, w) of cells, usually of probabilities. All its values must be finite: every function raises
   a ValueError for NaN and infinite values. Give a cell that must not count (padding) the smallest value of the map.
 - A map of k cells along n pixels has one cell every n / k pixels. ``first`` is the centre of the first cell, in cells
-  from the edge of the image. With 0.5, the cells divide the image evenly. The first cell of a ResNet is near 0, because
-  its layers pad evenly and take every second pixel, from the first one on. A pixel belongs to the cell with the nearest
-  centre.
+  from the edge of the image. With 0.5, the cells divide the image evenly. ``first`` of a ResNet is near 0 (0.5 divided
+  by the stride), because its layers pad evenly and take every second pixel, from the first one on. A pixel belongs to
+  the cell with the nearest centre.
 - Arguments may be NumPy arrays, nested lists or torch tensors on any device. Computation is in float64, so that boxes
   of unsigned integers do not wrap.
 

@@ -1,4 +1,4 @@
-"""Figures of merit of boxes: IoU, localization accuracy, MaxBoxAcc, the pointing game."""
+"""Metrics of boxes: IoU, localization accuracy, MaxBoxAcc, the pointing game."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def max_box_accuracy(
     - its mean is over the images; here it is over the classes.
 
     Because of these differences, the values are not equal to those of the authors' code. On 200 maps of drawn lesions,
-    the authors' rules gave values from 0.2 points lower to 2.9 points higher.
+    the authors' rules gave values from 0.2 percentage points lower to 2.9 percentage points higher.
 
     Args:
         heatmaps: n maps (h, w), finite; their shapes may differ.
@@ -222,9 +222,10 @@ def pointing_game(
     size: Size,
     first: float = 0.5,
 ) -> dict[str, float]:
-    """The fraction of maps whose largest cell has its centre in a true box, per class and mean over the classes.
+    """The fraction of maps whose maximum lies in a true box, per class and mean over the classes.
 
-    There is no tolerance around a box. Arguments and errors are those of ``max_box_accuracy``.
+    The maximum of a map is the centre of the cell with the largest value. There is no tolerance around a box.
+    Arguments and errors are those of ``max_box_accuracy``.
 
     >>> pointing_game([[[0.1, 0.9]], [[0.7, 0.2]]], [[8, 0, 8, 8], [8, 0, 8, 8]], [0, 0], ["mass"], (8, 16))
     {'mass': 0.5, 'mean': 0.5}

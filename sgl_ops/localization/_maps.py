@@ -1,4 +1,4 @@
-"""Heat maps: validation, the raster of their cells on the pixels of an image, upsampling, the greatest cell."""
+"""Heat maps: validation, the raster of their cells on the pixels of an image, upsampling, the maximum."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def upsample(heatmap: Values, size: Size, mode: str = "nearest", first: float = 
 
 
 def heatmap_to_point(heatmap: Values, size: Size, first: float = 0.5) -> tuple[float, float]:
-    """x, y in pixels of an image of ``size`` (height, width): the centre of the largest cell of ``heatmap`` (h, w).
+    """x, y in pixels: the centre of the cell with the largest value of ``heatmap`` (h, w), in an image of ``size``.
 
     If cells are equal, the first one counts, row by row. Only cells with a pixel count. If the centre lies outside of
     the image, the point is the centre of the nearest pixel at the edge.

@@ -1,4 +1,4 @@
-"""What a figure of merit is compared with: boxes that need no network, and the best box that a grid of cells allows."""
+"""References for the metrics: boxes without a network, and the best box of whole cells."""
 
 from __future__ import annotations
 
