@@ -54,7 +54,7 @@ struct Sums {
   double median;  // median logit, for kPositive
   double loss[3];  // BCE of the negative, ambiguous and positive instances
   int64_t count[3];
-  double square;  // of p at instances with M > 0, scaled as p is
+  double square;  // sum of the squares of the scaled p, over the instances with M > 0
   double pooled[3];  // sums of PoolingTerms
   int64_t lows, highs;  // kExtremes: numbers of instances equal to the smallest and to the largest logit
 };

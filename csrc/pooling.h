@@ -63,7 +63,7 @@ struct BagLogit {
 //   kAddsLogits     whether its only term is the logit
 //   kParameter      whether it has a parameter; otherwise the parameter is 1
 //   kOwnLoop        whether backward on CUDA has a separate loop for it, which is faster but takes time to compile
-//   scale           powers of e that keep its sums in the range of floats
+//   scale           exponents of the powers of e by which p, 1 - p and p (1 - p) are multiplied, so that sums stay in range
 //   settings        values of the pair that its terms and its slope need
 //   terms           the terms of an instance, which are summed over the pair
 //   finish          the bag logit from the sums

@@ -315,7 +315,7 @@ int64_t count_equal(const Row<T>& row, T value, ParallelFor parallel_for) {
       .n;
 }
 
-// The smallest logit that at least `wanted` logits do not exceed.
+// The `wanted`-th smallest logit, counted from 1.
 template <class T>
 T order_statistic_of(const Row<T>& row, int64_t wanted, T low, T high, T guess, ParallelFor parallel_for) {
   return order_statistic(
@@ -496,7 +496,8 @@ class BagLosses {
     if (++count_ == D::kCount) finish();
   }
 
-  // Adds the losses to the batch and their derivatives to the saved rows. One copy saves code.
+  // Adds the losses to the batch and their derivatives to the saved rows. Not inlined: one copy makes the
+  // library smaller.
   __attribute__((noinline)) void finish() {
     const D z = D::load(bag_logit_);
     const Scale<double> none{0, 0, 0, false};

@@ -144,7 +144,7 @@ void fill_row(T value, const bool* mask, const Instances& r, Out* grad, Parallel
   for_parts(parallel_for, mask, r, [&](int64_t, const Instances& some) { fill(value, mask, some, grad); });
 }
 
-// Writes two vectors of the first number behind a row, so that invalid lanes cause no overflow or NaN. A fixed number of
+// Fills two vectors behind the row with its first number, so that invalid lanes cause no overflow or NaN. A fixed number of
 // stores is faster than to stop at the end of a vector.
 template <class T>
 void pad(T* row, int64_t n) {

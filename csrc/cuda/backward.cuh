@@ -147,7 +147,7 @@ struct SavedRow {
   T columns[kColumns], denominators[kDenominatorPair + 1];
 
   SGL_DEVICE bool is(Kind kind) const { return columns[kColumnKind] == static_cast<T>(static_cast<int>(kind)); }
-  // of sigmoid()
+  // whether all logits are below the limit of sigmoid()
   SGL_DEVICE bool below_limit() const { return columns[kColumnHigh] < T(1e38); }
 };
 
@@ -163,8 +163,8 @@ SGL_DEVICE void load_packs(T (&to)[kCount], const T* from) {
   }
 }
 
-// Calls f with an object of the pooling with kOwnLoop whose bit this is. Bits, because a comparison with codes would become a
-// jump table, which takes longer.
+// Calls f with an object of the pooling whose bit is set in `bit`, if it has kOwnLoop. nvcc would make a slower jump table of a
+// comparison with codes.
 template <class Function>
 SGL_DEVICE void with_own_pooling(uint32_t bit, const Function& f) {
 #define SGL_CASE(P)          \
@@ -197,7 +197,7 @@ template <class T, class In>
 SGL_DEVICE bool write_simple(
     const Call& call, const Instances<In>& instances, const Pack<In>& first, const SavedRow<T>& saved, T grad_output,
     uint32_t cls) {
-  // the own loops need p that is not scaled (scale_of), and logits below the limit of sigmoid()
+  // These loops need p that is not scaled (scale_of), and logits below the limit of sigmoid().
   const bool in_range =
       saved.columns[kColumnHigh] >= T(-40) && saved.columns[kColumnLow] <= T(40) && saved.below_limit();
   if (in_range && instances.tiling.own_pooling != 0) {

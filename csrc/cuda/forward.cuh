@@ -1,6 +1,7 @@
 // Forward: a group of threads processes one pair (bag, class) after another, or several pairs at once. The first pass loads the
 // logits from memory, and the others find them in the cache. A negative pair needs the first pass alone, unless its pooling
-// has sums. A block finalizes several pairs together, one thread per pair, and the last block that ends adds up the blocks.
+// has sums. A block finalizes several pairs together, one thread per pair. The last block that ends
+// adds the sums of all blocks.
 #pragma once
 
 #include <type_traits>
@@ -111,7 +112,7 @@ enum class Stage {
   kOthers
 };
 
-// What the settings ask of the passes. The host finds out, so that no thread has to.
+// What the passes have to compute for these settings. The host computes this once for all threads.
 struct Needs {
   bool has_instances;  // a negative pair has the loss of its instances
   bool ties;  // the instances at the largest logit are counted
@@ -146,8 +147,8 @@ inline Needs needs_of(const Settings& settings) {
   return needs;
 }
 
-// How Plan divides the work of a launch: 2^group_bits threads form a group, with 2^part_bits parts; 2^piece_bits blocks divide
-// the pairs of a group between them, in both stages.
+// How Plan divides the work of a launch. 2^group_bits threads form a group with 2^part_bits parts. 2^piece_bits is the number of
+// pieces of a pair: kFirstPass has a block for each piece, and kOthers merges this number of results.
 struct Work {
   Stage stage;
   int group_bits, part_bits, piece_bits;
@@ -170,7 +171,7 @@ SGL_DEVICE FirstPass<T, ties> first_pass(const Row<In>& row, const Group& group)
       row, group,
       [&](const auto& x, bool live) {
         constexpr int kCount = sizeof(x) / sizeof(T);
-        // A dead x is a NaN, which no comparison takes.
+        // Where there is no instance, x is a NaN, which smaller() and larger() ignore.
         T high = -infinity_of(T());
 #pragma unroll
         for (int v = 0; v < kCount; ++v) {
@@ -217,7 +218,7 @@ SGL_DEVICE bool find_first(
     if (group.rank() < 1 << work.piece_bits)
       found = *reinterpret_cast<const FirstPass<T, ties>*>(partial + ((pair << work.piece_bits) + group.rank()));
   } else {
-    // A variant for each combination: no instance pays for what its row does not need.
+    // One variant for each combination, without work that the row does not need.
     found = negative ? first_pass<true, ties, T>(row, group) : first_pass<false, ties, T>(row, group);
   }
   found = group.reduce(found);
@@ -231,7 +232,7 @@ SGL_DEVICE bool find_first(
 }
 
 // With pos_weight = 1, the logarithms of the BCE all have the weight 1. So three products take the place of a logarithm for each
-// instance. An ambiguous instance of another weight needs its own.
+// instance. With another pos_weight, each ambiguous instance needs its own logarithm.
 template <bool scaled, class T, class In>
 SGL_DEVICE GuidedPass
 guided_pass(const Row<In>& row, const Guide<T>& guide, const Scale<T>& scale, T pos_weight, const Group& group) {
@@ -347,8 +348,8 @@ SGL_DEVICE RankPass rank_of(const Row<In>& row, T value, Group& group) {
   return group.reduce(found);
 }
 
-// The bins in which the logits of a pair are counted: a warp has 256 of them, a block more. `found` and `taken` are those of a
-// group at the number of its first warp.
+// The bins in which the logits of a pair are counted: a warp has 256 of them, a block more. A group uses the elements of `found`
+// and `taken` at the number of its first warp.
 struct SearchShared {
   static constexpr int kBins = 8, kTaken = 4;  // of a thread: its bins, and the logits that fit into their memory
   struct Found {
@@ -367,7 +368,8 @@ SGL_DEVICE uint32_t rounded_fma(double a, double b) {
 }
 
 // The `wanted`-th smallest logit in two passes. The first one counts the logits in bins of equal width between `low` and `high`.
-// The second one takes the logits of the bin that has the result. False if they are too many, or if there are no such bins.
+// The second one takes the logits of the bin that has the result. False if that bin has too many logits, or if the range of the
+// logits is below 1e-30 or above 1e30.
 template <class T, class In>
 SGL_DEVICE bool search_bins(
     const Row<In>& row, uint32_t wanted, T low, T high, Group& group, SearchShared& shared, T& result) {
@@ -412,7 +414,7 @@ SGL_DEVICE bool search_bins(
   const uint32_t bin = shared.found[warp].bin, place = wanted - 1 - shared.found[warp].before;
   const int taken = shared.found[warp].inside;
   if (taken > size * SearchShared::kTaken) return false;
-  // now the memory of the bins holds the logits of this one
+  // The memory of the bins now holds the logits of the chosen bin.
   for_instances<1, T>(
       row, group, one_by_one([&](T x, bool live) {
         if (!live || rounded_fma(x - low, scale) != bin) return;
@@ -420,7 +422,7 @@ SGL_DEVICE bool search_bins(
       }),
       [] {});
   group.sync();
-  // Their order in memory differs between launches. The result, the smallest that more than `place` do not exceed, does not.
+  // The order of these logits differs between launches. The result does not: it is the (`place` + 1)-th smallest of them.
   LargestPass<T> negative_of = {-high};
   for (int j = rank; j < taken; j += size) {
     T x, other;
@@ -437,7 +439,7 @@ SGL_DEVICE bool search_bins(
   return true;
 }
 
-// The smallest logit that at least `wanted` logits do not exceed. For the pairs that search_bins() refuses, in little code.
+// The `wanted`-th smallest logit, counted from 1, for the pairs that search_bins() refuses. It is slower and has little code.
 template <class T, class In>
 SGL_DEVICE T order_statistic_of(const Row<In>& row, int n, int64_t wanted, T low, T high, T guess, Group& group) {
   return order_statistic(
@@ -457,7 +459,7 @@ SGL_DEVICE T ranked(const Row<In>& row, int n, int64_t k, T low, T high, Group& 
   T result;
   if (wanted >= n) return high;
   if (search_bins(row, static_cast<uint32_t>(wanted), low, high, group, shared, result)) return result;
-  // The middle instead of the mean, which would be one more number to reduce in the first pass.
+  // The first guess is the middle of the range. The mean would need one more reduction in the first pass.
   const T middle = low + (high - low) * T(0.5);
   const T guess = k == 0 ? middle : middle + (high - middle) * T(0.5);
   return order_statistic_of(row, n, wanted, low, high, guess, group);
@@ -606,7 +608,8 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
   const T* pos_weights = static_cast<const T*>(call.pos_weight);
 
   Group group(work.group_bits, shared.group);
-  // the pairs of a round of this block, and the rounds whose pairs are finalized together: a slot and a thread for each pair
+  // `pairs`: of this block in a round. `together`: the number of rounds whose pairs are finalized together. Each of these pairs has
+  // a slot and a thread.
   const unsigned pairs = 1u << work.pair_bits, together = kSlots >> work.pair_bits;
   // blocks that process pieces of the same pairs count as one
   const int piece_bits = work.stage == Stage::kFirstPass ? work.piece_bits : 0;
@@ -616,7 +619,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
   if (!call.is_simple && threadIdx.x == 0) shared.rows = call.rows;
   __syncthreads();  // a block may have no pairs
 
-  // Recomputed each round to save registers. The conditions of the loop are the same for the whole block.
+  // Each round recomputes its indices and addresses, to save registers. The conditions of the loop are the same for the whole block.
   for (unsigned round = 0; (round * blocks + block) * pairs < call.rows.units; ++round) {
     const unsigned waiting = round & (together - 1);
     // First every part of the group has a pair of its own. Then the whole group processes those that need more than the first
@@ -653,7 +656,7 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
       const unsigned piece = blockIdx.x & ((1u << piece_bits) - 1);
       if (piece_bits > 0) place = piece_of(call.rows, place, piece, piece_bits);
       const Row<In> row(call, place, group.size(), &shared.rows);
-      // parts have to do the same
+      // All parts of a group run the same variant of the first pass.
       const bool negative = work.needs.has_instances && (work.part_bits > 0 || label != Label::kPositive);
       FirstFound<T> first;
       const bool continues =
@@ -687,11 +690,11 @@ SGL_DEVICE bool sums_of_block(const Call& call, const Forward& forward, const Wo
   return true;
 }
 
-// Called by the last block that ends: adds up the blocks.
+// Called by the last block that ends: adds the sums of all blocks.
 template <class T>
 SGL_DEVICE void save_batch(const Call& call, const Forward& forward, ForwardShared& shared) {
   const BatchRow* of_block = reinterpret_cast<const BatchRow*>(forward.of_block);
-  // each row of threads adds up some of the blocks
+  // each row of threads adds the sums of some blocks
   const unsigned rows = blockDim.x / kBatchNumbers;
   const unsigned r = threadIdx.x / kBatchNumbers, c = threadIdx.x - r * kBatchNumbers;
   if (r < rows) shared.batch[r][c] = add_rows(0, of_block, r, gridDim.x, rows, c);

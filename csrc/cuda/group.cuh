@@ -11,9 +11,9 @@ namespace cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpBits = 5, kWarp = 1 << kWarpBits;
-// The lanes that process a pair of few instances. The four pairs of a warp share the cost of everything that does not depend
-// on the number of instances.
-constexpr int kPartBits = 3, kPart = 1 << kPartBits;
+// The lanes that process a pair of few instances: eight, or four. The pairs of a warp share the cost of everything that does not
+// depend on the number of instances.
+constexpr int kPartBits = 3, kFewLanesBits = 2;
 constexpr int kMaxThreads = 256;
 // Registers per thread, at most: as few as possible without spills. Then many threads are resident, which hides latency.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200

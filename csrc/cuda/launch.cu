@@ -236,17 +236,22 @@ Plan plan_of(const Call& call, int multiprocessors) {
   // A warp reduces faster than a block. With many pairs, warps keep the GPU busy at any length.
   const bool in_warps =
       !side_by_side && (!is_long || (positions <= 128 * kWarp && units >= int64_t{64} * multiprocessors));
-  // Parts of a warp issue less. They need enough pairs to hide latency: four warps on each multiprocessor, or eight if a
-  // thread gets more than 16 instances.
-  const int64_t warps = positions <= kShort ? 4 : 8;
-  const bool in_parts = in_warps && positions <= 64 * kPart && units * kPart >= warps * kWarp * multiprocessors;
+  // Parts of a warp issue less: 2^lane_bits lanes process a pair. There have to be enough pairs to hide latency: four warps on
+  // each multiprocessor, or eight if a lane gets more than 16 instances.
+  const auto has_enough_pairs = [&](int lane_bits) {
+    const int64_t warps = positions <= int64_t{16} << lane_bits ? 4 : 8;
+    return units << lane_bits >= warps * kWarp * multiprocessors;
+  };
+  int lane_bits = kWarpBits;
+  for (const int bits : {kPartBits, kFewLanesBits})
+    if (in_warps && positions <= 64 << bits && has_enough_pairs(bits)) lane_bits = bits;
   int groups = 1;
   if (in_warps) {
     plan.forward_bits = kWarpBits;
-    if (in_parts && first_pass_suffices(call.settings, false)) plan.part_bits = kWarpBits - kPartBits;
+    if (first_pass_suffices(call.settings, false)) plan.part_bits = kWarpBits - lane_bits;
     // As many pairs per block as possible while every multiprocessor gets a block, because a block finalizes its pairs together.
     // A multiprocessor runs four warps as fast as one.
-    groups = kMaxThreads >> kWarpBits;
+    groups = std::min(kMaxThreads >> kWarpBits, static_cast<int>(kSlots) >> plan.part_bits);
     while (groups > 4 && units < static_cast<int64_t>(groups << plan.part_bits) * multiprocessors) groups /= 2;
     plan.threads = groups << kWarpBits;
   } else {
@@ -267,7 +272,7 @@ Plan plan_of(const Call& call, int multiprocessors) {
   // Backward: a thread has up to 64 instances, which share the cost of the numbers of the pair, and fewer if there would
   // be too few blocks. Work items are counted in 32 bits.
   // Backward has no reductions. Classes that lie side by side get as many neighbouring threads as a warp has.
-  plan.backward_bits = in_parts && classes_across(rows, kWarp) == 1 ? kPartBits : plan.forward_bits;
+  plan.backward_bits = in_warps && classes_across(rows, kWarp) == 1 ? lane_bits : plan.forward_bits;
   groups = plan.threads >> plan.backward_bits;
   const uint32_t size = 1u << plan.backward_bits, across = classes_across(rows, size);
   const int64_t strips = rows.bags * ((rows.classes + across - 1) / across);

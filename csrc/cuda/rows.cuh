@@ -165,7 +165,7 @@ SGL_DEVICE_CALL int64_t step_to_instance(SharedAddress<Rows> rows, const bool* m
   return is_instance(rows.object(), mask, first, steps) ? steps.logits : kNoInstance;
 }
 
-// Rows of at most this many positions are short.
+// Rows of at most this many positions are short, unless each thread has a whole run of them.
 constexpr int kShort = 4 * kWarp;
 
 template <class In>
@@ -178,6 +178,7 @@ struct Row {
   int n;  // positions
   bool is_simple, is_adjacent;  // as in Call
   bool is_contiguous;  // simple, with stride 1, and packs lie on 16 bytes
+  bool is_short;
   int width;  // neighbouring positions of a thread: a pack, or 1 in a short row, so that more threads have work
   int whole_packs;  // of all threads together; none in a short row
 
@@ -193,9 +194,10 @@ struct Row {
     is_simple = c.is_simple;
     is_adjacent = c.is_adjacent;
     is_contiguous = is_adjacent && lies_on_16_bytes(x);
-    width = n <= kShort || (is_simple && !is_contiguous) ? 1 : Pack<In>::kSize;
+    is_short = n <= kShort && n < kPacks<In> * Pack<In>::kSize * threads;
+    width = is_short || (is_simple && !is_contiguous) ? 1 : Pack<In>::kSize;
     whole_packs = 0;
-    if (is_simple && n > kShort) whole_packs = is_contiguous ? n / Pack<In>::kSize : n / Pack<In>::kSize & -threads;
+    if (is_simple && !is_short) whole_packs = is_contiguous ? n / Pack<In>::kSize : n / Pack<In>::kSize & -threads;
   }
 
   // Whether the position at these steps from the first one is an instance.
@@ -294,9 +296,9 @@ SGL_DEVICE void for_instances(const Row<In>& row, const Group& group, const F& f
     }
   }
   if constexpr (kTogether > 1) {
-    if (row.is_simple && row.n <= kShort) {
-      // A short row: a thread has at most 16 instances. The threads begin at a multiple of 32 bytes, before the row if that is
-      // none, so that eight of them read one sector at a time.
+    if (row.is_simple && row.is_short) {
+      // A short row: a thread has at most 16 instances. If the row does not begin at a multiple of 32 bytes, the threads begin at
+      // the multiple before it. So eight threads read one sector at a time.
       const int64_t stride = row.rows->dimension[0].logits;
       constexpr uint32_t kSector = 32 / sizeof(In);
       if (row.is_adjacent) p -= static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row.x)) / sizeof(In) % kSector;
