@@ -6,7 +6,7 @@
     python reproduce_figures.py --figure 6 --data cifar10.npz            for a GPU
     python reproduce_figures.py --figure queue --data-dir DIR --workers 1     Figure 4, Figure 5a and the control, below
 
-Figure 4: five losses, and SGL with top-8 pooling, on MNIST-Bags with 10, 50 and 100 instances per bag, over the number
+Figure 4: five losses, and top-8 pooling, on MNIST-Bags with 10, 50 and 100 instances per bag, over the number
 of training bags. Figure 5a: the effect of each part of SGL. Figure 5b: the predictions of networks for single bags.
 Figure 6: CIFAR10-Bags, over the number of dogs in a bag. ``control``: MMM and BIL by their formulas and by the authors'
 code. ``queue`` computes all runs of 4, 5a and the control, in an order that gives useful figures early: first the
