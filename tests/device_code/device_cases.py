@@ -112,6 +112,11 @@ def cases() -> Iterator[Case]:
             yield case(f"short pairs 21x3x{size} {str(dtype)[6:]}", x, y, mask_weight=0.5)
     for size in (129, 300, 512):
         yield case(f"pairs of parts of a warp 34x3x{size}", torch.randn(34, 3, size), labels(34, 3, 0.1, 0.1))
+    for size, bags in ((3, 34), (49, 34), (64, 34), (100, 66), (256, 66)):
+        yield case(f"pairs of four lanes {bags}x3x{size}", torch.randn(bags, 3, size), labels(bags, 3, 0.1, 0.1))
+    for dtype in (torch.bfloat16, torch.float64):
+        x = torch.randn(34, 3, 64).to(dtype)
+        yield case(f"pairs of four lanes 34x3x64 {str(dtype)[6:]}", x, labels(34, 3, 0.1), mask_weight=0.5)
     x, y, mask = torch.randn(21, 3, 50), labels(21, 3, 0.3, 0.2), torch.rand(21, 50) < 0.4
     mask[4] = False
     yield case("short pairs with a mask", x, y, mask=mask, mask_weight=0.5)

@@ -198,6 +198,10 @@ void integer(const std::string& t, bool is_signed) {
   BIN("add." + t, T, kImad, U(x) + U(y))
   BIN("sub." + t, T, kImad, U(x) - U(y))
   BIN("mul.lo." + t, T, kImad, uint64_t(x) * uint64_t(y))
+  if constexpr (sizeof(T) <= 4) {
+    using Wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
+    BIN("mul.hi." + t, T, kImad, Wide(x) * Wide(y) >> 8 * sizeof(T))
+  }
   TRI("mad.lo." + t, T, T, T, kImad, uint64_t(x) * uint64_t(y) + uint64_t(z))
   BIN("div." + t, T, kImad, y == 0 ? T(-1) : T(-1) < 0 && y == T(-1) ? T(U(0) - U(x)) : T(x / y))
   BIN("rem." + t, T, kImad, y == 0 ? x : T(-1) < 0 && y == T(-1) ? T(0) : T(x % y))
@@ -292,6 +296,8 @@ void fill_table() {
   for (const char* t : {"u16", "s16", "b16"}) moves<uint16_t>(t);
   for (const char* t : {"u32", "s32", "b32", "f32"}) moves<uint32_t>(t);
   for (const char* t : {"u64", "s64", "b64", "f64"}) moves<uint64_t>(t);
+  TRI("bfe.u32", uint32_t, uint32_t, uint32_t, kAlu,
+      (y & 255) > 31 ? 0 : (x >> (y & 255)) & ((z & 255) > 31 ? ~0u : (1u << (z & 255)) - 1))
   DEF("mul.wide.s32", kImad)
   for_lanes(m, [&](int l) { put<int64_t>(w, i.d, l, int64_t(get<int32_t>(w, i.a, l)) * get<int32_t>(w, i.b, l)); });
   END DEF("mul.wide.u32", kImad) for_lanes(
