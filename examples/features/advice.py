@@ -116,8 +116,6 @@ def failure_advice(
     changes = []
     if _can_search(settings) and not _searches(settings):
         changes.append(f"find small objects with {' '.join(SEARCH)}")
-    elif _can_search(settings):
-        changes.append(f"try more initial heads (--restarts {2 * settings.restarts})")
     if not many_repeats:
         changes.append("compare other seeds and folds (--repeats 3)")
     changes.append("extract other features (--stages, --cut, larger images)")
