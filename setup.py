@@ -141,7 +141,7 @@ class BuildExtension(build_ext):
         # object files of an earlier build may have other settings, such as CUDA kernels or another torch
         settings = Path(self.build_temp, "settings")
         wanted = repr([(e.sources, e.define_macros, e.include_dirs, e.extra_compile_args) for e in self.extensions])
-        rebuild = self.force or not settings.exists() or settings.read_text() != wanted
+        rebuild = self.force or not settings.exists() or settings.read_text(encoding="utf-8") != wanted
         self.force = True  # build_ext compares times; build_if_changed compares contents instead
         settings.unlink(missing_ok=True)
         compile_some = self.compiler.compile
@@ -162,7 +162,7 @@ class BuildExtension(build_ext):
         self.compiler.compile = compile_all
         super().build_extensions()
         settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(wanted)
+        settings.write_text(wanted, encoding="utf-8")
 
 
 class BuildWheel(bdist_wheel):
@@ -180,7 +180,9 @@ class BuildWheel(bdist_wheel):
 PICTURES = "https://raw.githubusercontent.com/sgl-ops/sgl-ops/main/"
 
 setup(
-    long_description=re.sub(r"(!\[[^]]*\]\()(?!https:)", rf"\g<1>{PICTURES}", Path("README.md").read_text("utf-8")),
+    long_description=re.sub(
+        r"(!\[[^]]*\]\()(?!https:)", rf"\g<1>{PICTURES}", Path("README.md").read_text(encoding="utf-8")
+    ),
     long_description_content_type="text/markdown",
     ext_modules=[
         Extension(

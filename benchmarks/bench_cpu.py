@@ -101,7 +101,11 @@ def measure(shape: tuple[int, int, int], share: float, rounds: int, compiled: bo
 
 def machine() -> dict[str, object]:
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {
@@ -283,7 +287,9 @@ def main() -> None:
     else:
         results = measure_all(rounds, compiled=not args.quick)
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "rounds": rounds, "results": results}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": about, "rounds": rounds, "results": results}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -208,7 +208,9 @@ def main() -> None:
         stored[case.name] = kept(counts)
         print(report(case, counts), flush=True)
     if options.update:
-        COUNTS.write_text(json.dumps({"nvcc": build_device_code.nvcc_version(), "cases": stored}, indent=1) + "\n")
+        COUNTS.write_text(
+            json.dumps({"nvcc": build_device_code.nvcc_version(), "cases": stored}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -487,7 +487,7 @@ def main() -> None:
     if args.json:
         about |= {"clocks (SM, memory), power at the end": clocks, "seconds": seconds}
         text = json.dumps({"machine": about, "rounds": rounds, "results": rows, "targets": targets}, indent=1)
-        args.json.write_text(text + "\n")
+        args.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,6 @@ def profile_training_step(folder: Path, steps: int = 20) -> None:
             for _ in range(steps):
                 train()
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
-        (folder / f"{name}.txt").write_text(table + "\n")
+        (folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
         profiler.export_chrome_trace(str(folder / f"{name}.json"))
         print(f"{steps} training steps with {name}, the map of a 64 x 64 image; {folder / name}.txt and .json\n{table}")

@@ -11,7 +11,6 @@ no network, and the ceiling of the grid. Equal rows are shown once.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.csv_table import content_of, read_rows, row_of, write_rows
+from common.files import read_json
 from common.options import make_parser, message_of
 
 T_IOU = ("0.1", "0.3", "0.5")
@@ -48,7 +48,7 @@ def cell(values: Sequence[float]) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     try:
-        metrics = json.loads(path.read_text())
+        metrics = read_json(path)
         values_of(metrics)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a metrics.json of localize_cxr.py") from None

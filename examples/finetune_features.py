@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from common import options
-from common.files import save_atomically
+from common.files import read_json, save_atomically
 from train_features import keep_settings
 
 
@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Fine-tunes the runs that are not finished, and writes tables and report."""
     import copy
-    import json
     from dataclasses import replace
 
     import torch
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     path = args.run / "settings.json"
     if not path.is_file():
         raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
-    known = json.loads(path.read_text())
+    known = read_json(path)
     settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
     after, before = FeatureBags(Path(known["features"])), FeatureBags(args.before)
     labels = tables.read_labels(

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import os
 import sys
 import types
@@ -36,6 +35,7 @@ from bags.figure_runs import BAGS, DEFAULTS, DEFAULTS_OF, FIGURES, METHODS, QUIC
 from bags.figures import METRICS, draw, draw_examples, write_tables
 from bags.run_table import content_of, merged, read_table, row_of, settings_of, text_of, write_table
 from common.choices import Config
+from common.files import read_json, write_json
 from common.options import default_device, device_name, exit_status, make_parser, next_step
 
 if TYPE_CHECKING:  # torch is imported after the options are read: --help is fast
@@ -144,7 +144,6 @@ def compute(run: Run, args: argparse.Namespace) -> Path:
     from bags.experiment import bags_of, numbers_to_show
     from bags.training import train_run
     from common.environment import commit, machine
-    from common.files import write_json
 
     if args.device == "cpu":
         torch.set_num_threads(1)  # one run per core
@@ -206,10 +205,6 @@ def without_paths(options: list[str]) -> list[str]:
     return [named.get(before, str)(option) for before, option in zip(["", *options], options, strict=False)]
 
 
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
 def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespace) -> None:
     """Computes the runs that are not in ``found``: those of the queue in its order, others by seed and cost."""
     from bags.instances import load_instances
@@ -229,7 +224,7 @@ def compute_all(runs: list[Run], found: Collection[Run], args: argparse.Namespac
     bar = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left{postfix}"
     with Progress(total=1000, bar_format=bar) as progress:
         for run, path in compute_in_workers(compute, missing, args.workers, args):
-            result = read(path)["result"]["last"]
+            result = read_json(path)["result"]["last"]
             progress.update(run.cost / unit)
             progress.write(f"{run.name}: " + ", ".join(f"{name} {result[name]:.3f}" for name in METRICS))
 
@@ -252,12 +247,12 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
     """
     found = {}
     rows = [(row["seed"], settings_of(row), row) for row in read_table(args.table)]
-    kept = read(args.out / SHOWN) if (args.out / SHOWN).exists() else []
+    kept = read_json(args.out / SHOWN) if (args.out / SHOWN).exists() else []
     for run in runs:
         path = args.out / f"{run.name}.json"
         expected = expected_settings(run, args)
         if path.exists():
-            found[run] = content = read(path)
+            found[run] = content = read_json(path)
             settings = settings_of({name: text_of(value) for name, value in content["config"].items()})
             other = differing(settings, expected)
             if other:
@@ -276,14 +271,13 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
 
 def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
     """Adds the runs of the files in ``folders`` to the table, and their data for Figure 5b to the file SHOWN."""
-    from common.files import write_json
 
-    contents = [read(path) for folder in folders for path in sorted(folder.glob("size*.json"))]
+    contents = [read_json(path) for folder in folders for path in sorted(folder.glob("size*.json"))]
     args.table.parent.mkdir(parents=True, exist_ok=True)
     write_table(merged(read_table(args.table), map(row_of, contents)), args.table)
     wanted = parse_arguments(["--figure", "5b", "--data", args.data])
     path = args.table.parent / SHOWN
-    kept = read(path) if path.exists() else []
+    kept = read_json(path) if path.exists() else []
     for run in (Run(method, wanted.sizes[0], wanted.bags[0], 0) for method in wanted.methods):
         for content in contents:
             settings = settings_of({name: text_of(value) for name, value in content["config"].items()})
@@ -322,7 +316,7 @@ def reproduce(args: argparse.Namespace) -> None:
         paths = draw_examples(found, args)
     else:
         paths = [*draw(found, args), *write_tables(found, args)]
-        print((args.out / f"figure{args.figure}.md").read_text())
+        print((args.out / f"figure{args.figure}.md").read_text(encoding="utf-8"))
     print("written:", ", ".join(map(str, paths)))
     next_step(f"open {paths[0]}")
 

@@ -16,13 +16,12 @@ Writes metrics.json, runs.csv, bags.csv, instances.csv and report.html. An inter
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from common import options
 from common.choices import LOSSES, POOLINGS
-from common.files import naming, save_atomically
+from common.files import read_json, save_atomically, write_json
 
 HEADS = ("linear", "mlp", "attention", "gated", "patches")
 #: Options that do not change a result.
@@ -221,13 +220,12 @@ def keep_settings(args: argparse.Namespace, parts: Path) -> None:
     if path.exists() and any(parts.glob("*.npz")):
         if not args.resume:
             raise ValueError(f"out: {args.out} holds runs; pass --resume to continue, or another --out")
-        known = json.loads(path.read_text())
+        known = read_json(path)
         changed = [key for key in settings if key not in FREE and known.get(key) != settings[key]]
         if changed:
             raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
     parts.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        path.write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(settings, path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_rows_round_trip(tmp_path):
     csv_table.write_rows([csv_table.row_of(CONTENT), csv_table.row_of(other)], path)
     assert [csv_table.content_of(row) for row in csv_table.read_rows(path)] == [CONTENT, other]
     assert path.read_text(encoding="utf-8").startswith("row,commit,version,")
-    assert not path.with_suffix(".tmp").exists()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_missing_file_has_no_rows_and_broken_file_is_an_error(tmp_path):

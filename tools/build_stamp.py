@@ -29,9 +29,9 @@ def build_if_changed(target: str, sources: list[str], build: Callable[[], None],
     """
     stamp = Path(f"{target}.sha256")
     wanted = fingerprint(sources, command)  # before the build: a source may change during it
-    if Path(target).exists() and stamp.exists() and stamp.read_text() == wanted:
+    if Path(target).exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return False
     stamp.unlink(missing_ok=True)
     build()
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, encoding="utf-8")
     return True

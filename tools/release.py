@@ -62,7 +62,7 @@ def run(command: Sequence[str | Path], log: Path | None = None, **options: Any) 
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     if result.returncode:
         if log is not None:
-            log.write_text(result.stdout + result.stderr)
+            log.write_text(result.stdout + result.stderr, encoding="utf-8")
         last = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()][-1:]
         raise Wrong(f"{Path(command[0]).name} {' '.join(map(str, command[1:3]))} …: {''.join(last)}")
     return result.stdout
@@ -286,7 +286,7 @@ def main() -> int:
         entries = entries or MATRIX
         rows: dict[str, dict[str, Any]] = {}
         if arguments.resume and RESULT.exists():
-            before = json.loads(RESULT.read_text())
+            before = json.loads(RESULT.read_text(encoding="utf-8"))
             if before["wheel"] == result["wheel"]:
                 rows = {row["asked"]: row for row in before["environments"]}
         result |= {
@@ -303,8 +303,8 @@ def main() -> int:
             print(f"{entry}: {rows[entry]['status']} {rows[entry]['note']}", flush=True)
             if entries is MATRIX or arguments.resume:
                 result["environments"] = [rows[entry] for entry in MATRIX if entry in rows]
-                RESULT.write_text(json.dumps(result, indent=1) + "\n")
-                TABLE.write_text(table(result))
+                RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                TABLE.write_text(table(result), encoding="utf-8")
     found = {row["status"] for row in rows.values()}
     passed = PASSED in found and FAILED not in found
     return int(not (passed and small))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 from pathlib import Path
 from typing import Any
+
+from common.csv_table import write_rows
+from common.files import naming, write_text
 
 from bags.figure_runs import METHODS, QUEUE, Run
 
@@ -36,7 +38,6 @@ def values_of(found: dict[Run, dict[str, Any]], metric: str, **point: Any) -> li
 def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """Draws one row per metric and one column per size. Lines are means; bands show the worst and the best seed."""
     import numpy as np
-    from common.files import naming
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,7 +111,6 @@ def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) ->
 def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
     """Means, worst and best of every point, as Markdown and as CSV."""
     import numpy as np
-    from common.files import naming
 
     axis, axis_title = X_AXIS[args.figure]
     lines = [
@@ -133,10 +133,6 @@ def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> 
             lines.append("| " + " | ".join(cells) + " |")
             rows.append({name: round(float(v), 4) if isinstance(v, float) else v for name, v in row.items()})
     table, numbers = (args.out / f"figure{args.figure}.{kind}" for kind in ("md", "csv"))
-    with naming(table):
-        table.write_text("\n".join(lines) + "\n")
-    with naming(numbers), numbers.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_text("\n".join(lines) + "\n", table)
+    write_rows(rows, numbers)
     return [table, numbers]

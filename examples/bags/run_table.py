@@ -71,7 +71,7 @@ def read_table(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = [name for name in (*FIRST, *METRICS) if name not in (reader.fieldnames or ())]
         if missing:

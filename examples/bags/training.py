@@ -6,7 +6,6 @@ give bitwise the same result, also after an interruption.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from common.choices import Config
-from common.files import load_state, naming, save_atomically
+from common.csv_table import write_rows
+from common.files import load_state, save_atomically
 from common.losses import make_criterion as make_common_criterion
 from common.metrics import auc
 from torch import Tensor, nn
@@ -229,9 +229,4 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_history(histories: dict[int, list[dict[str, Any]]], path: Path) -> None:
     """One row per seed and epoch."""
-    with naming(path), path.open("w", newline="") as file:
-        names = ["seed", *next(iter(histories.values()))[0]]
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for seed, rows in histories.items():
-            writer.writerows({"seed": seed} | row for row in rows)
+    write_rows([{"seed": seed} | row for seed, rows in histories.items() for row in rows], path)

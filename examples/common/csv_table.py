@@ -1,15 +1,14 @@
-"""Tables of runs: converts nested results to CSV files with one row per run, and back."""
+"""CSV files. A table of runs holds one row per run; nested results are converted to a row and back."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import naming
+from common.files import new_file
 
 
 def row_of(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -65,21 +64,23 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def write_rows(rows: Iterable[dict[str, str]], path: Path, columns: Iterable[str] | None = None) -> None:
-    """Writes ``rows``. After a crash, the file is either the old or the new version.
+def write_csv(header: Iterable[str], rows: Iterable[Iterable[Any]], path: Path) -> None:
+    """Writes the cells of ``rows`` under ``header`` by ``new_file``."""
+    with new_file(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, columns: Iterable[str] | None = None) -> None:
+    """Writes ``rows`` by ``new_file``. A column that a row lacks is empty.
 
     Args:
         columns: all columns in their order. Default: the order in which they first occur in the rows.
-
-    Raises:
-        OSError: the file cannot be written; the message names it.
     """
     rows = list(rows)
-    temporary = path.with_suffix(".tmp")
-    with naming(path):
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            names = list(columns or dict.fromkeys(name for row in rows for name in row))
-            writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
+    names = list(columns or dict.fromkeys(name for row in rows for name in row))
+    with new_file(path) as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

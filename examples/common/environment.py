@@ -20,5 +20,5 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())

@@ -1,4 +1,4 @@
-"""Files: checkpoints and JSON, written atomically, and read without executing anything."""
+"""Files: checkpoints, text and JSON. Written atomically, in UTF-8; read without executing anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -44,36 +44,55 @@ def load_state(path: Path, **options: Any) -> dict[str, Any]:
     return state
 
 
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint. Atomic: after a crash or power loss the file is either the old or the new version.
+@contextlib.contextmanager
+def new_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file that becomes ``path`` at the end of the block. Text is UTF-8, and line ends are written as they are.
+
+    After a crash, a power loss or an error in the block, ``path`` is the old file, or missing as before.
 
     Raises:
-        OSError: the file cannot be written; no partial file is left.
+        OSError: the file cannot be written; the message names ``path``, and no partial file is left.
     """
-    import torch
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    # Written to memory first: with a file, torch reports a full disk or Ctrl-C as an unexpected position.
-    content = io.BytesIO()
-    torch.save(state, content)
+    temporary = path.with_name(f"{path.name}.tmp")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
         with naming(path):
-            with temporary.open("wb") as file:
-                file.write(content.getbuffer())
+            with temporary.open(mode, encoding=encoding, newline=newline) as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Writes indented JSON with each list of numbers on one line."""
-    temporary = path.with_suffix(".tmp")
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint by ``new_file``, and creates its folder."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written to memory first: with a file, torch reports a full disk or Ctrl-C as an unexpected position.
+    content = io.BytesIO()
+    torch.save(state, content)
+    with new_file(path, "wb") as file:
+        file.write(content.getbuffer())
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text file by ``new_file``."""
+    with new_file(path) as file:
+        file.write(text)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Writes indented JSON by ``new_file``, with each list of numbers on one line."""
     text = json.dumps(content, indent=1)
-    text = re.sub(r"\[[-+.e\d,\s]*\]", lambda found: " ".join(found[0].split()), text)
-    with naming(path):
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
+    write_text(re.sub(r"\[[-+.e\d,\s]*\]", lambda found: " ".join(found[0].split()), text) + "\n", path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from common.files import naming
+from common.csv_table import write_csv
 
 CLASS = "Platelets"
 MISSING = """{folder}: expected the BCCD data set (364 blood-smear photos, MIT licence). To get it:
@@ -29,7 +29,7 @@ def prepare(data: Path, out: Path) -> Path:
         ValueError: the data are missing. The message says how to get them.
     """
     if (data / "boxes.csv").is_file():
-        with (data / "boxes.csv").open(newline="") as file:
+        with (data / "boxes.csv").open(newline="", encoding="utf-8") as file:
             rows = [{**row, "image": Path(row["image"]).stem} for row in csv.DictReader(file)]
         images = data / "images"
     elif (data / "Annotations").is_dir():
@@ -40,13 +40,10 @@ def prepare(data: Path, out: Path) -> Path:
     split = {row["image"]: row["split"] for row in rows}
     positive = {row["image"] for row in rows if row["class"] == CLASS}
     out.mkdir(parents=True, exist_ok=True)
-    _write(
-        out / "labels.csv",
-        ["bag", CLASS, "split"],
-        [[name, int(name in positive), split[name]] for name in sorted(split)],
-    )
+    bags = ([name, int(name in positive), split[name]] for name in sorted(split))
+    write_csv(["bag", CLASS, "split"], bags, out / "labels.csv")
     columns = ["image", "class", "xmin", "ymin", "xmax", "ymax"]
-    _write(out / "boxes.csv", columns, [[row[c] for c in columns] for row in rows if row["class"] == CLASS])
+    write_csv(columns, ([row[c] for c in columns] for row in rows if row["class"] == CLASS), out / "boxes.csv")
     return images
 
 
@@ -54,7 +51,7 @@ def _annotations(data: Path) -> Iterator[dict[str, str]]:
     split = {
         name: part
         for part in ("train", "val", "test")
-        for name in (data / "ImageSets" / "Main" / f"{part}.txt").read_text().split()
+        for name in (data / "ImageSets" / "Main" / f"{part}.txt").read_text(encoding="utf-8").split()
     }
     for path in sorted((data / "Annotations").glob("*.xml")):
         if path.stem not in split:
@@ -62,10 +59,3 @@ def _annotations(data: Path) -> Iterator[dict[str, str]]:
         for entry in ElementTree.parse(path).getroot().iter("object"):
             box = {tag: entry.findtext(f"bndbox/{tag}") for tag in ("xmin", "ymin", "xmax", "ymax")}
             yield {"image": path.stem, "split": split[path.stem], "class": entry.findtext("name"), **box}
-
-
-def _write(path: Path, header: list[str], rows: list[list]) -> None:
-    with naming(path), path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

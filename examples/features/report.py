@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from common.drawing import FOUND, OPACITY, TRUE, draw_box
-from common.files import naming
+from common.files import write_text
 from matplotlib.figure import Figure
 
 from features.evaluation import boxes_of
@@ -88,12 +88,12 @@ def write_report(
     first = escape(truth.labels.classes[0])
     shown = f"The first positive test {unit}s of {first}{' in each fold' if folds else ''}"
     warned = "".join(f"<p class=warning><strong>Warning:</strong> {escape(text)}</p>" for text in warnings)
-    with naming(folder / "report.html"):
-        (folder / "report.html").write_text(
-            f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
-            f"<h1>Results</h1>{warned}<p>{escape(training)}</p>{found}{table}<ul>{notes}</ul>"
-            f"<h2>{shown}</h2>{_legend(unit)}{figures}"
-        )
+    write_text(
+        f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
+        f"<h1>Results</h1>{warned}<p>{escape(training)}</p>{found}{table}<ul>{notes}</ul>"
+        f"<h2>{shown}</h2>{_legend(unit)}{figures}",
+        folder / "report.html",
+    )
 
 
 def _with_unit(text: str, unit: str) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common.files import naming
+from common.csv_table import write_rows
+from common.files import new_file, write_json
 from images.dataset import refuse_shared_patients
 
 from features.evaluation import auc, auc_interval, best_overlaps, box_intervals, box_metrics, instance_metrics
@@ -76,12 +75,9 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:
-    """Writes the predictions. Atomic: after a crash the file is complete or missing."""
-    temporary = path.with_suffix(".tmp")
-    with naming(path):
-        with temporary.open("wb") as file:
-            np.savez(file, **predictions._asdict())
-        os.replace(temporary, path)
+    """Writes the predictions by ``new_file``."""
+    with new_file(path, "wb") as file:
+        np.savez(file, **predictions._asdict())
 
 
 def load_predictions(path: Path) -> Predictions:
@@ -213,29 +209,24 @@ def write_tables(
     folds: list[dict],
 ) -> None:
     """``metrics.json``, ``runs.csv``, ``folds.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats)."""
-    with naming(folder / "metrics.json"):
-        (folder / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    write_json(_without_nan(result), folder / "metrics.json")
     for name, lines in (("runs.csv", rows), ("folds.csv", folds)):
         if lines:
-            with naming(folder / name), (folder / name).open("w", newline="") as file:
-                columns = list(dict.fromkeys(key for line in lines for key in line))
-                writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
-                writer.writeheader()
-                writer.writerows(lines)
+            write_rows(lines, folder / name)
     whole = [joined(parts) for parts in repeats]
     places: dict[str, list[tuple[Predictions, int]]] = {}
     for predictions in whole:
         for i, name in enumerate(predictions.names.tolist()):
             places.setdefault(name, []).append((predictions, i))
     order = {name: i for i, name in enumerate(labels.names)}
-    with naming(folder / "bags.csv"), (folder / "bags.csv").open("w", newline="") as file:
+    with new_file(folder / "bags.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes])
         for name, found in places.items():
             score = np.mean([p.bags[i] for p, i in found], 0)
             truth = ["" if math.isnan(v) else int(v) for v in labels.values[order[name]]]
             writer.writerow([name, *truth, *(f"{v:.6g}" for v in score)])
-    with naming(folder / "instances.csv"), (folder / "instances.csv").open("w", newline="") as file:
+    with new_file(folder / "instances.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["bag", "instance", "x", "y", *labels.classes])
         for name, found in places.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common.files import naming
+from common.files import naming, new_file, read_json, write_json, write_text
 
 BAGS = ("bag", "instances", "rows", "columns", "height", "width")
 COORDS = np.dtype(np.float32)
@@ -55,7 +55,7 @@ class StoreWriter:
         path = folder / "store.json"
         known = {}
         if path.exists():
-            known = json.loads(path.read_text())
+            known = read_json(path)
             changed = [k for k in settings if known.get("settings", {}).get(k) != settings[k]]
             if changed:
                 raise ValueError(
@@ -78,8 +78,7 @@ class StoreWriter:
         if not self.features:
             self.features = features.shape[1]
             content = {"features": self.features, "dtype": "float16", "settings": self.settings}
-            with naming(self.folder / "store.json"):
-                (self.folder / "store.json").write_text(json.dumps(content, indent=1) + "\n")
+            write_json(content, self.folder / "store.json")
         if features.shape[1] != self.features:
             raise ValueError(f"{name}: expected {self.features} features, got {features.shape[1]}")
         coords = np.zeros((len(features), 2), COORDS) if bag.coords is None else bag.coords.astype(COORDS)
@@ -115,10 +114,8 @@ class FileWriter:
                 if value is not None:
                     file.attrs[key] = value
             file.attrs["settings"] = json.dumps(self.settings)
-        temporary, path = self.folder / f"{name}.tmp", self.folder / f"{name}.h5"
-        with naming(path):
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, path)
+        with new_file(self.folder / f"{name}.h5", "wb") as file:
+            file.write(content.getbuffer())
         self.names.add(name)
 
 
@@ -139,7 +136,7 @@ class FeatureBags:
         self.settings: dict = {}
         self._rows: dict[str, dict] = {}
         if (self.folder / "store.json").exists():
-            content = json.loads((self.folder / "store.json").read_text())
+            content = read_json(self.folder / "store.json")
             self.features, self.settings = content["features"], content["settings"]
             start = 0
             for row in _read_rows(self.folder / "bags.csv"):
@@ -248,16 +245,15 @@ def _read_pt(path: Path) -> Bag:
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """Rows of ``bags.csv``. An incomplete last line is removed from the file."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-        with naming(path):
-            path.write_text(text)
+        write_text(text, path)
     return list(csv.DictReader(text.splitlines()))
 
 
 def _write_line(path: Path, row: tuple, mode: str) -> None:
-    with naming(path), path.open(mode, newline="") as file:
+    with naming(path), path.open(mode, newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerow(row)
         file.flush()
         os.fsync(file.fileno())

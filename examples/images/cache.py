@@ -103,7 +103,7 @@ def _image_or_error(path: Path, size: int, channels: int, fit: str) -> np.ndarra
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """A lock between processes. A killed process releases it."""
-    with path.open("w") as file:
+    with path.open("wb") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

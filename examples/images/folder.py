@@ -7,12 +7,11 @@ and split.csv stores the result.
 
 from __future__ import annotations
 
-import csv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from common.files import naming
+from common.csv_table import write_csv
 
 from images.dataset import (
     Box,
@@ -122,10 +121,7 @@ def parts_of(
     path = tables / SPLIT
     parts = draw_split(patients, seed)
     try:
-        with naming(path), path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "split"])
-            writer.writerows(zip(names, parts, strict=True))
+        write_csv(["image", "split"], zip(names, parts, strict=True), path)
     except OSError as error:
         raise ValueError(
             f"{path}: the split cannot be written ({error.strerror}); copy {LABELS} into a writable folder, and give "

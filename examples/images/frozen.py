@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common.files import read_json
 from features.heads import make_head_pooling
 from features.training import Transform
 from torch import Tensor, nn
@@ -106,14 +106,14 @@ def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features
     if not (features / "names.txt").is_file():
         raise ValueError(f"features: {features} holds no names.txt; frozen_cxr.py extract writes it")
     index = load_index(data_dir, allow_missing=True, tables=tables)
-    names = (features / "names.txt").read_text().split()
+    names = (features / "names.txt").read_text(encoding="utf-8").split()
     number = {name: i for i, name in enumerate(index.names)}
     absent = [name for name in names if name not in number]
     if absent:
         raise ValueError(f"features: {absent[0]} is not among the images of {data_dir}")
     order = np.array([number[name] for name in names])
     settings = features / "settings.json"
-    first = json.loads(settings.read_text())["first"] if settings.is_file() else FIRST
+    first = read_json(settings)["first"] if settings.is_file() else FIRST
     where = {name: i for i, name in enumerate(names)}
     boxes: dict[str, dict[tuple[int, int], list]] = {"nih": {}}
     for name, found in index.boxes.items():
@@ -122,7 +122,7 @@ def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features
                 boxes["nih"].setdefault((where[name], kind), []).append(box)
     if det10 is not None:
         boxes["det10"] = {}
-        with det10.open(newline="") as file:
+        with det10.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["class"] in CLASSES and row["image_index"] in where:
                     x0, y0, x1, y1 = (float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +13,8 @@ from shutil import disk_usage
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.files import naming, write_json
+from common.csv_table import write_rows
+from common.files import naming, read_json, write_json, write_text
 from torch import Tensor
 
 from images.frozen import FIRST, METHODS, evaluate, read_films, reduce_features, train_head
@@ -58,8 +57,7 @@ def extract(args: argparse.Namespace) -> None:
                 print(f"{i} of {len(names)} images", flush=True)
     settings = {"backbone": args.backbone, "stages": args.stages, "image_size": args.image_size, "first": first}
     write_json(settings, args.out / "settings.json")
-    with naming(args.out / "names.txt"):
-        (args.out / "names.txt").write_text("\n".join(names) + "\n")
+    write_text("\n".join(names) + "\n", args.out / "names.txt")
 
 
 def _gray(path: Path) -> Tensor:
@@ -176,7 +174,7 @@ def train(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """films.csv: one row per method, set of boxes and rule of the box, with every seed."""
-    runs = [json.loads(path.read_text()) for path in sorted(args.runs.glob("*.json"))]
+    runs = [read_json(path) for path in sorted(args.runs.glob("*.json"))]
     if not runs:
         raise ValueError(f"runs: {args.runs} holds no run")
     rows = []
@@ -207,10 +205,7 @@ def table(args: argparse.Namespace) -> None:
         row = {"method": "centre box", "boxes": boxes, "count": len(centre)}
         row |= {f"iou_{t}": round(float(np.mean([c[k] for c in centre])), 4) for k, t in enumerate((0.1, 0.3, 0.5))}
         rows.append(row)
-    with naming(args.out), args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, args.out, list(rows[0]))
     print(f"{args.out}: {len(rows)} rows of {len(runs)} runs")
 
 

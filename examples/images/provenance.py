@@ -65,7 +65,7 @@ def trained_patients(run: Path, names: set[str], index: Index) -> set[str]:
     config = load_state(Path(run) / "last.pt", mmap=True)["config"]
     if config.get("dataset") != index.about.kind:
         return set()
-    with (Path(run) / "split.csv").open(newline="") as file:
+    with (Path(run) / "split.csv").open(newline="", encoding="utf-8") as file:
         return {row["patient"] for row in csv.DictReader(file) if row.get("patient")}
 
 
@@ -78,7 +78,7 @@ def trained_names(run: Path) -> set[str]:
     path = Path(run) / "split.csv"
     if not path.is_file():
         raise ValueError(f"run: {run} holds no split.csv, the list of its training images")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = [(row["image"], row["part"]) for row in csv.DictReader(file)]
     config = load_state(Path(run) / "last.pt", mmap=True)["config"]
     own, pretrained = (

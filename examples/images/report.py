@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from common.files import naming
+from common.files import write_text
 from sklearn.metrics import roc_curve
 
 from images import gallery, page, paper
@@ -316,6 +316,5 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
     content = page.page(
         f"{about.title}: classification and localization", lead, *sections, page.section("Settings", *settings)
     )
-    with naming(path):
-        path.write_text(content, encoding="utf-8")
+    write_text(content, path)
     return sentences

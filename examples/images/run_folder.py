@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.files import naming, save_atomically, write_json
+from common.csv_table import write_rows
+from common.files import new_file, save_atomically, write_json, write_text
 
 from images.provenance import PRETRAINED_PART
 from images.sources import Sources
@@ -40,7 +41,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
+    with (out / "lock").open("wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: child processes would keep it
         except (BlockingIOError, PermissionError):
@@ -62,10 +63,9 @@ class RunFolder:
             (out / "best.pt").unlink(missing_ok=True)  # from a training that ended before it wrote last.pt
         out.mkdir(parents=True, exist_ok=True)
         write_json(training.full_config(), out / "config.json")
-        with naming(out / "data.txt"):
-            (out / "data.txt").write_text(sources.report + "\n")
-        with naming(out / "split.csv"), (out / "split.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
+        write_text(sources.report + "\n", out / "data.txt")
+        with new_file(out / "split.csv") as file:
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["image", "part", "patient"])
             writer.writerows(
                 [sources.index.names[n], part, sources.index.patients[n]]
@@ -97,10 +97,7 @@ class RunFolder:
 
 
 def write_history(history: list[dict[str, Any]], path: Path) -> None:
-    with naming(path), path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
+    write_rows(history, path, list(history[0]))
 
 
 def tensorboard(out: Path, epoch: int) -> Any:

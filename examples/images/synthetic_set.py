@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common.files import naming
+from common.files import naming, new_file, write_text
 from common.progress import Progress
 from PIL import Image
 
@@ -123,8 +123,7 @@ def write_dataset(
     with ThreadPoolExecutor(workers) as pool:
         todo = Progress(enumerate(plans), total=len(plans), desc="drawing", unit="image")
         boxes = list(pool.map(draw, todo))
-    with naming(out / DRAWN):
-        (out / DRAWN).write_text("These images are drawn by make_synthetic_cxr.py. They show no patient.\n")
+    write_text("These images are drawn by make_synthetic_cxr.py. They show no patient.\n", out / DRAWN)
     write_tables(out, plans, boxes, np.random.default_rng((seed, TABLES)))
     return plans
 
@@ -133,9 +132,8 @@ def write_tables(
     out: Path, plans: list[Plan], boxes: list[dict[str, tuple[float, float, float, float]]], rng: np.random.Generator
 ) -> None:
     for name, test in ((TRAIN_VAL_LIST, False), (TEST_LIST, True)):
-        with naming(out / name):
-            (out / name).write_text("\n".join(plan.name for plan in plans if plan.test == test))
-    with naming(out / BOXES), (out / BOXES).open("w", newline="") as file:
+        write_text("\n".join(plan.name for plan in plans if plan.test == test), out / name)
+    with new_file(out / BOXES) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(BOX_HEADER)
         for label in BOXED:
@@ -143,7 +141,7 @@ def write_tables(
                 if plan.test and label in found:
                     written = "Infiltrate" if label == "Infiltration" else label
                     writer.writerow([plan.name, written, *found[label]])
-    with naming(out / ENTRIES[0]), (out / ENTRIES[0]).open("w", newline="") as file:
+    with new_file(out / ENTRIES[0]) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(ENTRY_HEADER)
         for plan in plans:

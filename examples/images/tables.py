@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import naming, write_json
+from common.files import new_file, write_json
 
 from images import page
 from images.evaluation import Evaluated
@@ -33,15 +33,15 @@ def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:
     names = truth.class_names
     write_json(without_nan(run.metrics), folder / "metrics.json")
     write_json(without_nan(run.details), folder / "details.json")
-    with naming(folder / "predictions.csv"), (folder / "predictions.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+    with new_file(folder / "predictions.csv") as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "patient", *(f"p_{c}" for c in names), *(f"label_{c}" for c in names)])
         for name, patient, p, y in zip(
             truth.names, truth.patients, run.predictions.probability, truth.labels, strict=True
         ):
             writer.writerow([name, patient, *(f"{v:.6g}" for v in p), *(f"{v:g}" for v in y)])
-    with naming(folder / "boxes.csv"), (folder / "boxes.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+    with new_file(folder / "boxes.csv") as file:
+        writer = csv.writer(file, lineterminator="\n")
         sides = ("x", "y", "w", "h")
         writer.writerow(["image", "patient", "class", "probability", "predicted",
                          *(f"true_{s}" for s in sides), *(f"found_{s}" for s in sides), "iou"])  # fmt: skip
