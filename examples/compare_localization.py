@@ -22,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.files import naming, write_text
+from common.files import write_text
 from common.options import exit_status, make_parser, next_step
 from common.workers import compute_in_workers
 from localization.rows import FIELDS, SEEDS, T_P, Run, rows_of
@@ -94,8 +94,7 @@ def compare(args: argparse.Namespace) -> None:
     if not found:
         raise ValueError(f"out: there is no run in {args.out / 'runs.csv'}")
     table = tables_of(found)
-    with naming(args.out / "localization.md"):
-        write_text(table + "\n", args.out / "localization.md")
+    write_text(table + "\n", args.out / "localization.md")
     draw_maps(found, args.out / "localization.png")
     print(table)
     next_step(f"open {args.out / 'localization.png'}")
