@@ -9,9 +9,10 @@
 Figure 4: five losses, and top-8 pooling, on MNIST-Bags with 10, 50 and 100 instances per bag, over the number
 of training bags. Figure 5a: the effect of each part of SGL. Figure 5b: the predictions of networks for single bags.
 Figure 6: CIFAR10-Bags, over the number of dogs in a bag. ``control``: MMM and BIL by their formulas and by the authors'
-code. ``queue`` computes all runs of 4, 5a and the control, in an order that gives useful figures early: first the
-control, SGL and max pooling with seed 0, then the other losses with seed 0, then the other seeds. Within each of these
-groups, cheap runs come first.
+code. ``start``: max pooling, SGL and top-8 pooling, and both losses after a start with top-k pooling whose k falls from
+half of the bag to 1. ``queue`` computes all runs of 4, 5a and the control, in an order that gives useful figures early:
+first the control, SGL and max pooling with seed 0, then the other losses with seed 0, then the other seeds. Within each
+of these groups, cheap runs come first.
 
 Every run writes one small file into --out. After an interruption, the same command continues. A figure and its table
 show all files in --out and all rows of --table. --collect adds the files to that table.

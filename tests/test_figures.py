@@ -9,7 +9,7 @@ import json
 import pytest
 import reproduce_figures as figures
 import torch
-from bags import plots
+from bags import plots, run_table
 from bags.instances import load_instances
 from common import workers
 
@@ -56,9 +56,23 @@ def test_settings_are_those_of_the_paper():
         "sgl_plain": ["sgl", "max", False, False],
         "sgl_rescaled": ["sgl", "max", True, False],
         "topk": ["bag", "topk", True, True],
+        "falling_k": ["bag", "topk", True, True],
+        "sgl_falling_k": ["sgl", "topk", True, True],
         "mmm_authors": ["mmm_authors", "max", True, True],
         "bil_authors": ["bil_authors", "mean_logits", True, True],
     }
+
+
+def test_start_falls_from_half_of_the_bag_to_one_instance():
+    args = figures.parse_arguments(["--figure", "start"])
+    assert args.methods == ["max", "sgl", "topk", "falling_k", "sgl_falling_k"]
+    starts = {}
+    for method in args.methods:
+        config = figures.config_of(figures.Run(method, 100, 50, 0), args)
+        starts[method] = tuple(config[name] for name in ("k", "k_start", "k_epochs"))
+    assert starts == dict.fromkeys(("max", "sgl", "topk"), (8, 0.0, 0.0)) | dict.fromkeys(
+        ("falling_k", "sgl_falling_k"), (1, 0.5, 150.0)
+    )
 
 
 def test_queue_computes_seed_0_and_cheap_runs_first():
@@ -143,6 +157,14 @@ def test_table_replaces_the_files(tmp_path, capfd):
     assert "4 runs, 0 of them to compute" in capfd.readouterr().out
     assert figures.main([*arguments, "--out", str(results), "--epochs", "2"]) == 0
     assert "4 runs, 4 of them to compute" in capfd.readouterr().out
+
+
+def test_a_row_without_k_is_a_run_without_a_start():
+    older = {"method": "topk", "seed": "0", "loss": "bag", "pooling": "topk", "k": "", "auc": "0.5"}
+    now = older | {"k": "8", "k_start": "0.0", "k_epochs": "0.0"}
+    assert run_table.settings_of(older) == run_table.settings_of(now)
+    start = now | {"k_start": "0.5", "k_epochs": "150.0"}
+    assert len(run_table.merged([older], [now, start])) == 2
 
 
 @pytest.mark.examples

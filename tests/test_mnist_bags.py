@@ -251,6 +251,39 @@ def test_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, los
     assert example.main([*SMALL, *options, "--resume", "--lam", "2"]) == 2  # resuming needs the same settings
 
 
+START = ["--runs", "1", "--loss", "sgl", "--pooling", "topk", "--k", "1", "--k-start", "0.5", "--epochs", "6"]
+
+
+def test_k_falls_to_its_final_value_before_the_instance_loss_begins(tmp_path, monkeypatch):
+    seen = []
+
+    def noted(model, criterion, *rest, train_epoch=training.train_epoch):
+        seen.append((criterion.pooling.k, criterion.lam))
+        return train_epoch(model, criterion, *rest)
+
+    monkeypatch.setattr(training, "train_epoch", noted)
+    run(tmp_path / "half", *START)
+    # half of the 6 instances, 3 * 3^(-t / 3) in epoch t, then 1
+    assert seen == [(3, 0.0), (2, 0.0), (1, 0.0), (1, 1.0), (1, 1.0), (1, 1.0)]
+    seen.clear()
+    run(tmp_path / "one", *START, "--k-epochs", "1.5", "--lam", "2")
+    assert seen == [(3, 0.0), (1, 0.0), *4 * [(1, 2.0)]]
+    seen.clear()
+    run(tmp_path / "off", "--runs", "1", "--loss", "sgl", "--pooling", "topk", "--k", "2", "--epochs", "2")
+    assert seen == 2 * [(2, 1.0)]
+
+
+def test_a_checkpoint_without_k_can_be_continued(tmp_path):
+    given = ["--loss", "sgl", "--epochs", "2"]
+    expected = run(tmp_path, *given)
+    path = tmp_path / "seed0.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"] = {name: value for name, value in state["config"].items() if name not in options.OLDER}
+    torch.save(state, path)
+    assert run(tmp_path, *given, "--resume")["runs"] == expected["runs"]
+    assert example.main([*SMALL, *given, "--out", str(tmp_path), "--resume", "--k", "3"]) == 2
+
+
 def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert example.main([*SMALL, "--dry-run"]) == 0
@@ -263,7 +296,11 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     [
         ["--bags", "0"], ["--bag-size", "0"], ["--delta-l", "0.7"], ["--lam", "-1"], ["--loss", "hinge"],
         ["--loss", "mmm", "--pooling", "mean"], ["--resume"], ["--positives", "51"],
-        ["--positives", "2", "--bag-std", "1"],
+        ["--positives", "2", "--bag-std", "1"], ["--k", "0"], ["--k-start", "0.5"],
+        ["--loss", "bag", "--k-start", "0.5"], ["--loss", "bag", "--pooling", "topk", "--k-start", "1"],
+        ["--loss", "bag", "--pooling", "topk", "--k-epochs", "2"],
+        ["--loss", "bag", "--pooling", "topk", "--k-start", "0.5", "--k-epochs", "0"],
+        ["--loss", "bag", "--pooling", "topk", "--k-start", "0.5", "--k-epochs", "301", "--data", "mnist"],
     ],
 )  # fmt: skip
 def test_invalid_options_are_errors(options):
@@ -303,13 +340,15 @@ def test_real_mnist_is_read(data_dir, tmp_path):
     assert abs(float(data.train_images.std()) - 1) < 1e-3
 
 
+@pytest.mark.parametrize("lam", [None, 0.0, 1.0])
 @pytest.mark.parametrize("pooling", ["max", "topk", "mean"])
-def test_backward_computes_only_instances_with_a_gradient(pooling):
+def test_backward_computes_only_instances_with_a_gradient(pooling, lam):
+    """``lam``: of SGL; None for the bag loss."""
     data = instances.load_instances("digits", "")
     rng = np.random.default_rng(0)
     drawn = draw_bags(np.arange(200), data.train_classes == 9, 12, 30, 3, rng)  # images repeat between bags
     model = networks.LeNet()
-    criterion = sgl_ops.BagLoss(pooling)
+    criterion = sgl_ops.BagLoss(pooling) if lam is None else sgl_ops.SGLLoss(lam=lam, pooling=pooling)
     loss = criterion(model(data.train_images[drawn.index])[:, 0], drawn.labels, offsets=drawn.offsets)
     loss.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
@@ -320,7 +359,7 @@ def test_backward_computes_only_instances_with_a_gradient(pooling):
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
     unique = len(drawn.index.unique())
-    if pooling == "mean":
+    if pooling == "mean" or lam:
         assert seen == [(True, unique)]
     else:
         few = 12 * (1 if pooling == "max" else 8)

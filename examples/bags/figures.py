@@ -12,12 +12,12 @@ from common.files import naming, write_text
 
 from bags.figure_runs import METHODS, QUEUE, Run
 
-X_AXIS = dict.fromkeys(QUEUE, ("bags", "training bags")) | {"6": ("positives", "positive instances")}
+X_AXIS = dict.fromkeys((*QUEUE, "start"), ("bags", "training bags")) | {"6": ("positives", "positive instances")}
 LABELS_5A = {"sgl": "+ weighting (SGL)"}
 COLOURS = {
     "sgl": "#d55e00", "max": "#0072b2", "mean": "#009e73", "mmm": "#cc79a7", "bil": "#e69f00",
     "sgl_plain": "#999999", "sgl_rescaled": "#56b4e9", "topk": "#000000", "mmm_authors": "#7f3f66",
-    "bil_authors": "#7a5200",
+    "bil_authors": "#7a5200", "falling_k": "#0b5d3b", "sgl_falling_k": "#8b1a1a",
 }  # fmt: skip
 METRICS = {"auc": "AUC of bags", "iou": "IoU, mean over bags", "iou_pooled": "IoU, pooled over 64 bags"}
 

@@ -19,8 +19,10 @@ DEFAULT_POOLING = {
 #: The settings that decide a result. They must not change when a run is resumed.
 RESUME_KEYS = (
     "data", "target", "bag_size", "bag_std", "positives", "bags", "val_bags", "test_bags", "epochs", "batch_size", "lr",
-    "weight_decay", "val_every", "loss", "pooling", "delta_l", "lam", "rescale", "weighted",
+    "weight_decay", "val_every", "loss", "pooling", "k", "k_start", "k_epochs", "delta_l", "lam", "rescale", "weighted",
 )  # fmt: skip
+#: Settings that older runs do not hold, with the value that they had.
+OLDER = {"k": 8, "k_start": 0.0, "k_epochs": 0.0}
 
 
 def make_parser(description: str, hints: Mapping[str, str] | None = None, **defaults: Any) -> argparse.ArgumentParser:
@@ -51,6 +53,13 @@ def make_parser(description: str, hints: Mapping[str, str] | None = None, **defa
     group = parser.add_argument_group("loss")
     add("loss", kind=str, choices=(*LOSSES, *AUTHORS_LOSSES), text="loss (both sgl, and bag with max pooling)")
     add("pooling", kind=str, choices=POOLINGS, text="pooling (sgl, bag: max; bil: mean)")
+    add("k", text="topk: instances of a bag whose logits are averaged")
+    add(
+        "k-start",
+        kind=float,
+        text="topk: k at the beginning, as a fraction of --bag-size; 0: off. lam is 0 while k falls",
+    )
+    add("k-epochs", kind=float, text="with --k-start: epochs in which k falls to --k (half of --epochs)")
     add("delta-l", kind=float, text="threshold of the ternary targets, in [0, 0.5]")
     add("lam", kind=float, text="weight of the instance loss")
     group.add_argument("--no-rescale", action="store_true", help="theta = p instead of Eq. 5")
@@ -74,7 +83,7 @@ def make_parser(description: str, hints: Mapping[str, str] | None = None, **defa
 #: The settings that the two experiments of the paper share.
 COMMON = {
     "data_dir": "data", "bag_size": 50.0, "bag_std": 0.0, "batch_size": 64, "weight_decay": 1e-4, "val_every": 1,
-    "delta_l": 0.3, "lam": 1.0, "seed": 0,
+    "k": 8, "k_start": 0.0, "delta_l": 0.3, "lam": 1.0, "seed": 0,
 }  # fmt: skip
 
 
@@ -94,6 +103,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error(f"--delta-l, --lam: expected 0 to 0.5 and finite >= 0, got {args.delta_l} and {args.lam}")
     if args.loss in ("mmm", *AUTHORS_LOSSES) and args.pooling:
         parser.error(f"--pooling: expected none, because {args.loss} has fixed poolings, got {args.pooling}")
+    if args.k < 1 or not 0 <= args.k_start < 1:
+        parser.error(f"--k, --k-start: expected at least 1, and 0 to below 1, got {args.k} and {args.k_start:g}")
+    if args.k_start and (args.pooling != "topk" or not args.loss):
+        parser.error("--k-start: expected --loss and --pooling topk")
+    if args.k_epochs is None:
+        args.k_epochs = args.epochs / 2 if args.k_start else 0.0
+    if not 0 <= args.k_epochs <= args.epochs or (args.k_epochs > 0) != (args.k_start > 0):
+        parser.error(f"--k-epochs: expected above 0 and at most --epochs with --k-start only, got {args.k_epochs:g}")
     if args.resume and args.out is None:
         parser.error("--resume: expected --out, the folder of the run to continue")
     args.device = args.device or default_device()

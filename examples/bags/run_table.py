@@ -16,6 +16,7 @@ from typing import Any
 from common.csv_table import write_rows
 
 from bags.metrics import METRICS
+from bags.options import OLDER
 
 Row = dict[str, str]
 
@@ -46,9 +47,10 @@ def row_of(content: dict[str, Any]) -> Row:
 
 
 def settings_of(row: Row) -> Row:
-    """The settings of a row that decide its result, by name."""
+    """The settings of a row that decide its result, by name. Settings that an older row lacks have their value then."""
     decided = {name: cell for name, cell in row.items() if name not in (*FIRST, *LAST, *WITHOUT_EFFECT)}
-    return {name: cell for name, cell in decided.items() if cell}
+    older = {name: text_of(value) for name, value in OLDER.items()}
+    return older | {name: cell for name, cell in decided.items() if cell}
 
 
 def content_of(row: Row) -> dict[str, Any]:

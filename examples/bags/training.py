@@ -16,6 +16,7 @@ import torch
 from common.choices import Config
 from common.csv_table import write_rows
 from common.files import load_state, save_atomically
+from common.losses import k_at, pooling_of
 from common.losses import make_criterion as make_common_criterion
 from common.metrics import auc
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from tqdm import tqdm
 from bags.authors_losses import AUTHORS_LOSSES
 from bags.drawing import Bags, take
 from bags.metrics import METRICS, iou, iou_pooled
-from sgl_ops import BagLoss
-from sgl_ops.pooling import MaxPooling, TopKPooling, make_pooling
+from bags.options import OLDER
+from sgl_ops import BagLoss, SGLLoss
+from sgl_ops.pooling import MaxPooling, TopKPooling
 
 
 def make_criterion(config: Config) -> nn.Module:
@@ -57,9 +59,18 @@ def instance_logits(model: nn.Module, images: Tensor, index: Tensor) -> Tensor:
         return forward(model, images, unique)[where]
 
 
-def measure(logits: Tensor, bags: Bags, pooling: str) -> dict[str, float]:
+def set_progress(criterion: nn.Module, config: Config, epochs: int) -> None:
+    """Sets k of top-k pooling, and lam, for the next epoch after ``epochs`` epochs. lam is 0 while k falls."""
+    if not config["k_start"]:
+        return
+    criterion.pooling.k = k_at(config, config["k"], round(config["bag_size"]), epochs)
+    if isinstance(criterion, SGLLoss):
+        criterion.lam = config["lam"] if epochs >= config["k_epochs"] else 0.0
+
+
+def measure(logits: Tensor, bags: Bags, pooling: nn.Module) -> dict[str, float]:
     """AUC of the bags and both IoUs of their instances at p > 0.5, from instance logits (T,)."""
-    scores = make_pooling(pooling)(logits, offsets=bags.offsets)
+    scores = pooling(logits, offsets=bags.offsets)
     found, positive, offsets = (x.cpu().numpy() for x in (logits > 0, bags.positive, bags.offsets))
     return {
         "auc": auc(scores.cpu().numpy(), bags.labels.cpu().numpy()),
@@ -99,7 +110,8 @@ def backward(model: nn.Module, criterion: nn.Module, images: Tensor, batch: Bags
         loss.backward()
         return float(loss.detach())
     unique, where = batch.index.unique(return_inverse=True)
-    few = isinstance(criterion, BagLoss) and isinstance(criterion.pooling, (MaxPooling, TopKPooling))
+    bag_loss = isinstance(criterion, BagLoss) or (isinstance(criterion, SGLLoss) and criterion.lam == 0)
+    few = bag_loss and isinstance(criterion.pooling, (MaxPooling, TopKPooling))
     with torch.set_grad_enabled(not few):
         logits = forward(model, images, unique)
     if not few:
@@ -143,15 +155,16 @@ def train_run(
     torch.manual_seed(seed)
     device = bags["train"].labels.device
     model = make_model().to(device)
-    criterion = make_criterion(config).to(device)
+    criterion, pooling = make_criterion(config).to(device), pooling_of(config)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config["lr"], betas=(0.9, 0.999), weight_decay=config["weight_decay"]
     )
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "seconds": 0.0, "cpu_seconds": 0.0}
     if resume and checkpoint.exists():
         state = load_state(checkpoint)
-        if state["config"] != config:
-            different = [key for key in config if state["config"].get(key) != config[key]]
+        stored = OLDER | state["config"]
+        if stored != config:
+            different = [key for key in config if stored.get(key) != config[key]]
             raise ValueError(f"resume: {checkpoint} was trained with another {', '.join(different)}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -171,13 +184,14 @@ def train_run(
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(bags["train"].labels), generator=generator).to(device)
         model.train()
+        set_progress(criterion, config, epoch - 1)
         loss = train_epoch(model, criterion, optimizer, images["train"], bags["train"], config["batch_size"], order)
         row = {"epoch": epoch, "loss": loss} | dict.fromkeys(("val_loss", *(f"val_{name}" for name in METRICS)))
         if epoch % config["val_every"] == 0 or epoch == config["epochs"]:
             model.eval()
             logits = instance_logits(model, images["val"], bags["val"].index)
             val_loss = float(criterion(logits, bags["val"].labels, offsets=bags["val"].offsets))
-            validation = measure(logits, bags["val"], config["pooling"])
+            validation = measure(logits, bags["val"], pooling)
             row |= {"val_loss": val_loss} | {f"val_{k}": v for k, v in validation.items()}
             best_score = (validation["auc"], -val_loss)
             if state["best"] is None or best_score > tuple(state["best"]["merit"]):
@@ -202,14 +216,14 @@ def train_run(
     progress.close()
     model.eval()
     entry = {"seed": seed, "epoch": state["epoch"]}
-    entry["last"] = measure(instance_logits(model, images["test"], bags["test"].index), bags["test"], config["pooling"])
+    entry["last"] = measure(instance_logits(model, images["test"], bags["test"].index), bags["test"], pooling)
     entry["best_val"] = dict(entry["last"])
     if state["best"]["epoch"] != state["epoch"]:
         best = make_model().to(device)
         best.load_state_dict(state["best"]["model"])
         best.eval()
         logits = instance_logits(best, images["test"], bags["test"].index)
-        entry["best_val"] = measure(logits, bags["test"], config["pooling"])
+        entry["best_val"] = measure(logits, bags["test"], pooling)
     entry["best_val"] |= {"epoch": state["best"]["epoch"], "validation_auc": state["best"]["merit"][0]}
     return entry, state["history"], model
 

@@ -9,7 +9,15 @@ from torch import nn
 
 from common.choices import LOSSES, Config
 from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, TopKSchedule
-from sgl_ops.pooling import POOLINGS
+from sgl_ops.pooling import POOLINGS, TopKPooling
+
+
+def pooling_of(config: Config) -> nn.Module:
+    """The pooling of a configuration. Top-k pooling has the k of the end of the training."""
+    pooling = config["pooling"]
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    return TopKPooling(config["k"]) if pooling == "topk" and "k" in config else POOLINGS[pooling]()
 
 
 def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
@@ -17,9 +25,7 @@ def make_criterion(config: Config, process_group: Any = None) -> nn.Module:
 
     The other losses only divide by the number of bags and classes, which is the same in every process.
     """
-    pooling = config["pooling"]
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    pooling = pooling_of(config)
     if config["loss"] == "sgl":
         return SGLLoss(
             delta_l=config["delta_l"],
