@@ -75,12 +75,12 @@ struct Pair {
 };
 
 SGL_HD Pair nonfinite_pair(const Sums& s) {
-  // The loss is NaN for all weights of the terms. The denominators of the other pairs count this pair.
+  // Every term is NaN. The denominators of the other pairs count this pair.
   // Constant indices only: a dynamic index would move these arrays to local memory.
   Pair b = {};
   b.kind = s.kind;
   b.weight = 1;
-  b.bag_logit = b.bag_loss = nan_of(double());
+  b.bag_logit = b.bag_loss = b.mask = nan_of(double());
   b.loss[0] = s.positive ? 0.0 : b.bag_loss;
   b.loss[1] = s.positive ? b.bag_loss : 0.0;
   b.count[0] = s.positive ? 0 : s.n;

@@ -77,8 +77,8 @@ def _same_bags(features: Any, offsets: Tensor) -> Tensor:
     return features.values()  # type: ignore[no-any-return]
 
 
-def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offsets: Tensor | None) -> None:
-    """Checks types, shapes and devices of a call, not its values. A pooling has ``targets=None``."""
+def check_instances(logits: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[int, int]:
+    """(bags, classes) of a call of a pooling. Checks types, shapes and devices, not the values."""
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits: expected float32, float64, float16 or bfloat16, got {logits.dtype}")
     shape, dims = logits.shape, logits.dim()
@@ -109,8 +109,12 @@ def check_call(logits: Tensor, targets: Tensor | None, mask: Tensor | None, offs
                 raise TypeError(f"mask: expected torch.bool (True = real instance), got {mask.dtype}")
     if bags == 0 or classes == 0:
         raise ValueError(f"logits: expected at least one bag and one class, got shape {tuple(shape)}")
-    if targets is None:
-        return
+    return bags, classes
+
+
+def check_call(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None) -> None:
+    """Checks types, shapes and devices of a call of a loss, not the values."""
+    bags, classes = check_instances(logits, mask, offsets)
     _check_side("targets", targets, logits)
     if targets.dtype not in TARGET_DTYPES:
         raise TypeError(f"targets: expected bool, integer or floating, got {targets.dtype}")
@@ -299,8 +303,12 @@ def check_impl(impl: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    if not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+    try:
+        if not hasattr(value, "__float__"):
+            raise TypeError
+        float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor with several elements
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
 
 
 def check_class_vector(name: str, value: Tensor, classes: int, logits: Tensor) -> None:

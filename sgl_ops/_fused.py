@@ -231,6 +231,8 @@ def _operands(settings: SGLSettings, operation: tuple[int, float, int], traced: 
         operands = Operands(of(_OF_FORWARD), of(_OF_BACKWARD))
         if traced:
             return operands
+        if len(settings.operands) >= 16:  # the parameter of the pooling changes from step to step
+            settings.operands.clear()
         settings.operands[operation] = operands
     return settings.operands[operation]  # type: ignore[no-any-return]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -25,6 +26,19 @@ def check_group(group: Group) -> None:
             f"process_group: expected None or a torch.distributed.ProcessGroup that this process is a member of "
             f"(torch.distributed.group.WORLD is the default one), got {type(group).__name__}"
         )
+
+
+class SharesGroup:
+    """An object with a process group. Its copies share the group, which cannot be copied."""
+
+    process_group: Group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self.process_group)] = self.process_group
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 def size_of(group: Group) -> int:

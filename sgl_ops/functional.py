@@ -94,7 +94,7 @@ class SelfGuidance(NamedTuple):
         targets: M of Eq. 6, in the layout of the logits: 0, 1, or theta in between.
         part: int8, in the layout of the logits: 0 negative, 1 ambiguous, 2 positive, -1 not counted (M = 0 there).
         alpha: confidence of Eq. 8, max p - median p with the lower median: (N, C), or (N,) if the logits have no
-            class axis. 1 for a negative (bag, class) pair, NaN for a pair that is not counted.
+            class axis. 1 for a negative (bag, class) pair, NaN for a pair with an unknown label or without instances.
         weight: w = 2^(alpha - 1) of Eq. 7, in the shape of ``alpha``.
     """
 
@@ -176,6 +176,8 @@ def sgl_total_and_terms(
     if group is not None:
         check_group(group)
     logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, settings.check)
+    if settings.has_tensor_weights:
+        settings.check_tensors()
     fused = settings.guide is None and _use_fused(settings.impl, logits)
     if class_weight is not None or pos_weight is not None:
         classes = 1 if logits.dim() == (2 if offsets is None else 1) else logits.shape[1]

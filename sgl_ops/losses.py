@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._checks import check_impl, class_vector, explains_arguments
-from ._ranks import Group, check_group
+from ._ranks import Group, SharesGroup, check_group
 from .functional import SGLTerms
 from .pooling import pooling_of_loss
 from .settings import NAMES, SGLSettings, settings_of, takes_settings
@@ -19,20 +18,7 @@ from .settings import NAMES, SGLSettings, settings_of, takes_settings
 __all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
 
 
-class _Loss(nn.Module):
-    """A module that may hold a process group, which its copies share."""
-
-    process_group: Group
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
-        memo[id(self.process_group)] = self.process_group
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-
-class SGLLoss(_Loss):
+class SGLLoss(SharesGroup, nn.Module):
     r"""The Self-Guiding Loss (Seibold et al., ACCV 2020). It learns from bag labels which instances are positive.
 
     For a bag of instances with logits :math:`x_j`, probabilities :math:`p_j = \sigma(x_j)` and a label y per class:
@@ -103,11 +89,7 @@ class SGLLoss(_Loss):
         **changes: Any,
     ):
         super().__init__()
-        self._settings = settings_of(settings, changes)
-        for name in NAMES:
-            value = getattr(self._settings, name)
-            if isinstance(value, nn.Parameter):
-                self._parameters[name] = value
+        self._hold(settings_of(settings, changes))
         self.pooling = pooling_of_loss(pooling)
         self.register_buffer("class_weight", class_vector("class_weight", class_weight, zero=True))
         self.register_buffer("pos_weight", class_vector("pos_weight", pos_weight, zero=False))
@@ -120,21 +102,32 @@ class SGLLoss(_Loss):
         learned: dict[str, Any] = self._parameters
         return replace(self._settings, **learned) if learned else self._settings
 
+    def _hold(self, settings: SGLSettings) -> None:
+        """Sets the settings. Learned ones are parameters; in ``_settings``, the default stands for them."""
+        learned = {name: value for name, value in vars(settings).items() if isinstance(value, nn.Parameter)}
+        self._settings = replace(settings, **{name: getattr(SGLSettings, name) for name in learned})
+        for name in NAMES:
+            self._parameters.pop(name, None)
+        self._parameters.update(learned)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "settings":
-            for setting in NAMES:
-                setattr(self, setting, getattr(value, setting))
+            if not isinstance(value, SGLSettings):
+                raise TypeError(f"settings: expected an SGLSettings, got {type(value).__name__}")
+            self._hold(value)
         elif name in NAMES:
-            self._settings = replace(self._settings, **{name: value})
-            self._parameters.pop(name, None)
-            if isinstance(value, nn.Parameter):
-                self._parameters[name] = value
+            kept = {other: learned for other, learned in self._parameters.items() if other != name}
+            self._hold(replace(self._settings, **{name: value}))
+            self._parameters.update(kept)
         else:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         # called for names that are no attribute of the object or its class: settings, parameters, buffers, modules
-        return getattr(self.settings, name) if name in NAMES else super().__getattr__(name)
+        held = self.__dict__
+        if name in NAMES and name not in held["_parameters"]:
+            return getattr(held["_settings"], name)
+        return super().__getattr__(name)
 
     def forward(
         self,
@@ -183,7 +176,7 @@ class SGLLoss(_Loss):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in NAMES)
 
 
-class BagLoss(_Loss):
+class BagLoss(SharesGroup, nn.Module):
     r"""The bag loss alone: mean over bags and classes with a known label of :math:`BCE(P, y)` (Eq. 3, 4).
 
     Args:
@@ -246,7 +239,7 @@ class BagLoss(_Loss):
         )  # fmt: skip
 
 
-class BILLoss(_Loss):
+class BILLoss(SharesGroup, nn.Module):
     r"""The bag-instance loss of Zhou et al. 2017.
 
     The targets of the instances are their own rounded probabilities (0 in a negative bag):
@@ -301,7 +294,7 @@ class BILLoss(_Loss):
         )  # fmt: skip
 
 
-class MMMLoss(_Loss):
+class MMMLoss(SharesGroup, nn.Module):
     r"""The min-mean-max loss of Morfi & Stowell 2018, averaged over bags and classes with a known label:
 
     :math:`(BCE(\max p, y) + BCE(\min p, 0) + BCE(\mathrm{mean}\, p, y / 2)) / 3`.

@@ -57,7 +57,7 @@ from torch import Tensor, nn
 
 from . import _fused
 from ._bags import Bags, bags_of
-from ._checks import check_call, check_features, check_number, unnest
+from ._checks import check_features, check_instances, check_number, unnest
 from ._tracing import is_compiled, is_scripted, is_transformed
 
 __all__ = [
@@ -95,7 +95,7 @@ class Pooling(nn.Module):
         The C++ operators compute them where they can. Their second derivative is an error; :meth:`reference` has one.
         """
         logits, offsets, features = unnest(logits, mask, offsets, features)
-        check_call(logits, None, mask, offsets)
+        check_instances(logits, mask, offsets)
         code, parameter = _fused.code_of(self)
         if code == _fused.EXTERNAL or logits.device.type not in _fused.DEVICES or is_transformed():
             return self.reference(logits, mask=mask, offsets=offsets, features=features)
@@ -115,7 +115,7 @@ class Pooling(nn.Module):
     ) -> Tensor:
         """The same result as a call, in plain PyTorch: for every device and every derivative."""
         logits, offsets, features = unnest(logits, mask, offsets, features)
-        check_call(logits, None, mask, offsets)
+        check_instances(logits, mask, offsets)
         bags = bags_of(logits, mask, offsets)
         z = self.pool(bags, bags.propagate_nonfinite(bags.instances(logits)), features)
         return bags.bag_logits(torch.where(bags.size > 0, z, torch.nan))
@@ -193,7 +193,17 @@ class TopKPooling(Pooling):
 
     def __init__(self, k: int | float = 8):
         super().__init__()
-        self.k = check_places("k", k)
+        self.k = k
+
+    @property
+    def k(self) -> int | float:
+        """The argument. It may be changed between steps."""
+        return int(self._places) if self._places >= 1 else self._places
+
+    @k.setter
+    def k(self, k: int | float) -> None:
+        # a float, because torch.compile makes a new graph for each value of an int
+        self._places = float(check_places("k", k))
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         k = self.places(bags.size)
@@ -206,14 +216,20 @@ class TopKPooling(Pooling):
 
     def places(self, size: Tensor) -> Tensor:
         """The number of averaged instances in bags of ``size`` instances: int64, 0 for an empty bag."""
-        if isinstance(self.k, int):
-            return size.clamp(max=self.k)
-        part, whole = int(self.k * 2**30), 2**30  # integers: the same count on every device
-        return torch.minimum(size, ((part * size + whole - 1) // whole).clamp(min=1))
+        whole = 2**30
+        if is_compiled():
+            # a tensor, because torch.compile makes a new graph for each value of an int
+            part = (torch.zeros((), dtype=torch.float64, device="cpu") + self._places * whole).long().to(size.device)
+            number = part // whole if self._places >= 1 else (part * size + whole - 1) // whole
+            return torch.minimum(size, number.clamp(min=1))
+        if self._places >= 1:
+            return size.clamp(max=int(self._places))
+        share = int(self._places * whole)  # integers: the same count on every device
+        return torch.minimum(size, ((share * size + whole - 1) // whole).clamp(min=1))
 
     @property
     def operator_parameter(self) -> float:
-        return float(self.k)
+        return self._places
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
@@ -228,7 +244,16 @@ class LSEPooling(Pooling):
 
     def __init__(self, r: float = 10.0):
         super().__init__()
-        self.r = _positive("r", r)
+        self.r = r
+
+    @property
+    def r(self) -> float:
+        """The argument. It may be changed between steps."""
+        return self._r
+
+    @r.setter
+    def r(self, r: float) -> None:
+        self._r = _positive("r", r)
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         # P from mean(e^(rp) - 1) keeps its relative accuracy near 0, Q = 1 - P from mean(1 - e^(-rq)) near 1.
@@ -278,19 +303,25 @@ class GeneralizedMeanPooling(Pooling):
 
     def __init__(self, r: float = 1.0, *, num_classes: int | None = None):
         super().__init__()
-        self.start = _positive("r", r)
+        self._r = _positive("r", r)
         self.log_r = (
-            None if num_classes is None else nn.Parameter(torch.full((_classes(num_classes),), math.log(self.start)))
+            None if num_classes is None else nn.Parameter(torch.full((_classes(num_classes),), math.log(self._r)))
         )
 
     @property
     def r(self) -> float | Tensor:
-        """The exponent: a number where it is fixed, (C,) where it is learned."""
-        return self.start if self.log_r is None else torch.exp(self.log_r)
+        """The exponent: a number, which may be changed between steps, or (C,) if it is learned."""
+        return torch.exp(self.log_r) if self.log_r is not None else self._r
+
+    @r.setter
+    def r(self, r: float) -> None:
+        if self.log_r is not None:
+            raise ValueError("r: expected no assignment, because r is learned; change log_r")
+        self._r = _positive("r", r)
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         if self.log_r is None:
-            r = x.new_zeros(x.shape[1]) + self.start
+            r = x.new_zeros(x.shape[1]) + self._r
             log_r = torch.log(r)
         else:
             _match_classes("log_r", self.log_r, x)
@@ -311,10 +342,10 @@ class GeneralizedMeanPooling(Pooling):
 
     @property
     def operator_parameter(self) -> float | None:
-        return self.start if self.log_r is None else None  # a learned exponent
+        return self._r if self.log_r is None else None  # a learned exponent
 
     def extra_repr(self) -> str:
-        return f"r={self.start}" if self.log_r is None else f"num_classes={self.log_r.shape[0]}"
+        return f"r={self._r}" if self.log_r is None else f"num_classes={self.log_r.shape[0]}"
 
 
 class AutoPooling(Pooling):
@@ -329,6 +360,9 @@ class AutoPooling(Pooling):
 
     def __init__(self, num_classes: int, a: float = 1.0):
         super().__init__()
+        check_number("a", a)
+        if not math.isfinite(a):
+            raise ValueError(f"a: expected finite, got {a}")
         self.a = nn.Parameter(torch.full((_classes(num_classes),), float(a)))
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
@@ -485,6 +519,10 @@ def check_places(name: str, k: object) -> int | float:
 
 
 def _classes(num_classes: int) -> int:
+    try:
+        operator.index(num_classes)
+    except TypeError:
+        raise TypeError(f"num_classes: expected an int, got {num_classes!r}") from None
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     return num_classes

@@ -289,7 +289,7 @@ def mask_sum(instances: Instances, guidance: Guidance, class_weight: Tensor | No
     In log space: where p^2 underflows, the root of 0 would have an infinite gradient.
     """
     bags = instances.bags
-    kept = guidance.targets > 0
+    kept = (guidance.targets > 0) | torch.isnan(instances.x)  # a NaN makes the term NaN
     log_n = torch.log(bags.size.clamp(min=1).to(instances.x.dtype))
     log_root = (bags.logsumexp(2 * F.logsigmoid(instances.x), kept) - log_n) / 2
     root = torch.where(bags.count(kept) > 0, torch.exp(log_root), 0.0)

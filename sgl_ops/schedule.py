@@ -32,15 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_number, check_values
+from ._checks import check_number, check_values, looks_at_values
 from ._ranking import Ranking, rank_bags
-from ._ranks import Group, all_reduce_sum, check_group
+from ._ranks import Group, SharesGroup, all_reduce_sum, check_group
 from .pooling import check_places
 
 __all__ = ["LamSchedule", "TopKSchedule", "prior_bias"]
 
 
-class LamSchedule:
+class LamSchedule(SharesGroup):
     r"""lam of each step: 0 until the bag loss has learnt, then a linear rise to the final value.
 
     *The measurement.* The schedule keeps the bag logits and labels of the last ``window`` training bags and
@@ -152,11 +152,13 @@ class LamSchedule:
 
         Args:
             bag_logits: (N, C) or (N,), for example ``criterion.pooling(logits)``. No gradient flows through them.
-            targets: bag labels, (N, C) or (N,): 0, 1, or NaN = unknown.
+            targets: bag labels, (N, C) or (N,): 0, 1, or NaN = unknown. Their values are checked on the CPU only.
         """
         scores, labels = _per_class("bag_logits", bag_logits), _per_class("targets", targets)
         if scores.shape != labels.shape:
             raise ValueError(f"targets: expected shape {tuple(bag_logits.shape)}, got {tuple(targets.shape)}")
+        if looks_at_values(labels, None):
+            check_values(labels, None, 0)
         if self._bags and self._bags[-1][0].shape[1] != scores.shape[1]:
             raise ValueError(f"bag_logits: expected {self._bags[-1][0].shape[1]} classes, got {scores.shape[1]}")
         if self.progress < self.rise:
@@ -167,7 +169,7 @@ class LamSchedule:
             if self._since_first is not None:
                 self._since_first += 1
             self.progress += self._rising
-            self.value = self.lam * self.progress / self.rise
+            self.value = self.lam * (self.progress / self.rise)  # exactly lam at the end
         else:
             self._bags = []
             self.value = self.lam
@@ -248,7 +250,7 @@ class TopKSchedule:
     Attributes:
         value: k of the last step; ``start`` before the first.
         progress: steps that are done, 0 to ``steps``.
-        done: whether k has its final value.
+        done: whether ``value`` is the final one.
 
     >>> from sgl_ops import TopKSchedule
     >>> from sgl_ops.pooling import TopKPooling
@@ -272,13 +274,13 @@ class TopKSchedule:
 
     @property
     def done(self) -> bool:
-        return self.progress >= self.steps
+        return self.value == self.k
 
     def step(self) -> int | float:
         """k for this step. Call it once a step, in training only."""
         value = self.start * (self.k / self.start) ** (self.progress / self.steps)
         # at the end the very number, not one with rounding errors
-        self.value = self.k if self.done else round(value) if isinstance(self.k, int) else value
+        self.value = self.k if self.progress >= self.steps else round(value) if isinstance(self.k, int) else value
         self.progress = min(self.progress + 1, self.steps)
         return self.value
 

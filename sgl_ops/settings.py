@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import Function, check_constant, check_impl, looks_at_values, unknown_argument
+from ._checks import Function, check_constant, check_impl, check_number, looks_at_values, unknown_argument
+from ._tracing import is_transformed
 
 __all__ = ["SGLSettings"]
 
@@ -80,6 +81,10 @@ class SGLSettings:
             raise ValueError(f"mask_weight: expected finite and >= 0, got {self.mask_weight}")
         if self.normalize not in ("batch", "bag"):
             raise ValueError(f"normalize: expected 'batch' or 'bag', got {self.normalize!r}")
+        for name in ("rescale", "weighted", "check"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (name != "check" or value is not None):
+                raise TypeError(f"{name}: expected True or False, got {value!r}")
         check_impl(self.impl)
         if self.guide is not None:
             if not callable(self.guide):
@@ -101,6 +106,17 @@ class SGLSettings:
     def has_tensor_weights(self) -> bool:
         """Whether ``lam`` or ``mask_weight`` is a tensor."""
         return isinstance(self.lam, Tensor) or isinstance(self.mask_weight, Tensor)
+
+    def check_tensors(self) -> None:
+        """Checks the values of tensor weights, which may have changed since the object was made."""
+        for name in ("lam", "mask_weight"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                _check_value(name, value, self.check)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields for copies and pickles. ``operands`` belongs to this process."""
+        return {name: value for name, value in vars(self).items() if name != "operands"}
 
     def total(self, bag: Tensor, instance: Tensor, mask: Tensor) -> Tensor:
         """Eq. 9 with the penalty on the mask, in the dtype of the terms."""
@@ -143,9 +159,8 @@ def takes_settings(function: Function) -> Function:
 
 
 def _number(name: str, value: object) -> float:
-    if not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    return float(value)
+    check_number(name, value)
+    return float(value)  # type: ignore[arg-type]
 
 
 def _weight(name: str, value: object, check: bool | None) -> float | Tensor:
@@ -156,8 +171,19 @@ def _weight(name: str, value: object, check: bool | None) -> float | Tensor:
         raise TypeError(f"{name}: expected a real number, got {value.dtype}")
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
-    if looks_at_values(value, check):
-        number = value.item()
-        if not 0.0 <= number < math.inf:
-            raise ValueError(f"{name}: expected finite and >= 0, got {number}")
+    _check_value(name, value, check)
     return value
+
+
+def _check_value(name: str, value: Tensor, check: bool | None) -> None:
+    """Checks the value of ``lam`` or ``mask_weight``, a tensor with one element, where values are checked."""
+    if not looks_at_values(value, check):
+        return
+    try:
+        number = value.item()
+    except RuntimeError:
+        if not is_transformed():
+            raise
+        return  # batched by torch.func.vmap: no number of it can be looked at
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name}: expected finite and >= 0, got {number}")

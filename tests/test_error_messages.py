@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, functional
+from sgl_ops import BagLoss, BILLoss, MMMLoss, SGLLoss, diagnose, functional
 from sgl_ops.pooling import AttentionPooling, make_pooling
 
 LOSSES = (SGLLoss, BagLoss, BILLoss, MMMLoss)
@@ -107,6 +107,16 @@ def test_message_of_a_wrong_shape_suggests_what_works(loss, arguments, message):
 def test_message_of_targets_that_do_not_fit(logits, targets, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         SGLLoss()(logits, targets)
+
+
+@pytest.mark.parametrize("check", [None, False])
+@pytest.mark.parametrize(
+    "call", [lambda x, y, check: SGLLoss(check=check)(x, y), lambda x, y, check: MMMLoss(check=check)(x, y),
+             lambda x, y, check: diagnose(x, y)],
+)  # fmt: skip
+def test_missing_targets_are_named(call, check):
+    with pytest.raises(TypeError, match=r"targets: expected a torch\.Tensor, got NoneType"):
+        call(torch.randn(2, 1, 4), None, check)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

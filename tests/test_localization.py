@@ -259,6 +259,9 @@ def test_accuracy_with_gate_equals_a_calculation_by_hand():
 
 def test_mean_is_over_classes_not_over_boxes():
     assert loc.per_class([1, 1, 1, 0], np.array([0, 0, 0, 1]), ["a", "b"])["mean"] == 0.5
+    for names in (["a", "a"], ["mean", "b"], ["a", "threshold"]):
+        with pytest.raises(ValueError, match="names: expected names that differ"):
+            loc.per_class([1, 1, 1, 0], np.array([0, 0, 0, 1]), names)
 
 
 def test_pointing_game_equals_a_calculation_by_hand():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -204,15 +205,32 @@ def test_topk_of_large_logits_is_exact(impl, device, limit, dtype):
                      (math.nan, ValueError), (True, ValueError), ("3", TypeError), (None, TypeError)]
 )  # fmt: skip
 def test_topk_rejects_invalid_k(k, error):
-    with pytest.raises(error, match="k: expected"):
-        TopKPooling(k)
+    pooling = TopKPooling(3)
+    for change in (TopKPooling, lambda k: setattr(pooling, "k", k)):
+        with pytest.raises(error, match="k: expected"):
+            change(k)
+    assert pooling.k == 3
+
+
+def test_an_assigned_k_equals_that_of_the_constructor(impl, device):
+    x = torch.randn(2, 3, 9).to(device)
+    pooling = TopKPooling(8)
+    for k in (np.int64(2), torch.tensor(4), 0.5, 1):
+        pooling.k = k
+        assert type(pooling.k) is (float if isinstance(k, float) else int) and repr(pooling) == f"TopKPooling(k={k})"
+        torch.testing.assert_close(with_impl(impl, pooling)(x), with_impl(impl, TopKPooling(k))(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_invalid_r_raises_value_error(value):
     for make in (LSEPooling, GeneralizedMeanPooling):
-        with pytest.raises(ValueError, match="r:"):
-            make(value)
+        pooling = make(2.0)
+        for change in (make, lambda r, pooling=pooling: setattr(pooling, "r", r)):
+            with pytest.raises(ValueError, match="r: expected finite and > 0"):
+                change(value)
+        assert pooling.r == 2.0
+        with pytest.raises(ValueError, match="r: expected no assignment"):
+            GeneralizedMeanPooling(num_classes=2).r = 3.0
         with pytest.raises(TypeError, match="r: expected a number, got '1'"):
             make("1")
 

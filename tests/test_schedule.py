@@ -64,6 +64,16 @@ def test_lam_rises_linearly_and_stays():
     assert schedule.class_auc.tolist() == [1.0]
 
 
+def test_lam_reaches_its_value_exactly():
+    assert lams(LamSchedule(0.1, rise=3, interval=1), LABELS, LABELS, 3)[-1] == 0.1
+
+
+def test_wrong_labels_raise_an_error():
+    for wrong in (0.9, -1.0):
+        with pytest.raises(ValueError, match="targets: expected 0, 1 or NaN"):
+            LamSchedule().step(torch.zeros(2), torch.tensor([0.0, wrong]))
+
+
 def test_random_scores_never_raise_lam():
     for seed in range(10):
         torch.manual_seed(seed)
@@ -314,8 +324,9 @@ def test_prior_bias_rejects_invalid_arguments():
 def test_k_falls_geometrically_and_stays():
     schedule = TopKSchedule(1, start=16, steps=4)
     assert (schedule.value, schedule.done) == (16, False)
-    assert [schedule.step() for _ in range(6)] == [16, 8, 4, 2, 1, 1]
-    assert schedule.done and schedule.progress == 4
+    seen = [(schedule.step(), schedule.done) for _ in range(6)]
+    assert seen == [(16, False), (8, False), (4, False), (2, False), (1, True), (1, True)]
+    assert schedule.progress == 4
 
 
 def test_k_may_be_a_fraction_of_the_bag():

@@ -90,6 +90,11 @@ def test_settings_object_equals_separate_settings(device):
 # Settings that change under torch.compile
 
 
+def value_of(pooling, r):
+    """Name and value of the parameter of a pooling in the step with ``r``."""
+    return ("k", min(round(r), 9)) if isinstance(pooling, TopKPooling) else ("r", r)
+
+
 def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
     """(compiled function of x, y and the settings of a step, counter of its graphs)."""
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and the tier "quick" does without
@@ -106,8 +111,8 @@ def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
             )
         return criterion(x, y)
 
-    def step(x, y, r, **values):
-        setattr(pooling, "r" if isinstance(pooling, LSEPooling) else "start", r)
+    def step(x, y, r=None, k=None, **values):
+        setattr(pooling, *(value_of(pooling, r) if k is None else ("k", k)))
         if functional_call:
             return call(x, y, **values)
         # the compiled function gets the settings from the module; it ignores these zeros
@@ -121,23 +126,38 @@ def compiled_steps(impl: str, pooling: nn.Module, functional_call: bool):
 @pytest.mark.integration
 @pytest.mark.no_cover
 @pytest.mark.parametrize("functional_call", [False, True], ids=["module", "function"])
-@pytest.mark.parametrize("kind", [LSEPooling, GeneralizedMeanPooling])
+@pytest.mark.parametrize("kind", [LSEPooling, GeneralizedMeanPooling, TopKPooling])
 def test_twenty_values_need_two_graphs(impl, device, kind, functional_call):
     # both implementations get the settings in the same way; the reference takes longest to compile
-    if impl == "emulated" or (functional_call and (kind is GeneralizedMeanPooling or impl == "reference")):
+    if impl == "emulated" or (functional_call and (kind is not LSEPooling or impl == "reference")):
         pytest.skip("covered by the other cases")
     step, counter = compiled_steps(impl, kind(), functional_call)
     x, y = batch(device)
     seen = set()
     for values in STEPS:
         settings = {name: value for name, value in values.items() if name != "r"}
-        exact = SGLLoss(pooling=kind(values["r"]), impl="reference", **settings)
+        exact = SGLLoss(pooling=kind(value_of(kind(), values["r"])[1]), impl="reference", **settings)
         expected = gradients(exact, x, y)
         found = gradients(lambda x, y, values=values: step(x, y, **values), x, y)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
         seen.add(expected[1].abs().sum().item())
     assert counter.frame_count <= 2
     assert len(seen) == len(STEPS)
+
+
+@pytest.mark.integration
+@pytest.mark.no_cover
+@pytest.mark.parametrize("steps", [[2, 3, 5, 9, 4, 7, 8, 1, 6, 10, 12, 2], [0.05 * i for i in range(1, 13)]])
+def test_twelve_values_of_k_need_one_graph_each_kind(impl, device, steps):
+    if impl == "emulated":
+        pytest.skip("covered by the other cases")
+    step, counter = compiled_steps(impl, TopKPooling(steps[0]), False)
+    x, y = batch(device)
+    for k in steps:
+        found = gradients(lambda x, y, k=k: step(x, y, k=k, lam=1.0, mask_weight=0.0, delta_l=0.3), x, y)
+        expected = gradients(SGLLoss(pooling=TopKPooling(k), impl="reference"), x, y)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.integration
@@ -223,6 +243,75 @@ def test_learned_lam_is_a_parameter_of_the_module(impl, device):
     other.mask_weight = nn.Parameter(torch.tensor(0.3, device=device))
     other(x, y).backward()
     torch.testing.assert_close(other.mask_weight.grad.double(), terms.mask)
+
+
+def test_learned_weight_below_zero_can_be_read_and_repaired(impl, device):
+    x, y = batch(device)
+    criterion = SGLLoss(lam=nn.Parameter(torch.tensor(0.01)), impl=impl, check=True).to(device)
+    with torch.no_grad():
+        criterion.lam.sub_(1)
+    assert criterion.lam.item() == pytest.approx(-0.99)
+    assert criterion.delta_l == 0.3 and "lam=Parameter" in repr(criterion)
+    with pytest.raises(ValueError, match=r"lam: expected finite and >= 0, got -0\.99"):
+        criterion(x, y)
+    criterion.delta_l = 0.2
+    with torch.no_grad():
+        criterion.lam.clamp_(0)
+    assert list(criterion.parameters()) == [criterion.lam] and criterion.delta_l == 0.2
+    torch.testing.assert_close(criterion(x, y), SGLLoss(lam=0.0, delta_l=0.2, impl=impl)(x, y))
+    criterion.lam = 0.5
+    assert not list(criterion.parameters()) and criterion.lam == 0.5
+
+
+def test_changed_value_of_a_tensor_weight_is_checked_in_the_call(impl, device):
+    x, y = batch(device)
+    lam = torch.tensor(1.0)
+    criterion = SGLLoss(lam=lam, impl=impl, check=True)
+    criterion(x, y)
+    lam.fill_(-1.0)
+    with pytest.raises(ValueError, match="lam: expected finite and >= 0, got -1"):
+        criterion(x, y)
+    criterion.check = False
+    criterion(x, y)
+
+
+def test_vmap_over_lam_equals_a_loop(device):
+    x, y = batch(device)
+    lams = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
+    found = torch.func.vmap(lambda lam: functional.sgl_loss(x, y, lam=lam))(lams)
+    torch.testing.assert_close(found, torch.stack([functional.sgl_loss(x, y, lam=lam) for lam in lams]))
+
+
+def test_assigned_settings_are_taken_whole_or_not_at_all():
+    criterion = SGLLoss(impl="fused", lam=2.0)
+    settings = SGLSettings(lam=9.0, guide=lambda instances: None)
+    criterion.settings = settings
+    assert (criterion.lam, criterion.impl, criterion.guide) == (9.0, "auto", settings.guide)
+    criterion.settings = SGLSettings(lam=nn.Parameter(torch.tensor(3.0)))
+    assert [name for name, _ in criterion.named_parameters()] == ["lam"]
+    for wrong in ({"lam": 1}, None):
+        with pytest.raises(TypeError, match="settings: expected an SGLSettings"):
+            criterion.settings = wrong
+    assert criterion.lam.item() == 3.0
+
+
+@pytest.mark.parametrize("changes", [{"rescale": "no"}, {"weighted": None}, {"check": "x"}, {"lam": [1.0]},
+                                     {"lam": torch.ones(2).numpy()}, {"delta_l": torch.ones(2)}])  # fmt: skip
+def test_settings_of_a_wrong_type_raise_an_error_that_names_them(changes):
+    (name,) = changes
+    with pytest.raises(TypeError, match=f"{name}: expected"):
+        SGLLoss(**changes)
+
+
+def test_settings_keep_few_operands_and_do_not_pickle_them(device):
+    x, y = batch(device)
+    criterion = SGLLoss(pooling=TopKPooling(0.5))
+    for step in range(1, 60):
+        criterion.pooling.k = step / 60
+        criterion(x, y)
+    assert len(criterion.settings.operands) <= 16
+    assert "operands" not in vars(pickle.loads(pickle.dumps(criterion)).settings)
+    assert "operands" not in vars(copy.deepcopy(criterion).settings)
 
 
 def test_second_derivative_with_a_learned_weight_raises_an_error(fused_device):

@@ -64,12 +64,19 @@ def contains(boxes: Values, points: Values) -> npt.NDArray[np.bool_]:
     return np.asarray(((offset >= 0) & (offset < array[..., 2:])).all(-1))
 
 
+#: Keys of the results that are no class.
+RESERVED = ("mean", "threshold")
+
+
 def to_classes(classes: Values, count: int, names: Sequence[str]) -> npt.NDArray[np.int64]:
     """``classes`` as integers (count,).
 
     Raises:
-        ValueError: another shape, or a number that is not that of a name.
+        ValueError: another shape, a number that is not that of a name, a name that occurs twice or is in RESERVED.
     """
+    refused = [name for k, name in enumerate(names) if name in RESERVED or name in names[:k]]
+    if refused:
+        raise ValueError(f"names: expected names that differ, and none of {', '.join(RESERVED)}, got {refused[0]!r}")
     array = to_array(classes)
     if array.shape != (count,):
         raise ValueError(f"classes: expected ({count},), got {array.shape}")
@@ -85,7 +92,8 @@ def per_class(values: Values, classes: Values, names: Sequence[str]) -> dict[str
     A class without a value is left out, also of the "mean". If no class has a value, the "mean" is NaN.
 
     Raises:
-        ValueError: the shapes are not (n,) both, or a class number has no name.
+        ValueError: the shapes are not (n,) both, a class number has no name, a name occurs twice, or a name is "mean"
+            or "threshold".
 
     >>> per_class([1, 0, 1], [0, 0, 1], ["mass", "nodule", "hernia"])
     {'mass': 0.5, 'nodule': 1.0, 'mean': 0.75}

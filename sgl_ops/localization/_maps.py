@@ -100,9 +100,10 @@ def seen_cells(grid: Size, size: Size, first: float = 0.5) -> tuple[npt.NDArray[
 def upsample(heatmap: Values, size: Size, mode: str = "nearest", first: float = 0.5) -> Floats:
     """The map at the size of the image, float64 (height, width).
 
-    With ``first=0.5`` the result is that of ``torch.nn.functional.interpolate``: "nearest" is torch's
-    ``mode="nearest-exact"`` (torch's "nearest" takes another cell at some sizes), "bilinear" is ``mode="bilinear"``
-    with ``align_corners=False``.
+    With ``first=0.5`` the result is that of ``torch.nn.functional.interpolate``: "bilinear" is ``mode="bilinear"`` with
+    ``align_corners=False``, and "nearest" is ``mode="nearest-exact"`` (torch's "nearest" takes another cell at some
+    sizes). Only a pixel exactly between two cells may differ: torch may take the first of the two. Here it is the
+    second.
 
     Args:
         heatmap: (h, w), finite.
