@@ -105,12 +105,17 @@ def write_dicom(path, values, **tags):
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    data.Rows, data.Columns, data.SamplesPerPixel = *values.shape, 1
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+    data.Rows, data.Columns, data.SamplesPerPixel = *values.shape[:2], 3 if values.ndim == 3 else 1
+    bits = 8 * values.itemsize
+    data.BitsAllocated, data.BitsStored, data.HighBit = bits, bits, bits - 1
+    if values.ndim == 3:
+        data.PlanarConfiguration = 0
     data.PixelRepresentation = int(values.dtype == np.int16)
     data.PhotometricInterpretation = "MONOCHROME2"
     for name, value in tags.items():
         setattr(data, name, value)
+        if value is None:
+            delattr(data, name)
     data.PixelData = values.tobytes()
     data.save_as(path, enforce_file_format=False)
 
@@ -150,3 +155,106 @@ def test_error_names_the_unreadable_dicom_file(tmp_path):
     (tmp_path / "y.dcm").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"y\.dcm: not a readable DICOM file"):
         pixels.read_header(tmp_path / "y.dcm")
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"RescaleSlope": "", "RescaleIntercept": ""}, [0, 51, 102, 153, 204, 255]),
+        ({"RescaleSlope": "", "WindowCenter": 250.5, "WindowWidth": 201}, [0, 0, 64, 191, 255, 255]),
+        ({"WindowCenter": "", "WindowWidth": 201}, [0, 51, 102, 153, 204, 255]),
+        ({"WindowCenter": [], "WindowWidth": []}, [0, 51, 102, 153, 204, 255]),
+        ({"WindowCenter": 250.5, "WindowWidth": 201, "VOILUTFunction": ""}, [0, 0, 64, 191, 255, 255]),
+    ],
+)
+def test_empty_dicom_attribute_counts_as_absent(tmp_path, tags, expected):
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    assert pixels.read_header(tmp_path / "x.dcm") == (3, 2, False)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten().astype(int)
+    assert np.abs(shown - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"WindowCenter": 250, "WindowWidth": 0}, "expected a WindowWidth above 0, got 0"),
+        ({"WindowCenter": 250, "WindowWidth": -5, "VOILUTFunction": "SIGMOID"}, "a WindowWidth above 0, got -5"),
+        ({"WindowCenter": 1, "WindowWidth": 9, "VOILUTFunction": "CUBIC"},
+         "expected the VOILUTFunction LINEAR, LINEAR_EXACT, SIGMOID, got CUBIC"),
+        ({"PhotometricInterpretation": "HSV"}, "expected the PhotometricInterpretation MONOCHROME1, .* got HSV"),
+        ({"PhotometricInterpretation": "YBR_PARTIAL_422"}, "got YBR_PARTIAL_422"),
+        ({"PhotometricInterpretation": ""}, "expected the PhotometricInterpretation MONOCHROME1, .* got nothing"),
+        ({"PhotometricInterpretation": None}, "expected the PhotometricInterpretation MONOCHROME1, .* got nothing"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "its palette cannot be read"),
+        ({"PhotometricInterpretation": "RGB"}, r"expected one image of 8 bits per colour, got .* \(2, 3\)"),
+        ({"Rows": None, "Columns": None}, "expected an image, but this DICOM file has no Rows or Columns"),
+        ({"SamplesPerPixel": []}, "its pixels cannot be read"),
+        ({"Rows": []}, "expected an image, but this DICOM file has no Rows or Columns"),
+    ],
+)  # fmt: skip
+def test_error_names_the_unsupported_dicom_attribute(tmp_path, tags, message):
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    with pytest.raises(ValueError, match=rf"x\.dcm: .*{message}"):
+        pixels.read_image(tmp_path / "x.dcm")
+    if "Rows" in tags:
+        with pytest.raises(ValueError, match=message):
+            pixels.read_header(tmp_path / "x.dcm")
+
+
+def test_error_names_the_dicom_number_that_cannot_be_read(tmp_path):
+    write_dicom(tmp_path / "x.dcm", VALUES, RescaleSlope="1234567")
+    content = (tmp_path / "x.dcm").read_bytes()
+    for text in (b"1,25000", b"nan    "):
+        (tmp_path / "x.dcm").write_bytes(content.replace(b"1234567", text))
+        with pytest.raises(ValueError, match=r"x\.dcm: RescaleSlope: "):
+            pixels.read_image(tmp_path / "x.dcm")
+
+
+PALETTE = np.random.default_rng(1).integers(0, 256, (3, 200), np.uint8)
+
+
+def palette_tags(tables, first, bits):
+    tags = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, table in zip(("Red", "Green", "Blue"), tables, strict=True):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [len(table), first, bits]
+        tags[f"{name}PaletteColorLookupTableData"] = table.tobytes()
+    return tags
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(
+    ("tables", "bits"),
+    [(PALETTE, 8), (PALETTE.astype(np.uint16) * 257, 16), (PALETTE.astype(np.uint16), 8), (PALETTE, 16)],
+    ids=["8 bits", "16 bits", "8 bits in words", "bytes declared as 16 bits"],
+)
+def test_palette_of_dicom_is_applied(tmp_path, tables, bits, deep):
+    """Indices below the first entry of the palette show the first entry, and those beyond the last show the last."""
+    indices = np.arange(256).reshape(16, 16).astype(np.uint16 if deep else np.uint8)
+    if deep:
+        indices[-1, -1] = 300
+    write_dicom(tmp_path / "x.dcm", indices, **palette_tags(tables, 10, bits))
+    assert pixels.read_header(tmp_path / "x.dcm") == (16, 16, True)
+    image = pixels.read_image(tmp_path / "x.dcm")
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), PALETTE.T[np.clip(indices.astype(int) - 10, 0, 199)])
+
+
+def test_palette_of_dicom_that_does_not_use_its_bits_is_an_error(tmp_path):
+    indices = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    for bits, message in ((16, "16 bits per colour, but the palette only reaches"), (12, "its palette cannot be read")):
+        write_dicom(tmp_path / "x.dcm", indices, **palette_tags(PALETTE.astype(np.uint16), 0, bits))
+        with pytest.raises(ValueError, match=rf"x\.dcm: {message}"):
+            pixels.read_image(tmp_path / "x.dcm")
+
+
+@pytest.mark.parametrize("interpretation", ["RGB", "YBR_FULL"])
+def test_colours_of_dicom_are_read(tmp_path, interpretation):
+    values = random_image(6, 5, 3)
+    stored = np.asarray(Image.fromarray(values).convert("YCbCr")) if interpretation == "YBR_FULL" else values
+    write_dicom(tmp_path / "x.dcm", stored, PhotometricInterpretation=interpretation)
+    assert pixels.read_header(tmp_path / "x.dcm") == (5, 6, True)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).astype(int)
+    assert np.abs(shown - values).max() <= 2  # rounding
+    write_dicom(tmp_path / "x.dcm", values.astype(np.uint16), PhotometricInterpretation="RGB")
+    with pytest.raises(ValueError, match=r"one image of 8 bits per colour, got .* \(6, 5, 3\) and type uint16"):
+        pixels.read_image(tmp_path / "x.dcm")
