@@ -114,6 +114,8 @@ def extract(args: argparse.Namespace) -> None:
     bag_of, settings = prepare(args, read_image(next(iter(images.values()))), points)
     writer = (StoreWriter if args.format == "store" else FileWriter)(args.out, settings)
     todo = [name for name in images if name not in writer.names]
+    if len(todo) < len(images):
+        print(f"{len(images) - len(todo)} of {len(images)} bags are there already", flush=True)
     begun = time.monotonic()
     for done, name in enumerate(todo, 1):
         writer.add(name, bag_of(read_image(images[name]), name))
@@ -123,11 +125,18 @@ def extract(args: argparse.Namespace) -> None:
     options.next_step(training_command(args.out, args.images, points is None, args.backbone == "pixels"))
 
 
+def digest_of(points: dict[str, np.ndarray]) -> str:
+    """A short digest of the points of all bags."""
+    from features.store import digest
+
+    return digest({name: places.tolist() for name, places in points.items()})
+
+
 def pixel_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.ndarray]) -> tuple[BagOf, dict]:
     """A function from an image and its name to its bag of patches, and the settings of the extraction."""
     from features.extraction import pixel_bag
 
-    settings = {"backbone": args.backbone, "patch": args.patch, "points": True}
+    settings = {"backbone": args.backbone, "patch": args.patch, "points": digest_of(points)}
     return lambda image, name: pixel_bag(image, points[name], args.patch), settings
 
 
@@ -165,7 +174,7 @@ def network_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.n
         "scales": args.scales,
         "patch": args.patch,
         "symmetric": args.symmetric,
-        "points": args.points is not None,
+        "points": False if points is None else digest_of(points),
         "stride": geometry.stride,
         "centre": geometry.stride / 2 if args.symmetric else geometry.centre,
         "field": geometry.field,

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     from features import labels as tables
     from features.finetuning import BlocksHead, MapReader, load_blocks, width_of
     from features.results import write_results
-    from features.runs import Truth, plan, save_predictions
+    from features.runs import Truth, digests_of, plan, refuse_other_data, save_predictions
     from features.store import FeatureBags
     from features.training import Settings, Transform, fit, make_model, predicted
 
@@ -102,7 +102,9 @@ def run(args: argparse.Namespace) -> None:
     reader = MapReader(before, after, labels.names, width, blocks[: args.freeze])
     blocks = torch.nn.Sequential(*blocks[args.freeze :])
     parts = args.out / "parts"
-    keep_settings(args, parts)
+    data = digests_of(labels, after)
+    refuse_other_data(args.run, known.get("data", {}), data, "restore the old ones, or train again")
+    keep_settings(args, parts, data)
     targets = torch.tensor(labels.values)
     runs = list(plan(labels, known["folds"], min(args.repeats or known["repeats"], known["repeats"]), known["test"]))
     for number, one in enumerate(runs, 1):

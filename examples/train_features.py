@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     from features import labels as tables
     from features.extraction import find_images
     from features.results import write_results
-    from features.runs import Truth, plan, save_predictions
+    from features.runs import Truth, digests_of, plan, save_predictions
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
     from images.dataset import some
@@ -170,9 +170,12 @@ def run(args: argparse.Namespace) -> None:
     for name, values in truth.instances.items():
         if len(values) != bags.instances(name):
             raise ValueError(f"instance labels: {name} has {len(values)} rows, but {bags.instances(name)} instances")
+    empty = [name for name in labels.names if not bags.instances(name)]
+    if empty:
+        raise ValueError(f"features: {len(empty)} bags of {args.labels.name} have no instances ({some(empty)})")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     parts = args.out / "parts"
-    keep_settings(args, parts)
+    keep_settings(args, parts, digests_of(labels, bags))
     reader = BagReader(bags, labels.names, args.cache_gb * 1e9)
     targets = torch.tensor(labels.values)
     runs = list(plan(labels, args.folds, args.repeats, args.test))
@@ -209,23 +212,37 @@ def run(args: argparse.Namespace) -> None:
     options.next_step(f"open {args.out / 'report.html'}")
 
 
-def keep_settings(args: argparse.Namespace, parts: Path) -> None:
+def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str]) -> None:
     """Writes ``settings.json``. A folder with results is an error unless --resume is given and the settings are equal.
 
+    Args:
+        data: the digests of the data.
+
     Raises:
-        ValueError: the folder holds runs and --resume is missing, or its settings differ.
+        ValueError: the folder holds runs and --resume is missing, or its settings or data differ.
     """
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    from features.runs import refuse_other_data
+
+    # absolute: finetune_features.py may run in another folder
+    settings = {key: str(v.resolve()) if isinstance(v, Path) else v for key, v in vars(args).items()}
     path = args.out / "settings.json"
     if path.exists() and any(parts.glob("*.npz")):
         if not args.resume:
             raise ValueError(f"out: {args.out} holds runs; pass --resume to continue, or another --out")
         known = read_json(path)
-        changed = [key for key in settings if key not in FREE and known.get(key) != settings[key]]
+        changed = [key for key in settings if key not in FREE and not _equal(known.get(key), settings[key])]
         if changed:
             raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
+        refuse_other_data(args.out, known.get("data", {}), data, "choose another --out, or restore the old ones")
     parts.mkdir(parents=True, exist_ok=True)
-    write_json(settings, path)
+    write_json(settings | {"data": data}, path)
+
+
+def _equal(known: object, given: object) -> bool:
+    """Whether two options are equal, or two forms of the same path."""
+    if isinstance(known, str) and isinstance(given, str):
+        return known == given or Path(known).resolve() == Path(given).resolve()
+    return known == given
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -282,7 +283,8 @@ def test_extraction_continues_and_both_forms_hold_equal_features(timm, images, t
     else:
         (out / "im2.h5").unlink()
     assert extract_features.main(options) == 0
-    assert "3 of 3 bags" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert "2 of 3 bags are there already" in printed and "3 of 3 bags, 0 s left" in printed
     again = store.FeatureBags(out)
     assert np.array_equal(again["im1"].features, bag.features)
     assert len(again["im2"].features) == 12 * 24
@@ -313,6 +315,39 @@ def test_store_with_other_settings_is_an_error(timm, images, tmp_path, capsys):
     assert extract_features.main([*options, *NETWORK]) == 0
     assert extract_features.main([*options, *NETWORK, "--symmetric"]) == 2
     assert "made with other settings (symmetric" in capsys.readouterr().err
+
+
+def test_folder_of_h5_with_other_settings_is_an_error(timm, images, tmp_path, capsys):
+    import h5py
+
+    options = ["--images", str(images), "--out", str(tmp_path / "s"), "--format=h5"]
+    assert extract_features.main([*options, *NETWORK]) == 0
+    assert extract_features.main([*options, *NETWORK, "--symmetric"]) == 2
+    assert "made with other settings (symmetric" in capsys.readouterr().err
+    with h5py.File(tmp_path / "s" / "im0.h5", "a") as file:
+        del file.attrs["settings"]
+    assert extract_features.main([*options, *NETWORK]) == 2
+    assert "im0.h5 has no settings of extract_features.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [NETWORK, ("--backbone=pixels", "--patch=8")])
+def test_features_at_other_points_are_not_continued(timm, images, tmp_path, options, capsys):
+    points = shutil.copy(images / "points.csv", tmp_path / "points.csv")
+    options = ["--images", str(images), "--points", str(points), "--out", str(tmp_path / "s"), *options]
+    assert extract_features.main(options) == 0
+    capsys.readouterr()
+    assert extract_features.main(options) == 0
+    assert "2 of 2 bags are there already" in capsys.readouterr().out.splitlines()
+    change(points, "im1.png,20,10", "im1.png,20,11")
+    assert extract_features.main(options) == 2
+    assert "made with other settings (points)" in capsys.readouterr().err
+
+
+def test_random_weights_are_the_same_in_every_command(timm):
+    state = torch.random.get_rng_state()
+    one, two = (backbones.load_backbone("resnet18", weights="none", cut="act1").network for _ in range(2))
+    assert torch.equal(one.conv1.weight, two.conv1.weight)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_features_at_cell_centres_are_those_of_the_cells(timm, images):
@@ -406,6 +441,104 @@ def test_files_of_clam_and_trident_are_read(tmp_path):
     (tmp_path / "broken.h5").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"broken.h5: not a readable HDF5 file"):
         store.FeatureBags(tmp_path)["broken"]
+
+
+def test_settings_of_the_extraction_are_read_from_both_forms(tmp_path):
+    """The centre of the first cell decides the place of a box."""
+    settings = {"backbone": "timm/resnet18", "stride": 16, "centre": 10.0}
+    for kind in (store.StoreWriter, store.FileWriter):
+        writer = kind(tmp_path / kind.__name__, settings)
+        writer.add("a", store.Bag(np.zeros((6, 4)), None, (2, 3), (32, 48)))
+        bags = store.FeatureBags(tmp_path / kind.__name__)
+        assert bags.settings == settings and runs.first_of(bags) == 0.625
+        assert (bags.shape("a").grid, bags.shape("a").size) == ((2, 3), (32, 48))
+    writer = store.FileWriter(tmp_path / "other", settings | {"stride": 8, "centre": 4.0})
+    writer.add("b", store.Bag(np.zeros((6, 4)), None, (2, 3), (32, 48)))
+    shutil.copy(tmp_path / "other" / "b.h5", tmp_path / "FileWriter")
+    bags = store.FeatureBags(tmp_path / "FileWriter")
+    with pytest.raises(ValueError, match=r"b\.h5: made with other settings than .*a\.h5 \(centre, stride\)"):
+        bags.instances("b")
+
+
+def h5(path, **arrays):
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+
+
+FEATURES = torch.arange(12, dtype=torch.float32).reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("b.h5", lambda path: path.write_bytes(b"no"), "not a readable HDF5 file"),
+        ("b.h5", lambda path: h5(path, feats=FEATURES), "expected a data set 'features', found feats"),
+        ("b.h5", lambda path: h5(path, features=FEATURES[0]), r"expected features \(L, D\), got \(3,\)"),
+        ("b.h5", lambda path: h5(path, features=torch.zeros(2, 4, 3)), r"expected features \(L, D\), got \(2, 4, 3\)"),
+        ("b.h5", lambda path: h5(path, features=FEATURES[:, :2]), r"expected features \(L, 3\), got \(4, 2\)"),
+        (
+            "b.h5",
+            lambda path: h5(path, features=FEATURES, coords=torch.zeros(4, 3)),
+            r"expected coords \(4, 2\), got \(4, 3\)",
+        ),
+        ("b.pt", lambda path: torch.save(torch.tensor(1.0), path), r"expected features \(L, D\), got \(\)"),
+        ("b.pt", lambda path: torch.save({"feats": FEATURES}, path), "expected a tensor, or a dict with a tensor"),
+        (
+            "b.pt",
+            lambda path: torch.save({"features": FEATURES, "coords": "none"}, path),
+            r"expected coords \(4, 2\), got str",
+        ),
+    ],
+)
+def test_broken_file_among_others_is_named(tmp_path, name, make, message):
+    h5(tmp_path / "a.h5", features=FEATURES)
+    make(tmp_path / name)
+    bags = store.FeatureBags(tmp_path)
+    assert bags.instances("a") == 4
+    with pytest.raises(ValueError, match=rf"{name}: {message}"):
+        bags["b"]
+    if "coords" not in message:
+        with pytest.raises(ValueError, match=rf"{name}: {message}"):
+            bags.instances("b")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        FEATURES.bfloat16(),
+        FEATURES.half(),
+        FEATURES.int(),
+        FEATURES.clone().requires_grad_(),
+        {"features": FEATURES, "coords": [[0, 1], [2, 3], [4, 5], [6, 7]]},
+    ],
+)
+def test_tensors_of_every_kind_are_read(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    bags = store.FeatureBags(tmp_path)
+    assert np.array_equal(bags["a"].features, FEATURES)
+    assert bags.instances("a") == 4
+    if isinstance(content, dict):
+        assert bags.coords("a").tolist() == content["coords"]
+
+
+def test_bag_in_two_files_is_an_error(tmp_path):
+    h5(tmp_path / "a.h5", features=FEATURES)
+    torch.save(FEATURES, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"holds a\.h5 and a\.pt; expected one file per bag"):
+        store.FeatureBags(tmp_path)
+
+
+def test_bag_without_instances_is_named_before_the_training(tmp_path, capsys):
+    (tmp_path / "features").mkdir()
+    for k in range(6):
+        h5(tmp_path / "features" / f"b{k}.h5", features=FEATURES[: 0 if k in (2, 5) else 4])
+    write(tmp_path / "labels.csv", ["bag", "a"], [[f"b{k}", k % 2] for k in range(6)])
+    assert command(tmp_path, tmp_path / "out", "--folds=2", "--epochs=1") == 2
+    assert "features: 2 bags of labels.csv have no instances (b2, b5)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # labels and folds
@@ -861,6 +994,66 @@ def test_resume_gives_what_an_uninterrupted_command_gives(data, tmp_path, capsys
     assert command(data, tmp_path / "cut", *options, "--resume") == 0
     for name in ("metrics.json", "runs.csv", "bags.csv", "instances.csv"):
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def drop_last_instance(folder):
+    """Takes the last instance away from the last bag of a store."""
+    *rows, (name, instances, *others) = csv.reader((folder / "bags.csv").open())
+    write(folder / "bags.csv", rows[0], [*rows[1:], [name, int(instances) - 1, *others]])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "edit", "message"),
+    [
+        ("--folds=2", lambda d: change(d / "labels.csv", "b00,0,", "b00,1,"), "other labels"),
+        ("--folds=2", lambda d: change(d / "labels.csv", "b39,1,1,val,p19\n", ""), "other labels"),
+        ("--folds=2", lambda d: change(d / "labels.csv", "val,p19", "val,p18"), "other labels"),
+        ("--folds=2", lambda d: drop_last_instance(d / "features"), "other features"),
+        ("--folds=2", lambda d: change(d / "features" / "store.json", "{}", '{"stride": 8}'), "other features"),
+        ("--repeats=2", lambda d: change(d / "labels.csv", "val,p19", "test,p19"), "another split"),
+    ],
+)
+def test_resume_with_other_data_is_an_error(data, tmp_path, capsys, protocol, edit, message):
+    shutil.copytree(data, tmp_path / "data")
+    options = (tmp_path / "data", tmp_path / "out", protocol, "--epochs=1")
+    assert command(*options) == 0
+    edit(tmp_path / "data")
+    assert command(*options, "--resume") == 2
+    assert f"made with {message}" in capsys.readouterr().err
+
+
+def test_split_that_is_not_used_may_change_before_a_resume(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    options = (tmp_path / "data", tmp_path / "out", "--folds=2", "--epochs=1")
+    assert command(*options) == 0
+    change(tmp_path / "data" / "labels.csv", "val,p19", "test,p19")
+    assert command(*options, "--resume") == 0
+
+
+def test_folder_of_an_older_version_is_continued(data, tmp_path):
+    options = (data, tmp_path, "--folds=2", "--epochs=1")
+    assert command(*options) == 0
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["data"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert command(*options, "--resume") == 0
+
+
+def test_other_form_of_the_same_path_is_no_other_option(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(data)
+    assert command(Path(), tmp_path / "out", "--epochs=1") == 0
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["labels"] == str(data / "labels.csv")
+    monkeypatch.chdir(tmp_path)
+    assert command(data, Path("out"), "--epochs=1", "--resume") == 0
+    shutil.copy(data / "labels.csv", tmp_path / "labels.csv")
+    assert command(data, Path("out"), "--epochs=1", "--resume", "--labels=labels.csv") == 2
+    assert "made with another --labels" in capsys.readouterr().err
 
 
 def test_tables_hold_every_bag_and_instance(data, tmp_path):
@@ -1335,6 +1528,34 @@ def test_fine_tuning_continues_and_writes_the_tables_of_train_features(trained, 
 def test_errors_of_fine_tuning(trained, tmp_path, capsys, options, message):
     assert finetune(trained, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_fine_tuning_continues_a_run_from_another_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    command = ["--features=features", "--labels=labels.csv", "--boxes=boxes.csv", "--overlays=1", "--epochs=1"]
+    assert train_features.main([*command, "--out", str(tmp_path / "run")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert finetune(trained, tmp_path / "out", *BLOCK, "--run", "run") == 0
+
+
+def test_fine_tuning_on_other_labels_than_those_of_the_run_is_an_error(trained, tmp_path, capsys):
+    labels = shutil.copy(trained / "labels.csv", tmp_path / "labels.csv")
+    command = ["--features", str(trained / "features"), "--labels", str(labels), "--overlays=1", "--epochs=1"]
+    assert train_features.main([*command, "--out", str(tmp_path / "run")]) == 0
+    change(labels, "p5,1,test", "p5,1,train")
+    assert finetune(trained, tmp_path / "out", *BLOCK, "--run", str(tmp_path / "run")) == 2
+    assert "run was made with another split" in capsys.readouterr().err
+
+
+def test_fine_tuning_reads_one_file_per_bag(trained, tmp_path):
+    common = ["--images", str(trained / "photos"), "--backbone=timm/resnet18", "--weights", f"{trained}/weights.pt"]
+    given = [*common, "--stages", "layer1", "maxpool", "--format=h5", "--out", str(tmp_path / "features")]
+    assert extract_features.main(given) == 0
+    command = ["--features", str(tmp_path / "features"), "--labels", str(trained / "labels.csv"), "--overlays=1"]
+    command += ["--boxes", str(trained / "boxes.csv"), "--epochs=2", "--repeats=2", "--out", str(tmp_path / "run")]
+    assert train_features.main(command) == 0
+    assert (tmp_path / "run" / "runs.csv").read_text() == (trained / "run" / "runs.csv").read_text()
+    assert finetune(trained, tmp_path / "out", *BLOCK, "--run", str(tmp_path / "run")) == 0
 
 
 def test_fine_tuning_needs_images_of_one_size(tmp_path):

@@ -117,7 +117,9 @@ def load_backbone(
         ValueError: an unknown name, stage or stride, a missing file, or weights that do not fit.
     """
     create = _create_torchvision if name.startswith(TORCHVISION) else _create_timm
-    network, config, tokens = create(name, str(weights) == "pretrained", output_stride)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # random weights are the same in every command
+        network, config, tokens = create(name, str(weights) == "pretrained", output_stride)
     if str(weights) not in ("pretrained", "none"):
         load_weights(network, Path(weights))
     if cut is not None and stages:

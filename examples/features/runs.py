@@ -15,7 +15,7 @@ from images.dataset import refuse_shared_patients
 
 from features.evaluation import auc, auc_interval, best_overlaps, box_intervals, box_metrics, instance_metrics
 from features.labels import Labels, folds
-from features.store import FeatureBags
+from features.store import FeatureBags, digest
 
 
 class Run(NamedTuple):
@@ -72,6 +72,29 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
     for repeat in range(repeats):
         for fold, (train, tested) in enumerate(folds(labels, count, repeat)):
             yield Run(repeat, fold, train, tested)
+
+
+def digests_of(labels: Labels, bags: FeatureBags) -> dict[str, str]:
+    """Digests of the data that decide the runs and their results: a run continues only on the same data."""
+    table = [labels.names, list(labels.classes), labels.values.tolist(), labels.groups.tolist()]
+    sizes = [bags.instances(name) for name in labels.names]
+    return {
+        "labels": digest(table),
+        "split": digest(None if labels.split is None else labels.split.tolist()),
+        "features": digest([bags.features, bags.settings, sizes]),
+    }
+
+
+def refuse_other_data(folder: Path, known: Mapping[str, str], found: Mapping[str, str], advice: str) -> None:
+    """Raises ValueError if the digests ``found`` differ from those of the runs in ``folder``.
+
+    Args:
+        known: the digests that ``settings.json`` holds; empty in a folder of an older version, which is accepted.
+        advice: what to do.
+    """
+    for name, text in (("labels", "other labels"), ("split", "another split"), ("features", "other features")):
+        if known and known.get(name) != found[name]:
+            raise ValueError(f"{folder.name} was made with {text} than there are now; {advice}")
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:

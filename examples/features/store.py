@@ -12,15 +12,21 @@ A folder has one of two forms:
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from common.files import naming, new_file, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    import h5py
 
 BAGS = ("bag", "instances", "rows", "columns", "height", "width")
 COORDS = np.dtype(np.float32)
@@ -56,11 +62,7 @@ class StoreWriter:
         known = {}
         if path.exists():
             known = read_json(path)
-            changed = [k for k in settings if known.get("settings", {}).get(k) != settings[k]]
-            if changed:
-                raise ValueError(
-                    f"{folder}: made with other settings ({', '.join(changed)}); choose another --out, or delete it"
-                )
+            _refuse_changed(folder, known.get("settings", {}), settings)
         self.settings = settings
         self.features = known.get("features", 0)
         rows = _read_rows(folder / "bags.csv") if known else []
@@ -93,13 +95,24 @@ class StoreWriter:
 
 
 class FileWriter:
-    """Writes one ``BAG.h5`` per bag in the layout of CLAM. Existing files are not changed."""
+    """Writes one ``BAG.h5`` per bag in the layout of CLAM. Existing files are not changed.
+
+    Raises:
+        ValueError: the folder holds files that were made with other ``settings``, or by another program.
+    """
 
     def __init__(self, folder: Path, settings: dict):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.settings = settings
-        self.names = {path.stem for path in folder.glob("*.h5")}
+        paths = sorted(folder.glob("*.h5"))
+        for path in paths[:1]:
+            with _open_h5(path) as file:
+                known = _settings_of(file)
+            if not known:
+                raise ValueError(f"{path} has no settings of extract_features.py; choose another --out")
+            _refuse_changed(folder, known, settings)
+        self.names = {path.stem for path in paths}
 
     def add(self, name: str, bag: Bag) -> None:
         import h5py
@@ -125,10 +138,10 @@ class FeatureBags:
     Attributes:
         names: sorted names of the bags.
         features: the number of features D.
-        settings: settings of the extraction; empty if unknown.
+        settings: settings of the extraction; empty if unknown. With one file per bag, those of the first bag.
 
     Raises:
-        ValueError: the folder contains no bags, or a broken file.
+        ValueError: the folder contains no bags, or two files of a bag, or a broken file.
     """
 
     def __init__(self, folder: Path):
@@ -148,28 +161,58 @@ class FeatureBags:
                 raise ValueError(f"{self.folder}: features.bin has {found} bytes, expected {start * self.features * 2}")
             self.names = sorted(self._rows)
         else:
-            paths = sorted(p for p in self.folder.glob("*") if p.suffix in (".h5", ".pt"))
-            self._paths = {path.stem: path for path in paths}
+            self._paths: dict[str, Path] = {}
+            for path in sorted(p for p in self.folder.glob("*") if p.suffix in (".h5", ".pt")):
+                if path.stem in self._paths:
+                    raise ValueError(
+                        f"{self.folder} holds {self._paths[path.stem].name} and {path.name}; expected one file per bag"
+                    )
+                self._paths[path.stem] = path
             self.names = sorted(self._paths)
         if not self.names:
             found = "none" if self.folder.is_dir() else "no such folder"
             raise ValueError(f"{self.folder}: expected bags.csv or files BAG.h5 or BAG.pt, found {found}")
+        self._counts: dict[str, int] = {}
         if not self._rows:
             self.features = self[self.names[0]].features.shape[1]
+            first = self._paths[self.names[0]]
+            if first.suffix == ".h5":
+                with _open_h5(first) as file:
+                    self.settings = _settings_of(file)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def instances(self, name: str) -> int:
-        """The number of instances of a bag."""
+        """The number of instances of a bag.
+
+        Raises:
+            ValueError: the file of the bag is broken, or was made with other settings than that of the first bag.
+        """
         if self._rows:
             return self._rows[name]["instances"]
-        if self._paths[name].suffix == ".h5":
-            import h5py
+        if name not in self._counts:
+            path = self._paths[name]
+            if path.suffix == ".h5":
+                with _open_h5(path) as file:
+                    shape = _without_batch(file["features"].shape)
+                    settings = _settings_of(file)
+                changed = sorted(k for k in settings | self.settings if settings.get(k) != self.settings.get(k))
+                if changed:
+                    raise ValueError(
+                        f"{path}: made with other settings than {self._paths[self.names[0]]} ({', '.join(changed)})"
+                    )
+            else:
+                shape = self[name].features.shape
+            self._check_features(path, shape)
+            self._counts[name] = shape[0]
+        return self._counts[name]
 
-            with h5py.File(self._paths[name]) as file:
-                return file["features"].shape[-2]
-        return len(self[name].features)
+    def _check_features(self, path: Path, shape: tuple[int, ...]) -> None:
+        wanted = getattr(self, "features", None)
+        if len(shape) != 2 or wanted not in (None, shape[1]):
+            shown = "D" if len(shape) != 2 else wanted
+            raise ValueError(f"{path}: expected features (L, {shown}), got {shape}")
 
     def coords(self, name: str) -> np.ndarray | None:
         """x, y in pixels of the instances of a bag, (L, 2)."""
@@ -177,7 +220,13 @@ class FeatureBags:
 
     def shape(self, name: str) -> Bag:
         """``grid`` and ``size`` of a bag, without reading its features."""
-        return self._read_store(name, with_features=False) if self._rows else self[name]
+        if self._rows:
+            return self._read_store(name, with_features=False)
+        path = self._paths[name]
+        if path.suffix == ".pt":
+            return Bag(np.zeros((0, self.features)), None, None, None)
+        with _open_h5(path) as file:
+            return Bag(np.zeros((0, self.features)), None, *_view_of(file))
 
     def __getitem__(self, name: str) -> Bag:
         if self._rows:
@@ -186,10 +235,7 @@ class FeatureBags:
             raise ValueError(f"{self.folder}: there is no bag {name!r}")
         path = self._paths[name]
         bag = _read_h5(path) if path.suffix == ".h5" else _read_pt(path)
-        if bag.features.ndim != 2 or bag.features.shape[1] != getattr(self, "features", bag.features.shape[1]):
-            raise ValueError(
-                f"{path}: expected features (L, {getattr(self, 'features', 'D')}), got {bag.features.shape}"
-            )
+        self._check_features(path, bag.features.shape)
         if bag.coords is not None and bag.coords.shape != (len(bag.features), 2):
             raise ValueError(f"{path}: expected coords ({len(bag.features)}, 2), got {bag.coords.shape}")
         return bag
@@ -208,20 +254,62 @@ class FeatureBags:
         return Bag(features.reshape(-1, d), coords.reshape(n, 2), grid if grid[0] else None, size if size[0] else None)
 
 
-def _read_h5(path: Path) -> Bag:
+def digest(content: object) -> str:
+    """A short digest of content that JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _refuse_changed(folder: Path, known: dict, settings: dict) -> None:
+    """Raises ValueError if a value of ``settings`` differs from that in ``known``."""
+    changed = [key for key in settings if known.get(key) != settings[key]]
+    if changed:
+        raise ValueError(
+            f"{folder}: made with other settings ({', '.join(changed)}); choose another --out, or delete it"
+        )
+
+
+@contextlib.contextmanager
+def _open_h5(path: Path) -> Iterator[h5py.File]:
+    """The file of a bag, open for reading.
+
+    Raises:
+        ValueError: it cannot be read, or has no features.
+    """
     import h5py
 
     try:
         with h5py.File(path) as file:
             if "features" not in file:
                 raise ValueError(f"{path}: expected a data set 'features', found {', '.join(file) or 'none'}")
-            features = file["features"][()]
-            coords = file["coords"][()] if "coords" in file else None
-            grid, size = (tuple(int(v) for v in file.attrs[k]) if k in file.attrs else None for k in ("grid", "size"))
+            yield file
     except OSError as error:
         raise ValueError(f"{path}: not a readable HDF5 file ({error})") from None
-    # TRIDENT: (1, L, D)
-    return Bag(features.reshape(-1, features.shape[-1]), None if coords is None else coords.reshape(-1, 2), grid, size)
+
+
+def _settings_of(file: h5py.File) -> dict:
+    """The settings of the extraction; empty if the file has none."""
+    return json.loads(file.attrs["settings"]) if "settings" in file.attrs else {}
+
+
+def _view_of(file: h5py.File) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """``grid`` and ``size`` of a bag."""
+    grid, size = (tuple(int(v) for v in file.attrs[k]) if k in file.attrs else None for k in ("grid", "size"))
+    return grid, size
+
+
+def _without_batch(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """TRIDENT writes (1, L, D)."""
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+
+
+def _read_h5(path: Path) -> Bag:
+    with _open_h5(path) as file:
+        features = file["features"][()]
+        coords = file["coords"][()] if "coords" in file else None
+        view = _view_of(file)
+    if coords is not None:
+        coords = coords.reshape(_without_batch(coords.shape))
+    return Bag(features.reshape(_without_batch(features.shape)), coords, *view)
 
 
 def _read_pt(path: Path) -> Bag:
@@ -234,13 +322,17 @@ def _read_pt(path: Path) -> Bag:
     content = content if isinstance(content, dict) else {"features": content}
     if not isinstance(content.get("features"), torch.Tensor):
         raise ValueError(f"{path}: expected a tensor, or a dict with a tensor 'features'")
-    features, coords = content["features"], content.get("coords")
-    return Bag(
-        features.reshape(-1, features.shape[-1]).numpy(),
-        None if coords is None else coords.reshape(-1, 2).numpy(),
-        None,
-        None,
-    )
+
+    def array(values: Any) -> np.ndarray:
+        values = torch.as_tensor(values).detach().float()  # NumPy has no bfloat16
+        return values.reshape(_without_batch(values.shape)).numpy()
+
+    features, coords = array(content["features"]), content.get("coords")
+    try:
+        return Bag(features, None if coords is None else array(coords), None, None)
+    except (TypeError, ValueError, RuntimeError):
+        wanted = f"expected coords ({len(features)}, 2), got {type(coords).__name__}"
+        raise ValueError(f"{path}: {wanted}") from None
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
