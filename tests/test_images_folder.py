@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import re
+import unicodedata
 
 import check_cxr
 import localize_cxr
@@ -109,6 +110,84 @@ def test_labels_in_columns_may_be_unknown(images):
     np.testing.assert_array_equal(index.labels[:, 0], np.array(expected, np.float32))
 
 
+def test_labels_in_one_column_may_be_unknown(images):
+    cells = ["cat", "dog|cat", "", "NaN", "nan", "none", "None", "dog"]
+    write_csv(images / "labels.csv", ["image", "labels"], *zip(names_of(images), cells, strict=True))
+    index = open_with(images)
+    assert index.classes == ("cat", "dog")
+    unknown, neither = [math.nan] * 2, [0, 0]
+    expected = [[1, 0], [1, 1], neither, unknown, unknown, neither, neither, [0, 1]]
+    np.testing.assert_array_equal(index.labels, np.array(expected, np.float32))
+    # the column of a class may be the same labels once more
+    columns = ["1", "1", "0", "", "NaN", "0", "0", "0"]
+    rows = list(zip(names_of(images), cells, columns, strict=True))
+    write_csv(images / "labels.csv", ["image", "labels", "cat"], *rows)
+    np.testing.assert_array_equal(open_with(images).labels, np.array(expected, np.float32))
+    rows[3] = (*rows[3][:2], "1")
+    write_csv(images / "labels.csv", ["image", "labels", "cat"], *rows)
+    with pytest.raises(ValueError, match="line 5: the column labels is 'NaN', but the column cat is '1'"):
+        open_with(images)
+
+
+@pytest.mark.parametrize("cell", ["0", "-1", "1", "1.0", "0.5", "cat|1", "cat|none", "NaN|cat"])
+def test_number_in_the_column_labels_is_an_error(images, cell):
+    write_csv(images / "labels.csv", ["image", "labels"], ["0.png", "cat"], ["1.jpg", cell])
+    message = rf"line 3: labels: expected .*, got '{re.escape(cell)}'; .* one column per class"
+    with pytest.raises(ValueError, match=message):
+        open_with(images)
+
+
+def test_nan_in_the_column_patient_is_a_missing_patient(images):
+    patients = ["p", "NaN", "nan", "", "p", "NAN", "q", "q"]
+    names = names_of(images)
+    write_csv(images / "labels.csv", ["image", "patient", "cat"], *zip(names, patients, "01010101", strict=True))
+    found = open_with(images).patients.tolist()
+    assert found == ["p", *names[1:4], "p", names[5], "q", "q"]
+
+
+FORMS = ("NFC", "NFD")
+
+
+@pytest.mark.parametrize("of_file", FORMS)
+@pytest.mark.parametrize("of_table", FORMS)
+@pytest.mark.parametrize("suffix", ["", ".png"])
+def test_names_match_in_both_forms_of_unicode(tmp_path, of_file, of_table, suffix):
+    """A file may have a composed name, or, on macOS, a decomposed one."""
+    stem = "R\u00f6ntgen"
+    (tmp_path / unicodedata.normalize(of_file, "\u00c4")).mkdir()
+    place = tmp_path / unicodedata.normalize(of_file, f"\u00c4/{stem}.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(place)
+    name, other = (unicodedata.normalize(form, stem) + suffix for form in (of_table, FORMS[of_table == "NFC"]))
+    for folder_of in ("", unicodedata.normalize(of_table, "\u00c4/")):
+        write_csv(tmp_path / "labels.csv", ["image", "cat"], [folder_of + name, "1"])
+        write_csv(tmp_path / "split.csv", ["image", "split"], [other, "test"])
+        write_csv(tmp_path / "boxes.csv", ["image", "label", "x", "y", "w", "h"], [other, "cat", 1, 2, 3, 4])
+        index = open_with(tmp_path)
+        assert (index.paths, index.test.tolist()) == ([place], [True])
+        assert index.boxes == {folder_of + name: [(0, 1, 2, 3, 4)]}
+    bag = unicodedata.normalize(of_file, stem)
+    assert label_tables.name_among([bag, "other"])(name) == bag
+    assert label_tables.name_among([bag, "other"])(f"x/{name.partition('.')[0]}.svs") == bag
+
+
+def test_names_that_differ_in_their_form_only_are_ambiguous(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "\u00f6") for form in FORMS)
+    name_of = label_tables.name_among([composed, decomposed])
+    assert [name_of(composed), name_of(decomposed), name_of(f"{composed}.png")] == [composed, decomposed, None]
+
+
+def test_paths_may_be_written_as_on_windows(images):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(images / "0.png")
+    rows = [("./0.png", "train"), (r"a\b\0.png", "test"), (r".\a\1.jpg", "test"), ("a//b/2", "train")]
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, part, 1] for name, part in rows))
+    boxes = [["0.png", "cat", 0, 0, 1, 1], ["a/1.jpg", "cat", 0, 0, 2, 2]]
+    write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], *boxes)
+    index = open_with(images)
+    places = ["0.png", "a/b/0.png", "a/1.jpg", "a/b/2.jpg"]
+    assert [path.relative_to(images).as_posix() for path in index.paths] == places
+    assert index.boxes == {"./0.png": [(0, 0, 0, 1, 1)], r".\a\1.jpg": [(0, 0, 0, 2, 2)]}
+
+
 def test_files_may_be_named_with_or_without_folder(images):
     (images / "c").mkdir()
     (images / "c" / "0.png").write_bytes((images / "a" / "b" / "0.png").read_bytes())
@@ -140,6 +219,10 @@ def test_files_may_be_named_with_or_without_folder(images):
         ([["image", "cat"], ["0.png", "1"], ["0", "1"]], r"0 and 0\.png are both the image a/b/0\.png"),
         ([["image;cat"], ["0.png;1"]], "line 1: expected a column .*; cells are separated by commas"),
         ([["image", "cat"], ["0.png", "1"], ["9.png", "1"]], r"1 of 2 images of the tables are missing \(9\.png\)"),
+        (
+            [["image", "cat"], ["0.png", "1"], ["./a/b/0.png", "1"]],
+            r"\./a/b/0\.png and 0\.png are both the image a/b/0\.png",
+        ),
         (
             [["image", "patient", "split", "cat"], ["0.png", "p", "train", "1"], ["2.jpg", "p", "test", "1"]],
             r"1 patients are in more than one part of the split \(p\)",
@@ -186,6 +269,36 @@ def test_split_is_by_patient_seeded_and_saved(images):
     write_csv(images / "split.csv", ["image", "split"], *([name, "train"] for name in names[1:]))
     with pytest.raises(ValueError, match=r"1 images of labels\.csv have no split there"):
         open_with(images)
+
+
+def test_image_in_two_parts_of_split_csv_is_an_error(images):
+    names = names_of(images)
+    write_csv(images / "labels.csv", ["image", "cat"], *([name, k % 2] for k, name in enumerate(names)))
+    rows = [[name, "test" if k > 5 else "train"] for k, name in enumerate(names)]
+    write_csv(images / "split.csv", ["image", "split"], *rows, [names[0], "train"])  # the same part once more
+    assert open_with(images).test.tolist() == [False] * 6 + [True] * 2
+    write_csv(images / "split.csv", ["image", "split"], *rows, [f"./{names[0]}", "test"])
+    message = rf"split\.csv, line 10: {names[0]} is in the part test, but in the part train in .*split\.csv, line 2"
+    with pytest.raises(ValueError, match=message):
+        open_with(images)
+
+
+# DICOM
+
+
+def test_check_lists_dicom_files_that_are_no_images(images, capsys):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    report = pydicom.dataset.FileDataset("report.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
+    report.Modality = "SR"
+    report.save_as(images / "report.dcm", enforce_file_format=False)
+    names = [*names_of(images), "report.dcm"]
+    write_csv(images / "labels.csv", ["image", "cat"], *([name, k % 2] for k, name in enumerate(names)))
+    assert check_cxr.main(["--data-dir", str(images)]) == 1
+    printed = capsys.readouterr().out
+    assert "1 images cannot be read:" in printed
+    assert "report.dcm: expected an image, but this DICOM file has no Rows or Columns" in printed
 
 
 # boxes.csv

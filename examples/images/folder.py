@@ -8,7 +8,7 @@ and split.csv stores the result.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from common.csv_table import write_csv
@@ -29,7 +29,9 @@ from images.label_tables import (
     NAMES,
     PARTS,
     SPLIT,
+    groups_of,
     name_among,
+    place_of,
     read_boxes,
     read_labels,
     read_split,
@@ -64,7 +66,7 @@ def load_folder(
     classes, labels = read_labels(header, records)
     names = [same(cells, NAMES, at) or "" for at, cells in records]
     refuse_twice(names, records)
-    patients = np.array([cells.get("patient") or name for name, (_, cells) in zip(names, records, strict=True)])
+    patients = groups_of(records, "patient", names)
     parts, split_note = parts_of(header, records, names, patients, tables, seed)
     refuse_shared_patients(patients, parts, tables)
     boxes = boxes_of(tables / BOXES, classes, names) if (tables / BOXES).is_file() else {}
@@ -189,14 +191,17 @@ def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[
         for path in sorted(data_dir.rglob("*"))
         if path.suffix.lower() in suffixes and path.is_file()
     }
-    matching: dict[str, list[str]] = {}  # by path or last part, with and without the suffix
+    equal: dict[PurePosixPath, list[str]] = {}  # by path
+    matching: dict[PurePosixPath, list[str]] = {}  # by path or last part, with and without the suffix
     for place, path in files.items():
-        for text in {place, path.name, place.removesuffix(path.suffix), path.stem}:
+        equal.setdefault(place_of(place), []).append(place)
+        for text in {place_of(t) for t in (place, path.name, place.removesuffix(path.suffix), path.stem)}:
             matching.setdefault(text, []).append(place)
     found: dict[str, Path] = {}
     name_of: dict[str, str] = {}
     for name in names:
-        places = [name] if name in files else matching.get(name, [])
+        key = place_of(name)
+        places = [name] if name in files else equal.get(key) or matching.get(key, [])
         if len(places) > 1:
             raise ValueError(
                 f"{data_dir}: {name} matches several files ({some(places)}); write the name with its folder and suffix"

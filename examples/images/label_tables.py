@@ -1,8 +1,9 @@
 """The tables of your own data: labels.csv, split.csv and boxes.csv, of images and of bags of features.
 
 labels.csv has the column ``image``, and optionally ``patient`` and ``split`` (train, val, test). The labels are either
-in the column ``labels`` (class names joined by ``|``, empty for none), or in one column per class (1 or 0; nothing, NaN
-or -1 for unknown). In every table, ``image`` may also be named ``bag``, ``file`` or ``filename``.
+in the column ``labels`` (class names joined by ``|``; nothing or ``none`` for none of the classes, NaN for unknown), or
+in one column per class (1 or 0; nothing, NaN or -1 for unknown). In every table, ``image`` may also be named ``bag``,
+``file`` or ``filename``.
 
 boxes.csv has ``image``, ``label`` (or ``class``), and ``x,y,w,h`` or ``xmin,ymin,xmax,ymax`` in pixels. x and y are the
 upper left corner. split.csv has ``image`` and ``split``.
@@ -11,6 +12,8 @@ upper left corner. split.csv has ``image`` and ``split``.
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +25,7 @@ from images.pixels import image_suffixes
 LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
 PARTS = ("train", "val", "test")
 VALUES = {"1": 1.0, "0": 0.0, "-1": math.nan, "": math.nan, "nan": math.nan}
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 NAMES, CLASSES = ("image", "bag", "file", "filename"), ("label", "class")
 SIDES, CORNERS = ("x", "y", "w", "h"), ("xmin", "ymin", "xmax", "ymax")
 
@@ -32,27 +36,29 @@ Record = tuple[str, dict[str, str]]
 def name_among(names: Collection[str]) -> Callable[[str], str | None]:
     """A function from a cell of a table to the image or bag of ``names`` that it refers to; None if there is none.
 
-    A cell refers to a name that is equal, or else to the only name that has the same last part, with or without the
-    suffix of an image. If both have a folder, the folders must be equal. The last part of a cell may have any suffix if
-    the name is the part before it: the bag ``a`` of the slide ``a.svs``.
+    A cell refers to a name that is equal as a path, or else to the only name that has the same last part, with or
+    without the suffix of an image. If both have a folder, the folders must be equal. The last part of a cell may have
+    any suffix if the name is the part before it: the bag ``a`` of the slide ``a.svs``.
     """
-    known = set(names)
-    by_part: dict[str, set[PurePosixPath]] = {}
-    for name in known:
-        path = _path_of(name)
+    path_of = {name: place_of(name) for name in names}
+    by_path: dict[PurePosixPath, list[str]] = {}
+    by_part: dict[str, list[str]] = {}
+    for name, path in path_of.items():
+        by_path.setdefault(path, []).append(name)
         for part in _last_parts(path):
-            by_part.setdefault(part, set()).add(path)
-    name_of_path = {_path_of(name): name for name in known}
+            by_part.setdefault(part, []).append(name)
+
+    def matches(path: PurePosixPath) -> Iterator[list[str]]:
+        yield by_path.get(path, [])
+        for part in _last_parts(path):
+            here = by_part.get(part, [])
+            yield [name for name in here if len({path.parent, path_of[name].parent} - {_HERE}) < 2]
+        yield by_path.get(PurePosixPath(path.stem), [])
 
     def name_of(cell: str) -> str | None:
-        if cell in known:
+        if cell in path_of:
             return cell
-        path = _path_of(cell)
-        for part in _last_parts(path):
-            found = [other for other in by_part.get(part, ()) if len({path.parent, other.parent} - {_HERE}) < 2]
-            if len(found) == 1:
-                return name_of_path[found[0]]
-        return path.stem if path.stem in known else None
+        return next((names[0] for names in matches(place_of(cell)) if len(names) == 1), None)
 
     return name_of
 
@@ -60,8 +66,12 @@ def name_among(names: Collection[str]) -> Callable[[str], str | None]:
 _HERE = PurePosixPath(".")
 
 
-def _path_of(name: str) -> PurePosixPath:
-    return PurePosixPath(name.replace("\\", "/"))
+def place_of(name: str) -> PurePosixPath:
+    """The path that a cell or a file name stands for. ``./a``, ``a`` and both forms of Unicode are equal.
+
+    The names of files are in decomposed Unicode on macOS, and those in tables are mostly in composed Unicode.
+    """
+    return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
 def _last_parts(path: PurePosixPath) -> tuple[str, ...]:
@@ -86,12 +96,14 @@ def read_labels(
             contradicts the column of a class.
     """
     if "labels" in header:
-        lists = [[name.strip() for name in cells["labels"].split("|") if name.strip()] for _, cells in records]
-        known = tuple(sorted({name for names in lists for name in names}))
+        lists = [_listed(cells["labels"], at) for at, cells in records]
+        known = tuple(sorted({name for names in lists for name in names or ()}))
         if not known:
             raise ValueError(f"{LABELS}: the column labels is empty in all rows")
         classes = _wanted(wanted, known, "names in the column labels")
-        labels = np.array([[name in names for name in classes] for names in lists], np.float32)
+        unknown = [math.nan] * len(classes)
+        rows = [unknown if names is None else [name in names for name in classes] for names in lists]
+        labels = np.array(rows, np.float32)
         for c, name in enumerate(classes):
             if name in header and name not in others:
                 _refuse_contradiction(records, name, labels[:, c])
@@ -101,6 +113,20 @@ def read_labels(
         raise ValueError(f"{LABELS}: expected a column labels, or one column per class, got {', '.join(header)}")
     classes = _wanted(wanted, known, "columns of classes")
     return classes, np.array([[value_of(cells, name, at) for name in classes] for at, cells in records], np.float32)
+
+
+def _listed(cell: str, at: str) -> list[str] | None:
+    """The names of classes in a cell of the column ``labels``; None: unknown."""
+    names = [name.strip() for name in cell.split("|") if name.strip()]
+    words = [name.lower() for name in names]
+    if words in (["nan"], ["none"]):
+        return None if words == ["nan"] else []
+    if {"nan", "none"} & set(words) or any(NUMBER.fullmatch(word) for word in words):
+        raise ValueError(
+            f"{at}: labels: expected names of classes joined by |, or only none (no class) or NaN (unknown), got "
+            f"{cell!r}; a number is no name: for labels 1, 0 and -1, use one column per class"
+        )
+    return names
 
 
 def value_of(cells: dict[str, str], name: str, at: str) -> float:
@@ -121,11 +147,18 @@ def _wanted(wanted: Sequence[str] | None, known: tuple[str, ...], what: str) -> 
 def _refuse_contradiction(records: Sequence[Record], name: str, listed: np.ndarray) -> None:
     """Raises ValueError if the column of a class differs from the column ``labels``."""
     for (at, cells), label in zip(records, listed.tolist(), strict=True):
-        if value_of(cells, name, at) != label:
+        if not np.array_equal(value_of(cells, name, at), label, equal_nan=True):
             raise ValueError(
                 f"{at}: the column labels is {cells['labels']!r}, but the column {name} is {cells[name]!r}; keep one "
                 "of the two columns"
             )
+
+
+def groups_of(records: Sequence[Record], column: str, names: Sequence[str]) -> np.ndarray:
+    """The patient (rows,) of each row, or another group. Its own name if the cell is empty or NaN, or the column is
+    missing."""
+    cells = [cells.get(column, "") for _, cells in records]
+    return np.array([name if cell.lower() in ("", "nan") else cell for name, cell in zip(names, cells, strict=True)])
 
 
 def refuse_twice(names: Sequence[str], records: Sequence[Record]) -> None:
@@ -154,7 +187,7 @@ def read_split(
         None if there is neither a column ``split`` nor a split.csv.
 
     Raises:
-        ValueError: a cell is not in PARTS, or split.csv lacks a row.
+        ValueError: a cell is not in PARTS, or split.csv lacks a row or has it in two parts.
     """
     if "split" in header:
         for at, cells in records:
@@ -165,7 +198,16 @@ def read_split(
     if not path.is_file():
         return None
     _, rows = records_of(path, [NAMES, "split"])
-    known = {same(cells, NAMES, at, name_of): cells["split"] for at, cells in rows}
+    known: dict[str | None, str] = {None: ""}
+    first: dict[str, str] = {}
+    for at, cells in rows:
+        name, part = same(cells, NAMES, at, name_of), cells["split"]
+        if name is not None and known.setdefault(name, part) != part:
+            raise ValueError(
+                f"{at}: {name} is in the part {part}, but in the part {known[name]} in {first[name]}; keep one of the "
+                "two rows"
+            )
+        first.setdefault(name or "", at)
     new = [name for name in names if known.get(name) not in PARTS]
     if new:
         raise ValueError(
