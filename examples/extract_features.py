@@ -99,16 +99,18 @@ def list_stages(args: argparse.Namespace) -> None:
 
 def extract(args: argparse.Namespace) -> None:
     """Writes the bags of all images that are not yet in ``args.out``."""
-    from features.extraction import find_images, read_image, read_points
+    from features.extraction import find_images, read_image, read_points, refuse_far_points
     from features.recommended import training_command
     from features.store import FileWriter, StoreWriter
 
     images = find_images(args.images)
     points = None
     if args.points is not None:
+        given = read_points(args.points, images)
+        refuse_far_points(given, images, int(args.points_from_one))
         # continuous coordinates: the first pixel covers 0 to 1
         shift = -0.5 if args.points_from_one else 0.5
-        points = {name: places + shift for name, places in read_points(args.points, images).items()}
+        points = {name: places + shift for name, places in given.items()}
         images = {name: path for name, path in images.items() if name in points}
     prepare = pixel_bags if args.backbone == "pixels" else network_bags
     bag_of, settings = prepare(args, read_image(next(iter(images.values()))), points)

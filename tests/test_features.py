@@ -388,6 +388,9 @@ def test_images_are_those_of_own_data(tmp_path):
     [
         ("image,x\nim0,1\n", r"expected a column y, found the columns \['image', 'x'\]"),
         ("image,x,y\nim0,1,one\n", "line 2: expected numbers x, y, got '1', 'one'"),
+        ("image,x,y\nim0,1,NaN\n", "line 2: expected numbers x, y, got '1', 'NaN'"),
+        ("image,x,y\nim0,1,1\nim0,inf,1\n", "line 3: expected numbers x, y, got 'inf', '1'"),
+        ("image,x,y\nim0,,1\n", "line 2: expected numbers x, y, got '', '1'"),
         ("image,x,y\nim0,1,1\nim7.png,1,1\n", r"1 bags of .* have no image \(im7\.png\)"),
     ],
 )
@@ -395,6 +398,43 @@ def test_errors_of_points(tmp_path, text, message):
     (tmp_path / "points.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         extraction.read_points(tmp_path / "points.csv", ["im0"])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_points_far_outside_of_their_image_are_an_error(images, tmp_path, first, capsys):
+    """One pixel beyond the image is allowed."""
+    table, out = tmp_path / "points.csv", tmp_path / "out"
+    options = ["--images", str(images), "--points", str(table), "--backbone", "pixels", "--patch", "8"]
+    options += ["--out", str(out), *["--points-from-one"] * first]
+    inside = [["im0", -1 + first, 48 + first], ["im0", 64 + first, -1 + first], ["im1", 80 + first, 1]]
+    for x, y in ([-2, 0], [65, 0], [0, -1.5], [3, 49]):
+        write(table, ["image", "x", "y"], [*inside, ["im0.png", x + first, y + first]])
+        assert extract_features.main(options) == 2
+        message = f"points: 1 of the 3 points of im0 are outside of the image of 64x48 pixels: {x + first}, {y + first}"
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    write(table, ["image", "x", "y"], inside)
+    assert extract_features.main(options) == 0
+    assert store.FeatureBags(out).names == ["im0", "im1"]
+
+
+@pytest.mark.parametrize("size", [(1, 3), (7, 5), (40, 50)])
+def test_patch_may_be_larger_than_the_image(size):
+    """The image is mirrored as often as the patch needs."""
+    image = torch.rand(1, 3, *size)
+    points = np.array([[0.5, 0.5], [2.5, 0.5], [size[1] - 0.5, size[0] - 0.5]])
+    for side in (1, 2, 8, 33):
+        patches = extraction.patches_at(image, points, side)
+        assert patches.shape == (3, 3, side, side)
+        for patch, (x, y) in zip(patches, points.astype(int), strict=True):
+            assert torch.equal(patch[:, side // 2, side // 2], image[0, :, y, x])
+        if side < min(size):
+            padded = nn.functional.pad(image, (side // 2, side, side // 2, side), mode="reflect")
+            assert torch.equal(patches[0], padded[0, :, :side, :side])
+    if min(size) > 1:
+        wide = np.pad(image[0].numpy(), ((0, 0), (60, 60), (60, 60)), mode="reflect")
+        (patch,) = extraction.patches_at(image, points[:1], 101)
+        np.testing.assert_array_equal(patch.numpy(), wide[:, 10:111, 10:111])
 
 
 def test_symmetric_features_rotate_with_the_image(timm, images):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +69,34 @@ def read_points(path: Path, images: Collection[str]) -> dict[str, np.ndarray]:
             absent[next(cells[key] for key in NAMES if key in cells)] = at
             continue
         try:
-            points.setdefault(name, []).append((float(cells["x"]), float(cells["y"])))
+            x, y = float(cells["x"]), float(cells["y"])
         except ValueError:
-            raise ValueError(f"{at}: expected numbers x, y, got {cells['x']!r}, {cells['y']!r}") from None
+            x = y = np.nan
+        if not np.isfinite([x, y]).all():
+            raise ValueError(f"{at}: expected numbers x, y, got {cells['x']!r}, {cells['y']!r}")
+        points.setdefault(name, []).append((x, y))
     if absent:
         raise ValueError(f"points: {len(absent)} bags of {path} have no image ({some(absent)})")
     return {name: np.array(places) for name, places in points.items()}
+
+
+def refuse_far_points(points: Mapping[str, np.ndarray], images: Mapping[str, Path], first: int) -> None:
+    """Compares the ``points`` of read_points with the sizes of the ``images``, which are not decoded.
+
+    Args:
+        first: the coordinates of the first pixel, 0 or 1.
+
+    Raises:
+        ValueError: a point is more than one pixel outside of its image.
+    """
+    for name, places in points.items():
+        width, height, _ = pixels.read_header(images[name])
+        far = places[((places < first - 1) | (places > [width + first, height + first])).any(1)]
+        if len(far):
+            raise ValueError(
+                f"points: {len(far)} of the {len(places)} points of {name} are outside of the image of "
+                f"{width}x{height} pixels: {far[0, 0]:g}, {far[0, 1]:g}"
+            )
 
 
 @torch.no_grad()
@@ -143,11 +165,19 @@ def point_bag(
 
 def patches_at(image: Tensor, points: np.ndarray, side: int) -> Tensor:
     """The squares (n, 3, side, side) of an image (1, 3, H, W) around ``points`` (n, 2). Beyond the edge, the image is
-    mirrored. A point beyond the edge counts as one in the nearest pixel."""
+    mirrored, several times if ``side`` exceeds the image. A point beyond the edge counts as one in the nearest pixel.
+    """
     half = side // 2
-    padded = F.pad(image, (half, side, half, side), mode="reflect")
+    rows, columns = (_mirrored(np.arange(-half, n + side), n) for n in image.shape[2:])
+    padded = image[:, :, rows][..., columns]
     pixels = np.clip(np.floor(points).astype(int), 0, [image.shape[3] - 1, image.shape[2] - 1])
     return torch.cat([padded[..., y : y + side, x : x + side] for x, y in pixels])
+
+
+def _mirrored(numbers: np.ndarray, size: int) -> np.ndarray:
+    """The pixels 0 to ``size`` - 1 that show the pixels ``numbers`` of the mirrored image. No edge is repeated."""
+    last = size - 1
+    return last - abs(last - numbers % (2 * last)) if last else np.zeros_like(numbers)
 
 
 def pixel_bag(image: Tensor, points: np.ndarray, side: int) -> Bag:
