@@ -14,6 +14,7 @@ patch around each point, for train_features.py --head patches. After an interrup
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    for name in ("threads", "patch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    if not all(0 < scale < math.inf for scale in args.scales):
+        parser.error(f"--scales: expected numbers above 0, got {' '.join(f'{scale:g}' for scale in args.scales)}")
     if args.patch is not None and args.points is None:
         parser.error("--patch: expected together with --points")
     if args.backbone == "pixels" and (args.patch is None or args.list_stages):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import options
 from common.files import read_json, save_atomically
-from train_features import keep_settings
+from train_features import keep_settings, refuse_below
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,11 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if args.repeats is not None and args.repeats < 1:
-        parser.error(f"--repeats: expected at least 1, got {args.repeats}")
+    refuse_below(parser, args, {"epochs": 1, "batch_size": 1, "repeats": 1, "threads": 1, "overlays": 0})
     if not 0 <= args.freeze <= len(args.blocks):
         parser.error(f"--freeze: expected 0 to {len(args.blocks)}, got {args.freeze}")
     import torch
@@ -95,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
     labels = tables.read_labels(
         Path(known["labels"]), known["classes"], known["patient"], after.names, known["folds"] is None
     )
-    boxes = tables.read_boxes(Path(known["boxes"]), labels.classes, labels.names) if known["boxes"] else {}
-    truth = Truth(labels, {}, boxes)
+    boxes = Path(known["boxes"]) if known["boxes"] else None
+    truth = Truth(labels, {}, tables.read_boxes(boxes, labels.classes, labels.names, after.size) if boxes else {})
     blocks = load_blocks(after.settings["backbone"], args.weights, args.blocks)
     width = width_of(blocks, before, after)
     reader = MapReader(before, after, labels.names, width, blocks[: args.freeze])

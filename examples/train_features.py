@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=1, metavar="R", help="repeats of the folds, or number of seeds (1)"
     )
     protocol.add_argument(
-        "--test", choices=("test", "val"), default="test", help="part for evaluation; val: train on train only (test)"
+        "--test", choices=("test", "val"), help="part for evaluation; val: train on train only (test)"
     )
     protocol.add_argument("--resume", action="store_true", help="keep the finished runs in --out")
     model = parser.add_argument_group("head")
@@ -134,16 +134,34 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0.0 <= args.k_start < 1.0:
         parser.error(f"--k-start: expected at least 0 and below 1, got {args.k_start}")
-    for name in ("epochs", "batch_size", "repeats", "rise", "restarts", "trial_epochs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    least = dict.fromkeys(("epochs", "batch_size", "repeats", "rise", "restarts", "trial_epochs"), 1)
+    least |= {"hidden": 1, "threads": 1, "components": 0, "overlays": 0, "noise": 0}
+    refuse_below(parser, args, least)
+    if args.k_start and args.pooling != "topk":
+        parser.error(f"--k-start: expected --pooling topk, got {args.pooling}")
+    if (args.k_start or args.restarts > 1) and args.head not in ("linear", "mlp"):
+        parser.error(f"--k-start, --restarts: expected --head linear or mlp, got {args.head}")
+    twice = [name for name in args.classes or () if args.classes.count(name) > 1]
+    if twice:
+        parser.error(f"--classes: expected each class once, got {twice[0]} twice")
     if args.folds is not None and args.folds < 2:
         parser.error(f"--folds: expected at least 2, got {args.folds}")
+    if args.folds is not None and args.test is not None:
+        parser.error("--test: expected without --folds, which test every bag")
+    args.test = args.test or "test"
     import torch
 
     if args.threads:
         torch.set_num_threads(args.threads)
     return options.exit_status(lambda: run(args), "stopped; the same command with --resume continues")
+
+
+def refuse_below(parser: argparse.ArgumentParser, args: argparse.Namespace, least: dict[str, int]) -> None:
+    """Exits with an error if an option is given that is below its smallest value, or NaN."""
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= smallest:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {smallest}, got {value}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -153,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
     from features import labels as tables
     from features.extraction import find_images
     from features.results import write_results
-    from features.runs import Truth, digests_of, plan, save_predictions
+    from features.runs import Truth, digests_of, plan, save_predictions, untested
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
     from images.dataset import some
@@ -165,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
     truth = Truth(
         labels,
         tables.read_instance_labels(args.instance_labels, labels.classes, labels.names) if args.instance_labels else {},
-        tables.read_boxes(args.boxes, labels.classes, labels.names) if args.boxes else {},
+        tables.read_boxes(args.boxes, labels.classes, labels.names, bags.size) if args.boxes else {},
     )
     for name, values in truth.instances.items():
         if len(values) != bags.instances(name):
@@ -188,6 +206,8 @@ def run(args: argparse.Namespace) -> None:
             f"note: {len(unlabelled)} of {len(bags.names)} bags with features are not in {args.labels.name} "
             f"and are not used ({some(unlabelled)})"
         )
+    for line in (*tables.boxes_on_negatives(labels, truth.boxes), *(untested(labels, runs) if args.folds else ())):
+        print(f"note: {line}")
     print(f"first run: {len(runs[0].train)} bags for training, {len(runs[0].test)} for the test", flush=True)
     for number, one in enumerate(runs, 1):
         path = parts / f"{one.name}.npz"

@@ -330,6 +330,41 @@ def test_folder_of_h5_with_other_settings_is_an_error(timm, images, tmp_path, ca
     assert "im0.h5 has no settings of extract_features.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--threads=0", "--threads: expected at least 1, got 0"),
+        ("--scales 1 0", "--scales: expected numbers above 0, got 1 0"),
+        ("--scales nan", "--scales: expected numbers above 0, got nan"),
+        ("--points=p.csv --patch=0", "--patch: expected at least 1, got 0"),
+    ],
+)
+def test_errors_of_options_of_the_extraction(images, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit):
+        extract_features.main(["--images", str(images), "--out", str(tmp_path), *words.split()])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("w.pt", lambda path: path.write_bytes(b"no"), r"w\.pt is not a readable file of weights \(\w+\)"),
+        ("w.safetensors", lambda path: path.write_bytes(b"no"), r"w\.safetensors is not a readable file of weights"),
+        ("w.pt", lambda path: torch.save(torch.zeros(2), path), r"w\.pt: expected a state dict, got a Tensor"),
+        ("w.pt", lambda path: torch.save({"epoch": 3}, path), r"w\.pt: expected tensors, got int at epoch"),
+        (
+            "w.pt",
+            lambda path: torch.save({"conv1.weight": torch.zeros(2)}, path),
+            r"w\.pt does not fit ResNet: size mismatch for conv1\.weight",
+        ),
+    ],
+)
+def test_errors_of_files_of_weights(timm, tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        backbones.load_backbone("resnet18", weights=tmp_path / name)
+
+
 @pytest.mark.parametrize("options", [NETWORK, ("--backbone=pixels", "--patch=8")])
 def test_features_at_other_points_are_not_continued(timm, images, tmp_path, options, capsys):
     points = shutil.copy(images / "points.csv", tmp_path / "points.csv")
@@ -490,7 +525,7 @@ def test_settings_of_the_extraction_are_read_from_both_forms(tmp_path):
         writer = kind(tmp_path / kind.__name__, settings)
         writer.add("a", store.Bag(np.zeros((6, 4)), None, (2, 3), (32, 48)))
         bags = store.FeatureBags(tmp_path / kind.__name__)
-        assert bags.settings == settings and runs.first_of(bags) == 0.625
+        assert bags.settings == settings
         assert (bags.shape("a").grid, bags.shape("a").size) == ((2, 3), (32, 48))
     writer = store.FileWriter(tmp_path / "other", settings | {"stride": 8, "centre": 4.0})
     writer.add("b", store.Bag(np.zeros((6, 4)), None, (2, 3), (32, 48)))
@@ -709,6 +744,24 @@ def test_errors_of_boxes(tmp_path, text, message):
         labels.read_boxes(tmp_path / "boxes.csv", ["a"], ["x"])
 
 
+def test_box_outside_the_image_is_an_error(tmp_path):
+    def read(place):
+        (tmp_path / "boxes.csv").write_text(f"image,label,x,y,w,h\nx.png,a,1,1,5,5\nx.png,a,{place}\n")
+        return labels.read_boxes(tmp_path / "boxes.csv", ["a"], ["x"], {"x": (48, 64), "y": None}.get)
+
+    assert len(read("60,40,5,9")["a"]["x"]) == 2  # one pixel too far, for example by rounding
+    for place in ("60,40,5.5,8", "60,40,4,9.5", "70,0,4,4"):
+        with pytest.raises(ValueError, match=rf"the box {place.replace(',', ', ')} exceeds x, which has 64x48 pixels"):
+            read(place)
+
+
+def test_boxes_on_negative_bags_are_counted():
+    table = labels.Labels(["x", "y", "z"], ["a"], np.array([[0.0], [1], [np.nan]], np.float32), None, np.array([]))
+    boxes = {"a": {"x": np.zeros((2, 4)), "y": np.zeros((1, 4)), "z": np.zeros((1, 4))}}
+    assert labels.boxes_on_negatives(table, boxes) == ["2 boxes of a are in 1 bags whose label of a is 0 (x)"]
+    assert labels.boxes_on_negatives(table, {"a": {"y": np.zeros((1, 4))}}) == []
+
+
 def test_labels_of_instances_in_both_forms(tmp_path):
     path = tmp_path / "instances.csv"
     for text in ("bag,a,b\nx,1,0\nx,,1\nq,1,1\n", "image,a,b\nx.png,1,0\nx.png,-1,1\nq.png,1,1\n"):
@@ -739,6 +792,17 @@ def test_folds_keep_patients_together_and_test_each_bag_once(data):
         assert not set(table.groups[one.train]) & set(table.groups[one.test])
         tested += one.test.tolist()
     assert sorted(tested) == sorted([*range(40), *range(40)])
+
+
+def test_more_folds_than_bags_of_a_kind(data):
+    table = labels.read_labels(data / "labels.csv", None, "patient", BAGS)
+    table = table._replace(groups=np.array(table.names))
+    with pytest.raises(ValueError, match=r"--folds: expected at most 20 .* lesion has 20 negative, 20 positive bags"):
+        list(runs.plan(table, 21, 1, "test"))
+    few = table._replace(values=np.array([[float(i < 3)] for i in range(40)], np.float32), classes=["rare"])
+    plan = list(runs.plan(few, 5, 2, "test"))
+    assert runs.untested(few, plan) == ["4 of 10 folds test no positive bag of rare: they have no AUC"]
+    assert runs.untested(table, list(runs.plan(table, 2, 1, "test"))) == []
 
 
 def test_given_split_is_used(data):
@@ -964,6 +1028,12 @@ def test_advice_names_the_cause_and_what_is_not_yet_used():
     assert "--k-start" not in text and "--pooling topk" not in text
     few = advice.lam_advice([history], [labels[17:23]], settings)
     assert "too few training bags" in few and "--epochs" not in few
+    counts = [int(number) for number in re.findall(r"(\d+) positive and (\d+) negative", few)[0]]
+    more = [int(number) for number in re.findall(r"or (\d+) and (\d+)", few)[0]]
+    for positive, negative in (counts, more):
+        for fewer in (0, 1):
+            targets = np.repeat([[1.0], [0.0]], [positive - fewer, negative], 0).astype(np.float32)
+            assert advice.can_learn(targets, settings.start_auc) == (not fewer)
     assert advice.lam_advice([[{"lam": 0.5, "auc": [0.9]}]], [labels], settings) is None
 
 
@@ -1118,6 +1188,43 @@ def test_command_prints_how_it_read_the_labels(data, tmp_path, capsys):
     assert lines[2] == "first run: 28 bags for training, 12 for the test"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--threads=0", "--threads: expected at least 1, got 0"),
+        ("--hidden=0", "--hidden: expected at least 1, got 0"),
+        ("--components=-1", "--components: expected at least 0, got -1"),
+        ("--overlays=-1", "--overlays: expected at least 0, got -1"),
+        ("--noise=-0.5", "--noise: expected at least 0, got -0.5"),
+        ("--noise=nan", "--noise: expected at least 0, got nan"),
+        ("--folds=2 --test=val", "--test: expected without --folds"),
+        ("--k-start=0.2 --pooling=max", "--k-start: expected --pooling topk, got max"),
+        ("--k-start=0.2 --head=gated", "--k-start, --restarts: expected --head linear or mlp, got gated"),
+        ("--classes lesion other lesion", "--classes: expected each class once, got lesion twice"),
+    ],
+)
+def test_errors_of_options(data, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit):
+        command(data, tmp_path, *words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_command_names_boxes_on_negative_bags(timm, images, tmp_path, capsys):
+    """The images are in both parts of a split of patients with a lesion (im0, im2) and without (im1)."""
+    given = ["--images", str(images), "--out", str(tmp_path / "features"), *NETWORK]
+    assert extract_features.main(given) == 0
+    parts = ("train", "train", "test")
+    write(tmp_path / "labels.csv", ["image", "lesion", "split"], [[f"im{k}", 1 - k % 2, parts[k]] for k in range(3)])
+    boxes = write(tmp_path / "boxes.csv", ["image", "label", *"xywh"], [["im1.png", "lesion", 8, 8, 20, 20]])
+    options = (tmp_path, tmp_path / "out", "--epochs=1", "--boxes", str(boxes))
+    assert command(*options) == 0
+    text = "note: 1 boxes of lesion are in 1 bags whose label of lesion is 0 (im1)"
+    assert text in capsys.readouterr().out.splitlines()
+    change(boxes, "8,8,20,20", "8,8,200,20")
+    assert command(*options, "--resume") == 2
+    assert "the box 8, 8, 200, 20 exceeds im1, which has 80x48 pixels" in capsys.readouterr().err
+
+
 def test_wrong_folder_of_images_is_an_error_before_the_training(data, tmp_path, capsys):
     assert command(data, tmp_path / "out", "--images", str(tmp_path / "nowhere")) == 2
     assert "images: expected a folder" in capsys.readouterr().err
@@ -1252,6 +1359,28 @@ def test_interval_of_the_auc_is_that_of_the_mean_over_the_repeats(tmp_path):
     own = [np.mean([auc(score[rows], values[rows, 0]) for score in scores]) for rows in samples]
     assert [result["auc_low"], result["auc_high"]] == pytest.approx(np.quantile(own, [0.025, 0.975]), abs=0.015)
     assert abs((result["auc_low"] + result["auc_high"]) / 2 - result["auc"]) < 0.02
+
+
+def test_auc_within_the_folds_is_shown(tmp_path, capsys):
+    """Both folds separate their bags, but all probabilities of fold 1 are lower than those of fold 0."""
+    names = np.array([f"b{k}" for k in range(8)])
+    values = (np.arange(8) % 2).astype(np.float32)[:, None]
+    truth = runs.Truth(labels.Labels(names.tolist(), ["cat"], values, None, names), {}, {})
+    writer = store.StoreWriter(tmp_path / "features", {})
+    for name in names:
+        writer.add(name, store.Bag(np.zeros((1, 1), np.float32), None, None, None))
+    (tmp_path / "parts").mkdir()
+    plan = [runs.Run(0, fold, np.arange(4) + 4 * (1 - fold), np.arange(4) + 4 * fold) for fold in range(2)]
+    for run in plan:
+        score = 0.1 * values[run.test] + 0.5 - 0.3 * run.fold
+        runs.save_predictions(
+            tmp_path / "parts" / f"{run.name}.npz", runs.Predictions(names[run.test], score, score, np.arange(5))
+        )
+    bags = store.FeatureBags(tmp_path / "features")
+    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings())
+    assert "cat: auc 0.750 (folds: 1.000 to 1.000), auc_of_folds 1.000" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<th>AUC in folds</th>") == 1 and "AUC in folds: the mean" in page
 
 
 @pytest.mark.examples

@@ -5,6 +5,7 @@ All texts that say what to change are here.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ def lam_advice(histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarr
         f"{settings.start_auc:g}, or more with few bags. The highest AUC was {best}. "
     )
     if not any(can_learn(labels[run], settings.start_auc) for run in idle):
-        return text + "There are too few training bags: a class needs at least four positive and four negative ones."
+        return f"{text}There are too few training bags: a class needs {fewest_bags(settings.start_auc)}."
     changes = [f"train longer (--epochs {2 * settings.epochs})"]
     if settings.pooling != "topk":
         changes.append("use --pooling topk")
@@ -153,3 +154,15 @@ def can_learn(labels: np.ndarray, auc: float) -> bool:
     targets = torch.from_numpy(labels)
     schedule = LamSchedule(1.0, auc=auc, rise=1, window=max(8, len(labels)), interval=1)
     return schedule.step(targets.nan_to_num(), targets) > 0
+
+
+def fewest_bags(auc: float) -> str:
+    """The numbers of bags from which lam can rise, in words."""
+
+    def enough(positive: int, negative: int) -> bool:
+        return can_learn(np.repeat(np.array([[1.0], [0.0]], np.float32), [positive, negative], 0), auc)
+
+    equal = next(n for n in itertools.count(1) if enough(n, n))
+    few, many = next((a, b) for a in range(1, equal + 1) for b in range(equal, 100) if enough(a, b))
+    other = f", or {few} and {many}" if few < equal else ""
+    return f"at least {equal} positive and {equal} negative ones{other}"

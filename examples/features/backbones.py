@@ -265,23 +265,40 @@ def load_weights(network: nn.Module, path: Path) -> None:
     """Loads a state dict into ``network``. The classifier, and the last convolution before it, may be missing."""
     if not path.is_file():
         raise ValueError(f"weights: expected 'pretrained', 'none' or a file, got {str(path)!r}")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ModuleNotFoundError:
-            raise ValueError("weights: safetensors is not installed: pip install safetensors") from None
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+    state = _read_state(path)
     own = network.state_dict()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     head = tuple(f"{name}." for name in ("classifier", "fc", "head", "conv_head", "bn2", "head_dist"))
     state = {k: v for k, v in state.items() if not k.startswith(head) or (k in own and own[k].shape == v.shape)}
-    missing, unexpected = network.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a tensor of another shape
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"weights: {path} does not fit {type(network).__name__}: {first}") from None
     missing = [key for key in missing if not key.startswith(head) and not key.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise ValueError(
             f"weights: {path} does not fit {type(network).__name__}: "
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of safetensors or PyTorch."""
+    is_safe = path.suffix == ".safetensors"
+    if is_safe:
+        try:
+            from safetensors.torch import load_file
+        except ModuleNotFoundError:
+            raise ValueError("weights: safetensors is not installed: pip install safetensors") from None
+    try:
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # reading another kind of file raises many types
+        raise ValueError(f"weights: {path} is not a readable file of weights ({type(error).__name__})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"weights: {path}: expected a state dict, got a {type(state).__name__}")
+    other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise ValueError(f"weights: {path}: expected tensors, got {type(state[other]).__name__} at {other}")
+    return state

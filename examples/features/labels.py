@@ -5,7 +5,8 @@ The tables are those of images.label_tables. They name a bag by its name, or by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,14 +102,24 @@ def read_instance_labels(path: Path, classes: Sequence[str], bags: Sequence[str]
     return labels
 
 
-def read_boxes(path: Path, classes: Sequence[str], bags: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+def read_boxes(
+    path: Path,
+    classes: Sequence[str],
+    bags: Sequence[str],
+    size_of: Callable[[str], tuple[int, int] | None] = lambda _: None,
+) -> dict[str, dict[str, np.ndarray]]:
     """Boxes (n, 4) x, y, w, h by class and bag. Boxes of other bags and classes are left out.
 
+    Args:
+        size_of: the size (height, width) of the image of a bag; None: unknown.
+
     Raises:
-        ValueError: as images.label_tables.read_boxes; also if no box is of one of the bags and classes.
+        ValueError: as images.label_tables.read_boxes; also if a box exceeds its image by more than one pixel, and if no
+            box is of one of the bags and classes.
     """
     boxes: dict[str, dict[str, list]] = {name: {} for name in classes}
     for name, label, place in label_tables.read_boxes(path, lambda _, __, label: label in boxes, name_among(bags)):
+        _refuse_outside(path, name, place, size_of(name))
         boxes[label].setdefault(name, []).append(place)
     if not any(boxes.values()):
         present: dict[str, None] = {}  # the classes of the file, in its order
@@ -118,12 +129,51 @@ def read_boxes(path: Path, classes: Sequence[str], bags: Sequence[str]) -> dict[
     return {label: {name: np.array(places) for name, places in found.items()} for label, found in boxes.items()}
 
 
+def _refuse_outside(
+    path: Path, name: str, place: tuple[float, float, float, float], size: tuple[int, int] | None
+) -> None:
+    """Raises ValueError if a box exceeds its image by more than one pixel: it is meant for an image of another size."""
+    x, y, w, h = place
+    if size is not None and (x + w > size[1] + 1 or y + h > size[0] + 1):
+        raise ValueError(
+            f"{path}: the box {x:g}, {y:g}, {w:g}, {h:g} exceeds {name}, which has {size[1]}x{size[0]} pixels"
+        )
+
+
+def boxes_on_negatives(labels: Labels, boxes: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """A line for each class that has boxes in bags with the label 0."""
+    lines = []
+    for c, label in enumerate(labels.classes):
+        placed = boxes.get(label, {})
+        names = [
+            name for name, value in zip(labels.names, labels.values[:, c], strict=True) if value == 0 and name in placed
+        ]
+        if names:
+            count = sum(len(placed[name]) for name in names)
+            lines.append(
+                f"{count} boxes of {label} are in {len(names)} bags whose label of {label} is 0 ({some(names)})"
+            )
+    return lines
+
+
 def folds(labels: Labels, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``count`` folds as pairs (training, test) of bag indices. Groups stay together; stratified by the first class."""
+    """``count`` folds as pairs (training, test) of bag indices. Groups stay together; stratified by the first class.
+
+    Raises:
+        ValueError: there are more folds than groups, or than bags of each kind.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     if count > len(set(labels.groups)):
         raise ValueError(f"folds: expected at most {len(set(labels.groups))}, the number of groups, got {count}")
     target = np.nan_to_num(labels.values[:, 0], nan=-1).astype(int)
+    kinds = {"negative": 0, "positive": 1, "unknown": -1}
+    counts = {kind: int((target == value).sum()) for kind, value in kinds.items() if (target == value).any()}
+    if count > max(counts.values()):
+        found = f"{labels.classes[0]} has {', '.join(f'{number} {kind}' for kind, number in counts.items())} bags"
+        raise ValueError(f"--folds: expected at most {max(counts.values())} because {found}, got {count}")
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    yield from splitter.split(target, target, labels.groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fewer bags of a kind than folds: see runs.untested
+        parts = list(splitter.split(target, target, labels.groups))
+    yield from parts

@@ -29,6 +29,7 @@ COLUMNS = (
     ("auc", "UNIT AUC"),
     ("auc_low", "95 % from"),
     ("auc_high", "to"),
+    ("auc_of_folds", "AUC in folds"),
     ("instance_auc", "instance AUC"),
     ("instance_ap", "AP"),
     ("instance_iou", "IoU at 0.5"),
@@ -43,6 +44,8 @@ MEANINGS = {
     "auc_low": "95 % from, to: the interval of this AUC if other UNITs of the same kind were tested (bootstrap over "
     "the UNITs). The trained networks stay the same. So the interval does not contain the differences between "
     "trainings.",
+    "auc_of_folds": "AUC in folds: the mean of the AUC within each fold. The UNIT AUC compares the UNITs of all folds, "
+    "although each fold has another network. This makes the UNIT AUC too low, most of all for rare classes.",
     "instance_auc": "Instance AUC, AP and IoU: of the instances in positive UNITs.",
     "pointing": "Pointing game: fraction of the images whose largest probability lies in a true box.",
     "iou_0.1": "Box IoU: fraction of the images whose predicted box overlaps a true box so much. IoU is the area of "

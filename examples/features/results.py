@@ -11,6 +11,11 @@ from features.runs import Predictions, Run, Truth, load_predictions, rows_of_tra
 from features.store import FeatureBags
 from features.training import Settings
 
+#: The metrics that are printed.
+PRINTED = (
+    "auc", "auc_of_folds", "instance_auc", "instance_ap", "instance_iou", "pointing", "iou_0.3", "iou_0.5",
+)  # fmt: skip
+
 
 def write_results(
     out: Path,
@@ -53,7 +58,7 @@ def write_results(
     for name, values in result.items():
         line = ", ".join(
             f"{key} {values[key]:.3f}" + (f" ({found})" if (found := range_of_folds(folds, name, key)) else "")
-            for key in ("auc", "instance_auc", "instance_ap", "instance_iou", "pointing", "iou_0.3", "iou_0.5")
+            for key in PRINTED
             if key in values
         )
         print(f"{name}: {line}")

@@ -74,6 +74,17 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
             yield Run(repeat, fold, train, tested)
 
 
+def untested(labels: Labels, runs: Sequence[Run]) -> list[str]:
+    """A line for each class of which some runs test no positive or no negative bag."""
+    lines = []
+    for c, name in enumerate(labels.classes):
+        for kind, value in (("positive", 1), ("negative", 0)):
+            count = sum(not (labels.values[run.test, c] == value).any() for run in runs)
+            if count:
+                lines.append(f"{count} of {len(runs)} folds test no {kind} bag of {name}: they have no AUC")
+    return lines
+
+
 def digests_of(labels: Labels, bags: FeatureBags) -> dict[str, str]:
     """Digests of the data that decide the runs and their results: a run continues only on the same data."""
     table = [labels.names, list(labels.classes), labels.values.tolist(), labels.groups.tolist()]

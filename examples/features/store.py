@@ -228,6 +228,10 @@ class FeatureBags:
         with _open_h5(path) as file:
             return Bag(np.zeros((0, self.features)), None, *_view_of(file))
 
+    def size(self, name: str) -> tuple[int, int] | None:
+        """(height, width) of the image of a bag in pixels; None if unknown."""
+        return self.shape(name).size
+
     def __getitem__(self, name: str) -> Bag:
         if self._rows:
             return self._read_store(name)
