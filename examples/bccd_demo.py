@@ -74,7 +74,7 @@ def draw(out: Path, images: Path, count: int) -> None:
     from features.extraction import find_images, read_image
     from features.labels import read_boxes
     from features.report import draw_map
-    from features.runs import first_of, load_predictions, maps_of
+    from features.runs import cells_of, load_predictions, maps_of
     from features.store import FeatureBags
     from matplotlib.figure import Figure
 
@@ -91,7 +91,7 @@ def draw(out: Path, images: Path, count: int) -> None:
             cell.set_axis_off()
             if column:
                 maps, sizes = found[column - 1]
-                draw_map(cell, maps[name], sizes[name], first_of(bags), 1.8)
+                draw_map(cell, maps[name], sizes[name], *cells_of(bags), width=1.8)
         for box in boxes[name]:
             draw_box(row[0], box, TRUE, 1.5)
     for cell, title in zip(axes[0], ("platelets (never shown in training)", "bag loss", "SGL"), strict=True):

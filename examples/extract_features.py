@@ -157,7 +157,7 @@ def network_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.n
         points: the instances by image; None: the cells of the map.
     """
     from features.backbones import field_warning, load_backbone
-    from features.extraction import map_bag, patch_bag, point_bag
+    from features.extraction import grid_of, map_bag, patch_bag, point_bag
 
     backbone = load_backbone(
         args.backbone, weights=args.weights, stages=args.stages, cut=args.cut, output_stride=args.output_stride
@@ -166,7 +166,7 @@ def network_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.n
     # in pixels of the image
     field = None if geometry.field is None else geometry.field / min(args.scales)
     sees = "the whole image" if field is None else f"{field:g} pixels"
-    grid = [int(n * args.scales[0]) // geometry.stride for n in first.shape[2:]]
+    grid = grid_of(backbone, first.shape[2:], args.scales[0])
     print(
         f"{args.backbone}, stages {', '.join(backbone.stages)}: stride {geometry.stride / args.scales[0]:g}, a cell "
         f"sees {sees}; the first image ({first.shape[3]}x{first.shape[2]}) has a grid of {grid[1]}x{grid[0]} cells",
@@ -185,7 +185,7 @@ def network_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.n
         "symmetric": args.symmetric,
         "points": False if points is None else digest_of(points),
         "stride": geometry.stride,
-        "centre": geometry.stride / 2 if args.symmetric else geometry.centre,
+        "centre": backbone.cells(args.symmetric).centre,
         "field": geometry.field,
     }
 

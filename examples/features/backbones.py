@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from images.pixels import MEAN, STD
 from torch import Tensor, nn
 
-from features.geometry import Geometry, effective_centre, geometry_of, stage_maps
+from features.geometry import Geometry, effective_centre, geometry_of, rounded_up, stage_maps
 
 TORCHVISION = "torchvision/"
 
@@ -39,6 +40,30 @@ class Backbone(nn.Module):
         """The grid of the maps, and the largest receptive field of the stages."""
         fields = [geometry.field for geometry in self.geometries]
         return self.geometries[0]._replace(field=None if None in fields else max(fields))
+
+    @property
+    def multiple(self) -> int:
+        """The side of an image should be a multiple of so many pixels: the largest stride, or the side of a patch.
+
+        With the padding of TensorFlow, the positions of the cells depend on the remainder of the side.
+        """
+        return self.tokens or max(geometry.stride for geometry in self.geometries)
+
+    @cached_property
+    @torch.no_grad()
+    def absent(self) -> int:
+        """The number of cells by which a line of the map is shorter than the image has strides: 0 with padding."""
+        if self.tokens is not None:
+            return 0
+        side = rounded_up(self.size, self.multiple)
+        (maps,) = stage_maps(self.network, self.stages[:1], torch.zeros(1, 3, side, side), None)
+        return side // self.geometry.stride - maps.shape[2]
+
+    def cells(self, symmetric: bool) -> Geometry:
+        """The grid of the maps. ``symmetric``: of their mean over flips and rotations, the same from every edge."""
+        if not symmetric:
+            return self.geometry
+        return self.geometry._replace(centre=(self.absent + 1) * self.geometry.stride / 2)
 
     def __init__(
         self,
@@ -73,14 +98,17 @@ class Backbone(nn.Module):
         maps = stage_maps(self.network, self.stages, x, self.tokens)
         grid = self.geometries[0]
         size = maps[0].shape[2:]
-        return torch.cat([_aligned(m, g, grid, size) for m, g in zip(maps, self.geometries, strict=True)], 1)
+        return torch.cat([aligned(m, g, grid, size) for m, g in zip(maps, self.geometries, strict=True)], 1)
 
 
-def _aligned(maps: Tensor, own: Geometry, grid: Geometry, size: torch.Size) -> Tensor:
-    """``maps`` with the geometry ``own``, resampled at the cells of ``grid``: (N, D, *size)."""
+def aligned(maps: Tensor, own: Geometry, grid: Geometry, size: torch.Size) -> Tensor:
+    """``maps`` with the geometry ``own``, resampled at the cells of ``grid``: (N, D, *size).
+
+    Strides and centres may be fractions: at another scale of the image, they are divided by the scale.
+    """
     if (own.stride, own.centre) == (grid.stride, grid.centre) and maps.shape[2:] == size:
         return maps
-    blocks = max(grid.stride // own.stride, 1)
+    blocks = max(int(grid.stride / own.stride + 1e-6), 1)
     if blocks > 1:
         maps = F.avg_pool2d(maps, blocks, ceil_mode=True, count_include_pad=False)
         own = own._replace(stride=own.stride * blocks, centre=own.centre + own.stride * (blocks - 1) / 2)

@@ -9,7 +9,7 @@ import numpy as np
 from common import metrics
 from sklearn.metrics import average_precision_score
 
-from sgl_ops.localization import box_iou, contains, heatmap_to_box, heatmap_to_boxes, heatmap_to_point
+from sgl_ops.localization import box_iou, contains, heatmap_to_box, heatmap_to_boxes, heatmap_to_point, upsample
 
 T_IOU = (0.1, 0.3, 0.5)
 
@@ -58,39 +58,83 @@ def instance_metrics(
     return result
 
 
-def box_of(heatmap: np.ndarray, size: tuple[int, int], first: float) -> np.ndarray:
+def extended(heatmap: np.ndarray, size: tuple[int, int], stride: float | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """A map (h, w) and an image of ``size``, extended at the right and bottom so that a cell has ``stride`` pixels.
+
+    The functions of :mod:`sgl_ops.localization` assume k cells along k strides. A network without padding has fewer,
+    and the last cell may exceed the image. The edge values of the map are repeated.
+
+    Args:
+        stride: in pixels of the image. None: unknown; the cells divide the image evenly.
+    """
+    if stride is None:
+        return heatmap, size
+    cells = [max(k, math.ceil(n / stride - 1e-6)) for n, k in zip(size, heatmap.shape, strict=True)]
+    wider = np.pad(heatmap, [(0, more - k) for more, k in zip(cells, heatmap.shape, strict=True)], "edge")
+    height, width = (max(n, round(k * stride)) for n, k in zip(size, cells, strict=True))
+    return wider, (height, width)
+
+
+def pixels_of(heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None) -> np.ndarray:
+    """A map (h, w) at the pixels of an image of ``size``, bilinear: what is drawn, and what boxes are found in.
+
+    Args:
+        first: the centre of the first cell, in cells from the edge of the image.
+        stride: as for :func:`extended`.
+    """
+    wider, whole = extended(heatmap, size, stride)
+    return upsample(wider, whole, "bilinear", first)[: size[0], : size[1]]
+
+
+def point_of(
+    heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None
+) -> tuple[float, float]:
+    """x, y in pixels: the centre of the cell with the largest value. Beyond the edge: of the pixel at the edge."""
+    x, y = heatmap_to_point(*extended(heatmap, size, stride), first)
+    return min(x, size[1] - 0.5), min(y, size[0] - 0.5)
+
+
+def box_of(heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None) -> np.ndarray:
     """The box (4,) of a map (h, w): bilinear, p > 0.5, component of the maximum, without opening and closing."""
-    return heatmap_to_box(heatmap, size, 0.5, "bilinear", 1, first)
+    return heatmap_to_box(pixels_of(heatmap, size, first, stride), size, side=1)
 
 
-def boxes_of(heatmap: np.ndarray, size: tuple[int, int], first: float) -> np.ndarray:
+def boxes_of(heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None) -> np.ndarray:
     """The boxes (n, 4) of all components of a map, the one of :func:`box_of` first."""
-    return heatmap_to_boxes(heatmap, size, 0.5, "bilinear", 1, first)
+    return heatmap_to_boxes(pixels_of(heatmap, size, first, stride), size, side=1)
 
 
 def best_overlaps(
-    maps: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], truth: Mapping[str, np.ndarray], first: float
+    maps: Mapping[str, np.ndarray],
+    sizes: Mapping[str, tuple[int, int]],
+    truth: Mapping[str, np.ndarray],
+    first: float,
+    stride: float | None = None,
 ) -> dict[str, float]:
     """By bag, the largest IoU of the predicted box with a true box. Bags without true boxes are left out."""
     return {
-        name: float(box_iou(box_of(heatmap, sizes[name], first), truth[name]).max())
+        name: float(box_iou(box_of(heatmap, sizes[name], first, stride), truth[name]).max())
         for name, heatmap in maps.items()
         if name in truth
     }
 
 
 def box_metrics(
-    maps: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]], truth: Mapping[str, np.ndarray], first: float
+    maps: Mapping[str, np.ndarray],
+    sizes: Mapping[str, tuple[int, int]],
+    truth: Mapping[str, np.ndarray],
+    first: float,
+    stride: float | None = None,
 ) -> dict[str, float]:
     """Fractions of the bags with true boxes that are found, with one predicted box and one point per bag.
 
     A bag counts as found at T if the predicted box has an IoU greater than T with any of its true boxes. For
     ``pointing``, the centre of the cell with the largest value must lie in one of them.
     """
-    overlaps = best_overlaps(maps, sizes, truth, first)
+    overlaps = best_overlaps(maps, sizes, truth, first, stride)
     if not overlaps:
         return {}
-    hits = [contains(truth[name], heatmap_to_point(maps[name], sizes[name], first)).any() for name in overlaps]
+    hits = [contains(truth[name], point_of(maps[name], sizes[name], first, stride)).any() for name in overlaps]
     result = {"images": len(overlaps), "pointing": float(np.mean(hits))}
     for t in T_IOU:
         result[f"iou_{t:g}"] = float(np.mean([overlap > t for overlap in overlaps.values()]))

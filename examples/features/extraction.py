@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from images.label_tables import NAMES, name_among, same
 from images.pixels import DICOM
 from torch import Tensor
 
-from features.backbones import Backbone
-from features.geometry import Geometry
+from features.backbones import Backbone, aligned
+from features.geometry import Geometry, rounded_up
 from features.store import Bag
 
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".webp", ".bmp", ".gif", ".tif", ".tiff", *DICOM)
@@ -103,20 +104,47 @@ def refuse_far_points(points: Mapping[str, np.ndarray], images: Mapping[str, Pat
 def map_of(backbone: Backbone, image: Tensor, scales: Sequence[float], symmetric: bool) -> Tensor:
     """The feature map (D, h, w) of an image (1, 3, H, W), concatenated over ``scales`` of the image.
 
+    The maps of the other scales are resampled on the grid of the first one. The shape is that of :func:`grid_of`.
+
     Args:
         symmetric: return the mean over the eight flips and rotations by 90 degrees, each transformed back.
     """
+    cells = backbone.cells(symmetric)
     maps = []
     for scale in scales:
         scaled = image
         if scale != 1:
             size = [round(n * scale) for n in image.shape[2:]]
             scaled = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
-        maps.append(_symmetric(backbone, scaled) if symmetric else backbone(scaled))
+        maps.append(_extended_map(backbone, scaled, symmetric))
     size = maps[0].shape[2:]
-    return torch.cat(
-        [m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps], 1
-    )[0]
+    first, *own = (cells._replace(stride=cells.stride / scale, centre=cells.centre / scale) for scale in scales)
+    found = maps[:1]
+    for m, geometry, scale in zip(maps[1:], own, scales[1:], strict=True):
+        if all(math.isclose(k * scale, n * scales[0]) for k, n in zip(size, m.shape[2:], strict=True)):
+            same = m.shape[2:] == size
+            found.append(m if same else F.interpolate(m, size, mode="bilinear", align_corners=False))
+        else:
+            found.append(aligned(m, geometry, first, size))
+    return torch.cat(found, 1)[0]
+
+
+def _extended_map(backbone: Backbone, image: Tensor, symmetric: bool) -> Tensor:
+    """The map (1, D, h, w) of an image that is extended to a multiple of ``backbone.multiple``, without cells that lie
+    in the extension only."""
+    bottom, right = (rounded_up(n, backbone.multiple) - n for n in image.shape[2:])
+    if bottom or right:
+        image = F.pad(image, (0, right, 0, bottom), mode="replicate")
+    maps = _symmetric(backbone, image) if symmetric else backbone(image)
+    stride = backbone.geometry.stride
+    return maps[:, :, : maps.shape[2] - bottom // stride, : maps.shape[3] - right // stride]
+
+
+def grid_of(backbone: Backbone, size: Sequence[int], scale: float) -> tuple[int, int]:
+    """The rows and columns of the map of an image of ``size`` (height, width), at ``scale``."""
+    stride = backbone.geometry.stride
+    h, w = (rounded_up(round(n * scale), stride) // stride - backbone.absent for n in size)
+    return h, w
 
 
 def _symmetric(network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
@@ -130,11 +158,15 @@ def _symmetric(network: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 
 def map_bag(backbone: Backbone, geometry: Geometry, image: Tensor, scales: Sequence[float], symmetric: bool) -> Bag:
-    """The cells of the feature map of an image as a bag. ``coords`` are the centres of the cells."""
+    """The cells of the feature map of an image as a bag. ``coords`` are the centres of the cells.
+
+    Args:
+        geometry: that of the backbone.
+    """
     features = map_of(backbone, image, scales, symmetric)
-    step, centre = geometry.stride / scales[0], geometry.centre / scales[0]
     if symmetric:
-        centre = step / 2  # the mean over flips is symmetric about the middle of the image
+        geometry = backbone.cells(symmetric)
+    step, centre = geometry.stride / scales[0], geometry.centre / scales[0]
     h, w = features.shape[1:]
     y, x = np.mgrid[:h, :w]
     coords = np.stack([x.ravel(), y.ravel()], 1) * step + centre
@@ -144,18 +176,19 @@ def map_bag(backbone: Backbone, geometry: Geometry, image: Tensor, scales: Seque
 def point_bag(
     backbone: Backbone, geometry: Geometry, image: Tensor, points: np.ndarray, scales: Sequence[float], symmetric: bool
 ) -> Bag:
-    """The features at ``points`` (n, 2; x, y in pixels), interpolated in the maps of the whole image."""
+    """The features at ``points`` (n, 2; x, y in pixels), interpolated in the maps of the whole image.
+
+    Args:
+        geometry: that of the backbone.
+    """
+    if symmetric:
+        geometry = backbone.cells(symmetric)
     found = []
     for scale in scales:
         features = map_of(backbone, image, (scale,), symmetric)
         h, w = features.shape[1:]
-        size = torch.tensor([image.shape[3], image.shape[2]])
-        places = torch.from_numpy(points).float()
-        if symmetric:
-            places = places / size * 2 - 1
-        else:
-            cells = (places * scale - geometry.centre) / geometry.stride
-            places = (cells + 0.5) / torch.tensor([w, h]) * 2 - 1
+        cells = (torch.from_numpy(points).float() * scale - geometry.centre) / geometry.stride
+        places = (cells + 0.5) / torch.tensor([w, h]) * 2 - 1
         sampled = F.grid_sample(
             features[None], places[None, None], mode="bilinear", padding_mode="border", align_corners=False
         )

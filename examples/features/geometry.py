@@ -25,6 +25,11 @@ class Geometry(NamedTuple):
     field: int | None
 
 
+def rounded_up(n: int, step: int) -> int:
+    """The smallest multiple of ``step`` that is at least ``n``."""
+    return -(-n // step) * step
+
+
 def stage_maps(network: nn.Module, stages: Sequence[str], x: Tensor, tokens: int | None) -> list[Tensor]:
     """The outputs (N, D, h, w) of ``stages`` for images (N, 3, H, W); nothing after the last of them is computed."""
     with _outputs(network, stages) as found, contextlib.suppress(_AllFoundError):
@@ -81,10 +86,15 @@ def geometry_of(network: nn.Module, stage: str, size: int, tokens: int | None = 
     """
     probe = copy.deepcopy(network).double().eval()
     _make_positive(probe)
-    geometry = _measured(probe, stage, size, tokens)
-    for factor in (2, 4, 8):
-        if geometry.field is None and tokens is None:
-            geometry = _measured(probe, stage, factor * size, tokens)
+    if tokens is not None:
+        return _measured(probe, stage, rounded_up(size, tokens), tokens)
+    for side in (size, 2 * size, 4 * size, 8 * size):
+        geometry = _measured(probe, stage, side, None)
+        if geometry.field is not None and side % geometry.stride:
+            # With the padding of TensorFlow, the position depends on the side. Images are extended to a multiple.
+            geometry = _measured(probe, stage, rounded_up(side, geometry.stride), None)
+        if geometry.field is not None:
+            break
     return geometry
 
 
@@ -96,12 +106,13 @@ def effective_centre(network: nn.Module, stage: str, size: int, stride: int, dra
     padding of TensorFlow at a stride of 16: the middle is at 15.5 pixels, the effective centre at 10.
 
     Args:
-        size: side in pixels of the images that the network was trained with. The image of noise is twice as large.
+        size: side in pixels of the images that the network was trained with. The image of noise is twice as large,
+            rounded up to a multiple of the stride.
         stride: the stride of the map.
         draws: number of random pairs of a direction and a cell in the middle third of the map.
     """
     generator = torch.Generator().manual_seed(0)
-    side = 2 * size
+    side = rounded_up(2 * size, stride)
     noise = torch.randn(1, 3, side, side, generator=generator).requires_grad_()
     with torch.enable_grad():
         (maps,) = stage_maps(network, [stage], noise, None)
@@ -122,7 +133,7 @@ def effective_centre(network: nn.Module, stage: str, size: int, stride: int, dra
 
 def _measured(probe: nn.Module, stage: str, side: int, tokens: int | None) -> Geometry:
     """The geometry along a strip of ``side`` pixels. ``field`` is None if that of a middle cell reaches an end."""
-    strip = torch.ones(1, 3, side, 64, dtype=torch.float64, requires_grad=True)
+    strip = torch.ones(1, 3, side, rounded_up(64, tokens or 1), dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         (cells,) = stage_maps(probe, [stage], strip, tokens)
     cells = cells[0].sum(0)

@@ -13,9 +13,9 @@ from common.drawing import FOUND, OPACITY, TRUE, draw_box
 from common.files import write_text
 from matplotlib.figure import Figure
 
-from features.evaluation import boxes_of
+from features.evaluation import boxes_of, pixels_of
 from features.extraction import find_images, read_image
-from features.runs import Predictions, Truth, first_of, unit_of
+from features.runs import Predictions, Truth, cells_of, unit_of
 from features.store import FeatureBags
 from sgl_ops.localization import overlay
 
@@ -184,7 +184,7 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
             axes.imshow(image)
     if bag.grid is not None and bag.size is not None:
         heatmap = probabilities.reshape(bag.grid).astype(float)
-        draw_map(right, heatmap, bag.size, first_of(bags))
+        draw_map(right, heatmap, bag.size, *cells_of(bags))
         for box in truth.boxes.get(truth.labels.classes[0], {}).get(name, ()):
             draw_box(left, box, TRUE)
         for axes in (left, right):
@@ -208,11 +208,13 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
     return base64.b64encode(content.getvalue()).decode()
 
 
-def draw_map(axes, heatmap: np.ndarray, size: tuple[int, int], first: float, width: float = 3.0) -> None:
+def draw_map(
+    axes, heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None, width: float = 3.0
+) -> None:
     """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and its boxes.
 
     The frame of the first box, which is evaluated, has the ``width`` in points. The others have half of it.
     """
-    axes.imshow(overlay(heatmap, size, "bilinear", first, opacity=OPACITY / 100))
-    for number, box in enumerate(boxes_of(heatmap, size, first)):
+    axes.imshow(overlay(pixels_of(heatmap, size, first, stride), size, opacity=OPACITY / 100))
+    for number, box in enumerate(boxes_of(heatmap, size, first, stride)):
         draw_box(axes, box, FOUND, width / 2 if number else width)

@@ -144,7 +144,7 @@ def metrics_of(predictions: Predictions, truth: Truth, bags: FeatureBags) -> dic
             )
             found |= {f"instance_{key}": value for key, value in values.items()}
         if name in truth.boxes:
-            found |= box_metrics(*maps_of(predictions, bags, c), truth.boxes[name], first_of(bags))
+            found |= box_metrics(*maps_of(predictions, bags, c), truth.boxes[name], *cells_of(bags))
         result[name] = found
     return result
 
@@ -163,10 +163,15 @@ def maps_of(
     return maps, sizes
 
 
-def first_of(bags: FeatureBags) -> float:
-    """The centre of the first cell, in cells from the edge of the image. 0.5 if the extraction is unknown."""
+def cells_of(bags: FeatureBags) -> tuple[float, float | None]:
+    """The centre of the first cell, in cells from the edge of the image, and the stride in pixels of the image.
+
+    0.5 and None if the extraction is unknown.
+    """
     settings = bags.settings
-    return settings["centre"] / settings["stride"] if settings.get("stride") else 0.5
+    if not settings.get("stride"):
+        return 0.5, None
+    return settings["centre"] / settings["stride"], settings["stride"] / settings.get("scales", [1.0])[0]
 
 
 def unit_of(bags: FeatureBags) -> str:
@@ -203,7 +208,7 @@ def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: Featur
         stats |= auc_interval(np.array(ordered), labels)
         if "images" in own[0]:
             overlaps = [
-                best_overlaps(*maps_of(predictions, bags, c), truth.boxes[name], first_of(bags))
+                best_overlaps(*maps_of(predictions, bags, c), truth.boxes[name], *cells_of(bags))
                 for predictions in whole
             ]
             stats |= box_intervals(overlaps)
