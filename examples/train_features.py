@@ -135,8 +135,13 @@ def main(argv: list[str] | None = None) -> int:
     if not 0.0 <= args.k_start < 1.0:
         parser.error(f"--k-start: expected at least 0 and below 1, got {args.k_start}")
     least = dict.fromkeys(("epochs", "batch_size", "repeats", "rise", "restarts", "trial_epochs"), 1)
-    least |= {"hidden": 1, "threads": 1, "components": 0, "overlays": 0, "noise": 0}
+    least |= {"hidden": 1, "threads": 1, "components": 0, "overlays": 0, "noise": 0, "lr": 0}
+    least |= {"weight_decay": 0, "cache_gb": 0}
     refuse_below(parser, args, least)
+    if not (0 < args.k < 1 or (args.k >= 1 and args.k % 1 == 0)):
+        parser.error(f"--k: expected a whole number of at least 1, or a fraction between 0 and 1, got {args.k:g}")
+    if not 0 <= args.dropout < 1:
+        parser.error(f"--dropout: expected at least 0 and below 1, got {args.dropout:g}")
     if args.k_start and args.pooling != "topk":
         parser.error(f"--k-start: expected --pooling topk, got {args.pooling}")
     if (args.k_start or args.restarts > 1) and args.head not in ("linear", "mlp"):

@@ -1362,6 +1362,10 @@ def test_command_prints_how_it_read_the_labels(data, tmp_path, capsys):
         ("--overlays=-1", "--overlays: expected at least 0, got -1"),
         ("--noise=-0.5", "--noise: expected at least 0, got -0.5"),
         ("--noise=nan", "--noise: expected at least 0, got nan"),
+        ("--lr=-1", "--lr: expected at least 0, got -1.0"),
+        ("--k=2.7", "--k: expected a whole number of at least 1, or a fraction between 0 and 1, got 2.7"),
+        ("--k=nan", "--k: expected a whole number of at least 1, or a fraction between 0 and 1, got nan"),
+        ("--dropout=1.5", "--dropout: expected at least 0 and below 1, got 1.5"),
         ("--folds=2 --test=val", "--test: expected without --folds"),
         ("--k-start=0.2 --pooling=max", "--k-start: expected --pooling topk, got max"),
         ("--k-start=0.2 --head=gated", "--k-start, --restarts: expected --head linear or mlp, got gated"),
@@ -1894,7 +1898,7 @@ def test_fine_tuning_on_other_labels_than_those_of_the_run_is_an_error(trained, 
     assert train_features.main([*command, "--out", str(tmp_path / "run")]) == 0
     change(labels, "p5,1,test", "p5,1,train")
     assert finetune(trained, tmp_path / "out", *BLOCK, "--run", str(tmp_path / "run")) == 2
-    assert "run was made with another split" in capsys.readouterr().err
+    assert "run: made with another split" in capsys.readouterr().err
 
 
 def test_fine_tuning_reads_one_file_per_bag(trained, tmp_path):

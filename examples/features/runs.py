@@ -105,7 +105,7 @@ def refuse_other_data(folder: Path, known: Mapping[str, str], found: Mapping[str
     """
     for name, text in (("labels", "other labels"), ("split", "another split"), ("features", "other features")):
         if known and known.get(name) != found[name]:
-            raise ValueError(f"{folder.name} was made with {text} than there are now; {advice}")
+            raise ValueError(f"{folder}: made with {text} than there are now; {advice}")
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:
