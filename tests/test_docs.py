@@ -100,9 +100,11 @@ def test_code_of_own_loop_runs():
     names = {
         "torch": torch,
         "sgl_ops": sgl_ops,
-        **{name: getattr(sgl_ops, name) for name in ("SGLLoss", "LamSchedule", "prior_bias")},
+        **{name: getattr(sgl_ops, name) for name in ("SGLLoss", "LamSchedule", "TopKSchedule", "prior_bias")},
+        "TopKPooling": sgl_ops.pooling.TopKPooling,
         "model": model,
         "loader": [(images, labels)],
+        "epochs": 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "log": logged.update,
         "epoch": 5,
@@ -122,7 +124,8 @@ def test_code_of_own_loop_runs():
             names["model_with_prior"] = copy.deepcopy(model)
     assert not torch.equal(model.weight, before)
     assert set(logged) == {"bag", "instance", "mask"}
-    assert lams[-1] == 0.0 and 0.5 in lams
+    assert 0.0 in lams and 0.5 in lams
+    assert (names["falling"].done, names["pooling"].k, lams[-1]) == (True, 1, 1.0)
     assert names["schedule"].class_auc.shape == (3,)
     assert torch.equal(names["model_with_prior"].bias, sgl_ops.prior_bias(labels, share=0.05))
     assert names["guidance"].targets.shape == (4, 3, 6, 6)

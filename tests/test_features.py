@@ -934,6 +934,8 @@ def test_labels_of_instances_in_both_forms(tmp_path):
         found = labels.read_instance_labels(path, ["a", "b"], ["x", "y"])
         assert list(found) == ["x"]
         np.testing.assert_array_equal(found["x"], [[1, 0], [np.nan, 1]])
+    path.write_text("bag,class\nx,a\nx,NaN\nx,b\n")
+    np.testing.assert_array_equal(labels.read_instance_labels(path, ["a"], ["x"])["x"], [[1], [np.nan], [0]])
     for column in ("class", "label"):
         path.write_text(f"bag,{column},x\nx,a,3\nx,other,4\n")
         assert labels.read_instance_labels(path, ["a"], ["x"])["x"].tolist() == [[1], [0]]
@@ -941,6 +943,12 @@ def test_labels_of_instances_in_both_forms(tmp_path):
         labels.read_instance_labels(path, ["b"], ["x"])
     with pytest.raises(ValueError, match="names one of the bags"):
         labels.read_instance_labels(path, ["a"], ["y"])
+
+
+def test_missing_patients_are_not_one_patient(tmp_path):
+    (tmp_path / "labels.csv").write_text("bag,a,patient\nw,1,p\nx,0,NaN\ny,1,\nz,0,nan\n")
+    found = labels.read_labels(tmp_path / "labels.csv", None, "patient", ["w", "x", "y", "z"])
+    assert found.groups.tolist() == ["p", "x", "y", "z"]
 
 
 def test_unknown_labels_and_named_classes(data):

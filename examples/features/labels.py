@@ -71,15 +71,15 @@ def read_labels(
         hint = "" if classes or "labels" in header else "; --classes names the columns of the classes"
         raise ValueError(f"{error}{hint}") from None
     split = label_tables.read_split(header, records, names, path.parent, name_of) if with_split else None
-    groups = np.array([cells.get(group) or name for name, (_, cells) in zip(names, records, strict=True)])
+    groups = label_tables.groups_of(records, group, names)
     return Labels(names, list(known), values, None if split is None else split[0], groups)
 
 
 def read_instance_labels(path: Path, classes: Sequence[str], bags: Sequence[str]) -> dict[str, np.ndarray]:
     """Labels (L, C) of the instances by bag, in the order of the rows, NaN = unknown. Other bags are left out.
 
-    Columns: ``bag`` (or ``image``), and either ``class`` (or ``label``) with the name of the instance's class, or one
-    column per class as in the labels of the bags.
+    Columns: ``bag`` (or ``image``), and either ``class`` (or ``label``) with the name of the instance's class or NaN,
+    or one column per class as in the labels of the bags.
     """
     header, records = records_of(path, [NAMES])
     name_of = name_among(bags)
@@ -92,12 +92,16 @@ def read_instance_labels(path: Path, classes: Sequence[str], bags: Sequence[str]
         name = same(cells, NAMES, at, name_of)
         if name is not None:
             shown = same(cells, CLASSES, at) if named else None
-            row = [float(shown == c) if named else label_tables.value_of(cells, c, at) for c in classes]
+            unknown = shown is not None and shown.lower() == "nan"
+            row = [
+                np.nan if unknown else float(shown == c) if named else label_tables.value_of(cells, c, at)
+                for c in classes
+            ]
             rows.setdefault(name, []).append(row)
     if not rows:
         raise ValueError(f"instance labels: no row of {path} names one of the bags ({some(bags)})")
     labels = {name: np.array(values, np.float32) for name, values in rows.items()}
-    if named and not any(values.any() for values in labels.values()):
+    if named and not any((values == 1).any() for values in labels.values()):
         raise ValueError(f"instance labels: no row of {path} has one of the classes {some(classes, 20)}")
     return labels
 
