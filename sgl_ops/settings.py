@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ class SGLSettings:
     check: bool | None = None
     impl: str = "auto"
 
+    #: Whether ``lam`` or ``mask_weight`` is a tensor. An attribute, because a property makes each step longer.
+    has_tensor_weights: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if isinstance(self.delta_l, Tensor):
             check_constant("delta_l", self.delta_l)
@@ -75,6 +78,8 @@ class SGLSettings:
             object.__setattr__(self, "lam", _weight("lam", self.lam, self.check))
         if type(self.mask_weight) is not float:
             object.__setattr__(self, "mask_weight", _weight("mask_weight", self.mask_weight, self.check))
+        if isinstance(self.lam, Tensor) or isinstance(self.mask_weight, Tensor):
+            object.__setattr__(self, "has_tensor_weights", True)
         if not isinstance(self.lam, Tensor) and not 0.0 <= self.lam < math.inf:
             raise ValueError(f"lam: expected finite and >= 0, got {self.lam}")
         if not isinstance(self.mask_weight, Tensor) and not 0.0 <= self.mask_weight < math.inf:
@@ -101,11 +106,6 @@ class SGLSettings:
     def per_bag(self) -> bool:
         """Whether ``normalize`` is "bag". The operators call this setting ``per_bag``."""
         return self.normalize == "bag"
-
-    @property
-    def has_tensor_weights(self) -> bool:
-        """Whether ``lam`` or ``mask_weight`` is a tensor."""
-        return isinstance(self.lam, Tensor) or isinstance(self.mask_weight, Tensor)
 
     def check_tensors(self) -> None:
         """Checks the values of tensor weights, which may have changed since the object was made."""
