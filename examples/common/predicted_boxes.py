@@ -1,0 +1,22 @@
+"""The table of predicted boxes. ``boxes.csv`` of true boxes has the same columns without ``p``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.csv_table import write_csv
+
+COLUMNS = ("image", "label", "x", "y", "w", "h", "p")
+
+
+def write_boxes(rows: Iterable[Sequence[Any]], path: Path) -> None:
+    """Writes one row per predicted box.
+
+    Args:
+        rows: image, class, x, y, w, h in pixels of the image (x, y: the upper left corner), and p: the largest
+            probability of the map in the box.
+    """
+    content = ([image, label, *(f"{v:g}" for v in box), f"{p:.4g}"] for image, label, *box, p in rows)
+    write_csv(COLUMNS, content, path)
