@@ -5,10 +5,12 @@
     python extract_features.py --images DIR --points nuclei.csv --backbone timm/resnet18 --out features
     python extract_features.py --images DIR --points nuclei.csv --backbone pixels --patch 27 --out patches
     python extract_features.py --backbone timm/resnet18 --list-stages
+    python extract_features.py --like runs/sgl --images NEW --out new_features
 
 A bag is an image. Its instances are the cells of the network's feature map, or the points of --points. The command
 prints the stride of the map, its grid, and the receptive field of a cell. --backbone pixels stores the pixels of a
-patch around each point, for train_features.py --head patches. After an interruption, the same command continues.
+patch around each point, for train_features.py --head patches. --like repeats the settings of other features, for
+predict_features.py. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     BagOf = Callable[[Tensor, str], Bag]
+
+
+#: Options that --like sets.
+REPEATED = ("backbone", "stages", "cut", "output_stride", "scales", "patch", "symmetric")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,6 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--list-stages", action="store_true", help="print the stages of --backbone with their receptive fields"
     )
+    network.add_argument(
+        "--like",
+        type=Path,
+        metavar="DIR",
+        help="use the network, the stages and the view of this folder of features, or of this run of train_features.py",
+    )
     network.add_argument("--output-stride", type=int, metavar="N", help="dilate the network to this stride")
     view = parser.add_argument_group("view")
     view.add_argument(
@@ -83,6 +95,12 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name}: expected at least 1, got {value}")
     if not all(0 < scale < math.inf for scale in args.scales):
         parser.error(f"--scales: expected numbers above 0, got {' '.join(f'{scale:g}' for scale in args.scales)}")
+    if args.like is not None:
+        given = [name for name in REPEATED if getattr(args, name) != parser.get_default(name)]
+        if given or args.list_stages:
+            parser.error(f"--like: expected without --{(given or ['list_stages'])[0].replace('_', '-')}")
+        if options.exit_status(lambda: repeat_settings(args)):
+            return 2
     if args.patch is not None and args.points is None:
         parser.error("--patch: expected together with --points")
     if args.backbone == "pixels" and (args.patch is None or args.list_stages):
@@ -97,6 +115,31 @@ def main(argv: list[str] | None = None) -> int:
     return options.exit_status(lambda: work(args), "stopped; the same command continues")
 
 
+def repeat_settings(args: argparse.Namespace) -> None:
+    """Sets the options REPEATED to the values of ``args.like``.
+
+    Raises:
+        ValueError: the folder does not tell them, or they need other --points or --weights.
+    """
+    from features.store import extraction_of
+
+    known = extraction_of(args.like)
+    if "backbone" not in known:
+        raise ValueError(f"like: expected a folder made by extract_features.py, got {args.like}")
+    for name in REPEATED:
+        if name in known:
+            setattr(args, name, known[name])
+    weights = known.get("weights", "pretrained")
+    if args.weights == "pretrained" and weights == "none":
+        args.weights = "none"
+    if Path(args.weights).name != weights:
+        wanted = "no --weights" if weights == "pretrained" else f"--weights {weights}"
+        raise ValueError(f"weights: expected {wanted}, as for {args.like}, got {Path(args.weights).name}")
+    if bool(known.get("points")) != (args.points is not None):
+        expected = "--points" if known.get("points") else "no --points"
+        raise ValueError(f"points: expected {expected}, as for {args.like}")
+
+
 def list_stages(args: argparse.Namespace) -> None:
     """Prints the stages of ``args.backbone``."""
     from features.backbones import stage_table
@@ -107,8 +150,8 @@ def list_stages(args: argparse.Namespace) -> None:
 def extract(args: argparse.Namespace) -> None:
     """Writes the bags of all images that are not yet in ``args.out``."""
     from features.extraction import find_images, read_image, read_points, refuse_far_points
-    from features.recommended import training_command
-    from features.store import FileWriter, StoreWriter
+    from features.recommended import prediction_command, training_command
+    from features.store import SETTINGS, FileWriter, StoreWriter
 
     images = find_images(args.images)
     points = None
@@ -131,7 +174,11 @@ def extract(args: argparse.Namespace) -> None:
         if done % 20 == 0 or done == len(todo):
             left = (time.monotonic() - begun) / done * (len(todo) - done)
             print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
-    options.next_step(training_command(args.out, args.images, points is None, args.backbone == "pixels"))
+    if args.like is None:
+        options.next_step(training_command(args.out, args.images, points is None, args.backbone == "pixels"))
+    else:
+        run = args.like if (args.like / SETTINGS).is_file() else Path("runs") / "sgl"
+        options.next_step(prediction_command(run, args.out, args.images))
 
 
 def digest_of(points: dict[str, np.ndarray]) -> str:

@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> None:
     from features.finetuning import BlocksHead, MapReader, load_blocks, width_of
     from features.results import write_results
     from features.runs import Truth, digests_of, plan, refuse_other_data, save_predictions
-    from features.store import FeatureBags
+    from features.store import SETTINGS, FeatureBags
     from features.training import Settings, Transform, fit, make_model, predicted
 
-    path = args.run / "settings.json"
+    path = args.run / SETTINGS
     if not path.is_file():
         raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
     known = read_json(path)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     parts = args.out / "parts"
     data = digests_of(labels, after)
     refuse_other_data(args.run, known.get("data", {}), data, "restore the old ones, or train again")
-    keep_settings(args, parts, data)
+    keep_settings(args, parts, data, {})
     targets = torch.tensor(labels.values)
     runs = list(plan(labels, known["folds"], min(args.repeats or known["repeats"], known["repeats"]), known["test"]))
     for number, one in enumerate(runs, 1):

@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
     from features import labels as tables
     from features.extraction import find_images
     from features.results import write_results
-    from features.runs import Truth, digests_of, plan, save_predictions, untested
+    from features.runs import Truth, digests_of, plan, refuse_empty, save_predictions, untested
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
     from images.dataset import some
@@ -193,12 +193,10 @@ def run(args: argparse.Namespace) -> None:
     for name, values in truth.instances.items():
         if len(values) != bags.instances(name):
             raise ValueError(f"instance labels: {name} has {len(values)} rows, but {bags.instances(name)} instances")
-    empty = [name for name in labels.names if not bags.instances(name)]
-    if empty:
-        raise ValueError(f"features: {len(empty)} bags of {args.labels.name} have no instances ({some(empty)})")
+    refuse_empty(bags, labels.names)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     parts = args.out / "parts"
-    keep_settings(args, parts, digests_of(labels, bags))
+    keep_settings(args, parts, digests_of(labels, bags), {"class_names": labels.classes, "extraction": bags.settings})
     reader = BagReader(bags, labels.names, args.cache_gb * 1e9)
     targets = torch.tensor(labels.values)
     runs = list(plan(labels, args.folds, args.repeats, args.test))
@@ -237,20 +235,22 @@ def run(args: argparse.Namespace) -> None:
     options.next_step(f"open {args.out / 'report.html'}")
 
 
-def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str]) -> None:
+def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], facts: dict[str, object]) -> None:
     """Writes ``settings.json``. A folder with results is an error unless --resume is given and the settings are equal.
 
     Args:
         data: the digests of the data.
+        facts: what else is written: what predict_features.py needs.
 
     Raises:
         ValueError: the folder holds runs and --resume is missing, or its settings or data differ.
     """
     from features.runs import refuse_other_data
+    from features.store import SETTINGS
 
     # absolute: finetune_features.py may run in another folder
     settings = {key: str(v.resolve()) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    path = args.out / "settings.json"
+    path = args.out / SETTINGS
     if path.exists() and any(parts.glob("*.npz")):
         if not args.resume:
             raise ValueError(f"out: {args.out} holds runs; pass --resume to continue, or another --out")
@@ -260,7 +260,7 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str]) -
             raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
         refuse_other_data(args.out, known.get("data", {}), data, "choose another --out, or restore the old ones")
     parts.mkdir(parents=True, exist_ok=True)
-    write_json(settings | {"data": data}, path)
+    write_json(settings | {"data": data} | facts, path)
 
 
 def _equal(known: object, given: object) -> bool:

@@ -777,7 +777,7 @@ def test_bag_without_instances_is_named_before_the_training(tmp_path, capsys):
         h5(tmp_path / "features" / f"b{k}.h5", features=FEATURES[: 0 if k in (2, 5) else 4])
     write(tmp_path / "labels.csv", ["bag", "a"], [[f"b{k}", k % 2] for k in range(6)])
     assert command(tmp_path, tmp_path / "out", "--folds=2", "--epochs=1") == 2
-    assert "features: 2 bags of labels.csv have no instances (b2, b5)" in capsys.readouterr().err
+    assert "features: 2 bags have no instances (b2, b5)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -1216,10 +1216,14 @@ def training_rows(*trainings):
     return [counts | {"fold": fold, "auc": value, "iou_0.1": hit} for fold, (value, hit) in enumerate(trainings)]
 
 
+def failure_text(rows, history, settings):
+    return advice.failure_advice(advice.failures(rows, history, settings), rows, settings, True)
+
+
 def failures(rows, losses, **options):
     history = {(0, fold): [{"loss": 9.0, "bag_loss": loss}] for fold, loss in enumerate(losses)}
     settings = replace(training.Settings(k_start=0.2, restarts=4), **options)
-    text = advice.failure_advice(rows, history, settings, True)
+    text = failure_text(rows, history, settings)
     return text, [] if text is None else re.findall(r"fold (\d)", text)
 
 
@@ -1239,8 +1243,8 @@ def test_trainings_that_seem_to_have_failed_are_named_with_the_reason():
     assert "--k-start 0.2 --restarts 4 --trial-epochs 30" in failures(good, [0.4, 0.4, 0.4, 0.5], restarts=1)[0]
     # the whole loss of SGL is not compared, and two trainings are too few
     history = {(0, fold): [{"loss": loss}] for fold, loss in enumerate([0.4, 0.4, 0.4, 0.9])}
-    assert advice.failure_advice(good, history, training.Settings(), True) is None
-    assert "fold 3" in advice.failure_advice(good, history, training.Settings(loss="bag"), True)
+    assert failure_text(good, history, training.Settings()) is None
+    assert "fold 3" in failure_text(good, history, training.Settings(loss="bag"))
     assert failures(good[:2], [0.4, 0.9]) == (None, [])
     # few test bags say little
     few = [row | {"positive": 4, "images": 4} for row in training_rows((0.5, 0.0))]

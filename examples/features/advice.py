@@ -27,6 +27,7 @@ FEWEST = 8
 
 
 def training_warnings(
+    failed: Mapping[tuple[int, int], Sequence[str]],
     rows: Sequence[Mapping[str, object]],
     histories: Mapping[tuple[int, int], Sequence[Mapping]],
     labels: Mapping[tuple[int, int], np.ndarray],
@@ -36,6 +37,7 @@ def training_warnings(
     """The warnings about the trainings of a command, each a paragraph.
 
     Args:
+        failed: the result of :func:`failures`.
         rows: the rows of :func:`features.runs.rows_of_trainings`.
         histories: the rows of the epochs by (repeat, fold), as ``train`` logs them. Some may be missing or empty.
         labels: the labels (N, C) of the training bags by (repeat, fold).
@@ -43,8 +45,8 @@ def training_warnings(
     """
     known = {key: history for key, history in histories.items() if history}
     started = lam_advice(list(known.values()), [labels[key] for key in known], settings)
-    failed = failure_advice(rows, known, settings, many_folds)
-    return [text for text in (started, failed) if text is not None]
+    advice = failure_advice(failed, rows, settings, many_folds)
+    return [text for text in (started, advice) if text is not None]
 
 
 def lam_advice(histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarray], settings: Settings) -> str | None:
@@ -80,24 +82,23 @@ def lam_advice(histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarr
     )
 
 
-def failure_advice(
+def failures(
     rows: Sequence[Mapping[str, object]],
     histories: Mapping[tuple[int, int], Sequence[Mapping]],
     settings: Settings,
-    many_folds: bool,
-) -> str | None:
-    """The trainings whose network seems not to have found the object, why, and what to change. None if there is none.
+) -> dict[tuple[int, int], list[str]]:
+    """The trainings whose network seems not to have found the object, by (repeat, fold), and the reasons.
 
     Arguments are those of :func:`training_warnings`.
     """
-    losses = {key: history[-1].get("bag_loss") for key, history in histories.items()}
+    known = {key: history for key, history in histories.items() if history}
+    losses = {key: history[-1].get("bag_loss") for key, history in known.items()}
     if settings.loss != "sgl":  # the whole loss, also of a checkpoint that has no bag_loss
-        losses = {key: history[-1]["loss"] for key, history in histories.items()}
+        losses = {key: history[-1]["loss"] for key, history in known.items()}
     losses = {key: loss for key, loss in losses.items() if loss is not None}
     usual = statistics.median_low(losses.values()) if len(losses) > 2 else math.nan
-    many_repeats = len({row["repeat"] for row in rows}) > 1
     many_classes = len({row["class"] for row in rows}) > 1
-    lines = []
+    failed = {}
     for key in sorted({(row["repeat"], row["fold"]) for row in rows}):
         reasons = []
         if losses.get(key, 0) > HIGH_LOSS * usual:
@@ -108,12 +109,28 @@ def failure_advice(
                 of = f" of {row['class']}" if many_classes else ""
                 reasons += [f"{text}{of}" for text in _signs(row)]
         if reasons:
-            repeat, fold = key
-            name = f"fold {fold}" if many_folds else f"seed {repeat}"
-            name += f" of repeat {repeat}" if many_folds and many_repeats else ""
-            lines.append(f"{name} ({'; '.join(reasons)})")
-    if not lines:
+            failed[key] = reasons
+    return failed
+
+
+def failure_advice(
+    failed: Mapping[tuple[int, int], Sequence[str]],
+    rows: Sequence[Mapping[str, object]],
+    settings: Settings,
+    many_folds: bool,
+) -> str | None:
+    """The ``failed`` trainings, why, and what to change. None if there is none.
+
+    Arguments are those of :func:`training_warnings`.
+    """
+    if not failed:
         return None
+    many_repeats = len({row["repeat"] for row in rows}) > 1
+    lines = []
+    for (repeat, fold), reasons in failed.items():
+        name = f"fold {fold}" if many_folds else f"seed {repeat}"
+        name += f" of repeat {repeat}" if many_folds and many_repeats else ""
+        lines.append(f"{name} ({'; '.join(reasons)})")
     changes = []
     if _can_search(settings) and not _searches(settings):
         changes.append(f"find small objects with {' '.join(SEARCH)}")
@@ -123,7 +140,7 @@ def failure_advice(
     return (
         f"The network seems not to have found the object in {len(lines)} of "
         f"{len({(row['repeat'], row['fold']) for row in rows})} trainings: {', '.join(lines)}. Do not use the maps of "
-        f"these trainings. To change this: {'; '.join(changes)}."
+        f"these trainings; predict_features.py leaves them out. To change this: {'; '.join(changes)}."
     )
 
 

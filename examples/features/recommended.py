@@ -29,3 +29,9 @@ def training_command(features: Path, images: Path, maps: bool, patches: bool) ->
     words += ["--images", images, *FOLDS]
     words += ["--head", "patches"] if patches else SMALL_OBJECTS
     return shlex.join(map(str, [*words, "--out", Path("runs") / "sgl"]))
+
+
+def prediction_command(run: Path, features: Path, images: Path) -> str:
+    """The command that applies the heads of ``run`` to ``features`` of new ``images``."""
+    words = ["python", "predict_features.py", "--run", run, "--features", features, "--images", images]
+    return shlex.join(map(str, [*words, "--out", Path("found")]))

@@ -86,7 +86,7 @@ def write_report(
     for fold, i in _in_turn([_positive(part, truth) for part in parts])[:count]:
         name = escape(str(parts[fold].names[i]))
         title = f"{name} (fold {fold}{' of repeat 0' if _repeats(folds) > 1 else ''})" if folds else name
-        picture = _figure(parts[fold], i, truth, bags, files)
+        picture = picture_of(parts[fold], i, 0, truth, bags, files)
         figures += f"<h3>{title}</h3><img src='data:image/jpeg;base64,{picture}'>"
     first = escape(truth.labels.classes[0])
     shown = f"The first positive test {unit}s of {first}{' in each fold' if folds else ''}"
@@ -94,7 +94,7 @@ def write_report(
     write_text(
         f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>Results</h1>{warned}<p>{escape(training)}</p>{found}{table}<ul>{notes}</ul>"
-        f"<h2>{shown}</h2>{_legend(unit)}{figures}",
+        f"<h2>{shown}</h2>{legend(unit)}{figures}",
         folder / "report.html",
     )
 
@@ -104,13 +104,18 @@ def _with_unit(text: str, unit: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _legend(unit: str) -> str:
+def legend(unit: str, evaluated: bool = True) -> str:
+    """What the colours and boxes of a picture mean. ``evaluated``: the boxes are compared with true boxes."""
     if unit != "image":
         return "<p>Colour: the probability of an instance.</p>"
+    meaning = (
+        "Each is drawn, but only the thick one is evaluated: it contains the largest probability. <span "
+        "class=true></span> True boxes."
+    )
     return (
         "<p>Colour: the probability of a cell of the map, from transparent blue (low) to light green (high). <span "
-        "class=found></span> Predicted boxes, around the places with p &gt; 0.5. Each is drawn, but only the thick one "
-        "is evaluated: it contains the largest probability. <span class=true></span> True boxes.</p>"
+        "class=found></span> Predicted boxes, around the places with p &gt; 0.5. "
+        f"{meaning if evaluated else 'The thick one contains the largest probability.'}</p>"
     )
 
 
@@ -171,11 +176,14 @@ def _positive(predictions: Predictions, truth: Truth) -> list[int]:
     return [i for i in np.argsort(predictions.names).tolist() if labels[str(predictions.names[i])] == 1]
 
 
-def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, files: dict[str, Path]) -> str:
+def picture_of(
+    predictions: Predictions, i: int, c: int, truth: Truth, bags: FeatureBags, files: Mapping[str, Path]
+) -> str:
+    """The bag ``i`` and its probabilities for class ``c``, side by side: a JPEG file in base64."""
     name, unit = str(predictions.names[i]), unit_of(bags)
     bag = bags.shape(name)
     coords = bags.coords(name)
-    probabilities = predictions.instances[predictions.offsets[i] : predictions.offsets[i + 1], 0]
+    probabilities = predictions.instances[predictions.offsets[i] : predictions.offsets[i + 1], c]
     figure = Figure(figsize=(15, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
     if name in files:
@@ -185,7 +193,7 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
     if bag.grid is not None and bag.size is not None:
         heatmap = probabilities.reshape(bag.grid).astype(float)
         draw_map(right, heatmap, bag.size, *cells_of(bags))
-        for box in truth.boxes.get(truth.labels.classes[0], {}).get(name, ()):
+        for box in truth.boxes.get(truth.labels.classes[c], {}).get(name, ()):
             draw_box(left, box, TRUE)
         for axes in (left, right):
             axes.set(xlim=(-0.5, bag.size[1] - 0.5), ylim=(bag.size[0] - 0.5, -0.5), aspect="equal")
@@ -197,12 +205,12 @@ def _figure(predictions: Predictions, i: int, truth: Truth, bags: FeatureBags, f
             if name not in files:
                 axes.invert_yaxis()
         if name in truth.instances:
-            left.scatter(*np.asarray(coords).T, c=truth.instances[name][:, 0], s=8, cmap="coolwarm", vmin=0, vmax=1)
+            left.scatter(*np.asarray(coords).T, c=truth.instances[name][:, c], s=8, cmap="coolwarm", vmin=0, vmax=1)
     else:
         right.plot(np.sort(probabilities)[::-1])
     part = "a cell" if unit == "image" else "an instance"
     left.set_title("truth" if truth.boxes or truth.instances else "image")
-    right.set_title(f"p of the {unit} {predictions.bags[i, 0]:.2f}, largest p of {part} {probabilities.max():.2f}")
+    right.set_title(f"p of the {unit} {predictions.bags[i, c]:.2f}, largest p of {part} {probabilities.max():.2f}")
     content = io.BytesIO()
     figure.savefig(content, format="jpeg", dpi=80, bbox_inches="tight", pil_kwargs={"quality": 90})
     return base64.b64encode(content.getvalue()).decode()

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from features.advice import training_warnings
+from common.files import write_json
+
+from features.advice import failures, training_warnings
 from features.report import range_of_folds, write_report
 from features.runs import Predictions, Run, Truth, load_predictions, rows_of_trainings, summary, unit_of, write_tables
 from features.store import FeatureBags
 from features.training import Settings
 
+#: The file with the names of the trainings that seem to have failed, and the reasons.
+FAILED = "failed.json"
 #: The metrics that are printed.
 PRINTED = (
     "auc", "auc_of_folds", "instance_auc", "instance_ap", "instance_iou", "pointing", "iou_0.3", "iou_0.5",
@@ -41,11 +45,15 @@ def write_results(
     result, rows = summary(finished, truth, bags)
     trainings = rows_of_trainings(finished, truth, bags)
     many_folds = len(finished[0]) > 1
-    keys = [(run.repeat, run.fold) for run in runs]
+    by_key = {(run.repeat, run.fold): run for run in runs}
+    known = dict(zip(by_key, histories, strict=False))
+    failed = failures(trainings, known, settings)
+    write_json({by_key[key].name: reasons for key, reasons in failed.items()}, out / FAILED)
     warnings = training_warnings(
+        failed,
         trainings,
-        dict(zip(keys, histories, strict=False)),
-        {key: truth.labels.values[run.train] for key, run in zip(keys, runs, strict=True)},
+        known,
+        {key: truth.labels.values[run.train] for key, run in by_key.items()},
         settings,
         many_folds,
     )

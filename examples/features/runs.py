@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from common.csv_table import write_rows
 from common.files import new_file, write_json
-from images.dataset import refuse_shared_patients
+from images.dataset import refuse_shared_patients, some
 
-from features.evaluation import auc, auc_interval, best_overlaps, box_intervals, box_metrics, instance_metrics
+from features.evaluation import (
+    auc,
+    auc_interval,
+    best_overlaps,
+    box_intervals,
+    box_metrics,
+    boxes_of,
+    instance_metrics,
+    pixels_of,
+)
 from features.labels import Labels, folds
 from features.store import FeatureBags, digest
 
@@ -38,6 +47,10 @@ class Predictions(NamedTuple):
     bags: np.ndarray
     instances: np.ndarray
     offsets: np.ndarray
+
+    def by_bag(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The name and the probabilities of the instances (L, C) of each bag."""
+        return zip(self.names.tolist(), np.split(self.instances, self.offsets[1:-1]), strict=True)
 
 
 class Truth(NamedTuple):
@@ -96,6 +109,13 @@ def digests_of(labels: Labels, bags: FeatureBags) -> dict[str, str]:
     }
 
 
+def refuse_empty(bags: FeatureBags, names: Sequence[str]) -> None:
+    """Raises ValueError if one of the bags ``names`` has no instances."""
+    empty = [name for name in names if not bags.instances(name)]
+    if empty:
+        raise ValueError(f"features: {len(empty)} bags have no instances ({some(empty)})")
+
+
 def refuse_other_data(folder: Path, known: Mapping[str, str], found: Mapping[str, str], advice: str) -> None:
     """Raises ValueError if the digests ``found`` differ from those of the runs in ``folder``.
 
@@ -106,6 +126,13 @@ def refuse_other_data(folder: Path, known: Mapping[str, str], found: Mapping[str
     for name, text in (("labels", "other labels"), ("split", "another split"), ("features", "other features")):
         if known and known.get(name) != found[name]:
             raise ValueError(f"{folder}: made with {text} than there are now; {advice}")
+
+
+def predictions_of(names: Sequence[str], found: Iterable[tuple[np.ndarray, np.ndarray]]) -> Predictions:
+    """The predictions of the bags ``names`` from the probabilities of each bag, (C,), and of its instances, (L, C)."""
+    bags, instances = zip(*found, strict=True)
+    offsets = np.cumsum([0, *map(len, instances)])
+    return Predictions(np.array(names), np.stack(bags), np.concatenate(instances), offsets)
 
 
 def save_predictions(path: Path, predictions: Predictions) -> None:
@@ -130,7 +157,7 @@ def metrics_of(predictions: Predictions, truth: Truth, bags: FeatureBags) -> dic
     """Metrics by class, of bags; with labels of instances or boxes, also of these."""
     rows = {name: i for i, name in enumerate(truth.labels.names)}
     labels = truth.labels.values[[rows[str(name)] for name in predictions.names]]
-    per_bag = np.split(predictions.instances, predictions.offsets[1:-1])
+    per_bag = [instances for _, instances in predictions.by_bag()]
     result: dict[str, dict[str, float]] = {}
     for c, name in enumerate(truth.labels.classes):
         scores = predictions.bags[:, c]
@@ -161,6 +188,27 @@ def maps_of(
             maps[name] = predictions.instances[start:stop, c].reshape(bag.grid).astype(float)
             sizes[name] = bag.size
     return maps, sizes
+
+
+def predicted_boxes(
+    predictions: Predictions, bags: FeatureBags, classes: Sequence[str], gates: Sequence[float]
+) -> list[tuple[str, str, float, float, float, float, float]]:
+    """The boxes of all maps: name of the bag, class, x, y, w, h in pixels, and the largest probability in the box.
+
+    Args:
+        gates: for each class, only bags with a higher probability have boxes of it.
+    """
+    rows = []
+    for c, (label, gate) in enumerate(zip(classes, gates, strict=True)):
+        likely = set(predictions.names[predictions.bags[:, c] > gate].tolist())
+        maps, sizes = maps_of(predictions, bags, c)
+        for name, heatmap in maps.items():
+            if name in likely:
+                image = pixels_of(heatmap, sizes[name], *cells_of(bags))
+                for x, y, w, h in boxes_of(heatmap, sizes[name], *cells_of(bags)):
+                    inside = image[int(y) : int(y + h), int(x) : int(x + w)]
+                    rows.append((name, label, float(x), float(y), float(w), float(h), float(inside.max())))
+    return rows
 
 
 def cells_of(bags: FeatureBags) -> tuple[float, float | None]:
@@ -265,11 +313,21 @@ def write_tables(
             score = np.mean([p.bags[i] for p, i in found], 0)
             truth = ["" if math.isnan(v) else int(v) for v in labels.values[order[name]]]
             writer.writerow([name, *truth, *(f"{v:.6g}" for v in score)])
+    means = (
+        (name, np.mean([p.instances[p.offsets[i] : p.offsets[i + 1]] for p, i in found], 0))
+        for name, found in places.items()
+    )
+    write_instances(folder, means, labels.classes, bags)
+
+
+def write_instances(
+    folder: Path, found: Iterable[tuple[str, np.ndarray]], classes: Sequence[str], bags: FeatureBags
+) -> None:
+    """``instances.csv``: the position and the probabilities of each instance, from names and arrays (L, C) of bags."""
     with new_file(folder / "instances.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["bag", "instance", "x", "y", *labels.classes])
-        for name, found in places.items():
-            instances = np.mean([p.instances[p.offsets[i] : p.offsets[i + 1]] for p, i in found], 0)
+        writer.writerow(["bag", "instance", "x", "y", *classes])
+        for name, instances in found:
             coords = bags.coords(name)
             for j, values in enumerate(instances):
                 place = ("", "") if coords is None else (f"{coords[j][0]:g}", f"{coords[j][1]:g}")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BAGS = ("bag", "instances", "rows", "columns", "height", "width")
 COORDS = np.dtype(np.float32)
+#: The file of a run of train_features.py with its options, its classes, and the settings of the extraction.
+SETTINGS = "settings.json"
 
 
 class Bag(NamedTuple):
@@ -256,6 +258,29 @@ class FeatureBags:
         coords = np.fromfile(self.folder / "coords.bin", COORDS, n * 2, offset=row["start"] * 2 * COORDS.itemsize)
         grid, size = (row["rows"], row["columns"]), (row["height"], row["width"])
         return Bag(features.reshape(-1, d), coords.reshape(n, 2), grid if grid[0] else None, size if size[0] else None)
+
+
+def extraction_of(folder: Path) -> dict:
+    """The settings of the extraction of a folder of features, or of those that a run of train_features.py used.
+
+    Raises:
+        ValueError: the folder is neither, or its run is older than these settings.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return FeatureBags(folder).settings
+    return extraction_of_run(path)
+
+
+def extraction_of_run(path: Path) -> dict:
+    """The settings of the extraction in ``settings.json`` of a run. Raises ValueError if it has none."""
+    known = read_json(path)
+    if "extraction" not in known:
+        raise ValueError(
+            f"{path.parent}: expected a run of train_features.py, with the settings of its features; an older run gets "
+            "them from the same command with --resume"
+        )
+    return known["extraction"]
 
 
 def digest(content: object) -> str:

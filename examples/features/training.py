@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from features.heads import Candidates, Head, PatchNetwork, make_head_pooling
-from features.runs import Predictions
+from features.runs import Predictions, predictions_of
 from features.store import FeatureBags
 from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, TopKSchedule
 
@@ -339,14 +339,13 @@ def falling_k(reader: BagReader, names: Sequence[str], settings: Settings) -> To
 
 
 @torch.no_grad()
+def probabilities(model: nn.ModuleDict, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of a bag with the transformed features ``x`` (L, K), (C,), and of its instances, (L, C)."""
+    logits, hidden = model["head"](x)
+    batch = Batch(x, torch.tensor([0, len(x)]), torch.empty(1, logits.shape[1]))
+    return torch.sigmoid(bag_logits(model, logits, batch, hidden)[0]).numpy(), torch.sigmoid(logits).numpy()
+
+
 def predicted(model: nn.ModuleDict, reader: Callable[[str], Tensor], names: Sequence[str]) -> Predictions:
     """Probabilities of the bags ``names`` and of their instances, computed bag by bag."""
-    bags, instances = [], []
-    for name in names:
-        x = reader(name)
-        logits, hidden = model["head"](x)
-        batch = Batch(x, torch.tensor([0, len(x)]), torch.empty(1, logits.shape[1]))
-        bags.append(torch.sigmoid(bag_logits(model, logits, batch, hidden)[0]).numpy())
-        instances.append(torch.sigmoid(logits).numpy())
-    offsets = np.cumsum([0, *(len(values) for values in instances)])
-    return Predictions(np.array(names), np.stack(bags), np.concatenate(instances), offsets)
+    return predictions_of(names, (probabilities(model, reader(name)) for name in names))

@@ -25,7 +25,7 @@ HALF = Relative(0.5)
 
 def probability(text: str) -> float | str:
     """For argparse: a probability below 1, or ``validation``."""
-    return text if text == VALIDATION else _share(text, f"a probability below 1, or {VALIDATION}", text)
+    return text if text == VALIDATION else share(text, f"a probability below 1, or {VALIDATION}")
 
 
 def map_threshold(text: str) -> float | str:
@@ -34,13 +34,14 @@ def map_threshold(text: str) -> float | str:
         return text
     expected = f"a probability below 1, a fraction of the maximum such as {HALF}, or {VALIDATION}"
     if text.endswith("max"):
-        return Relative(_share(text[: -len("max")], expected, text))
-    return _share(text, expected, text)
+        return Relative(share(text, expected, "max"))
+    return share(text, expected)
 
 
-def _share(number: str, expected: str, text: str) -> float:
+def share(text: str, expected: str, suffix: str = "") -> float:
+    """For argparse: the number of at least 0 and below 1 in ``text``, which ends with ``suffix``."""
     try:
-        value = float(number)
+        value = float(text.removesuffix(suffix))
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:

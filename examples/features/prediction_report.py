@@ -1,0 +1,64 @@
+"""A page with predictions without true labels: how many bags are positive, and the most probable ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from common.files import write_text
+
+from features.labels import Labels
+from features.report import STYLE, legend, picture_of
+from features.runs import Predictions, Truth, unit_of
+from features.store import FeatureBags
+
+
+def write_report(
+    folder: Path,
+    predictions: Predictions,
+    classes: Sequence[str],
+    bags: FeatureBags,
+    files: Mapping[str, Path],
+    count: int,
+    trainings: str,
+    gates: Sequence[float],
+    boxes: Sequence[tuple],
+) -> None:
+    """``report.html``: the number of positive bags by class, and ``count`` bags, the most probable of each class first.
+
+    Args:
+        files: images of the bags; without one, only the positions of the instances are drawn.
+        trainings: the networks, in words.
+        gates: for each class, a bag is positive above this probability.
+        boxes: the rows of :func:`features.runs.predicted_boxes`.
+    """
+    unit = unit_of(bags)
+    truth = Truth(Labels([], list(classes), np.zeros((0, len(classes))), None, np.array([])), {}, {})
+    with_boxes = unit == "image"
+    lines = ""
+    for c, (name, gate) in enumerate(zip(classes, gates, strict=True)):
+        positive = int((predictions.bags[:, c] > gate).sum())
+        cells = [escape(name), f"{gate:.3g}", positive, len(bags) - positive]
+        cells += [sum(row[1] == name for row in boxes)] if with_boxes else []
+        lines += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    titles = ["class", "threshold", f"{unit}s with a higher p", f"other {unit}s", *(["boxes"] if with_boxes else [])]
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    figures = ""
+    for i, c in _shown(predictions.bags, count):
+        figures += f"<h3>{escape(str(predictions.names[i]))}: {escape(classes[c])}</h3>"
+        figures += f"<img src='data:image/jpeg;base64,{picture_of(predictions, i, c, truth, bags, files)}'>"
+    shown = f"The {unit}s with the highest probability{' of each class' if len(classes) > 1 else ''}"
+    write_text(
+        f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
+        f"<h1>Predictions</h1><p>{len(bags)} {unit}s; {escape(trainings)}.</p>"
+        f"<table><tr>{head}</tr>{lines}</table><h2>{shown}</h2>{legend(unit, evaluated=False)}{figures}",
+        folder / "report.html",
+    )
+
+
+def _shown(probabilities: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """(bag, class) of the ``count`` pictures: the most probable bag of each class, then the second, and so on."""
+    order = np.argsort(-probabilities, axis=0, kind="stable")
+    return [(int(i), c) for row in order for c, i in enumerate(row)][:count]

@@ -1,0 +1,99 @@
+"""Applies the heads that train_features.py trained to other bags: probabilities, maps and boxes. Needs no labels.
+
+    python extract_features.py --like runs/sgl --images NEW --out new_features
+    python predict_features.py --run runs/sgl --features new_features --images NEW --out found
+
+A probability is the mean over the trainings of the run (its seeds, folds and repeats). The trainings that seem to have
+failed are left out. Writes bags.csv (a row per bag), instances.csv (a row per cell or instance), boxes.csv (a row per
+box, in pixels of the image; only bags above --gate have boxes) and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common import options
+from images.thresholds import share
+from train_features import refuse_below
+
+#: The value of --gate that takes the thresholds from the run.
+RUN = "run"
+
+
+def gate_of(text: str) -> float | str:
+    """For argparse: a probability below 1, or ``run``."""
+    return text if text == RUN else share(text, f"a probability below 1, or {RUN}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = options.make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of train_features.py")
+    data.add_argument("--features", type=Path, required=True, metavar="DIR", help="folder with the bags of features")
+    data.add_argument("--images", type=Path, metavar="DIR", help="folder of images for the overlays in the report")
+    data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    data.add_argument("--with-failed", action="store_true", help="use the trainings that seem to have failed, too")
+    found = parser.add_argument_group("results")
+    found.add_argument(
+        "--gate",
+        type=gate_of,
+        default=RUN,
+        help="a bag is positive for a class above this probability; run: the probability that separates the positive "
+        "and the negative test bags of the run best (run)",
+    )
+    found.add_argument("--overlays", type=int, default=12, metavar="N", help="bags in the report (12)")
+    found.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    refuse_below(parser, args, {"overlays": 0, "threads": 1})
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return options.exit_status(lambda: predict(args))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Predicts all bags of ``args.features`` and writes tables and report."""
+    from common.csv_table import write_csv
+    from common.predicted_boxes import write_boxes
+    from features.extraction import find_images
+    from features.prediction_report import write_report
+    from features.runs import predicted_boxes, refuse_empty, write_instances
+    from features.store import FeatureBags
+    from features.trained import load_heads, mean_predictions, refuse_other_features, thresholds_of
+
+    files = find_images(args.images) if args.images is not None else {}
+    run = load_heads(args.run, args.with_failed)
+    bags = FeatureBags(args.features)
+    refuse_other_features(run, bags)
+    refuse_empty(bags, bags.names)
+    args.out.mkdir(parents=True, exist_ok=True)
+    used = f"{len(run.heads)} trainings of {args.run}" if len(run.heads) > 1 else f"one training of {args.run}"
+    left = f"; {len(run.failed)} left out, which seem to have failed" if run.failed else ""
+    print(f"{len(bags)} bags, {used}{left}", flush=True)
+    predictions = mean_predictions(run.heads, bags, bags.names)
+    rows = ([name, *(f"{v:.6g}" for v in p)] for name, p in zip(bags.names, predictions.bags, strict=True))
+    write_csv(["bag", *run.classes], rows, args.out / "bags.csv")
+    write_instances(args.out, predictions.by_bag(), run.classes, bags)
+    gates = thresholds_of(args.run, run.classes) if args.gate == RUN else [args.gate] * len(run.classes)
+    boxes = predicted_boxes(predictions, bags, run.classes, gates)
+    maps = bags.shape(bags.names[0]).grid is not None
+    if maps:
+        write_boxes(boxes, args.out / "boxes.csv")
+    write_report(args.out, predictions, run.classes, bags, files, args.overlays, f"{used}{left}", gates, boxes)
+    for c, (name, gate) in enumerate(zip(run.classes, gates, strict=True)):
+        positive = int((predictions.bags[:, c] > gate).sum())
+        counted = f", {sum(row[1] == name for row in boxes)} boxes" if maps else ""
+        print(f"{name}: p > {gate:.3g} in {positive} of {len(bags)} bags{counted}")
+    options.next_step(f"open {args.out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
