@@ -25,6 +25,7 @@ for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
 import bccd_demo  # noqa: E402
 import extract_features  # noqa: E402
 import finetune_features  # noqa: E402
+import predict_features  # noqa: E402
 import train_features  # noqa: E402
 from common.drawing import FOUND  # noqa: E402
 from features import advice, backbones, extraction, finetuning, labels, recommended, runs, store, training  # noqa: E402
@@ -1540,6 +1541,43 @@ def test_interval_of_the_auc_is_that_of_the_mean_over_the_repeats(tmp_path):
     own = [np.mean([auc(score[rows], values[rows, 0]) for score in scores]) for rows in samples]
     assert [result["auc_low"], result["auc_high"]] == pytest.approx(np.quantile(own, [0.025, 0.975]), abs=0.015)
     assert abs((result["auc_low"] + result["auc_high"]) / 2 - result["auc"]) < 0.02
+    # and the AUC of the mean probabilities, which is larger
+    assert result["of_means"]["auc"] == pytest.approx(auc(np.mean(scores, 0), values[:, 0]))
+    assert result["of_means"]["auc"] > result["auc"] + 0.05
+    assert "of_means" not in runs.summary(repeats[:1], truth, bags)[0]["cat"]
+
+
+def test_mean_probabilities_have_own_metrics_in_the_report(tmp_path, capsys):
+    """Two repeats list the bags in different orders. Each box is right in one of them; the mean map has both."""
+    writer = store.StoreWriter(tmp_path / "features", {})
+    for name in ("a", "b"):
+        writer.add(name, store.Bag(np.zeros((4, 1), np.float32), np.zeros((4, 2)), (2, 2), (20, 20)))
+    bags = store.FeatureBags(tmp_path / "features")
+    corner = {"cat": {"a": np.array([[0.0, 0.0, 10.0, 10.0]]), "b": np.array([[0.0, 0.0, 10.0, 10.0]])}}
+    values = np.array([[1], [1]], np.float32)
+    truth = runs.Truth(labels.Labels(["a", "b"], ["cat"], values, None, np.array(["a", "b"])), {}, corner)
+    right, wrong, unsure = [0.9, 0, 0, 0], [0, 0, 0, 0.7], [0.3, 0, 0, 0.1]
+    (tmp_path / "parts").mkdir()
+    plan = []
+    for repeat, names in enumerate((["a", "b"], ["b", "a"])):
+        plan.append(runs.Run(repeat, 0, np.array([0]), np.array([0, 1])))
+        found = [
+            (np.array([0.5]), np.array(cells)[:, None]) for cells in ((right, wrong) if repeat else (right, unsure))
+        ]
+        runs.save_predictions(tmp_path / "parts" / f"{plan[-1].name}.npz", runs.predictions_of(names, found))
+    settings = training.Settings(loss="bag")
+    write_results(tmp_path, plan, truth, bags, None, 0, "Loss: bag", settings)
+    # means: a (0.9 + 0.0, 0.7) / 2, b (0.3 + 0.9, 0.1) / 2: the maximum is right in both
+    result = json.loads((tmp_path / "metrics.json").read_text())["cat"]
+    assert result["pointing"] == 0.75 and result["of_means"]["pointing"] == 1
+    assert "cat, mean probabilities: " in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<th>cat, mean probabilities</th>" in page and "Mean probabilities: the metrics of the mean" in page
+    with (tmp_path / "instances.csv").open() as file:
+        means = [[row["bag"], float(row["cat"])] for row in csv.DictReader(file)]
+    expected = [0.45, 0, 0, 0.35, 0.6, 0, 0, 0.05]
+    assert [name for name, _ in means] == list("aaaabbbb")
+    assert [p for _, p in means] == pytest.approx(expected)
 
 
 def test_auc_within_the_folds_is_shown(tmp_path, capsys):
@@ -1644,7 +1682,10 @@ def test_the_bootstrap_interval_of_a_mean():
 # commands
 
 
-@pytest.mark.parametrize("script", ["extract_features.py", "train_features.py", "finetune_features.py", "bccd_demo.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["extract_features.py", "train_features.py", "finetune_features.py", "predict_features.py", "bccd_demo.py"],
+)
 def test_help_does_not_import_torch(script):
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = ['x', '--help']\n"
     code += f"import runpy\ntry: runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')\n"
@@ -1754,13 +1795,14 @@ def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsy
 
     blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
     commands = [line.split()[1:] for line in blocks.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 9
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
-    photos.mkdir()
-    for k in range(8):
-        array = np.random.default_rng(k).integers(0, 256, (48, 64, 3), np.uint8)
-        Image.fromarray(array).save(photos / f"photo_{k}.jpg")
+    for folder, count in ((photos, 8), (tmp_path / "new_photos", 2)):
+        folder.mkdir()
+        for k in range(count):
+            array = np.random.default_rng(k).integers(0, 256, (48, 64, 3), np.uint8)
+            Image.fromarray(array).save(folder / f"photo_{k}.jpg")
     write(photos / "labels.csv", ["image", "labels"], [[f"photo_{k}.jpg", "lesion" * (k % 2)] for k in range(8)])
     write(photos / "boxes.csv", ["image", "label", *"xywh"], [["photo_1.jpg", "lesion", 8, 8, 20, 20]])
     points = [[f"photo_{k}.jpg", 10 * k, 20] for k in range(3)]
@@ -1773,11 +1815,12 @@ def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsy
     short = {
         "extract_features.py": ["--weights", "none"],
         "train_features.py": ["--epochs", "1", "--trial-epochs", "1"],
+        "predict_features.py": ["--with-failed"],
     }
+    modules = {f"{one.__name__}.py": one for one in (extract_features, train_features, predict_features)}
     for script, *words in commands:
-        main = {"extract_features.py": extract_features, "train_features.py": train_features}[script].main
         words = [SMALL.get(word, word) for word in words]
-        assert main([*words, *short[script]]) == 0, words
+        assert modules[script].main([*words, *short[script]]) == 0, words
     assert "next: open" in capsys.readouterr().out
     for loss in ("sgl", "bag"):
         result = json.loads((tmp_path / "runs" / loss / "metrics.json").read_text())["lesion"]

@@ -38,6 +38,8 @@ COLUMNS = (
     ("iou_0.3", "box IoU > 0.3"),
     ("iou_0.5", "box IoU > 0.5"),
 )
+#: The row of the metrics of mean probabilities.
+MEANS = "mean probabilities"
 #: The explanation of the columns, by the first column that needs it.
 MEANINGS = {
     "auc": "UNIT AUC: the chance that a positive UNIT has a higher probability than a negative one. 0.5 is chance.",
@@ -48,6 +50,8 @@ MEANINGS = {
     "although each fold has another network. This makes the UNIT AUC too low, most of all for rare classes.",
     "instance_auc": "Instance AUC, AP and IoU: of the instances in positive UNITs.",
     "pointing": "Pointing game: fraction of the images whose largest probability lies in a true box.",
+    "of_means": f"{MEANS[0].upper()}{MEANS[1:]}: the metrics of the mean of the probabilities over the repeats. The "
+    "other rows have the mean of the metrics. predict_features.py uses mean probabilities.",
     "iou_0.1": "Box IoU: fraction of the images whose predicted box overlaps a true box so much. IoU is the area of "
     "the intersection divided by the area of the union.",
 }
@@ -75,11 +79,13 @@ def write_report(
         warnings: about the trainings, shown first.
     """
     unit = unit_of(bags)
-    table = _table([{"class": name, **values} for name, values in result.items()], ["class"], unit)
+    rows = [{"class": name, **values} for name, values in result.items()]
+    rows += [{"class": f"{row['class']}, {MEANS}", **row["of_means"]} for row in rows if "of_means" in row]
+    table = _table(rows, ["class"], unit)
     if folds:
         table += f"<h2>Each fold</h2>{_table(folds, ['repeat', 'fold', 'class'], unit)}"
     found = "".join(f"<p>{escape(line)}</p>" for name, v in result.items() if (line := _boxes_in_words(name, v, folds)))
-    meanings = [text for key, text in MEANINGS.items() if any(key in values for values in result.values())]
+    meanings = [text for key, text in MEANINGS.items() if any(key in row for row in rows)]
     notes = "".join(f"<li>{_with_unit(text, unit)}</li>" for text in meanings)
     files = find_images(images) if images is not None else {}
     figures = ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.files import write_json
 
 from features.advice import failures, training_warnings
-from features.report import range_of_folds, write_report
+from features.report import MEANS, range_of_folds, write_report
 from features.runs import Predictions, Run, Truth, load_predictions, rows_of_trainings, summary, unit_of, write_tables
 from features.store import FeatureBags
 from features.training import Settings
@@ -70,6 +70,9 @@ def write_results(
             if key in values
         )
         print(f"{name}: {line}")
+        means = values.get("of_means", {})
+        if means:
+            print(f"{name}, {MEANS}: {', '.join(f'{key} {means[key]:.3f}' for key in PRINTED if key in means)}")
 
 
 def trainings_in_words(runs: Sequence[Run], unit: str) -> str:

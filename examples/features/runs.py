@@ -153,6 +153,23 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(names, bags, instances, np.concatenate([[0], np.cumsum(sizes)]))
 
 
+def mean_of(repeats: Sequence[Predictions]) -> Predictions:
+    """The mean probabilities over predictions of the same bags. The bags have the order of the first one."""
+    places = [{name: i for i, name in enumerate(p.names.tolist())} for p in repeats]
+    instances = [dict(p.by_bag()) for p in repeats]
+    names = repeats[0].names.tolist()
+    return predictions_of(
+        names,
+        (
+            (
+                np.mean([p.bags[place[name]] for p, place in zip(repeats, places, strict=True)], 0),
+                np.mean([one[name] for one in instances], 0),
+            )
+            for name in names
+        ),
+    )
+
+
 def metrics_of(predictions: Predictions, truth: Truth, bags: FeatureBags) -> dict[str, dict[str, float]]:
     """Metrics by class, of bags; with labels of instances or boxes, also of these."""
     rows = {name: i for i, name in enumerate(truth.labels.names)}
@@ -233,9 +250,11 @@ def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: Featur
     The metrics of a repeat are computed over the test bags of all its folds together. Each metric has its mean, worst
     and best over the repeats. ``KEY_low`` and ``KEY_high`` are the 95 % interval over bags of this mean: the bags are
     resampled, and the trained networks stay. ``auc_of_folds`` and ``auc_of_folds_sd`` are the mean and the standard
-    deviation of the AUC within the folds.
+    deviation of the AUC within the folds. With several repeats, ``of_means`` has the metrics of the mean probabilities
+    over the repeats.
     """
     whole = [joined(parts) for parts in repeats]
+    of_means = metrics_of(mean_of(whole), truth, bags) if len(whole) > 1 else {}
     rows = []
     for number, predictions in enumerate(whole):
         for name, values in metrics_of(predictions, truth, bags).items():
@@ -269,6 +288,8 @@ def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: Featur
             defined = np.array(within)[~np.isnan(within)]
             if len(defined):
                 stats |= {"auc_of_folds": float(np.mean(defined)), "auc_of_folds_sd": float(np.std(defined))}
+        if name in of_means:
+            stats["of_means"] = of_means[name]
         result[name] = stats
     return result, rows
 
@@ -300,24 +321,15 @@ def write_tables(
     for name, lines in (("runs.csv", rows), ("folds.csv", folds)):
         if lines:
             write_rows(lines, folder / name)
-    whole = [joined(parts) for parts in repeats]
-    places: dict[str, list[tuple[Predictions, int]]] = {}
-    for predictions in whole:
-        for i, name in enumerate(predictions.names.tolist()):
-            places.setdefault(name, []).append((predictions, i))
+    means = mean_of([joined(parts) for parts in repeats])
     order = {name: i for i, name in enumerate(labels.names)}
     with new_file(folder / "bags.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes])
-        for name, found in places.items():
-            score = np.mean([p.bags[i] for p, i in found], 0)
+        for name, score in zip(means.names.tolist(), means.bags, strict=True):
             truth = ["" if math.isnan(v) else int(v) for v in labels.values[order[name]]]
             writer.writerow([name, *truth, *(f"{v:.6g}" for v in score)])
-    means = (
-        (name, np.mean([p.instances[p.offsets[i] : p.offsets[i + 1]] for p, i in found], 0))
-        for name, found in places.items()
-    )
-    write_instances(folder, means, labels.classes, bags)
+    write_instances(folder, means.by_bag(), labels.classes, bags)
 
 
 def write_instances(
