@@ -18,49 +18,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from common.choices import UPSAMPLING
-from common.options import default_device, device_name, exit_status, make_parser, next_step, path_of
+from common.options import exit_status, make_parser, next_step, path_of
 from images.options import add_data_options
-from images.thresholds import RASTERS, map_threshold, probability
+from images.run_options import add_box_options, add_network_options, check
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = add_data_options(parser, required=True).add_argument
     add("--cache", type=path_of, help="folder of decoded images, as for train_cxr.py")
-    add = parser.add_argument_group("networks").add_argument
-    add(
-        "--run",
-        nargs="+",
-        type=path_of,
-        required=True,
-        help="a run folder of train_cxr.py, and optionally a second one to compare with",
-    )
-    add("--which", choices=("best", "last"), help="checkpoint of the runs (best, if there are validation images)")
-    add("--batch-size", type=int, default=16, help="images per forward pass (16)")
-    add("--workers", type=int, default=0, help="additional processes that decode images (0)")
-    add("--device", type=device_name, help="cpu or cuda (cuda if there is a GPU)")
-    add = parser.add_argument_group("from maps to boxes").add_argument
-    add(
-        "--threshold",
-        type=map_threshold,
-        default=0.5,
-        help="T_p: a probability, a fraction of the map's maximum such as 0.5max, or validation: from labels (0.5)",
-    )
-    add(
-        "--gate",
-        type=probability,
-        default=0.5,
-        help="a class is predicted above this probability; or validation: from labels (0.5)",
-    )
-    add("--upsampling", choices=UPSAMPLING, default="nearest", help="interpolation from the map to the image (nearest)")
-    add(
-        "--raster",
-        choices=RASTERS,
-        default="network",
-        help="position of the cells: network, the centres of their receptive fields; even, as in the paper (network)",
-    )
-    add("--morphology", type=int, default=5, help="side of the square for opening and closing, odd; 1: none (5)")
+    add_network_options(parser, "a run folder of train_cxr.py, and optionally a second one to compare with")
+    add_box_options(parser, labels=True)
     add = parser.add_argument_group("report").add_argument
     add("--out", type=path_of, help="folder of the results (RUN/localization)")
     add("--draws", type=int, default=1000, help="bootstrap draws for the confidence intervals (1000)")
@@ -68,18 +36,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gallery", type=int, default=1000, help="largest number of boxes in the report; 0: no pictures (1000)")
     add("--gallery-size", type=int, default=320, help="side of the images in the report, in pixels (320)")
     args = parser.parse_args(argv)
-    args.device = args.device or default_device()
+    check(parser, args)
     if len(args.run) > 2:
         parser.error(f"--run: expected one or two, got {len(args.run)}")
-    if len({run.resolve() for run in args.run}) < len(args.run):
-        parser.error(f"--run: expected two different runs, got {args.run[0]} twice")
-    if args.morphology < 1 or args.morphology % 2 == 0:
-        parser.error(f"--morphology: expected an odd number of pixels, got {args.morphology}")
-    for name in ("draws", "batch_size", "gallery_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if min(args.gallery, args.workers) < 0:
-        parser.error("--gallery, --workers: expected at least 0")
+    if args.draws < 1:
+        parser.error(f"--draws: expected at least 1, got {args.draws}")
     args.out = args.out or args.run[0] / "localization"
     return args
 

@@ -43,20 +43,32 @@ class Network(NamedTuple):
     which: dict[str, Any]
 
 
-def open_networks(runs: Sequence[Path], args: argparse.Namespace) -> list[Network]:
+def open_networks(
+    runs: Sequence[Path], args: argparse.Namespace, equal: Sequence[str] = ("classes", "fit")
+) -> list[Network]:
     """Loads the networks of the runs.
 
+    Args:
+        equal: settings in which the runs must agree. The order of the classes may differ.
+
     Raises:
-        ValueError: a run does not exist, or two runs differ in their classes or in ``fit``.
+        ValueError: a run does not exist, or two runs differ in a setting of ``equal``.
     """
     networks = []
     for run in runs:
         model, config, which = load_network(run, torch.device(args.device), args.which)
         networks.append(Network(model.eval(), OLDER | config, which))
     for run, network in zip(runs, networks, strict=True):
-        for key, known in (("classes", sorted), ("fit", str)):
-            if known(network.config[key]) != known(networks[0].config[key]):
-                raise ValueError(f"run: {run} has another {key} than {runs[0]}: they cannot be compared")
+        for key in equal:
+            expected, got = (
+                sorted(value) if isinstance(value, list) else value
+                for value in (networks[0].config[key], network.config[key])
+            )
+            if expected != got:
+                shown = [", ".join(value) if isinstance(value, list) else value for value in (expected, got)]
+                raise ValueError(
+                    f"run: expected runs of the same {key}, got {shown[0]} in {runs[0]} and {shown[1]} in {run}"
+                )
     return networks
 
 

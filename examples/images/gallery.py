@@ -18,7 +18,8 @@ from sgl_ops.localization import overlay, seen_cells
 class View(NamedTuple):
     """The prediction of a network for an image: its name, the map (h, w), the box (4,) (NaN: none), a caption.
 
-    ``first``: the centre of the first cell of the map, in cells from the edge of the image.
+    ``box`` may also be several boxes (m, 4). ``first``: the centre of the first cell of the map, in cells from the edge
+    of the image.
     """
 
     name: str
@@ -31,7 +32,8 @@ class View(NamedTuple):
 class Card(NamedTuple):
     """An image of the gallery: (size, size) uint8, with the true ``boxes`` (m, 4) in an image of ``side`` pixels.
 
-    The gallery can be filtered by ``group`` and by ``best``, the IoU of the first view.
+    The gallery can be filtered by ``group`` and by ``best``, the IoU of the first view. ``frame``: the part x, y,
+    width, height of the image that is shown; None: all. ``aspect``: the width of the shown part, divided by its height.
     """
 
     title: str
@@ -41,6 +43,8 @@ class Card(NamedTuple):
     boxes: np.ndarray
     views: Sequence[View]
     best: float
+    frame: Sequence[int] | None = None
+    aspect: float = 1.0
 
 
 def data_uri(pixels: np.ndarray, kind: str) -> str:
@@ -50,13 +54,21 @@ def data_uri(pixels: np.ndarray, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _rect(box: np.ndarray, kind: str, side: int) -> str:
-    """The frame of a box (4,), or the words "no box" in an image of ``side`` pixels."""
-    if np.isnan(box).any():
-        return f'<text class="none" x="{side / 2:g}" y="{0.96 * side:g}" font-size="{0.08 * side:g}">no box</text>'
-    x, y, w, h = box
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"'
-    return f'<rect class="edge" {place}/><rect class="{kind}" {place}/>'
+def _rects(boxes: np.ndarray, kind: str) -> str:
+    """The frames of boxes (m, 4)."""
+    places = (f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"' for x, y, w, h in boxes)
+    return "".join(f'<rect class="edge" {place}/><rect class="{kind}" {place}/>' for place in places)
+
+
+def _found(view: View, frame: Sequence[int]) -> str:
+    """The frames of the boxes of a view, or the words "no box" in the shown part ``frame`` of the image."""
+    boxes = np.atleast_2d(view.box)
+    boxes = boxes[~np.isnan(boxes).any(1)]
+    if len(boxes):
+        return _rects(boxes, "found")
+    x, y, width, height = frame
+    size = 0.08 * min(width, height)
+    return f'<text class="none" x="{x + width / 2:g}" y="{y + 0.96 * height:g}" font-size="{size:g}">no box</text>'
 
 
 def _map(view: View, side: int) -> str:
@@ -96,25 +108,35 @@ MAP_CONTROLS = Markup(
 )
 
 
+#: A selection of cards by the IoU of the first view.
+HIT_CONTROL = (
+    '<label>Box of the first network <select id="hits"><option value="">all</option>'
+    '<option value="1">IoU &gt; 0.3</option><option value="0">IoU ≤ 0.3</option></select></label> '
+)
+
+
 def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "filters") -> Markup:
     """The cards of the gallery ``name``, with a form that changes all maps of the page.
 
-    ``controls`` is "map", "filters" or "" (no form). The form of "filters" also selects cards by group, and by whether
-    the box of the first network has an IoU > 0.3.
+    ``controls`` is "map", "groups", "filters" or "" (no form). The form of "groups" and "filters" also selects cards by
+    group. The form of "filters" also selects them by whether the box of the first network has an IoU > 0.3.
     ``smooth``: the browser interpolates the maps. Each image is stored once for all views of its card.
     """
-    form = MAP_CONTROLS
-    if controls == "filters":
+    form, filtered = MAP_CONTROLS, controls in ("groups", "filters")
+    if filtered:
         options = "".join(f"<option>{text(group)}</option>" for group in sorted({card.group for card in cards}))
         form = Markup(
             f'<label>Class <select id="group"><option value="">all</option>{options}</select></label> '
-            '<label>Box of the first network <select id="hits"><option value="">all</option>'
-            '<option value="1">IoU &gt; 0.3</option><option value="0">IoU ≤ 0.3</option></select></label> '
-            f'{MAP_CONTROLS} <output id="count"></output>'
+            f'{HIT_CONTROL if controls == "filters" else ""}{MAP_CONTROLS} <output id="count"></output>'
         )
     parts = [f'<form class="controls" hidden>{form}</form>'] if controls else []
     for k, card in enumerate(cards):
-        true = "".join(_rect(box, "true", card.side) for box in card.boxes)
+        true = _rects(card.boxes, "true")
+        frame = (0, 0, card.side, card.side) if card.frame is None else card.frame
+        box = " ".join(f"{value:g}" for value in frame)
+        # an image whose two sides were scaled to a square is shown with its own aspect ratio
+        stretched = card.aspect * frame[3] != frame[2]
+        shape = f' preserveAspectRatio="none" style="aspect-ratio: {card.aspect:.4g}"' if stretched else ""
         views = []
         for j, view in enumerate(card.views):
             base = (
@@ -124,9 +146,9 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "fil
                 else f'<use href="#{name}{k}"/>'
             )
             views.append(
-                f'<div class="view"><svg viewBox="0 0 {card.side} {card.side}" role="img" '
+                f'<div class="view"><svg viewBox="{box}"{shape} role="img" '
                 f'aria-label="{text(card.title)}, {text(view.name)}: {text(view.caption)}">{base}'
-                f"{_map(view, card.side)}{true}{_rect(view.box, 'found', card.side)}"
+                f"{_map(view, card.side)}{true}{_found(view, frame)}"
                 f"</svg><b>{text(view.name)}</b> {text(view.caption)}</div>"
             )
         parts.append(
@@ -134,13 +156,19 @@ def gallery(cards: Sequence[Card], smooth: bool, name: str, controls: str = "fil
             f'<div class="views" tabindex="0">{"".join(views)}</div>'
             f"<figcaption>{text(card.title)}</figcaption></figure>"
         )
-    kinds = " ".join(["gallery", *(["smooth"] if smooth else []), *(["filtered"] if controls == "filters" else [])])
+    kinds = " ".join(["gallery", *(["smooth"] if smooth else []), *(["filtered"] if filtered else [])])
     return Markup(f'<div class="{kinds}">{"".join(parts)}</div>')
 
 
+_FOUND_KEY = '<span class="box found"></span> found box &ensp; <span class="key-none">no box</span>'
+_MAP_KEY = '0 <span class="swatch"></span> 1 probability of the class; a higher probability is more opaque'
 #: The legend of the colours of the gallery.
 KEY = Markup(
-    '<p class="note"><span class="box"></span> true box &ensp; <span class="box found"></span> found box &ensp; '
-    '<span class="key-none">no box</span> the map has no pixel above T_p, or opening removes them all &ensp; '
-    '0 <span class="swatch"></span> 1 probability of the class; a higher probability is more opaque</p>'
+    f'<p class="note"><span class="box"></span> true box &ensp; {_FOUND_KEY} the map has no pixel above T_p, or '
+    f"opening removes them all &ensp; {_MAP_KEY}</p>"
+)
+#: The same for images without labels, whose boxes also depend on the gate.
+KEY_WITHOUT_LABELS = Markup(
+    f'<p class="note">{_FOUND_KEY} the class is not predicted, the map has no pixel above T_p, or opening removes them '
+    f"all &ensp; {_MAP_KEY}</p>"
 )

@@ -271,12 +271,13 @@ if (group) {
     let shown = 0;
     for (const card of cards) {
       card.hidden = (group.value && card.dataset.group !== group.value)
-        || (hits.value && card.dataset.hit !== hits.value);
+        || (hits && hits.value && card.dataset.hit !== hits.value);
       shown += !card.hidden;
     }
     document.getElementById("count").textContent = `${shown} of ${cards.length}`;
   };
-  group.onchange = hits.onchange = show;
+  group.onchange = show;
+  if (hits) hits.onchange = show;
   show();
 }
 """

@@ -32,7 +32,8 @@ def image_suffixes() -> frozenset[str]:
     """The suffixes of files that can be read, in lower case."""
     from PIL import Image
 
-    return frozenset(Image.registered_extensions()) | set(DICOM)
+    # Pillow writes more formats than it reads, such as PDF
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN) | set(DICOM)
 
 
 def read_header(path: Path) -> tuple[int, int, bool]:

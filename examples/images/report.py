@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from common.choices import Config
 from common.files import write_text
 from sklearn.metrics import roc_curve
 
@@ -272,6 +274,12 @@ def verdict_section(sentences: Sequence[str], units: str) -> page.Markup:
     return page.section("Verdict", page.bullets(sentences), page.paragraph(about, "note"))
 
 
+def settings_table(which: Mapping[str, Any], config: Config) -> page.Markup:
+    """The settings of the training of a network, and its checkpoint: ``which``, with "network" and "epoch"."""
+    checkpoint = ("network", f"{which['network']}, of epoch {which['epoch']}")
+    return page.table(["setting", "value"], [checkpoint, *config.items()])
+
+
 def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespace, path: Path) -> list[str]:
     """Writes the page of ``runs`` at ``path``.
 
@@ -299,13 +307,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
         settings.append(
             page.details(
                 run.name,
-                page.table(
-                    ["setting", "value"],
-                    [
-                        ("network", f"{run.details['network']}, of epoch {run.details['epoch']}"),
-                        *run.details["config"].items(),
-                    ],
-                ),
+                settings_table(run.details, run.details["config"]),
                 page.table(
                     ["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in truth.class_names]
                 ),

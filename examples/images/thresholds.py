@@ -23,16 +23,22 @@ class Relative(float):
 HALF = Relative(0.5)
 
 
-def probability(text: str) -> float | str:
-    """For argparse: a probability below 1, or ``validation``."""
-    return text if text == VALIDATION else share(text, f"a probability below 1, or {VALIDATION}")
-
-
-def map_threshold(text: str) -> float | str:
-    """For argparse: a probability below 1, a fraction of the map's maximum such as ``0.5max``, or ``validation``."""
-    if text == VALIDATION:
+def probability(text: str, labels: bool = True) -> float | str:
+    """For argparse: a probability below 1, or ``validation`` if there are ``labels``."""
+    if labels and text == VALIDATION:
         return text
-    expected = f"a probability below 1, a fraction of the maximum such as {HALF}, or {VALIDATION}"
+    return share(text, f"a probability below 1{f', or {VALIDATION}' if labels else ''}")
+
+
+def map_threshold(text: str, labels: bool = True) -> float | str:
+    """For argparse: a probability below 1, a fraction of the map's maximum such as ``0.5max``, or ``validation``.
+
+    ``labels``: whether ``validation`` is possible.
+    """
+    if labels and text == VALIDATION:
+        return text
+    choices = ["a probability below 1", f"a fraction of the maximum such as {HALF}", *([VALIDATION] if labels else [])]
+    expected = f"{', '.join(choices[:-1])}{',' if labels else ''} or {choices[-1]}"
     if text.endswith("max"):
         return Relative(share(text, expected, "max"))
     return share(text, expected)
