@@ -89,6 +89,7 @@ def cells(tmp_path_factory):
 
 TRAIN = f"--data-dir {{films}} --out {{out}} {SMALL}"
 HEADS = "--features {bags} --labels {bags}/labels.csv --out {out} --epochs 1 --overlays 4"
+NEW = "--run {trained} --images {films} --out {out}"
 DIGITS = "--out {out} --data digits --bags 8 --val-bags 4 --test-bags 8 --epochs 1 --runs 1 --device cpu"
 #: command: (options, largest file size in bytes, pattern of the first larger file)
 COMMANDS = {
@@ -101,6 +102,10 @@ COMMANDS = {
     "localize_cxr, report": (
         "--run {trained} --data-dir {films} --out {out} --draws 5", 30_000, "{out}/(localization.png|report.html)",
     ),
+    "predict_cxr, boxes": (f"{NEW} --gate 0 --threshold 0", 1000, "{out}/boxes.csv"),
+    "predict_cxr, predictions": (f"{NEW} --gate 0.99", 200, "{out}/predictions.csv"),
+    "predict_cxr, maps": (f"{NEW} --maps", 200, "{out}/maps/.*npz"),
+    "predict_cxr, report": (f"{NEW} --gate 0.99", 15_000, "{out}/report.html"),
     "train_mnist_bags, checkpoint": (DIGITS, 1000, "{out}/sgl/seed0.pt"),
     "train_cifar10_bags, checkpoint": (
         DIGITS + " --stem imagenet --bag-size 4 --positives 1", 1000, "{out}/.*seed0.pt",

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,10 @@ BOXES = [
 
 def blocks(kind):
     return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S)
+
+
+#: The code that converts VOC and COCO boxes, and boxes to labels; and the code that reads a map.
+*CONVERSIONS, READING = sorted(blocks("python"), key=lambda code: "np.load" in code)
 
 
 @pytest.fixture
@@ -77,7 +82,7 @@ def write_coco(tmp_path):
 @pytest.mark.parametrize(("number", "write"), [(0, write_voc), (1, write_coco)], ids=["VOC", "COCO"])
 def test_scripts_convert_voc_and_coco_boxes(photos, tmp_path, number, write):
     write(tmp_path)
-    exec(blocks("python")[number], {})
+    exec(CONVERSIONS[number], {})
     index = load_folder(photos)
     found = [[name, index.classes[c], *place] for name, boxes in index.boxes.items() for c, *place in boxes]
     assert sorted(found) == sorted(BOXES)
@@ -87,7 +92,7 @@ def test_script_creates_labels_from_boxes(photos, tmp_path):
     write_coco(tmp_path)
     (photos / "labels.csv").unlink()
     for number in (1, 2):
-        exec(blocks("python")[number], {})
+        exec(CONVERSIONS[number], {})
     index = load_folder(photos)
     assert index.classes == ("green", "red")
     assert len(index.names) == 24
@@ -99,16 +104,29 @@ def test_script_creates_labels_from_boxes(photos, tmp_path):
 def test_commands_of_the_page_run(photos, tmp_path):
     """The commands as in the page, with one epoch and small images."""
     write_coco(tmp_path)
-    exec(blocks("python")[1], {})
-    (block,) = blocks("bash")
-    commands = [shlex.split(line) for line in block.splitlines()]
-    assert [command[1] for command in commands] == ["check_cxr.py", "train_cxr.py", "localize_cxr.py"]
+    exec(CONVERSIONS[1], {})
+    (tmp_path / "new").mkdir()
+    for k in range(3):
+        shutil.copy(photos / f"photo_{k}.png", tmp_path / "new")
+    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+    scripts = ["check_cxr.py", "train_cxr.py", "localize_cxr.py", "predict_cxr.py"]
+    assert [command[1] for command in commands] == scripts
     quick = {
         "train_cxr.py": ["--image-size", "64", "--epochs", "1", "--workers", "0"],
         "localize_cxr.py": ["--draws", "5"],
+        "predict_cxr.py": ["--maps"],
     }
     for _, script, *options in commands:
         command = [sys.executable, ROOT / "examples" / script, *options, *quick.get(script, [])]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     assert "photos: classification and localization" in (tmp_path / "report" / "report.html").read_text()
+    assert "new: predictions" in (tmp_path / "predictions" / "report.html").read_text()
+    with (tmp_path / "predictions" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "p_green", "p_red"]
+    assert [row["image"] for row in rows] == ["photo_0.png", "photo_1.png", "photo_2.png"]
+    found = {}
+    exec(READING.replace("photo_001.jpg", "photo_0.png").replace("(480, 640)", "(30, 40)"), found)
+    assert found["red"].shape == (30, 40)
+    assert found["red"].max() == pytest.approx(float(rows[0]["p_red"]), abs=1e-5)  # max pooling

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from common.choices import Config
 from common.csv_table import write_csv
 
 from images.dataset import (
@@ -105,6 +106,27 @@ def load_folder(
     return index._replace(paths=paths, sizes=sizes, notes=tuple(notes))
 
 
+def without_labels(folder: Path, config: Config) -> Index:
+    """All images of ``folder`` and its subfolders, for the network of ``config``. Their labels are unknown.
+
+    The name of an image is its path below the folder. Only the headers of the files are read.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+    """
+    files = image_files(folder)
+    if not files:
+        raise ValueError(f"images: expected images in {folder}, found no file with the suffix of an image")
+    names, paths = list(files), list(files.values())
+    about = Description(
+        "folder", folder.resolve().name, tuple(config["classes"]), "none of them", "new images", config["fit"],
+        config["channels"], units="images",
+    )  # fmt: skip
+    labels = np.full((len(names), len(about.classes)), np.nan, np.float32)
+    sizes, _ = read_sizes(paths)
+    return Index(about, names, labels, np.array(names), np.ones(len(names), bool), paths, {}, sizes, [])
+
+
 # the split
 
 
@@ -177,20 +199,29 @@ def refuse_outside(path: Path, name: str, boxes: list[Box], size: np.ndarray | N
             )
 
 
+def image_files(folder: Path) -> dict[str, Path]:
+    """The image files of a folder and its subfolders, by their path below the folder, in the order of the paths.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    suffixes = image_suffixes()
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes and path.is_file()
+    }
+
+
 def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[str]]:
     """The file of each name, and the images that no name refers to.
 
     Raises:
         ValueError: there is no such folder, a name matches several files, or two names match one file.
     """
-    if not data_dir.is_dir():
-        raise ValueError(f"{data_dir}: no such folder")
-    suffixes = image_suffixes()
-    files = {
-        path.relative_to(data_dir).as_posix(): path
-        for path in sorted(data_dir.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file()
-    }
+    files = image_files(data_dir)
     equal: dict[PurePosixPath, list[str]] = {}  # by path
     matching: dict[PurePosixPath, list[str]] = {}  # by path or last part, with and without the suffix
     for place, path in files.items():

@@ -78,3 +78,31 @@ class LabelledImages(Dataset):
             image = image[y : y + self.crop, x : x + self.crop]
             frame = clip_boxes(frame - [x, y, 0, 0], np.array([0, 0, self.crop, self.crop]))
         return torch.from_numpy(np.array(image)), torch.from_numpy(self.labels[number]), torch.from_numpy(frame), number
+
+
+class ReadableImages(Dataset):
+    """The items of ``data``, each with the message of the error if its file cannot be read, else with an empty text.
+
+    The pixels of an unreadable image are 0, so that the other images of its batch are returned.
+    """
+
+    def __init__(self, data: LabelledImages):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int, str]:
+        try:
+            return *self.data[key], ""
+        except ValueError as error:
+            side, number = self.data.size, key[1]
+            shape = (side, side) if self.data.channels == 1 else (side, side, self.data.channels)
+            frame = torch.tensor([0, 0, side, side])
+            return (
+                torch.zeros(shape, dtype=torch.uint8),
+                torch.from_numpy(self.data.labels[number]),
+                frame,
+                number,
+                str(error),
+            )

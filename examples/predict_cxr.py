@@ -1,0 +1,91 @@
+"""Applies trained networks to images without labels: probabilities, boxes, and a report with maps.
+
+    python predict_cxr.py --run RUN --images NEW --out OUT
+    python predict_cxr.py --run RUN_0 RUN_1 RUN_2 --images NEW --out OUT    the mean of three networks
+    python predict_cxr.py --run RUN --images NEW --out OUT --maps           the maps as files
+
+--run is a folder of train_cxr.py. Its settings determine how an image is prepared. With several runs, the probabilities
+of the images, and those of each cell of their maps, are averaged. --images is a folder of images, with or without
+subfolders. It needs no tables. Images that cannot be read are left out.
+
+A map becomes boxes as in localize_cxr.py. Here every component above T_p gives a box, if the class is predicted
+(--gate).
+
+Writes into --out predictions.csv (one row per image), boxes.csv (one row per predicted box, in pixels of the image) and
+report.html (for each class, the images with the highest probability).
+
+Exit status: 0 if all images are predicted; 1 if some cannot be read; 2 if there is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from common.options import exit_status, make_parser, next_step, path_of
+from images.run_options import add_box_options, add_network_options, check
+
+#: Largest number of unreadable images that are named in the terminal. The report names all.
+NAMED = 20
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--images", type=path_of, required=True, metavar="DIR", help="folder of images, with or without subfolders")
+    add_network_options(parser, "a run folder of train_cxr.py, or several, whose probabilities are averaged")
+    add_box_options(parser, labels=False)
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=path_of, required=True, help="folder of the results")
+    add("--maps", action="store_true", help="also write the maps of each image: OUT/maps/IMAGE.npz")
+    add("--gallery", type=int, default=12, help="images of each class in the report; 0: no pictures (12)")
+    add("--gallery-size", type=int, default=320, help="side of the images in the report, in pixels (320)")
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    problems: list[str] = []
+    return exit_status(lambda: problems.extend(predict(args))) or int(bool(problems))
+
+
+def predict(args: argparse.Namespace) -> list[str]:
+    """Predicts the images and writes the results.
+
+    Returns:
+        A message for each image that cannot be read.
+
+    Raises:
+        ValueError: a run cannot be used, the runs do not match, or no image can be read.
+        OSError: a file cannot be written.
+    """
+    from images.folder import without_labels
+    from images.new_images import open_ensemble, write_predictions
+    from images.new_report import write_report
+
+    networks = open_ensemble(args.run, args)
+    index = without_labels(args.images, networks[0].config)
+    # fail before the networks run if the folder cannot be written
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(index.names)} images in {args.images}", flush=True)
+    results = write_predictions(networks, index, args, args.out)
+    write_report(networks, index, results, args, args.out / "report.html")
+    width = max(20, *(len(name) + 2 for name in index.classes))
+    print(f"\n{'':{width}}{'images with p > gate':>21}{'boxes':>10}")
+    for name, images, boxes in zip(index.classes, results.predicted, results.boxes, strict=True):
+        print(f"{name:{width}}{images:>21}{boxes:>10}")
+    if results.problems:
+        named = [f"  {problem}" for problem in results.problems[:NAMED]]
+        more = [] if len(results.problems) <= NAMED else ["  ..."]
+        print(
+            f"\nwarning: {len(results.problems)} images cannot be read and were left out:",
+            *named, *more, sep="\n", file=sys.stderr,
+        )  # fmt: skip
+    next_step(f"open {args.out / 'report.html'} in a browser")
+    return results.problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())
