@@ -173,6 +173,8 @@ def test_folders_that_do_not_fit_are_errors(data, run, tmp_path, capsys):
     copy.mkdir()
     (copy / "settings.json").write_text(json.dumps(old))
     assert "--resume" in message(copy, data / "features")
+    (copy / "settings.json").write_text(json.dumps(old | {"before": "features"}))
+    assert "got one of finetune_features.py" in message(copy, data / "features")
     (copy / "settings.json").write_text(content)
     assert "is not finished" in message(copy, data / "features")
 

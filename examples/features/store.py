@@ -275,6 +275,8 @@ def extraction_of(folder: Path) -> dict:
 def extraction_of_run(path: Path) -> dict:
     """The settings of the extraction in ``settings.json`` of a run. Raises ValueError if it has none."""
     known = read_json(path)
+    if "before" in known:
+        raise ValueError(f"{path.parent}: expected a run of train_features.py, got one of finetune_features.py")
     if "extraction" not in known:
         raise ValueError(
             f"{path.parent}: expected a run of train_features.py, with the settings of its features; an older run gets "
