@@ -287,6 +287,12 @@ def check_values(targets: Tensor | None, offsets: Tensor | None, rows: int) -> N
             raise ValueError(f"offsets: expected to end at the number of rows {rows}, got {last}")
 
 
+def check_offsets(offsets: Tensor | None, logits: Tensor) -> None:
+    """As :func:`check_values` for the offsets of a pooling, on the CPU. A tracer or a transform has no values."""
+    if offsets is not None and logits.is_cpu and not is_traced(logits) and not is_transformed():
+        check_values(None, offsets, logits.shape[0])
+
+
 def check_constant(name: str, value: Tensor) -> None:
     """Checks that a constant does not require a gradient, because the loss gives it none."""
     dual: Any = forward_ad.unpack_dual  # not typed by torch

@@ -27,7 +27,8 @@ Arguments of every ``forward`` (logits, \*, mask, offsets, features):
 * ``logits``: (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, L) for one class; with ``offsets`` (T, C) or (T,); or a
   jagged nested tensor (N, ragged, C). float32, float64, float16 or bfloat16.
 * ``mask``: bool, (N, L) or (N, H, W), …; True = real instance. Not together with ``offsets``.
-* ``offsets``: int32 or int64, (N + 1,); bag i is rows ``offsets[i]`` to ``offsets[i + 1]``.
+* ``offsets``: int32 or int64, (N + 1,); bag i is rows ``offsets[i]`` to ``offsets[i + 1]``. On the CPU,
+  offsets that fall, do not start at 0, or do not end at T are a ValueError.
 * ``features``: (N, L, D) or (T, D), for :class:`AttentionPooling` alone (a map is flattened, L = H W).
 
 Returns (N, C), or (N,) where the logits have no class axis; float32, or float64 for float64 logits. An empty bag gives
@@ -57,7 +58,7 @@ from torch import Tensor, nn
 
 from . import _fused
 from ._bags import Bags, bags_of
-from ._checks import check_features, check_instances, check_number, unnest
+from ._checks import check_features, check_instances, check_number, check_offsets, unnest
 from ._tracing import is_compiled, is_scripted, is_transformed
 
 __all__ = [
@@ -102,6 +103,7 @@ class Pooling(nn.Module):
         if is_scripted() or (_fused.HAS_PARAMETER[code] and is_compiled()):
             # torch.jit.trace does not record the gradient; each value of a float argument would compile a new graph
             return self.reference(logits, mask=mask, offsets=offsets, features=features)
+        check_offsets(offsets, logits)
         z = _fused.pooled(logits, mask, offsets, code, parameter)
         return z.squeeze(1) if logits.dim() == (2 if offsets is None else 1) else z
 
@@ -116,6 +118,7 @@ class Pooling(nn.Module):
         """The same result as a call, in plain PyTorch: for every device and every derivative."""
         logits, offsets, features = unnest(logits, mask, offsets, features)
         check_instances(logits, mask, offsets)
+        check_offsets(offsets, logits)
         bags = bags_of(logits, mask, offsets)
         z = self.pool(bags, bags.propagate_nonfinite(bags.instances(logits)), features)
         return bags.bag_logits(torch.where(bags.size > 0, z, torch.nan))

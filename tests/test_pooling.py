@@ -423,3 +423,26 @@ def test_poolings_with_hooks_subclasses_and_learned_parameters_are_external(fuse
     assert _fused.code_of(learned)[0] == _fused.EXTERNAL
     with pytest.raises(ValueError, match="impl: 'fused' is not available: the operators do not have General"):
         BagLoss(pooling=learned, impl="fused")(x, torch.ones(2, 3, device=fused_device))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ([0, 3, 9], "expected to end at the number of rows 6, got 9"),
+        ([0, 3], "expected to end at the number of rows 6, got 3"),
+        ([0, 4, 2, 6], "expected never to fall, got 4 before 2 at index 1"),
+        ([1, 6], "expected to start at 0, got 1"),
+        ([-1, 3, 6], "expected to start at 0, got -1"),
+    ],
+)
+def test_wrong_offsets_are_errors(name, offsets, words, impl):
+    """As in the losses, on the CPU. Before, rows were left out without a message."""
+    pooling = with_impl(impl, make_pooling(name))
+    with pytest.raises(ValueError, match=re.escape(f"offsets: {words}")):
+        pooling(torch.randn(6, 2), offsets=torch.tensor(offsets))
+
+
+def test_wrong_offsets_of_attention_are_errors():
+    with pytest.raises(ValueError, match="offsets: expected to end at the number of rows 6, got 9"):
+        AttentionPooling(3)(torch.randn(6, 2), offsets=torch.tensor([0, 3, 9]), features=torch.randn(6, 3))
