@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import html
+import json
 import re
 
 import localize_cxr
@@ -19,6 +20,8 @@ from images.folder import load_folder, without_labels
 from images.models import Grid
 from images.prediction import predict
 from images.provenance import digest_of
+from images.thresholds import Relative
+from test_images_pixels import write_dicom
 
 from sgl_ops.localization import upsample
 
@@ -196,6 +199,78 @@ def test_options_are_those_of_localize_cxr(capsys):
     assert "--run: expected different runs, got r twice" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("threshold", "least"), [("validation", 1), ("0.6", 3)])
+def test_options_of_an_evaluation_are_used(tmp_path, photos, capsys, threshold, least):
+    """--like REPORT gives the thresholds that were chosen with validation labels, class by class."""
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    val, test = names[:4], names[4:]
+    report, out = tmp_path / "report", tmp_path / "out"
+    run = write_run(tmp_path / "run", trained=val, val_patients=val, pooling="mean")
+    assert run_command(run, photos, out) == 0
+    p = np.array([[float(row["p_red"]), float(row["p_green"])] for row in rows_of(out / "predictions.csv")])
+    labels = (p > np.median(p[:4], axis=0)).astype(int).tolist()
+    write_csv(photos / "labels.csv", ["image", "split", "red", "green"],
+              *([n, "val" if n in val else "test", *of] for n, of in zip(names, labels, strict=True)))  # fmt: skip
+    write_csv(photos / "boxes.csv", ["image", "label", "x", "y", "w", "h"],
+              *([n, c, 3, 5, 9, 8] for n in names for c in ("red", "green")))  # fmt: skip
+    given = ["--threshold", threshold, "--gate", "validation", "--upsampling", "bilinear", "--morphology", "3",
+             "--raster", "even"]  # fmt: skip
+    command = ["--run", str(run), "--data-dir", str(photos), "--out", str(report), "--device", "cpu", "--draws", "5"]
+    assert localize_cxr.main([*command, "--gallery", "0", *given]) == 0
+    details = json.loads((report / "details.json").read_text())
+    limits = {*details["threshold_of_class"].values(), *details["gate_of_class"].values(), 0.5}
+    assert len(limits) == (5 if threshold == "validation" else 4)
+    capsys.readouterr()
+    assert run_command(run, photos, out, "--like", str(report)) == 0
+    assert "warning" not in capsys.readouterr().err
+    first = {}
+    for image, label, *box in boxes_in(out):
+        if image in test:
+            first.setdefault((image, label), box)
+    known = rows_of(report / "boxes.csv")
+    found = {
+        (row["image"], row["class"]): [float(row[f"found_{s}"]) for s in "xywh"]
+        for row in known
+        if row["found_x"] and row["predicted"] == "1"
+    }
+    assert least <= len(found) < len(known)
+    assert first == {pair: pytest.approx(box, abs=1e-3) for pair, box in found.items()}
+    text = (out / "report.html").read_text()
+    assert f"<td>{details['threshold_of_class']['red']:.3g}</td><td>{details['gate_of_class']['red']:.3g}</td>" in text
+    # options of the command have priority
+    base = ["--run", str(run), "--images", str(photos), "--out", str(out), "--like", str(report)]
+    args = predict_cxr.parse([*base, "--gate", "0.5", "--raster", "network"])
+    assert (args.gate, args.raster, args.morphology, args.which) == (0.5, "network", 3, "last")
+    assert args.threshold == (details["threshold_of_class"] if threshold == "validation" else 0.6)
+    # another network, and a network with another class
+    assert run_command(write_run(tmp_path / "other", seed=1), photos, out, "--like", str(report)) == 0
+    assert f"warning: like: {report} evaluates another network than {tmp_path / 'other'}" in capsys.readouterr().err
+    blue = write_run(tmp_path / "blue", classes=["red", "blue"])
+    assert run_command(blue, photos, out, "--like", str(report)) == 2
+    name = "threshold" if threshold == "validation" else "gate"
+    assert f"error: like: expected a {name} of each class in {report}, found none of blue" in capsys.readouterr().err
+
+
+def test_relative_threshold_of_an_evaluation_is_used(tmp_path):
+    details = {"threshold": "0.7max", "gate": 0.25, "threshold_of_class": {"red": 0.7}, "gate_of_class": {"red": 0.25},
+               "upsampling": "nearest", "raster": "network", "morphology": 5, "network": "best"}  # fmt: skip
+    (tmp_path / "details.json").write_text(json.dumps(details))
+    args = predict_cxr.parse(["--run", "r", "--images", "i", "--out", "o", "--like", str(tmp_path)])
+    assert isinstance(args.threshold, Relative)
+    assert (args.threshold, args.gate, args.which) == (0.7, 0.25, "best")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"threshold": 2, "gate": 0.5, "network": "best"}'])
+def test_folder_without_an_evaluation_is_an_error(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "details.json").write_text(content)
+    with pytest.raises(SystemExit):
+        predict_cxr.parse(["--run", "r", "--images", "i", "--out", "o", "--like", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert "error: --like: " in error
+    assert ("found no details.json in" if content is None else "expected the details.json of localize_cxr.py") in error
+
+
 # boxes in pixels of the image
 
 
@@ -231,6 +306,17 @@ def test_boxes_enclose_the_painted_area(tmp_path, brightness, fit, size, box, tu
     (row,) = rows_of(tmp_path / "out" / "boxes.csv")
     assert list(row) == ["image", "label", "x", "y", "w", "h", "p"]
     assert 0.8 < float(row["p"]) < 0.96
+
+
+def test_dicom_is_read(tmp_path, brightness):
+    """A grey DICOM file of 16 bits, for a network that was trained on colours."""
+    brightness()
+    (tmp_path / "new").mkdir()
+    values = np.zeros((64, 128), np.uint16)
+    values[16:32, 32:64] = 4000
+    write_dicom(tmp_path / "new" / "film.dcm", values)
+    assert run_command("r", tmp_path / "new", tmp_path / "out") == 0
+    assert boxes_in(tmp_path / "out") == [("film.dcm", "red", 32, 16, 32, 16)]
 
 
 @pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])

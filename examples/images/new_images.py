@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from common.csv_table import write_csv
-from common.files import new_file
+from common.files import new_file, read_json
 from common.predicted_boxes import write_boxes
 from common.progress import Progress
 from torch.utils.data import DataLoader
 
-from images.dataset import Index
+from images.dataset import Index, some
 from images.evaluation import Network, open_networks
 from images.frames import to_image
 from images.items import ReadableImages
@@ -123,8 +124,47 @@ def predict_images(networks: Sequence[Network], index: Index, args: argparse.Nam
             yield Predicted(row, probability[k], maps[k], content[k], problem)
 
 
+class Limits(NamedTuple):
+    """The thresholds of a class: T_p of the map, which may be ``Relative``, and the gate of the image."""
+
+    threshold: float
+    gate: float
+
+
+def limits_of(args: argparse.Namespace, classes: Sequence[str]) -> list[Limits]:
+    """The thresholds of each class. ``args.threshold`` and ``args.gate`` are numbers, or dicts by class.
+
+    Raises:
+        ValueError: a dict lacks a class.
+    """
+    for name in ("threshold", "gate"):
+        value = getattr(args, name)
+        lacking = [label for label in classes if isinstance(value, dict) and label not in value]
+        if lacking:
+            raise ValueError(f"like: expected a {name} of each class in {args.like}, found none of {some(lacking)}")
+    given = (args.threshold, args.gate)
+    return [Limits(*(value[label] if isinstance(value, dict) else value for value in given)) for label in classes]
+
+
+def warn_of_others(report: Path, runs: Sequence[Path], networks: Sequence[Network]) -> None:
+    """Prints a warning if the folder ``report`` of localize_cxr.py evaluates another network than one of ``runs``."""
+    known = read_json(report / "details.json").get("config", {})
+    keys = ("train_names_digest", "backbone", "loss", "seed")
+    others = [
+        str(run)
+        for run, network in zip(runs, networks, strict=True)
+        if any(network.config.get(key) != known.get(key) for key in keys)
+    ]
+    if others:
+        print(
+            f"warning: like: {report} evaluates another network than {' and '.join(others)}; its thresholds may not "
+            "suit them",
+            file=sys.stderr,
+        )
+
+
 def boxes_in_square(
-    heatmap: np.ndarray, frame: np.ndarray, side: int, first: float, args: argparse.Namespace
+    heatmap: np.ndarray, frame: np.ndarray, side: int, first: float, threshold: float, args: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
     """The boxes (m, 4) of all components of a map, in pixels of the network's square, and their peaks (m,).
 
@@ -134,22 +174,23 @@ def boxes_in_square(
         heatmap: (h, w) over the square of ``side`` pixels.
         frame: (4,), the content of the image in the square. Boxes do not exceed it.
         first: the centre of the first cell of the map, in cells.
+        threshold: T_p, which may be ``Relative``.
     """
     part, size, first = content_of(heatmap, frame, side, args.upsampling, first)
     pixels = upsample(part, size, args.upsampling, first)
-    relative = isinstance(args.threshold, Relative)
-    boxes = heatmap_to_boxes(pixels, size, args.threshold, side=args.morphology, relative=relative)
+    relative = isinstance(threshold, Relative)
+    boxes = heatmap_to_boxes(pixels, size, threshold, side=args.morphology, relative=relative)
     peaks = [pixels[y : y + h, x : x + w].max() for x, y, w, h in boxes.astype(int)]
     return boxes + np.array([*frame[:2], 0, 0]), np.array(peaks)
 
 
-def find(predicted: Predicted, c: int, side: int, first: float, args: argparse.Namespace) -> Found:
-    """The prediction for class ``c`` in an image, with its boxes if the class passes ``--gate``."""
+def find(predicted: Predicted, c: int, side: int, first: float, limits: Limits, args: argparse.Namespace) -> Found:
+    """The prediction for class ``c`` in an image, with its boxes if the class passes the gate."""
     probability, heatmap = float(predicted.probability[c]), predicted.maps[c]
     boxes, peaks = np.zeros((0, 4)), np.zeros(0)
-    if probability > args.gate:
-        boxes, peaks = boxes_in_square(heatmap, predicted.frame, side, first, args)
-    return Found(predicted.row, probability, heatmap, predicted.frame, boxes, peaks, probability > args.gate)
+    if probability > limits.gate:
+        boxes, peaks = boxes_in_square(heatmap, predicted.frame, side, first, limits.threshold, args)
+    return Found(predicted.row, probability, heatmap, predicted.frame, boxes, peaks, probability > limits.gate)
 
 
 class Highest:
@@ -175,10 +216,11 @@ def write_predictions(networks: Sequence[Network], index: Index, args: argparse.
     """Applies the networks to all images, and writes predictions.csv, boxes.csv and, with ``--maps``, the maps.
 
     Raises:
-        ValueError: none of the images can be read.
+        ValueError: none of the images can be read, or a class has no threshold.
         OSError: a file cannot be written.
     """
     side, first = networks[0].config["image_size"], first_cell(networks[0].model, args.raster)
+    limits = limits_of(args, index.classes)
     rows, probabilities, problems = [], [], []
     predicted, boxes = (np.zeros(len(index.classes), int) for _ in range(2))
     highest = [Highest(args.gallery) for _ in index.classes]
@@ -194,7 +236,7 @@ def write_predictions(networks: Sequence[Network], index: Index, args: argparse.
             if args.maps:
                 write_maps(image, side, first, index.classes, args.upsampling, out / "maps" / f"{name}.npz")
             for c, label in enumerate(index.classes):
-                found = find(image, c, side, first, args)
+                found = find(image, c, side, first, limits[c], args)
                 predicted[c] += found.predicted
                 boxes[c] += len(found.boxes)
                 highest[c].add(found)

@@ -12,10 +12,11 @@ from common.files import write_text
 from images import gallery, page
 from images.dataset import Index
 from images.evaluation import Network
-from images.new_images import Found, Results, title_of
+from images.new_images import Found, Results, limits_of, title_of
 from images.pixels import load_image
 from images.prediction import first_cell, name_of
 from images.report import settings_table
+from images.thresholds import Relative
 
 
 def caption_of(found: Found) -> str:
@@ -92,14 +93,22 @@ def gallery_section(
     )
 
 
-def settings_section(networks: Sequence[Network], args: argparse.Namespace) -> page.Markup:
-    names = ("images", "threshold", "gate", "upsampling", "raster", "morphology")
-    given = page.table(["setting", "value"], [(name, getattr(args, name)) for name in names])
+def settings_section(networks: Sequence[Network], classes: Sequence[str], args: argparse.Namespace) -> page.Markup:
+    names = ("images", "upsampling", "raster", "morphology", *(["like"] if args.like is not None else []))
+    limits = [
+        (label, t_p if isinstance(t_p, Relative) else f"{t_p:.3g}", f"{gate:.3g}")
+        for label, (t_p, gate) in zip(classes, limits_of(args, classes), strict=True)
+    ]
     runs = []
     for run, network in zip(args.run, networks, strict=True):
         config = {key: value for key, value in network.config.items() if not isinstance(value, list)}
         runs.append(page.details(f"{run}: {name_of(config)}", settings_table(network.which, config)))
-    return page.section("Settings", given, *runs)
+    return page.section(
+        "Settings",
+        page.table(["setting", "value"], [(name, getattr(args, name)) for name in names]),
+        page.table(["class", "T_p", "gate"], limits),
+        *runs,
+    )
 
 
 def write_report(
@@ -118,6 +127,6 @@ def write_report(
     sections.append(summary_section(index, results))
     if args.gallery:
         sections.append(gallery_section(networks, index, results, args))
-    sections.append(settings_section(networks, args))
+    sections.append(settings_section(networks, index.classes, args))
     lead = f"{title_of(networks)}, on {len(results.rows)} images of {args.images}."
     write_text(page.page(f"{index.about.title}: predictions", lead, *sections), path)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+from pathlib import Path
+from typing import Any
 
 from common.choices import UPSAMPLING
+from common.files import read_json
 from common.options import default_device, device_name, path_of
 
 from images.thresholds import RASTERS, VALIDATION, map_threshold, probability
@@ -45,6 +48,29 @@ def add_box_options(parser: argparse.ArgumentParser, labels: bool) -> None:
         help="position of the cells: network, the centres of their receptive fields; even, as in the paper (network)",
     )
     add("--morphology", type=int, default=5, help="side of the square for opening and closing, odd; 1: none (5)")
+
+
+def settings_of_report(folder: Path) -> dict[str, Any]:
+    """The options from a map to its boxes in a report of localize_cxr.py, and its checkpoint, by the names in ``args``.
+
+    If the labels of validation images determined a threshold, it is a dict with the threshold of each class.
+
+    Raises:
+        ValueError: there is no report in the folder.
+    """
+    path = folder / "details.json"
+    if not path.is_file():
+        raise ValueError(f"expected a folder of localize_cxr.py, found no details.json in {folder}")
+    try:
+        details = read_json(path)
+        values: dict[str, Any] = {name: details[name] for name in ("upsampling", "raster", "morphology")}
+        for name, of_text in (("threshold", map_threshold), ("gate", probability)):
+            value = of_text(str(details[name]))
+            by_class = {label: float(limit) for label, limit in details[f"{name}_of_class"].items()}
+            values[name] = by_class if value == VALIDATION else value
+        return values | {"which": details["network"]}
+    except (ValueError, KeyError, TypeError, AttributeError, argparse.ArgumentTypeError):
+        raise ValueError(f"{path}: expected the details.json of localize_cxr.py, got other content") from None
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
