@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from common import options
-from common.files import read_json, save_atomically
+from common.files import save_atomically
 from train_features import keep_settings, refuse_below
 
 
@@ -75,34 +75,26 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     import torch
-    from features import labels as tables
     from features.finetuning import BlocksHead, MapReader, load_blocks, width_of
+    from features.opened_run import open_run
     from features.results import write_results
-    from features.runs import Truth, digests_of, plan, refuse_other_data, save_predictions
-    from features.store import SETTINGS, FeatureBags
+    from features.runs import save_predictions
+    from features.store import FeatureBags
     from features.training import Settings, Transform, fit, make_model, predicted
 
-    path = args.run / SETTINGS
-    if not path.is_file():
-        raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
-    known = read_json(path)
+    opened = open_run(args.run, args.repeats)
+    if opened.tuned:
+        raise ValueError(f"run: expected a folder of train_features.py, got {args.run} of finetune_features.py")
+    known, after, labels, truth, runs = opened.settings, opened.bags, opened.labels, opened.truth, opened.runs
     settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
-    after, before = FeatureBags(Path(known["features"])), FeatureBags(args.before)
-    labels = tables.read_labels(
-        Path(known["labels"]), known["classes"], known["patient"], after.names, known["folds"] is None
-    )
-    boxes = Path(known["boxes"]) if known["boxes"] else None
-    truth = Truth(labels, {}, tables.read_boxes(boxes, labels.classes, labels.names, after.size) if boxes else {})
+    before = FeatureBags(args.before)
     blocks = load_blocks(after.settings["backbone"], args.weights, args.blocks)
     width = width_of(blocks, before, after)
     reader = MapReader(before, after, labels.names, width, blocks[: args.freeze])
     blocks = torch.nn.Sequential(*blocks[args.freeze :])
     parts = args.out / "parts"
-    data = digests_of(labels, after)
-    refuse_other_data(args.run, known.get("data", {}), data, "restore the old ones, or train again")
-    keep_settings(args, parts, data, {})
+    keep_settings(args, parts, opened.data, {})
     targets = torch.tensor(labels.values)
-    runs = list(plan(labels, known["folds"], min(args.repeats or known["repeats"], known["repeats"]), known["test"]))
     for number, one in enumerate(runs, 1):
         if (parts / f"{one.name}.npz").exists():
             continue

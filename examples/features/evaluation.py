@@ -48,14 +48,16 @@ def instance_metrics(
     result["auc"] = auc(p, y)
     if y[known].sum() > 0:
         result["ap"] = float(average_precision_score(y[known], p[known]))
-    overlaps = []
-    for i in inside:
-        known = ~np.isnan(truth[i])
-        chosen, true = found[i][known] > 0.5, truth[i][known] == 1
-        if (chosen | true).any():
-            overlaps.append((chosen & true).sum() / (chosen | true).sum())
+    overlaps = [value for i in inside if not math.isnan(value := instance_overlap(found[i], truth[i]))]
     result["iou"] = float(np.mean(overlaps)) if overlaps else math.nan
     return result
+
+
+def instance_overlap(p: np.ndarray, labels: np.ndarray) -> float:
+    """The IoU of the instances with p > 0.5 and the positive ones; NaN without either. Unknown labels are left out."""
+    known = ~np.isnan(labels)
+    chosen, true = p[known] > 0.5, labels[known] == 1
+    return float((chosen & true).sum() / (chosen | true).sum()) if (chosen | true).any() else math.nan
 
 
 def extended(heatmap: np.ndarray, size: tuple[int, int], stride: float | None) -> tuple[np.ndarray, tuple[int, int]]:
@@ -119,6 +121,20 @@ def best_overlaps(
     }
 
 
+def pointed(
+    maps: Mapping[str, np.ndarray],
+    sizes: Mapping[str, tuple[int, int]],
+    truth: Mapping[str, np.ndarray],
+    first: float,
+    stride: float | None = None,
+) -> list[bool]:
+    """For each bag of ``maps``, whether the centre of the cell with the largest value lies in one of its true boxes."""
+    return [
+        bool(contains(truth[name], point_of(heatmap, sizes[name], first, stride)).any())
+        for name, heatmap in maps.items()
+    ]
+
+
 def box_metrics(
     maps: Mapping[str, np.ndarray],
     sizes: Mapping[str, tuple[int, int]],
@@ -134,7 +150,7 @@ def box_metrics(
     overlaps = best_overlaps(maps, sizes, truth, first, stride)
     if not overlaps:
         return {}
-    hits = [contains(truth[name], point_of(maps[name], sizes[name], first, stride)).any() for name in overlaps]
+    hits = pointed({name: maps[name] for name in overlaps}, sizes, truth, first, stride)
     result = {"images": len(overlaps), "pointing": float(np.mean(hits))}
     for t in T_IOU:
         result[f"iou_{t:g}"] = float(np.mean([overlap > t for overlap in overlaps.values()]))

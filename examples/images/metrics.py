@@ -108,7 +108,7 @@ def auc_intervals(
     seed: int = 0,
 ) -> dict[str, Interval]:
     """95 % intervals over patients of the AUCs that ``auc_per_class`` returns."""
-    measures = {name: _weighted_auc(scores[:, c], labels[:, c]) for c, name in enumerate(names)}
+    measures = {name: weighted_auc(scores[:, c], labels[:, c]) for c, name in enumerate(names)}
     return over_patients(measures, labels > 0, patients, draws, seed)
 
 
@@ -118,14 +118,14 @@ def auc_difference_interval(
     """95 % interval over patients of the mean AUC of ``scores`` minus that of ``others``, both (n, C), same images."""
 
     def difference(c: int) -> Callable[[np.ndarray], float]:
-        one, other = (_weighted_auc(some[:, c], labels[:, c]) for some in (scores, others))
+        one, other = (weighted_auc(some[:, c], labels[:, c]) for some in (scores, others))
         return lambda weight: one(weight) - other(weight)
 
     classes = labels.shape[1]
     return _mean_over_patients([difference(c) for c in range(classes)], patients, draws, (seed, classes))
 
 
-def _weighted_auc(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], float]:
+def weighted_auc(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], float]:
     """A function from weights (n,) to the AUC of the weighted images.
 
     It sorts once for all draws. scikit-learn sorts for each draw.
@@ -159,7 +159,7 @@ def mean_intervals(
         classes: class numbers (n,).
     """
     present = np.unique(classes)
-    measures = {names[c]: _weighted_mean(values, classes == c) for c in present}
+    measures = {names[c]: weighted_mean(values, classes == c) for c in present}
     return over_patients(measures, classes[:, None] == present, patients, draws, seed)
 
 
@@ -184,7 +184,9 @@ def difference_intervals(
     return [interval(column) for column in (whole + np.nansum(shifts, axis=0) / count).T]
 
 
-def _weighted_mean(values: np.ndarray, inside: np.ndarray) -> Callable[[np.ndarray], float]:
+def weighted_mean(values: np.ndarray, inside: np.ndarray) -> Callable[[np.ndarray], float]:
+    """A function from weights (n,) to the weighted mean of the ``values`` (n,) that are ``inside`` (n,)."""
+
     def value(weight: np.ndarray) -> float:
         total = float((weight * inside).sum())
         return float((weight * inside) @ values) / total if total else math.nan

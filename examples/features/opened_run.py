@@ -1,0 +1,81 @@
+"""A run of train_features.py or finetune_features.py with its data: features, labels, boxes, and predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from common.files import read_json
+
+from features.labels import Labels, read_boxes, read_instance_labels, read_labels
+from features.runs import Predictions, Run, Truth, digests_of, joined, load_predictions, plan, refuse_other_data
+from features.store import SETTINGS, FeatureBags
+
+
+class OpenedRun(NamedTuple):
+    """A run and its data.
+
+    Attributes:
+        folder: the folder of the run.
+        settings: the options of train_features.py; of a fine-tuned run, those of the run that it continued.
+        bags: the features of the head.
+        labels: the labels of the bags.
+        truth: the same labels, and the labels of instances and the boxes that the run was evaluated with.
+        runs: its trainings.
+        data: the digests of the data.
+        tuned: whether it is a run of finetune_features.py.
+    """
+
+    folder: Path
+    settings: dict
+    bags: FeatureBags
+    labels: Labels
+    truth: Truth
+    runs: list[Run]
+    data: dict[str, str]
+    tuned: bool
+
+    def predictions(self) -> list[Predictions]:
+        """The predictions of each repeat, for the test bags of all its folds.
+
+        Raises:
+            ValueError: a training is not finished.
+        """
+        found: dict[int, list[Predictions]] = {}
+        for run in self.runs:
+            path = self.folder / "parts" / f"{run.name}.npz"
+            if not path.is_file():
+                raise ValueError(f"{self.folder}: {run.name} is not finished; the same command with --resume continues")
+            found.setdefault(run.repeat, []).append(load_predictions(path))
+        return [joined(parts) for parts in found.values()]
+
+
+def open_run(folder: Path, repeats: int | None = None) -> OpenedRun:
+    """Opens a run.
+
+    Args:
+        repeats: use only the first repeats.
+
+    Raises:
+        ValueError: it is no run, or its labels or features have changed.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
+    known = own = read_json(path)
+    if "before" in own:  # a fine-tuned run
+        known = read_json(Path(own["run"]) / SETTINGS)
+        repeats = min(own["repeats"] or known["repeats"], repeats or known["repeats"])
+    bags = FeatureBags(Path(known["features"]))
+    labels = read_labels(Path(known["labels"]), known["classes"], known["patient"], bags.names, known["folds"] is None)
+    instances, boxes = (Path(known[key]) if known[key] else None for key in ("instance_labels", "boxes"))
+    truth = Truth(
+        labels,
+        read_instance_labels(instances, labels.classes, labels.names) if instances else {},
+        read_boxes(boxes, labels.classes, labels.names, bags.size) if boxes else {},
+    )
+    data = digests_of(labels, bags)
+    refuse_other_data(folder, own.get("data", {}), data, "restore the old ones, or train again")
+    count = min(repeats or known["repeats"], known["repeats"])
+    runs = list(plan(labels, known["folds"], count, known["test"]))
+    return OpenedRun(folder, known, bags, labels, truth, runs, data, own is not known)
