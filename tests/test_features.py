@@ -23,6 +23,7 @@ for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
     pytest.importorskip(needed)
 
 import bccd_demo  # noqa: E402
+import compare_features  # noqa: E402
 import extract_features  # noqa: E402
 import finetune_features  # noqa: E402
 import predict_features  # noqa: E402
@@ -1684,7 +1685,7 @@ def test_the_bootstrap_interval_of_a_mean():
 
 @pytest.mark.parametrize(
     "script",
-    ["extract_features.py", "train_features.py", "finetune_features.py", "predict_features.py", "bccd_demo.py"],
+    [f"{name}_features.py" for name in ("extract", "train", "finetune", "predict", "compare")] + ["bccd_demo.py"],
 )
 def test_help_does_not_import_torch(script):
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = ['x', '--help']\n"
@@ -1795,7 +1796,7 @@ def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsy
 
     blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
     commands = [line.split()[1:] for line in blocks.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 10
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
     for folder, count in ((photos, 8), (tmp_path / "new_photos", 2)):
@@ -1816,8 +1817,11 @@ def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsy
         "extract_features.py": ["--weights", "none"],
         "train_features.py": ["--epochs", "1", "--trial-epochs", "1"],
         "predict_features.py": ["--with-failed"],
+        "compare_features.py": ["--draws", "9"],
     }
-    modules = {f"{one.__name__}.py": one for one in (extract_features, train_features, predict_features)}
+    modules = {
+        f"{one.__name__}.py": one for one in (compare_features, extract_features, train_features, predict_features)
+    }
     for script, *words in commands:
         words = [SMALL.get(word, word) for word in words]
         assert modules[script].main([*words, *short[script]]) == 0, words
@@ -1923,6 +1927,11 @@ def test_fine_tuning_continues_and_writes_the_tables_of_train_features(trained, 
     assert columns[0] == (trained / "run" / "runs.csv").read_text().splitlines()[0] and len(columns) == 3
     assert finetune(trained, out, *BLOCK) == 2
     assert "pass --resume" in capsys.readouterr().err
+    # compared with the run that it continues; it is not fine-tuned again
+    assert compare_features.main(["--runs", str(out), str(trained / "run"), "--draws", "9"]) == 0
+    assert "red    pointing" in capsys.readouterr().out
+    assert finetune(trained, tmp_path / "again", *BLOCK, "--run", str(out)) == 2
+    assert f"got {out} of finetune_features.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
