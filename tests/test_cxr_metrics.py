@@ -32,7 +32,7 @@ def test_auc_equals_a_calculation_by_hand():
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12))
 def test_weighted_auc_equals_scikit_learn(rows):
     scores, positive, weight = (np.array(column) for column in zip(*rows, strict=True))
-    value = m._weighted_auc(scores.astype(float), positive)(weight)
+    value = m.weighted_auc(scores.astype(float), positive)(weight)
     if not weight[positive].sum() or not weight[~positive].sum():
         assert math.isnan(value)
     else:
