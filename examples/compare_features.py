@@ -46,11 +46,11 @@ def compare(args: argparse.Namespace) -> None:
     rows = differences(first, second, args.draws)
     print(f"first: {args.runs[0]}\nsecond: {args.runs[1]}\n")
     width = max(len("class"), *(len(row.label) for row in rows))
-    print(f"{'class':{width}}  {'metric':12}  first  second  difference  95 % interval     above equal below")
+    print(f"{'class':{width}}  {'metric':16}  first  second  difference  95 % interval     above equal below")
     for row in rows:
         between = f"{row.low:+.3f} to {row.high:+.3f}"
         print(
-            f"{row.label:{width}}  {row.metric:12}  {row.first:.3f}   {row.second:.3f}      {row.difference:+.3f}  "
+            f"{row.label:{width}}  {row.metric:16}  {row.first:.3f}   {row.second:.3f}      {row.difference:+.3f}  "
             f"{between}  {row.above:5} {row.equal:5} {row.below:5}"
         )
     if args.out:

@@ -1929,7 +1929,7 @@ def test_fine_tuning_continues_and_writes_the_tables_of_train_features(trained, 
     assert "pass --resume" in capsys.readouterr().err
     # compared with the run that it continues; it is not fine-tuned again
     assert compare_features.main(["--runs", str(out), str(trained / "run"), "--draws", "9"]) == 0
-    assert "red    pointing" in capsys.readouterr().out
+    assert "red    pointing " in capsys.readouterr().out
     assert finetune(trained, tmp_path / "again", *BLOCK, "--run", str(out)) == 2
     assert f"got {out} of finetune_features.py" in capsys.readouterr().err
 

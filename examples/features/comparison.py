@@ -65,8 +65,11 @@ def differences(first: OpenedRun, second: OpenedRun, draws: int = 1000, seed: in
 
 #: The metrics, in the order of the table: as in the tables of train_features.py.
 METRICS = (
-    "auc", "instance_auc", "instance_ap", "instance_iou", "pointing", *(f"iou_{t:g}" for t in T_IOU),
-)  # fmt: skip
+    "auc",
+    *(f"instance_{kind}" for kind in ("auc_all", "auc", "ap", "iou")),
+    "pointing",
+    *(f"iou_{t:g}" for t in T_IOU),
+)
 
 
 def _refuse_unequal(first: OpenedRun, second: OpenedRun) -> None:
@@ -114,10 +117,12 @@ def _measures(predictions: Predictions, run: OpenedRun, c: int) -> dict[str, Mea
     known = [
         (row[name], p[:, c], run.truth.instances[name][:, c])
         for name, p in predictions.by_bag()
-        if name in run.truth.instances and run.labels.values[row[name], c] == 1
+        if name in run.truth.instances
     ]
     if known:
-        measures |= dict(_instance_measures(known))
+        positive = [bag for bag in known if run.labels.values[bag[0], c] == 1]
+        measures["instance_auc_all"] = _instance_auc(*_together(known))
+        measures |= dict(_instance_measures(positive)) if positive else {}
     boxes = run.truth.boxes.get(run.labels.classes[c], {})
     maps, sizes = maps_of(predictions, run.bags, c)
     overlaps = best_overlaps(maps, sizes, boxes, *cells_of(run.bags))
@@ -131,13 +136,26 @@ def _measures(predictions: Predictions, run: OpenedRun, c: int) -> dict[str, Mea
     return measures
 
 
-def _instance_measures(bags: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[tuple[str, Measure]]:
-    """Of positive bags: the number of the bag, the probabilities and the labels of its instances."""
+#: The number of a bag, and the probabilities and labels (L,) of its instances.
+Instances = tuple[int, np.ndarray, np.ndarray]
+
+
+def _together(bags: Sequence[Instances]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The numbers of the bags, the probabilities and the labels of all instances with a known label."""
     numbers = np.concatenate([np.full(len(p), i) for i, p, _ in bags])
     p, y = (np.concatenate([bag[k] for bag in bags]) for k in (1, 2))
     known = ~np.isnan(y)
-    numbers, p, y = numbers[known], p[known], y[known]
-    yield "instance_auc", _of(numbers, weighted_auc(p, y))
+    return numbers[known], p[known], y[known]
+
+
+def _instance_auc(numbers: np.ndarray, p: np.ndarray, y: np.ndarray) -> Measure:
+    return _of(numbers, weighted_auc(p, y))
+
+
+def _instance_measures(bags: Sequence[Instances]) -> Iterator[tuple[str, Measure]]:
+    """The metrics inside positive bags."""
+    numbers, p, y = _together(bags)
+    yield "instance_auc", _instance_auc(numbers, p, y)
     if y.any():
         yield "instance_ap", _of(numbers, lambda w: float(average_precision_score(y, p, sample_weight=w)))
     overlaps = np.array([instance_overlap(p, y) for _, p, y in bags])
