@@ -69,25 +69,45 @@ def predict(args: argparse.Namespace) -> None:
     from features.store import FeatureBags
     from features.trained import load_heads, mean_predictions, refuse_other_features, thresholds_of
 
+    for name in ("run", "features", "images"):
+        folder = getattr(args, name)
+        if folder is not None and folder.resolve() == args.out.resolve():
+            raise ValueError(f"out: expected another folder than --{name}, got {args.out}")
     files = find_images(args.images) if args.images is not None else {}
     run = load_heads(args.run, args.with_failed)
     bags = FeatureBags(args.features)
+    if files and not set(files) & set(bags.names):
+        raise ValueError(f"images: {args.images} holds no image of the bags in {args.features}")
     refuse_other_features(run, bags)
     refuse_empty(bags, bags.names)
     args.out.mkdir(parents=True, exist_ok=True)
     used = f"{len(run.heads)} trainings of {args.run}" if len(run.heads) > 1 else f"one training of {args.run}"
-    left = f"; {len(run.failed)} left out, which seem to have failed" if run.failed else ""
-    print(f"{len(bags)} bags, {used}{left}", flush=True)
-    predictions = mean_predictions(run.heads, bags, bags.names)
+    many = len(run.classes) > 1
+    left = [f"{n}{f' for {label}' if many else ''}" for label, n in zip(run.classes, run.left_out, strict=True) if n]
+    used += f"; left out, because they seem to have failed: {', '.join(left)}" if left else ""
+    print(f"{len(bags)} bags, {used}", flush=True)
+    if run.hopeless:
+        print(
+            f"warning: all trainings seem to have failed for {', '.join(run.hopeless)}: do not use these predictions; "
+            f"see {args.run / 'report.html'}",
+            flush=True,
+        )
+    predictions = mean_predictions(run, bags, bags.names)
     rows = ([name, *(f"{v:.6g}" for v in p)] for name, p in zip(bags.names, predictions.bags, strict=True))
     write_csv(["bag", *run.classes], rows, args.out / "bags.csv")
     write_instances(args.out, predictions.by_bag(), run.classes, bags)
-    gates = thresholds_of(args.run, run.classes) if args.gate == RUN else [args.gate] * len(run.classes)
+    found = thresholds_of(run) if args.gate == RUN else [args.gate] * len(run.classes)
+    for label, gate in zip(run.classes, found, strict=True):
+        if gate is None:
+            print(
+                f"warning: the test bags of the run give no threshold for {label}: 0.5 is used; see --gate", flush=True
+            )
+    gates = [0.5 if gate is None else gate for gate in found]
     boxes = predicted_boxes(predictions, bags, run.classes, gates)
     maps = bags.shape(bags.names[0]).grid is not None
     if maps:
         write_boxes(boxes, args.out / "boxes.csv")
-    write_report(args.out, predictions, run.classes, bags, files, args.overlays, f"{used}{left}", gates, boxes)
+    write_report(args.out, predictions, run.classes, bags, files, args.overlays, used, gates, boxes)
     for c, (name, gate) in enumerate(zip(run.classes, gates, strict=True)):
         positive = int((predictions.bags[:, c] > gate).sum())
         counted = f", {sum(row[1] == name for row in boxes)} boxes" if maps else ""

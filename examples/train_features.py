@@ -181,6 +181,8 @@ def run(args: argparse.Namespace) -> None:
     from features.training import BagReader, Settings, predicted, train
     from images.dataset import some
 
+    if args.features.resolve() == args.out.resolve():
+        raise ValueError(f"out: expected another folder than --features, got {args.out}")
     if args.images is not None:
         find_images(args.images)  # a wrong folder is an error before the training
     bags = FeatureBags(args.features)

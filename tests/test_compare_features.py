@@ -158,6 +158,46 @@ def test_runs_that_cannot_be_compared_are_errors(data, tmp_path, capsys):
         open_run(tmp_path / "one").predictions()
 
 
+def test_other_boxes_are_an_error(data, tmp_path, capsys):
+    """A run without boxes is compared without boxes."""
+    rows = (data / "boxes.csv").read_text().splitlines()
+    for name, content in (("fewer", rows[:-1]), ("moved", [*rows[:-1], rows[-1][:-2] + "15"])):
+        other = tmp_path / f"{name}.csv"
+        other.write_text("\n".join(content) + "\n")
+        assert train(data, tmp_path / name, "--boxes", str(other)) == 0
+        assert compare_features.main(["--runs", str(data / "sgl"), str(tmp_path / name)]) == 2
+        assert f"expected equal boxes in {data / 'sgl'}" in capsys.readouterr().err
+    command = ["--features", str(data / "features"), "--labels", str(data / "labels.csv"), "--overlays=0", "--epochs=1"]
+    assert train_features.main([*command, "--folds=2", "--repeats=2", "--out", str(tmp_path / "none")]) == 0
+    found = comparison.differences(open_run(data / "sgl"), open_run(tmp_path / "none"), draws=5)
+    assert [row.metric for row in found] == ["auc"]
+
+
+def test_only_patients_of_the_test_bags_are_drawn():
+    patients, positive = np.array(list("aabbccdd")), np.array([1, 0, 1, 0, 0, 0, 1, 1], bool)
+    tested = np.array([1, 1, 1, 1, 0, 0, 1, 1], bool)
+    drawn = np.array(list(comparison._drawn(patients, positive, tested, 200, (0, 0))))
+    assert (drawn[:, ~tested] == 0).all() and (drawn.sum(1) == 6).all()
+    assert (drawn[:, 0] == drawn[:, 1]).all() and drawn[:, 0].max() > 1
+
+
+def test_a_class_with_equal_test_labels_has_no_row(tmp_path, capsys):
+    generator = np.random.default_rng(1)
+    writer = store.StoreWriter(tmp_path / "features", {})
+    rows = []
+    for i in range(12):
+        writer.add(f"b{i}", store.Bag(generator.normal(size=(5, 3)).astype(np.float32), None, None, None))
+        rows.append([f"b{i}", i % 2, int(i < 4), "train" if i < 8 else "test"])
+    write(tmp_path / "labels.csv", ["bag", "red", "rare", "split"], rows)
+    command = ["--features", str(tmp_path / "features"), "--labels", str(tmp_path / "labels.csv"), "--epochs=1"]
+    assert train_features.main([*command, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    run = str(tmp_path / "run")
+    assert compare_features.main(["--runs", run, run, "--draws=5"]) == 0
+    printed = capsys.readouterr().out
+    assert "red" in printed and "rare" not in printed and "nan" not in printed
+
+
 def test_the_table_is_written(data, tmp_path):
     command = ["--runs", str(data / "sgl"), str(data / "bag"), "--draws=20", "--out", str(tmp_path / "table.csv")]
     assert compare_features.main(command) == 0

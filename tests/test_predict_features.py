@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import predict_features  # noqa: E402
 import train_features  # noqa: E402
 from features import backbones, store  # noqa: E402
 from features.evaluation import boxes_of, pixels_of  # noqa: E402
-from features.runs import load_predictions  # noqa: E402
+from features.runs import load_predictions, predictions_of, save_predictions  # noqa: E402
 
 
 def write(path, header, rows):
@@ -110,11 +111,12 @@ def test_a_probability_is_the_mean_over_the_trainings(data, tmp_path, options):
 
 def test_failed_trainings_are_left_out(data, run, tmp_path, capsys):
     tested = [f"b{i:02d}" for i in range(16, 24)]
-    failed = {"repeat1_fold0": ["bag loss 0.90, the median is 0.40"]}
+    reason = ["bag loss 0.90, the median is 0.40"]
+    failed = {"repeat1_fold0": {"red": reason, "green": reason}}
     (run / "failed.json").write_text(json.dumps(failed))
     try:
         for options, skip, words in (
-            ([], failed, "2 trainings of RUN; 1 left out, which seem to have failed"),
+            ([], failed, "2 trainings of RUN; left out, because they seem to have failed: 1 for red, 1 for green"),
             (["--with-failed"], (), "3 trainings of RUN"),
         ):
             out = tmp_path / f"found{len(options)}"
@@ -122,7 +124,24 @@ def test_failed_trainings_are_left_out(data, run, tmp_path, capsys):
             assert f"24 bags, {words}".replace("RUN", str(run)) + "\n" in capsys.readouterr().out
             found = {row["bag"]: float(row["red"]) for row in read(out / "bags.csv")}
             np.testing.assert_allclose([found[n] for n in tested], means(run, tested, skip)[0][:, 0], atol=1e-6)
-        (run / "failed.json").write_text(json.dumps({f"repeat{k}_fold0": ["reason"] for k in range(3)}))
+        # only for one class
+        (run / "failed.json").write_text(json.dumps({"repeat0_fold0": {"green": reason}}))
+        assert predict(run, data / "features", tmp_path / "green") == 0
+        assert "3 trainings of RUN; left out, because they seem to have failed: 1 for green\n".replace(
+            "RUN", str(run)
+        ) in (capsys.readouterr().out)
+        found = {row["bag"]: row for row in read(tmp_path / "green" / "bags.csv")}
+        expected = {"red": means(run, tested)[0][:, 0], "green": means(run, tested, ("repeat0_fold0",))[0][:, 1]}
+        for label, values in expected.items():
+            np.testing.assert_allclose([float(found[n][label]) for n in tested], values, atol=1e-6)
+        # in all trainings, for one class
+        content = {f"repeat{k}_fold0": {"red": reason} for k in range(3)}
+        (run / "failed.json").write_text(json.dumps(content))
+        assert predict(run, data / "features", tmp_path / "red") == 0
+        printed = capsys.readouterr().out
+        assert "warning: all trainings seem to have failed for red: do not use" in printed and "left out" not in printed
+        content = {f"repeat{k}_fold0": {"red": reason, "green": reason} for k in range(3)}
+        (run / "failed.json").write_text(json.dumps(content))
         assert predict(run, data / "features", tmp_path / "none") == 2
         assert "all 3 trainings" in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
@@ -136,7 +155,8 @@ def test_a_training_names_its_failures_in_a_file(data, tmp_path, capsys):
     named = json.loads((tmp_path / "run" / "failed.json").read_text())
     printed = capsys.readouterr().out
     assert len(named) == len({f"fold {k}" for k in range(2) if f"fold {k} (" in printed})
-    assert all(f"({'; '.join(reasons)})" in printed for reasons in named.values())
+    reasons = [f"{text} of {label}" for one in named.values() for label, texts in one.items() for text in texts]
+    assert all(text in printed for text in reasons if "the median" not in text)
     assert set(named) <= {"repeat0_fold0", "repeat0_fold1"}
 
 
@@ -176,6 +196,13 @@ def test_folders_that_do_not_fit_are_errors(data, run, tmp_path, capsys):
     (copy / "settings.json").write_text(json.dumps(old | {"before": "features"}))
     assert "got one of finetune_features.py" in message(copy, data / "features")
     (copy / "settings.json").write_text(content)
+    shutil.copytree(run / "parts", copy / "parts")
+    shutil.copy(run / "bags.csv", copy)
+    assert f"({copy / 'failed.json'} is missing)" in message(copy, data / "features")
+    (copy / "failed.json").write_text("{")
+    assert f"{copy / 'failed.json'}: not a JSON file" in message(copy, data / "features")
+    (copy / "failed.json").write_text("{}")
+    (copy / "bags.csv").unlink()
     assert "is not finished" in message(copy, data / "features")
 
 
@@ -293,19 +320,58 @@ def test_boxes_are_those_of_the_mean_maps(photos, tmp_path):
 
 
 def test_the_threshold_separates_the_test_bags_of_the_run(data, run, tmp_path, capsys):
-    content = (run / "bags.csv").read_text()
-    rows = [["b1", 1, "", 0.9, 0.2], ["b2", 0, "", 0.7, 0.4], ["b3", 1, "", 0.8, 0.5], ["b4", 0, "", 0.1, 0.5]]
-    write(run / "bags.csv", ["bag", "label_red", "label_green", "red", "green"], rows)
-    try:
-        assert predict(run, data / "features", tmp_path / "found") == 0
-    finally:
-        (run / "bags.csv").write_text(content)
-    printed = capsys.readouterr().out
-    found = read(tmp_path / "found" / "bags.csv")
-    # halfway between 0.7 and 0.8; without known labels 0.5
-    for name, gate in (("red", 0.75), ("green", 0.5)):
-        count = sum(float(row[name]) > gate for row in found)
-        assert f"{name}: p > {gate} in {count} of 24 bags\n" in printed
+    """The probabilities of three trainings are set. Without known labels, the threshold is 0.5, with a warning."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    rows = [["b1", 1, "", 0, 0], ["b2", 0, "", 0, 0], ["b3", 1, "", 0, 0], ["b4", 0, "", 0, 0]]
+    write(copy / "bags.csv", ["bag", "label_red", "label_green", "red", "green"], rows)
+    names = ["b4", "b2", "b1", "b3"]
+    for repeat, p in enumerate(([0.1, 0.6, 0.9, 0.8], [0.1, 0.8, 0.9, 0.8], [0.9, 0.9, 0.1, 0.1])):
+        pairs = [(np.array([q, 0.3]), np.array([[q, 0.3]])) for q in p]
+        save_predictions(copy / "parts" / f"repeat{repeat}_fold0.npz", predictions_of(names, pairs))
+    # without the third training halfway between 0.7 and 0.8; with all trainings b4 0.37, b2 0.77, b1 0.63, b3 0.57
+    for failed, gate in (({"repeat2_fold0": {"red": ["reason"]}}, 0.75), ({}, 0.467)):
+        (copy / "failed.json").write_text(json.dumps(failed))
+        assert predict(copy, data / "features", tmp_path / "found") == 0
+        printed = capsys.readouterr().out
+        count = sum(float(row["red"]) > gate for row in read(tmp_path / "found" / "bags.csv"))
+        assert f"red: p > {gate} in {count} of 24 bags\n" in printed
+        assert "warning: the test bags of the run give no threshold for green: 0.5 is used" in printed
+        assert "green: p > 0.5 in " in printed
     with pytest.raises(SystemExit):
         predict(run, data / "features", tmp_path / "found", "--gate=1.5")
     assert "expected a probability below 1, or run, got '1.5'" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(photos, tmp_path, capsys):
+    run = photos / "run"
+    assert like(photos, run, tmp_path / "new", "--weights", f"{photos}/weights.pt") == 0
+    common = ["--with-failed", "--gate=0.9999"]
+    for name, folder in (("run", run), ("features", tmp_path / "new"), ("images", photos / "new")):
+        options = [*common, "--images", str(photos / "new")]
+        assert predict(run, tmp_path / "new", folder, *options) == 2
+        assert f"out: expected another folder than --{name}, got {folder}" in capsys.readouterr().err
+    mine = write(tmp_path / "boxes.csv", ["image", "label", *"xywh"], [["a", "red", 1, 2, 3, 4]])
+    content = mine.read_text()
+    assert predict(run, tmp_path / "new", tmp_path, *common) == 2
+    assert f"{mine}: not a table of predicted boxes" in capsys.readouterr().err and mine.read_text() == content
+    # own results are replaced
+    for _ in range(2):
+        assert predict(run, tmp_path / "new", tmp_path / "found", *common) == 0
+    page = (tmp_path / "found" / "report.html").read_text(encoding="utf-8")
+    assert page.count("not above the threshold: without boxes") == 4
+    command = ["--features", str(photos / "features"), "--labels", str(photos / "labels.csv")]
+    assert train_features.main([*command, "--out", str(photos / "features")]) == 2
+    assert "out: expected another folder than --features" in capsys.readouterr().err
+    other = photos / "old"
+    assert predict(run, tmp_path / "new", tmp_path / "found", *common, "--images", str(other)) == 2
+    assert f"images: {other} holds no image of the bags" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x", "y", "bag", "instance", "label_red"])
+def test_classes_with_the_name_of_a_column_of_the_results_are_errors(data, tmp_path, name, capsys):
+    rows = [[f"b{i:02d}", name if i % 2 else ""] for i in range(24)]
+    labels = write(tmp_path / "labels.csv", ["image", "labels"], rows)
+    command = ["--features", str(data / "features"), "--labels", str(labels), "--folds=2"]
+    assert train_features.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert f"classes: {name} is the name of a column" in capsys.readouterr().err

@@ -94,5 +94,8 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file in UTF-8. Raises ValueError, with the name of the file, if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None

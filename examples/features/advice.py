@@ -27,7 +27,7 @@ FEWEST = 8
 
 
 def training_warnings(
-    failed: Mapping[tuple[int, int], Sequence[str]],
+    failed: Mapping[tuple[int, int], Mapping[str, Sequence[str]]],
     rows: Sequence[Mapping[str, object]],
     histories: Mapping[tuple[int, int], Sequence[Mapping]],
     labels: Mapping[tuple[int, int], np.ndarray],
@@ -86,10 +86,10 @@ def failures(
     rows: Sequence[Mapping[str, object]],
     histories: Mapping[tuple[int, int], Sequence[Mapping]],
     settings: Settings,
-) -> dict[tuple[int, int], list[str]]:
-    """The trainings whose network seems not to have found the object, by (repeat, fold), and the reasons.
+) -> dict[tuple[int, int], dict[str, list[str]]]:
+    """The trainings whose network seems not to have found the object: the reasons, by (repeat, fold) and class.
 
-    Arguments are those of :func:`training_warnings`.
+    A high loss concerns all classes. Arguments are those of :func:`training_warnings`.
     """
     known = {key: history for key, history in histories.items() if history}
     losses = {key: history[-1].get("bag_loss") for key, history in known.items()}
@@ -97,24 +97,20 @@ def failures(
         losses = {key: history[-1]["loss"] for key, history in known.items()}
     losses = {key: loss for key, loss in losses.items() if loss is not None}
     usual = statistics.median_low(losses.values()) if len(losses) > 2 else math.nan
-    many_classes = len({row["class"] for row in rows}) > 1
-    failed = {}
-    for key in sorted({(row["repeat"], row["fold"]) for row in rows}):
-        reasons = []
+    failed: dict[tuple[int, int], dict[str, list[str]]] = {}
+    for row in sorted(rows, key=lambda row: (row["repeat"], row["fold"])):
+        key = row["repeat"], row["fold"]
+        reasons = _signs(row)
         if losses.get(key, 0) > HIGH_LOSS * usual:
             kind = "bag loss" if settings.loss == "sgl" else "loss"
-            reasons.append(f"{kind} {losses[key]:.2f}, the median is {usual:.2f}")
-        for row in rows:
-            if (row["repeat"], row["fold"]) == key:
-                of = f" of {row['class']}" if many_classes else ""
-                reasons += [f"{text}{of}" for text in _signs(row)]
+            reasons.insert(0, f"{kind} {losses[key]:.2f}, the median is {usual:.2f}")
         if reasons:
-            failed[key] = reasons
+            failed.setdefault(key, {})[row["class"]] = reasons
     return failed
 
 
 def failure_advice(
-    failed: Mapping[tuple[int, int], Sequence[str]],
+    failed: Mapping[tuple[int, int], Mapping[str, Sequence[str]]],
     rows: Sequence[Mapping[str, object]],
     settings: Settings,
     many_folds: bool,
@@ -126,8 +122,17 @@ def failure_advice(
     if not failed:
         return None
     many_repeats = len({row["repeat"] for row in rows}) > 1
+    many_classes = len({row["class"] for row in rows}) > 1
     lines = []
-    for (repeat, fold), reasons in failed.items():
+    for (repeat, fold), by_class in failed.items():
+        # a high loss is the first reason of every class
+        shared = [text for text in dict.fromkeys(itertools.chain(*by_class.values())) if "the median is" in text]
+        reasons = shared + [
+            f"{text} of {label}" if many_classes else text
+            for label, texts in by_class.items()
+            for text in texts
+            if text not in shared
+        ]
         name = f"fold {fold}" if many_folds else f"seed {repeat}"
         name += f" of repeat {repeat}" if many_folds and many_repeats else ""
         lines.append(f"{name} ({'; '.join(reasons)})")
@@ -137,10 +142,12 @@ def failure_advice(
     if not many_repeats:
         changes.append("compare other seeds and folds (--repeats 3)")
     changes.append("extract other features (--stages, --cut, larger images)")
+    count = len({(row["repeat"], row["fold"]) for row in rows})
+    of_classes = " for these classes" if many_classes else ""
     return (
-        f"The network seems not to have found the object in {len(lines)} of "
-        f"{len({(row['repeat'], row['fold']) for row in rows})} trainings: {', '.join(lines)}. Do not use the maps of "
-        f"these trainings; predict_features.py leaves them out. To change this: {'; '.join(changes)}."
+        f"The network seems not to have found the object in {len(lines)} of {count} trainings: {', '.join(lines)}. Do "
+        f"not use the maps of these trainings{of_classes}; predict_features.py leaves them out. To change this: "
+        f"{'; '.join(changes)}."
     )
 
 

@@ -50,15 +50,18 @@ def differences(first: OpenedRun, second: OpenedRun, draws: int = 1000, seed: in
     _refuse_unequal(first, second)
     labels = first.labels
     predictions = [run.predictions() for run in (first, second)]
+    tested = np.isin(labels.names, predictions[0][0].names)
     rows = []
     for c, name in enumerate(labels.classes):
         one, other = (
             [_measures(p, run, c) for p in repeats] for repeats, run in zip(predictions, (first, second), strict=True)
         )
-        weights = list(draws_of_patients(labels.groups, labels.values[:, c] == 1, draws, (seed, c)))
+        weights = list(_drawn(labels.groups, labels.values[:, c] == 1, tested, draws, (seed, c)))
         for metric in one[0].keys() & other[0].keys():
             pairs = [(a[metric], b[metric]) for a, b in zip(one, other, strict=True)]
-            rows.append(_difference(name, metric, pairs, weights))
+            row = _difference(name, metric, pairs, weights)
+            if not math.isnan(row.difference):  # NaN: the test bags of the class have one label only
+                rows.append(row)
     order = {metric: i for i, metric in enumerate(METRICS)}
     return sorted(rows, key=lambda row: (labels.classes.index(row.label), order[row.metric]))
 
@@ -72,7 +75,34 @@ METRICS = (
 )
 
 
+def _drawn(
+    patients: np.ndarray, positive: np.ndarray, tested: np.ndarray, draws: int, seed: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """The number of times that each bag (N,) is drawn: patients of the bags that are ``tested`` (N,)."""
+    for counts in draws_of_patients(patients[tested], positive[tested], draws, seed):
+        weights = np.zeros(len(tested), int)
+        weights[tested] = counts
+        yield weights
+
+
 def _refuse_unequal(first: OpenedRun, second: OpenedRun) -> None:
+    for what, one, other in (
+        ("instance labels", *(run.truth.instances for run in (first, second))),
+        (
+            "boxes",
+            *(
+                {(c, bag): v for c, of_class in run.truth.boxes.items() for bag, v in of_class.items()}
+                for run in (first, second)
+            ),
+        ),
+    ):
+        # a run without such a table is compared without it
+        if (
+            one
+            and other
+            and (one.keys() != other.keys() or any(not np.array_equal(one[k], other[k], True) for k in one))
+        ):
+            raise ValueError(f"runs: expected equal {what} in {first.folder} and {second.folder}")
     for what, one, other in (
         ("classes", first.labels.classes, second.labels.classes),
         ("labels", first.data["labels"], second.data["labels"]),

@@ -16,6 +16,8 @@ from images.dataset import records_of, some
 from images.label_tables import CLASSES, NAMES, name_among, same
 
 PATIENT = "patient"
+#: Columns of the tables of results, which also have a column per class, and a column label_CLASS.
+RESERVED = ("bag", "instance", "x", "y")
 
 
 class Labels(NamedTuple):
@@ -70,6 +72,9 @@ def read_labels(
     except ValueError as error:
         hint = "" if classes or "labels" in header else "; --classes names the columns of the classes"
         raise ValueError(f"{error}{hint}") from None
+    taken = [name for name in known if name in RESERVED or name.startswith("label_")]
+    if taken:
+        raise ValueError(f"classes: {taken[0]} is the name of a column in the tables of results; rename this class")
     split = label_tables.read_split(header, records, names, path.parent, name_of) if with_split else None
     groups = label_tables.groups_of(records, group, names)
     return Labels(names, list(known), values, None if split is None else split[0], groups)

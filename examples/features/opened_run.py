@@ -64,7 +64,10 @@ def open_run(folder: Path, repeats: int | None = None) -> OpenedRun:
         raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
     known = own = read_json(path)
     if "before" in own:  # a fine-tuned run
-        known = read_json(Path(own["run"]) / SETTINGS)
+        base = Path(own["run"]) / SETTINGS
+        if not base.is_file():
+            raise ValueError(f"{folder}: the run that it continued is missing: {base}")
+        known = read_json(base)
         repeats = min(own["repeats"] or known["repeats"], repeats or known["repeats"])
     bags = FeatureBags(Path(known["features"]))
     labels = read_labels(Path(known["labels"]), known["classes"], known["patient"], bags.names, known["folds"] is None)

@@ -14,6 +14,12 @@ from features.report import STYLE, legend, picture_of
 from features.runs import Predictions, Truth, unit_of
 from features.store import FeatureBags
 
+NOTE = (
+    "A probability p above the threshold is a positive {unit}. By default the threshold is the one that separates the "
+    "positive and the negative test bags of the training best. p is not calibrated: it is no frequency. Boxes are "
+    "drawn around cells with p &gt; 0.5; a positive {unit} without such cells has none."
+)
+
 
 def write_report(
     folder: Path,
@@ -47,13 +53,17 @@ def write_report(
     head = "".join(f"<th>{title}</th>" for title in titles)
     figures = ""
     for i, c in _shown(predictions.bags, count):
-        figures += f"<h3>{escape(str(predictions.names[i]))}: {escape(classes[c])}</h3>"
-        figures += f"<img src='data:image/jpeg;base64,{picture_of(predictions, i, c, truth, bags, files)}'>"
+        positive = bool(predictions.bags[i, c] > gates[c])
+        note = "" if positive else f", not above the threshold{': without boxes' if with_boxes else ''}"
+        figures += f"<h3>{escape(str(predictions.names[i]))}: {escape(classes[c])}{note}</h3>"
+        picture = picture_of(predictions, i, c, truth, bags, files, positive)
+        figures += f"<img src='data:image/jpeg;base64,{picture}'>"
     shown = f"The {unit}s with the highest probability{' of each class' if len(classes) > 1 else ''}"
     write_text(
         f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>Predictions</h1><p>{len(bags)} {unit}s; {escape(trainings)}.</p>"
-        f"<table><tr>{head}</tr>{lines}</table><h2>{shown}</h2>{legend(unit, evaluated=False)}{figures}",
+        f"<table><tr>{head}</tr>{lines}</table><p>{NOTE.format(unit=unit)}</p>"
+        f"<h2>{shown}</h2>{legend(unit, evaluated=False)}{figures}",
         folder / "report.html",
     )
 

@@ -51,7 +51,8 @@ MEANINGS = {
     "instance_auc": "Instance AUC, AP and IoU: of the instances in positive UNITs.",
     "pointing": "Pointing game: fraction of the images whose largest probability lies in a true box.",
     "of_means": f"{MEANS[0].upper()}{MEANS[1:]}: the metrics of the mean of the probabilities over the repeats. The "
-    "other rows have the mean of the metrics. predict_features.py uses mean probabilities.",
+    "other rows have the mean of the metrics. predict_features.py uses mean probabilities over all trainings, without "
+    "those that seem to have failed. Here these are included.",
     "iou_0.1": "Box IoU: fraction of the images whose predicted box overlaps a true box so much. IoU is the area of "
     "the intersection divided by the area of the union.",
 }
@@ -183,9 +184,20 @@ def _positive(predictions: Predictions, truth: Truth) -> list[int]:
 
 
 def picture_of(
-    predictions: Predictions, i: int, c: int, truth: Truth, bags: FeatureBags, files: Mapping[str, Path]
+    predictions: Predictions,
+    i: int,
+    c: int,
+    truth: Truth,
+    bags: FeatureBags,
+    files: Mapping[str, Path],
+    with_boxes: bool = True,
 ) -> str:
-    """The bag ``i`` and its probabilities for class ``c``, side by side: a JPEG file in base64."""
+    """The bag ``i`` and its probabilities for class ``c``, side by side: a JPEG file in base64.
+
+    Args:
+        files: the images, by the names of the bags.
+        with_boxes: draw the predicted boxes of a map.
+    """
     name, unit = str(predictions.names[i]), unit_of(bags)
     bag = bags.shape(name)
     coords = bags.coords(name)
@@ -198,7 +210,7 @@ def picture_of(
             axes.imshow(image)
     if bag.grid is not None and bag.size is not None:
         heatmap = probabilities.reshape(bag.grid).astype(float)
-        draw_map(right, heatmap, bag.size, *cells_of(bags))
+        draw_map(right, heatmap, bag.size, *cells_of(bags), boxes=with_boxes)
         for box in truth.boxes.get(truth.labels.classes[c], {}).get(name, ()):
             draw_box(left, box, TRUE)
         for axes in (left, right):
@@ -223,12 +235,18 @@ def picture_of(
 
 
 def draw_map(
-    axes, heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None, width: float = 3.0
+    axes,
+    heatmap: np.ndarray,
+    size: tuple[int, int],
+    first: float,
+    stride: float | None = None,
+    width: float = 3.0,
+    boxes: bool = True,
 ) -> None:
     """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and its boxes.
 
     The frame of the first box, which is evaluated, has the ``width`` in points. The others have half of it.
     """
     axes.imshow(overlay(pixels_of(heatmap, size, first, stride), size, opacity=OPACITY / 100))
-    for number, box in enumerate(boxes_of(heatmap, size, first, stride)):
+    for number, box in enumerate(boxes_of(heatmap, size, first, stride) if boxes else ()):
         draw_box(axes, box, FOUND, width / 2 if number else width)

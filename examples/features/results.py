@@ -13,7 +13,7 @@ from features.runs import Predictions, Run, Truth, load_predictions, rows_of_tra
 from features.store import FeatureBags
 from features.training import Settings
 
-#: The file with the names of the trainings that seem to have failed, and the reasons.
+#: The file with the names of the trainings that seem to have failed, and the reasons by class.
 FAILED = "failed.json"
 #: The metrics that are printed.
 PRINTED = (

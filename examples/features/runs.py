@@ -26,6 +26,9 @@ from features.evaluation import (
 from features.labels import Labels, folds
 from features.store import FeatureBags, digest
 
+#: The table with the labels and the probabilities of the test bags.
+BAGS_OF_RUN = "bags.csv"
+
 
 class Run(NamedTuple):
     """One training: number of the repeat (or seed), number of the fold (0 with a given split), indices of bags."""
@@ -323,7 +326,7 @@ def write_tables(
             write_rows(lines, folder / name)
     means = mean_of([joined(parts) for parts in repeats])
     order = {name: i for i, name in enumerate(labels.names)}
-    with new_file(folder / "bags.csv") as file:
+    with new_file(folder / BAGS_OF_RUN) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes])
         for name, score in zip(means.names.tolist(), means.bags, strict=True):

@@ -149,11 +149,10 @@ def limits_of(args: argparse.Namespace, classes: Sequence[str]) -> list[Limits]:
 def warn_of_others(report: Path, runs: Sequence[Path], networks: Sequence[Network]) -> None:
     """Prints a warning if the folder ``report`` of localize_cxr.py evaluates another network than one of ``runs``."""
     known = read_json(report / "details.json").get("config", {})
-    keys = ("train_names_digest", "backbone", "loss", "seed")
     others = [
         str(run)
         for run, network in zip(runs, networks, strict=True)
-        if any(network.config.get(key) != known.get(key) for key in keys)
+        if any(network.config.get(key) != value for key, value in known.items())
     ]
     if others:
         print(
