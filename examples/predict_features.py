@@ -105,7 +105,7 @@ def predict(args: argparse.Namespace) -> None:
     gates = [0.5 if gate is None else gate for gate in found]
     boxes = predicted_boxes(predictions, bags, run.classes, gates)
     maps = bags.shape(bags.names[0]).grid is not None
-    if maps:
+    if maps or (args.out / "boxes.csv").is_file():  # an older table would belong to other bags
         write_boxes(boxes, args.out / "boxes.csv")
     write_report(args.out, predictions, run.classes, bags, files, args.overlays, used, gates, boxes)
     for c, (name, gate) in enumerate(zip(run.classes, gates, strict=True)):

@@ -242,7 +242,13 @@ def test_options_of_an_evaluation_are_used(tmp_path, photos, capsys, threshold, 
     args = predict_cxr.parse([*base, "--gate", "0.5", "--raster", "network"])
     assert (args.gate, args.raster, args.morphology, args.which) == (0.5, "network", 3, "last")
     assert args.threshold == (details["threshold_of_class"] if threshold == "validation" else 0.6)
-    # another network, and a network with another class
+    # a network with other settings and the same seed, another network, and a network with another class
+    details["config"] |= {"epochs": 77}
+    content = (report / "details.json").read_text()
+    (report / "details.json").write_text(json.dumps(details))
+    assert run_command(run, photos, out, "--like", str(report)) == 0
+    assert f"warning: like: {report} evaluates another network than {run}" in capsys.readouterr().err
+    (report / "details.json").write_text(content)
     assert run_command(write_run(tmp_path / "other", seed=1), photos, out, "--like", str(report)) == 0
     assert f"warning: like: {report} evaluates another network than {tmp_path / 'other'}" in capsys.readouterr().err
     blue = write_run(tmp_path / "blue", classes=["red", "blue"])

@@ -106,6 +106,9 @@ def test_a_probability_is_the_mean_over_the_trainings(data, tmp_path, options):
     own = {row["bag"]: row for row in read(run / "bags.csv")}
     assert all(abs(float(own[name]["red"]) - float(found[name]["red"])) < 1e-6 for name in tested)
     assert not (tmp_path / "found" / "boxes.csv").exists()  # the bags are no maps
+    write(tmp_path / "found" / "boxes.csv", ["image", "label", *"xywhp"], [["other", "red", 1, 2, 3, 4, 0.9]])
+    assert predict(run, data / "features", tmp_path / "found") == 0
+    assert read(tmp_path / "found" / "boxes.csv") == []
     assert (tmp_path / "found" / "report.html").read_text(encoding="utf-8").count("<h3>") == 12
 
 
