@@ -57,6 +57,7 @@ def compare(args: argparse.Namespace) -> None:
         write_rows(
             [{"class": row.label} | {k: v for k, v in row._asdict().items() if k != "label"} for row in rows], args.out
         )
+    options.next_step(f"open {args.runs[0] / 'report.html'} and {args.runs[1] / 'report.html'}")
 
 
 if __name__ == "__main__":
