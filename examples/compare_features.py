@@ -44,6 +44,8 @@ def compare(args: argparse.Namespace) -> None:
 
     first, second = (open_run(folder) for folder in args.runs)
     rows = differences(first, second, args.draws)
+    if not rows:
+        raise ValueError("runs: no class has positive and negative test bags, or boxes, in both runs")
     print(f"first: {args.runs[0]}\nsecond: {args.runs[1]}\n")
     width = max(len("class"), *(len(row.label) for row in rows))
     print(f"{'class':{width}}  {'metric':16}  first  second  difference  95 % interval     above equal below")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import numpy as np
 import pytest
+from csv_files import read, write
 
 for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
     pytest.importorskip(needed)
@@ -15,14 +15,6 @@ import compare_features  # noqa: E402
 import train_features  # noqa: E402
 from features import comparison, store  # noqa: E402
 from features.opened_run import open_run  # noqa: E402
-
-
-def write(path, header, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +81,7 @@ def test_values_are_those_of_the_runs(data, capsys):
         # the number of repeats is that of the table of repeats
         each = []
         for name in ("sgl", "bag"):
-            with (data / name / "runs.csv").open(newline="") as file:
-                each.append([float(cells[metric]) for cells in csv.DictReader(file)])
+            each.append([float(cells[metric]) for cells in read(data / name / "runs.csv")])
         change = np.round(np.subtract(*each), 9)
         assert [row.above, row.equal, row.below] == [(change > 0).sum(), (change == 0).sum(), (change < 0).sum()]
     assert rows["instance_auc"].first > 0.8  # something was learnt
@@ -191,7 +182,11 @@ def test_a_class_with_equal_test_labels_has_no_row(tmp_path, capsys):
     write(tmp_path / "labels.csv", ["bag", "red", "rare", "split"], rows)
     command = ["--features", str(tmp_path / "features"), "--labels", str(tmp_path / "labels.csv"), "--epochs=1"]
     assert train_features.main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert train_features.main([*command, "--classes", "rare", "--out", str(tmp_path / "alone")]) == 0
     capsys.readouterr()
+    alone = str(tmp_path / "alone")
+    assert compare_features.main(["--runs", alone, alone, "--draws=5"]) == 2
+    assert "runs: no class has positive and negative test bags" in capsys.readouterr().err
     run = str(tmp_path / "run")
     assert compare_features.main(["--runs", run, run, "--draws=5"]) == 0
     printed = capsys.readouterr().out
@@ -201,8 +196,7 @@ def test_a_class_with_equal_test_labels_has_no_row(tmp_path, capsys):
 def test_the_table_is_written(data, tmp_path):
     command = ["--runs", str(data / "sgl"), str(data / "bag"), "--draws=20", "--out", str(tmp_path / "table.csv")]
     assert compare_features.main(command) == 0
-    with (tmp_path / "table.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(tmp_path / "table.csv")
     expected = compare(data, "sgl", "bag", draws=20)
     assert list(rows[0]) == ["class", *comparison.Difference._fields[1:]]
     for cells, row in zip(rows, expected, strict=True):

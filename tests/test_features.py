@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from csv_files import write
 from torch import nn
 
 EXAMPLES = ROOT / "examples"
@@ -45,15 +46,6 @@ from features.heads import Candidates, Head, PatchNetwork  # noqa: E402
 from features.report import draw_map, write_report  # noqa: E402
 from features.results import write_results  # noqa: E402
 from matplotlib.colors import to_hex  # noqa: E402
-
-
-def write(path, header, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path
-
 
 BAGS = [f"b{i:02d}" for i in range(40)]
 

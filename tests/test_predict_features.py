@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from csv_files import read, write
 
 for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
     pytest.importorskip(needed)
@@ -21,19 +21,6 @@ import train_features  # noqa: E402
 from features import backbones, store  # noqa: E402
 from features.evaluation import boxes_of, pixels_of  # noqa: E402
 from features.runs import load_predictions, predictions_of, save_predictions  # noqa: E402
-
-
-def write(path, header, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def predict(run, features, out, *options):
