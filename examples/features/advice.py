@@ -22,6 +22,8 @@ from sgl_ops import LamSchedule
 HIGH_LOSS = 1.15
 #: The test AUC is not above chance if a random order reaches it with a probability above 5 % (one-sided).
 CHANCE = 1.645
+#: The place of the reasons that concern all classes.
+ALL_CLASSES = "all classes"
 #: Fewer test bags of a kind, or fewer images with boxes, give no warning: their metrics are too uncertain.
 FEWEST = 8
 
@@ -89,7 +91,7 @@ def failures(
 ) -> dict[tuple[int, int], dict[str, list[str]]]:
     """The trainings whose network seems not to have found the object: the reasons, by (repeat, fold) and class.
 
-    A high loss concerns all classes. Arguments are those of :func:`training_warnings`.
+    A high loss is under ``ALL_CLASSES``. Arguments are those of :func:`training_warnings`.
     """
     known = {key: history for key, history in histories.items() if history}
     losses = {key: history[-1].get("bag_loss") for key, history in known.items()}
@@ -100,12 +102,12 @@ def failures(
     failed: dict[tuple[int, int], dict[str, list[str]]] = {}
     for row in sorted(rows, key=lambda row: (row["repeat"], row["fold"])):
         key = row["repeat"], row["fold"]
-        reasons = _signs(row)
         if losses.get(key, 0) > HIGH_LOSS * usual:
             kind = "bag loss" if settings.loss == "sgl" else "loss"
-            reasons.insert(0, f"{kind} {losses[key]:.2f}, the median is {usual:.2f}")
-        if reasons:
-            failed.setdefault(key, {})[row["class"]] = reasons
+            text = f"{kind} {losses[key]:.2f}, the median is {usual:.2f}"
+            failed.setdefault(key, {})[ALL_CLASSES] = [text]
+        if signs := _signs(row):
+            failed.setdefault(key, {})[row["class"]] = signs
     return failed
 
 
@@ -125,13 +127,10 @@ def failure_advice(
     many_classes = len({row["class"] for row in rows}) > 1
     lines = []
     for (repeat, fold), by_class in failed.items():
-        # a high loss is the first reason of every class
-        shared = [text for text in dict.fromkeys(itertools.chain(*by_class.values())) if "the median is" in text]
-        reasons = shared + [
-            f"{text} of {label}" if many_classes else text
+        reasons = [
+            f"{text} of {label}" if many_classes and label != ALL_CLASSES else text
             for label, texts in by_class.items()
             for text in texts
-            if text not in shared
         ]
         name = f"fold {fold}" if many_folds else f"seed {repeat}"
         name += f" of repeat {repeat}" if many_folds and many_repeats else ""

@@ -13,6 +13,7 @@ from common.files import load_state, read_json
 from images.metrics import best_threshold
 from torch import nn
 
+from features.advice import ALL_CLASSES
 from features.results import FAILED
 from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of
 from features.store import SETTINGS, FeatureBags, extraction_of_run
@@ -77,7 +78,7 @@ def load_heads(run: Path, with_failed: bool = False) -> TrainedHeads:
             f"run: {run} is not finished ({missing[0]} is missing); the same command with --resume continues"
         )
     failed = {} if with_failed else read_json(run / FAILED)
-    used = np.array([[label not in failed.get(name, {}) for label in classes] for name in names])
+    used = np.array([[not {label, ALL_CLASSES} & failed.get(name, {}).keys() for label in classes] for name in names])
     left_out, none = (~used).sum(0), ~used.any(0)
     if none.all():
         raise ValueError(
