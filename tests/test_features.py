@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from csv_files import write
 from torch import nn
@@ -1061,6 +1062,26 @@ def test_small_network_learns_from_the_pixels_of_patches(tmp_path):
     assert train_features.main([*options, "--lr=0.001", "--rise=10", "--out", str(tmp_path / "runs")]) == 0
     result = json.loads((tmp_path / "runs" / "metrics.json").read_text())["bright"]
     assert result["auc"] > 0.95 and result["instance_auc"] > 0.95
+
+
+@pytest.mark.parametrize("patches", [0, 1, 128, 300])
+def test_small_network_in_groups_computes_the_layers_of_ilse_et_al(patches):
+    torch.manual_seed(1)
+    network = PatchNetwork(3 * 27 * 27, 2, 0.0).eval()
+    x = torch.rand(patches, 3 * 27 * 27)
+    (w1, b1), (w2, b2) = ((network.convolutions[i].weight, network.convolutions[i].bias) for i in (0, 3))
+    out = F.max_pool2d(F.relu(F.conv2d(x.view(-1, 3, 27, 27), w1, b1)), 2)
+    out = F.max_pool2d(F.relu(F.conv2d(out, w2, b2)), 2).flatten(1)
+    expected = network.last(F.relu(network.second(F.relu(network.first(out)))))
+    logits, hidden = network(x)
+    assert logits.shape == (patches, 2) and hidden.shape == (patches, 512)
+    torch.testing.assert_close(logits, expected)
+    if patches:
+        cotangent = torch.randn_like(logits)
+        parameters = list(network.parameters())
+        grads = (torch.autograd.grad(out, parameters, cotangent) for out in (logits, expected))
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_small_network_reads_patches_of_the_image(images):
