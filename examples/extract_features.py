@@ -11,12 +11,15 @@ A bag is an image. Its instances are the cells of the network's feature map, or 
 prints the stride of the map, its grid, and the receptive field of a cell. --backbone pixels stores the pixels of a
 patch around each point, for train_features.py --head patches. --like repeats the settings of other features, for
 predict_features.py. After an interruption, the same command continues.
+
+Exit status: 0 if the features of all images are there; 1 if some images cannot be read; 2 if there is an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -73,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--like",
         type=Path,
         metavar="DIR",
-        help="use the network, the stages and the view of this folder of features, or of this run of train_features.py",
+        help="use the network, the stages and the view of this folder of features, or of this run",
     )
     network.add_argument("--output-stride", type=int, metavar="N", help="dilate the network to this stride")
     view = parser.add_argument_group("view")
@@ -111,8 +114,11 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    work = list_stages if args.list_stages else extract
-    return options.exit_status(lambda: work(args), "stopped; the same command continues")
+    if args.list_stages:
+        return options.exit_status(lambda: list_stages(args))
+    problems: list[str] = []
+    status = options.exit_status(lambda: problems.extend(extract(args)), "stopped; the same command continues")
+    return status or int(bool(problems))
 
 
 def repeat_settings(args: argparse.Namespace) -> None:
@@ -147,11 +153,16 @@ def list_stages(args: argparse.Namespace) -> None:
     print(stage_table(args.backbone))
 
 
-def extract(args: argparse.Namespace) -> None:
-    """Writes the bags of all images that are not yet in ``args.out``."""
-    from features.extraction import find_images, read_image, read_points, refuse_far_points
+def extract(args: argparse.Namespace) -> list[str]:
+    """Writes the bags of all images that are not yet in ``args.out``.
+
+    Returns:
+        A message for each image that cannot be read.
+    """
+    from features.extraction import find_images, first_readable, read_image, read_points, refuse_far_points
     from features.recommended import prediction_command, training_command
-    from features.store import SETTINGS, FileWriter, StoreWriter
+    from features.store import SETTINGS, FileWriter, StoreWriter, settings_of_run
+    from images.dataset import some
 
     images = find_images(args.images)
     points = None
@@ -163,22 +174,42 @@ def extract(args: argparse.Namespace) -> None:
         points = {name: places + shift for name, places in given.items()}
         images = {name: path for name, path in images.items() if name in points}
     prepare = pixel_bags if args.backbone == "pixels" else network_bags
-    bag_of, settings = prepare(args, read_image(next(iter(images.values()))), points)
+    bag_of, settings = prepare(args, first_readable(images.values()), points)
     writer = (StoreWriter if args.format == "store" else FileWriter)(args.out, settings)
     todo = [name for name in images if name not in writer.names]
     if len(todo) < len(images):
         print(f"{len(images) - len(todo)} of {len(images)} bags are there already", flush=True)
+    newer = [name for name in images if name in writer.names and images[name].stat().st_mtime > writer.written(name)]
+    if newer:
+        print(
+            f"note: {len(newer)} images are newer than their features ({some(newer)}); if their content has changed, "
+            f"delete {args.out} and extract again",
+            flush=True,
+        )
+    problems = []
     begun = time.monotonic()
     for done, name in enumerate(todo, 1):
-        writer.add(name, bag_of(read_image(images[name]), name))
+        try:
+            image = read_image(images[name])
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            writer.add(name, bag_of(image, name))
         if done % 20 == 0 or done == len(todo):
             left = (time.monotonic() - begun) / done * (len(todo) - done)
             print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
+    options.warn_of_unreadable(problems)
     if args.like is None:
         options.next_step(training_command(args.out, args.images, points is None, args.backbone == "pixels"))
     else:
-        run = args.like if (args.like / SETTINGS).is_file() else Path("runs") / "sgl"
-        options.next_step(prediction_command(run, args.out, args.images))
+        own, known = settings_of_run(args.like) if (args.like / SETTINGS).is_file() else ({}, {})
+        run = args.like if own else Path("runs") / "sgl"
+        tuned = own != known
+        if tuned:
+            command = ["python", "extract_features.py", "--like", own["before"], "--images", args.images]
+            print(f"also needed: {shlex.join(map(str, [*command, '--out', 'new_before']))}", flush=True)
+        options.next_step(prediction_command(run, args.out, args.images, tuned))
+    return problems
 
 
 def digest_of(points: dict[str, np.ndarray]) -> str:

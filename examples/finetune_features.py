@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     import torch
-    from features.finetuning import BlocksHead, MapReader, load_blocks, width_of
+    from features.finetuning import BlocksHead, MapReader, load_blocks, split_blocks, width_of
     from features.opened_run import open_run
     from features.results import write_results
     from features.runs import save_predictions
@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> None:
     before = FeatureBags(args.before)
     blocks = load_blocks(after.settings["backbone"], args.weights, args.blocks)
     width = width_of(blocks, before, after)
-    reader = MapReader(before, after, labels.names, width, blocks[: args.freeze])
-    blocks = torch.nn.Sequential(*blocks[args.freeze :])
+    frozen, blocks = split_blocks(blocks, args.freeze)
+    reader = MapReader(before, after, labels.names, width, frozen)
     parts = args.out / "parts"
-    keep_settings(args, parts, opened.data, {})
+    keep_settings(args, parts, opened.data, {"extraction_before": before.settings})
     targets = torch.tensor(labels.values)
     for number, one in enumerate(runs, 1):
         if (parts / f"{one.name}.npz").exists():
@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> None:
         log: list[dict] = []
         fit(model, reader, names, targets[torch.from_numpy(one.train)], own, seed, log.append)
         predictions = predicted(model, reader, [labels.names[i] for i in one.test])
-        save_atomically({"model": model.state_dict(), "history": log}, parts / f"{one.name}.pt")
+        state = {"model": model.state_dict(), "frozen": frozen.state_dict(), "history": log}
+        save_atomically(state, parts / f"{one.name}.pt")
         save_predictions(parts / f"{one.name}.npz", predictions)
         losses = " ".join(f"{row['loss']:.3f}" for row in log)
         seconds = time.process_time() - begun

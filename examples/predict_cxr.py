@@ -24,11 +24,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from common.options import exit_status, make_parser, next_step, path_of
+from common.options import exit_status, make_parser, next_step, path_of, warn_of_unreadable
 from images.run_options import add_box_options, add_network_options, check, settings_of_report
-
-#: Largest number of unreadable images that are named in the terminal. The report names all.
-NAMED = 20
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,13 +86,7 @@ def predict(args: argparse.Namespace) -> list[str]:
     print(f"\n{'':{width}}{'images with p > gate':>21}{'boxes':>10}")
     for name, images, boxes in zip(index.classes, results.predicted, results.boxes, strict=True):
         print(f"{name:{width}}{images:>21}{boxes:>10}")
-    if results.problems:
-        named = [f"  {problem}" for problem in results.problems[:NAMED]]
-        more = [] if len(results.problems) <= NAMED else ["  ..."]
-        print(
-            f"\nwarning: {len(results.problems)} images cannot be read and were left out:",
-            *named, *more, sep="\n", file=sys.stderr,
-        )  # fmt: skip
+    warn_of_unreadable(results.problems)
     next_step(f"open {args.out / 'report.html'} in a browser")
     return results.problems
 

@@ -3,6 +3,9 @@
     python extract_features.py --like runs/sgl --images NEW --out new_features
     python predict_features.py --run runs/sgl --features new_features --images NEW --out found
 
+    python extract_features.py --like before --images NEW --out new_before                         # after fine-tuning
+    python predict_features.py --run runs/tuned --features new_features --before new_before --images NEW --out found
+
 A probability is the mean over the trainings of the run (its seeds, folds and repeats). The trainings that seem to have
 failed are left out. Writes bags.csv (a row per bag), instances.csv (a row per cell or instance), boxes.csv (a row per
 box, in pixels of the image; only bags above --gate have boxes) and report.html.
@@ -30,8 +33,16 @@ def gate_of(text: str) -> float | str:
 def make_parser() -> argparse.ArgumentParser:
     parser = options.make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of train_features.py")
+    data.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="folder of train_features.py or finetune_features.py"
+    )
     data.add_argument("--features", type=Path, required=True, metavar="DIR", help="folder with the bags of features")
+    data.add_argument(
+        "--before",
+        type=Path,
+        metavar="DIR",
+        help="for a run of finetune_features.py: features like those of its --before",
+    )
     data.add_argument("--images", type=Path, metavar="DIR", help="folder of images for the overlays in the report")
     data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     data.add_argument("--with-failed", action="store_true", help="use the trainings that seem to have failed, too")
@@ -67,14 +78,16 @@ def predict(args: argparse.Namespace) -> None:
     from features.prediction_report import write_report
     from features.runs import predicted_boxes, refuse_empty, write_instances
     from features.store import FeatureBags
-    from features.trained import load_heads, mean_predictions, refuse_other_features, thresholds_of
+    from features.trained import bags_of_training, load_heads, mean_predictions, refuse_other_features, thresholds_of
+    from images.dataset import some
 
-    for name in ("run", "features", "images"):
+    for name in ("run", "features", "before", "images"):
         folder = getattr(args, name)
         if folder is not None and folder.resolve() == args.out.resolve():
             raise ValueError(f"out: expected another folder than --{name}, got {args.out}")
     files = find_images(args.images) if args.images is not None else {}
-    run = load_heads(args.run, args.with_failed)
+    before = None if args.before is None else FeatureBags(args.before)
+    run = load_heads(args.run, args.with_failed, before)
     bags = FeatureBags(args.features)
     if files and not set(files) & set(bags.names):
         raise ValueError(f"images: {args.images} holds no image of the bags in {args.features}")
@@ -90,6 +103,13 @@ def predict(args: argparse.Namespace) -> None:
         print(
             f"warning: all trainings seem to have failed for {', '.join(run.hopeless)}: do not use these predictions; "
             f"see {args.run / 'report.html'}",
+            flush=True,
+        )
+    known = bags_of_training(run)
+    if known is not None and (seen := [name for name in bags.names if name in known]):
+        print(
+            f"note: {len(seen)} of these bags have the name of a bag of {args.run} ({some(seen)}): if they were in the "
+            "training, their probabilities do not show how well new bags are predicted",
             flush=True,
         )
     predictions = mean_predictions(run, bags, bags.names)

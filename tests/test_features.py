@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from csv_files import write
+from csv_files import read, write
 from torch import nn
 
 EXAMPLES = ROOT / "examples"
@@ -1727,8 +1728,6 @@ def test_defaults_of_the_command_are_those_of_the_settings(data):
 PAGE = (ROOT / "docs" / "own-features.md").read_text()
 #: Language and content of the code blocks of the page.
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S)
-#: Networks of the page, and small ones with the same names of stages.
-SMALL = {"timm/tf_efficientnet_lite0": "timm/test_efficientnet", "timm/resnet18": "timm/resnet18"}
 
 
 @pytest.mark.examples
@@ -1804,12 +1803,12 @@ def test_printed_training_command_is_that_of_own_features(tmp_path, monkeypatch)
 
 @pytest.mark.examples
 def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsys):
-    """Every command of docs/own-features.md in its order, with small networks without weights and one epoch."""
+    """Every command of docs/own-features.md in its order, with random weights and one epoch."""
     from PIL import Image
 
     blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
     commands = [line.split()[1:] for line in blocks.splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 15
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
     for folder, count in ((photos, 8), (tmp_path / "new_photos", 2)):
@@ -1826,19 +1825,23 @@ def test_commands_of_own_features_run(timm, images, tmp_path, monkeypatch, capsy
     for i in range(6):
         torch.save(torch.randn(5 + i, 4), slides / f"s{i}.pt")
     write(tmp_path / "slides.csv", ["bag", "tumour", "patient"], [[f"s{i}", i % 2, f"p{i // 2}"] for i in range(6)])
+    torch.manual_seed(0)
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "weights.pt")
+    weights = ["--weights", "weights.pt"]
     short = {
-        "extract_features.py": ["--weights", "none"],
+        "extract_features.py": weights,
         "train_features.py": ["--epochs", "1", "--trial-epochs", "1"],
+        "finetune_features.py": [*weights, "--epochs", "1"],
         "predict_features.py": ["--with-failed"],
         "compare_features.py": ["--draws", "9"],
     }
-    modules = {
-        f"{one.__name__}.py": one for one in (compare_features, extract_features, train_features, predict_features)
-    }
+    scripts = (compare_features, extract_features, finetune_features, predict_features, train_features)
+    modules = {f"{one.__name__}.py": one for one in scripts}
     for script, *words in commands:
-        words = [SMALL.get(word, word) for word in words]
-        assert modules[script].main([*words, *short[script]]) == 0, words
+        random = ["--weights", "none"] if "timm/resnet18" in words else short[script]
+        assert modules[script].main([*words, *random]) == 0, words
     assert "next: open" in capsys.readouterr().out
+    assert (tmp_path / "found_tuned" / "bags.csv").read_text() != (tmp_path / "found" / "bags.csv").read_text()
     for loss in ("sgl", "bag"):
         result = json.loads((tmp_path / "runs" / loss / "metrics.json").read_text())["lesion"]
         assert result["images"] == 1 and "iou_0.3" in result
@@ -1987,6 +1990,116 @@ def test_fine_tuning_reads_one_file_per_bag(trained, tmp_path):
     assert train_features.main(command) == 0
     assert (tmp_path / "run" / "runs.csv").read_text() == (trained / "run" / "runs.csv").read_text()
     assert finetune(trained, tmp_path / "out", *BLOCK, "--run", str(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize("form", ["store", "h5"])
+def test_unreadable_and_newer_images_are_named(timm, tmp_path, capsys, form):
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for k in range(4):
+        Image.new("RGB", (48, 32), (60 * k, 0, 0)).save(tmp_path / "photos" / f"p{k}.png")
+    for k in (0, 2):
+        content = (tmp_path / "photos" / f"p{k}.png").read_bytes()
+        (tmp_path / "photos" / f"p{k}.png").write_bytes(content[:60])
+    command = ["--images", str(tmp_path / "photos"), "--backbone", "timm/test_efficientnet", "--weights", "none"]
+    command += ["--cut", "blocks.0", "--out", str(tmp_path / "features"), "--format", form]
+    assert extract_features.main(command) == 1
+    printed = capsys.readouterr()
+    assert store.FeatureBags(tmp_path / "features").names == ["p1", "p3"]
+    assert "warning: 2 images cannot be read and were left out:" in printed.err and "next: " in printed.out
+    assert all(f"p{k}.png" in printed.err for k in (0, 2))
+    # repaired: the same command continues; p1 was replaced after its features
+    Image.new("RGB", (48, 32), (9, 0, 0)).save(tmp_path / "photos" / "p0.png")
+    (tmp_path / "photos" / "p2.png").unlink()
+    later = max(path.stat().st_mtime for path in (tmp_path / "features").iterdir()) + 5
+    os.utime(tmp_path / "photos" / "p1.png", (later, later))
+    assert extract_features.main(command) == 0
+    printed = capsys.readouterr()
+    assert "note: 1 images are newer than their features (p1)" in printed.out and "warning" not in printed.err
+    assert store.FeatureBags(tmp_path / "features").names == ["p0", "p1", "p3"]
+    for path in (tmp_path / "photos").iterdir():
+        path.write_bytes(b"no")
+    assert extract_features.main([*command[:-3], str(tmp_path / "none")]) == 2
+    assert "p0.png" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+@pytest.fixture(scope="module")
+def tuned(trained, tmp_path_factory):
+    """Fine-tuned runs: of one block, and of two blocks of which the first stays frozen."""
+    folder = tmp_path_factory.mktemp("tuned")
+    assert finetune(trained, folder / "one", *BLOCK) == 0
+    options = ["--before", str(trained / "start"), "--blocks", "layer1.0", "layer1.1", "--freeze=1"]
+    assert finetune(trained, folder / "two", *options) == 0
+    for name in ("one", "two"):
+        (folder / name / "failed.json").write_text("{}")  # noise teaches nothing
+    return folder
+
+
+def predict(trained, run, features, before, out, *options):
+    command = ["--run", str(run), "--features", str(features), "--out", str(out), *options]
+    return predict_features.main([*command, *(["--before", str(before)] if before else [])])
+
+
+@pytest.mark.parametrize(("name", "before"), [("one", "before"), ("two", "start")])
+def test_a_fine_tuned_run_predicts_its_test_bags_again(trained, tuned, tmp_path, name, before):
+    run = tuned / name
+    assert predict(trained, run, trained / "features", trained / before, tmp_path / "found") == 0
+    parts = [runs.load_predictions(run / "parts" / f"repeat{k}_fold0.npz") for k in range(2)]
+    found = {row["bag"]: float(row["red"]) for row in read(tmp_path / "found" / "bags.csv")}
+    assert len(found) == 6
+    np.testing.assert_allclose([found["p4"], found["p5"]], np.mean([p.bags[:, 0] for p in parts], 0), atol=1e-5)
+    assert abs(parts[0].bags - parts[1].bags).max() > 1e-4
+    cells = [float(row["red"]) for row in read(tmp_path / "found" / "instances.csv") if row["bag"] in ("p4", "p5")]
+    np.testing.assert_allclose(cells, np.mean([p.instances[:, 0] for p in parts], 0), atol=1e-5)
+
+
+def test_a_fine_tuned_run_predicts_images_of_other_sizes(trained, tuned, tmp_path, capsys):
+    from PIL import Image
+
+    (tmp_path / "new").mkdir()
+    for k, size in enumerate(((64, 48), (96, 80), (40, 100))):
+        array = np.random.default_rng(k).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(array).save(tmp_path / "new" / f"n{k}.png")
+    Image.open(trained / "photos" / "p5.png").save(tmp_path / "new" / "p5.png")
+    common = ["--images", str(tmp_path / "new"), "--weights", f"{trained}/weights.pt"]
+    assert extract_features.main([*common, "--like", str(tuned / "one"), "--out", str(tmp_path / "features")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        f"--like {trained / 'before'} --images {tmp_path / 'new'} --out new_before" in printed[-3]
+        and "--before new_before" in printed[-1]
+    )
+    assert f"--run {tuned / 'one'} " in printed[-1]
+    assert extract_features.main([*common, "--like", f"{trained}/before", "--out", str(tmp_path / "new_before")]) == 0
+    given = [trained, tuned / "one", tmp_path / "features", tmp_path / "new_before", tmp_path / "found"]
+    assert predict(*given, "--images", str(tmp_path / "new")) == 0
+    found = {row["bag"]: float(row["red"]) for row in read(tmp_path / "found" / "bags.csv")}
+    assert sorted(found) == ["n0", "n1", "n2", "p5"] and len(set(found.values())) == 4
+    own = [runs.load_predictions(tuned / "one" / "parts" / f"repeat{k}_fold0.npz").bags[1, 0] for k in range(2)]
+    assert found["p5"] == pytest.approx(np.mean(own), abs=1e-4)
+
+
+def test_wrong_features_before_the_blocks_are_errors(trained, tuned, tmp_path, capsys):
+    def message(run, before):
+        assert predict(trained, run, trained / "features", before, tmp_path / "out") == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    run = tuned / "one"
+    assert f"which needs --before; extract_features.py --like {trained / 'before'} extracts" in message(run, None)
+    assert "got {} of train_features.py".format(trained / "run") in message(trained / "run", trained / "before")
+    assert f"before: {trained / 'start'} has stages ['maxpool'], and the features in" in message(run, trained / "start")
+    settings = store.FeatureBags(trained / "before").settings
+    for name, grid, words in (("p0", (12, 16), "has no bag p1"), ("all", (2, 3), "maps of one size, got (2, 3) and")):
+        writer = store.StoreWriter(tmp_path / name, settings)
+        for bag in ["p0"] if name == "p0" else [f"p{k}" for k in range(6)]:
+            writer.add(bag, store.Bag(np.zeros((grid[0] * grid[1], 64)), None, grid, (48, 64)))
+        assert words in message(run, tmp_path / name)
+    copy = tmp_path / "old"
+    shutil.copytree(run, copy)
+    content = json.loads((copy / "settings.json").read_text())
+    (copy / "settings.json").write_text(json.dumps({k: v for k, v in content.items() if k != "extraction_before"}))
+    assert "was made by an older version; fine-tune again" in message(copy, trained / "before")
 
 
 def test_fine_tuning_needs_images_of_one_size(tmp_path):

@@ -14,6 +14,7 @@ import predict_cxr
 import pytest
 import torch
 from common.files import save_atomically
+from common.options import NAMED
 from images import evaluation, items, new_images, pixels
 from images.checkpoint import OLDER, make_model
 from images.folder import load_folder, without_labels
@@ -467,14 +468,14 @@ def test_unreadable_images_are_left_out(tmp_path, photos, capsys, workers):
 
 
 def test_long_lists_of_unreadable_images_are_shortened(tmp_path, photos, capsys):
-    for k in range(predict_cxr.NAMED + 3):
+    for k in range(NAMED + 3):
         (photos / f"{k}.bmp").write_text("")
     assert run_command(write_run(tmp_path / "run"), photos, tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert f"warning: {predict_cxr.NAMED + 3} images cannot be read" in error
-    assert error.count(".bmp: ") == predict_cxr.NAMED
+    assert f"warning: {NAMED + 3} images cannot be read" in error
+    assert error.count(".bmp: ") == NAMED
     assert error.endswith("\n  ...\n")
-    assert (tmp_path / "out" / "report.html").read_text().count(".bmp: ") == predict_cxr.NAMED + 3
+    assert (tmp_path / "out" / "report.html").read_text().count(".bmp: ") == NAMED + 3
 
 
 def test_folders_without_readable_images_are_errors(tmp_path, capsys):

@@ -183,8 +183,8 @@ def test_folders_that_do_not_fit_are_errors(data, run, tmp_path, capsys):
     copy.mkdir()
     (copy / "settings.json").write_text(json.dumps(old))
     assert "--resume" in message(copy, data / "features")
-    (copy / "settings.json").write_text(json.dumps(old | {"before": "features"}))
-    assert "got one of finetune_features.py" in message(copy, data / "features")
+    (copy / "settings.json").write_text(json.dumps(old | {"before": "features", "run": str(tmp_path / "absent")}))
+    assert "the run that it continued is missing" in message(copy, data / "features")
     (copy / "settings.json").write_text(content)
     shutil.copytree(run / "parts", copy / "parts")
     shutil.copy(run / "bags.csv", copy)
@@ -194,6 +194,20 @@ def test_folders_that_do_not_fit_are_errors(data, run, tmp_path, capsys):
     (copy / "failed.json").write_text("{}")
     (copy / "bags.csv").unlink()
     assert "is not finished" in message(copy, data / "features")
+
+
+def test_bags_of_the_training_are_named(data, run, tmp_path, capsys):
+    writer = store.StoreWriter(tmp_path / "some", store.FeatureBags(data / "features").settings)
+    for name in ("b03", "new", "b20"):
+        writer.add(name, store.Bag(np.full((2, 432), 0.5), np.zeros((2, 2)), None, None))
+    assert predict(run, tmp_path / "some", tmp_path / "found") == 0
+    assert f"note: 2 of these bags have the name of a bag of {run} (b03, b20): if they were" in capsys.readouterr().out
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    content = json.loads((moved / "settings.json").read_text())
+    (moved / "settings.json").write_text(json.dumps(content | {"features": str(tmp_path / "absent")}))
+    assert predict(moved, tmp_path / "some", tmp_path / "found") == 0
+    assert "note:" not in capsys.readouterr().out
 
 
 # images

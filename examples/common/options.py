@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+#: Largest number of unreadable images that are named in the terminal.
+NAMED = 20
 
 
 def make_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -21,6 +24,17 @@ def make_parser(description: str | None, epilog: str | None = None) -> argparse.
 def next_step(text: str) -> None:
     """Prints the last line of a command: what to do next."""
     print(f"\nnext: {text}")
+
+
+def warn_of_unreadable(problems: Sequence[str]) -> None:
+    """Prints a warning with the first of ``problems``, a message for each image that cannot be read. None: nothing."""
+    if problems:
+        named = [f"  {problem}" for problem in problems[:NAMED]]
+        more = [] if len(problems) <= NAMED else ["  ..."]
+        print(
+            f"\nwarning: {len(problems)} images cannot be read and were left out:", *named, *more, sep="\n",
+            file=sys.stderr,
+        )  # fmt: skip
 
 
 def exit_status(work: Callable[[], None], interrupted: str = "stopped") -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,21 @@ def read_image(path: Path) -> Tensor:
     """
     array = np.array(pixels.read_image(path).convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1).unsqueeze(0).float() / 255
+
+
+def first_readable(paths: Iterable[Path]) -> Tensor:
+    """The first image of ``paths`` that can be read, as :func:`read_image` returns it.
+
+    Raises:
+        ValueError: none can be read. The message is that of the first one.
+    """
+    first: ValueError | None = None
+    for path in paths:
+        try:
+            return read_image(path)
+        except ValueError as error:
+            first = first or error
+    raise first or ValueError("images: there are none")
 
 
 def read_points(path: Path, images: Collection[str]) -> dict[str, np.ndarray]:

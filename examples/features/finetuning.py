@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from features.backbones import load_backbone
 from features.heads import Head
-from features.store import FeatureBags
+from features.store import Bag, FeatureBags
 from features.training import Transform
 
 
@@ -33,24 +33,25 @@ class MapReader:
 
     def __init__(self, before: FeatureBags, after: FeatureBags, names: Sequence[str], width: int, frozen: nn.Module):
         self.before, self.after, self.width, self.frozen = before, after, width, frozen.eval()
+        self.cache: dict[str, Tensor] = {}
         grids = {bags.shape(name).grid for name in names for bags in (before, after)}
         if len(grids) != 1 or None in grids:
             raise ValueError(f"fine-tuning: expected maps of one size, found {sorted(grids, key=str)}")
         (self.grid,) = grids
-        self.inputs = self._maps(names[0]).shape[1]
-        self.cache: dict[str, Tensor] = {}
+        self.inputs = self(names[0]).shape[1] - (after.features - width)
 
     def __call__(self, name: str) -> Tensor:
         """The B features before the blocks and those of the other stages, (L, B + D - width), float32."""
         if name not in self.cache:
-            others = torch.from_numpy(self.after[name].features[:, self.width :].astype(np.float32))
-            self.cache[name] = torch.cat([self._maps(name), others], 1)
+            self.cache[name] = rows_of(self.before[name], self.after[name], self.width, self.frozen)
         return self.cache[name]
 
-    @torch.no_grad()
-    def _maps(self, name: str) -> Tensor:
-        """The input of the trained blocks, (L, B)."""
-        return _applied(self.frozen, self.before[name].features, self.grid)
+
+@torch.no_grad()
+def rows_of(before: Bag, after: Bag, width: int, frozen: nn.Module) -> Tensor:
+    """The rows of a bag for :class:`BlocksHead`, (L, B + D - width). For the arguments see :class:`MapReader`."""
+    others = torch.from_numpy(after.features[:, width:].astype(np.float32))
+    return torch.cat([_applied(frozen, before.features, before.grid), others], 1)
 
 
 class BlocksHead(nn.Module):
@@ -93,6 +94,17 @@ def load_blocks(name: str, weights: str, blocks: Sequence[str]) -> nn.Sequential
     """
     network = load_backbone(name, weights=weights, stages=blocks).network
     return nn.Sequential(*(network.get_submodule(block) for block in blocks))
+
+
+def split_blocks(blocks: nn.Sequential, count: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """The first ``count`` of ``blocks``, which stay frozen, and those that are trained."""
+    return blocks[:count].eval(), nn.Sequential(*blocks[count:])
+
+
+@torch.no_grad()
+def width_of_output(blocks: nn.Module, before: FeatureBags) -> int:
+    """The number of features of the output of ``blocks`` for maps of ``before``."""
+    return blocks.eval()(torch.zeros(1, before.features, 8, 8)).shape[1]
 
 
 @torch.no_grad()

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import read_json
-
 from features.labels import Labels, read_boxes, read_instance_labels, read_labels
 from features.runs import Predictions, Run, Truth, digests_of, joined, load_predictions, plan, refuse_other_data
-from features.store import SETTINGS, FeatureBags
+from features.store import FeatureBags, settings_of_run
 
 
 class OpenedRun(NamedTuple):
@@ -59,15 +57,8 @@ def open_run(folder: Path, repeats: int | None = None) -> OpenedRun:
     Raises:
         ValueError: it is no run, or its labels or features have changed.
     """
-    path = folder / SETTINGS
-    if not path.is_file():
-        raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
-    known = own = read_json(path)
-    if "before" in own:  # a fine-tuned run
-        base = Path(own["run"]) / SETTINGS
-        if not base.is_file():
-            raise ValueError(f"{folder}: the run that it continued is missing: {base}")
-        known = read_json(base)
+    own, known = settings_of_run(folder)
+    if own is not known:  # a fine-tuned run
         repeats = min(own["repeats"] or known["repeats"], repeats or known["repeats"])
     bags = FeatureBags(Path(known["features"]))
     labels = read_labels(Path(known["labels"]), known["classes"], known["patient"], bags.names, known["folds"] is None)

@@ -31,7 +31,12 @@ def training_command(features: Path, images: Path, maps: bool, patches: bool) ->
     return shlex.join(map(str, [*words, "--out", Path("runs") / "sgl"]))
 
 
-def prediction_command(run: Path, features: Path, images: Path) -> str:
-    """The command that applies the heads of ``run`` to ``features`` of new ``images``."""
+def prediction_command(run: Path, features: Path, images: Path, tuned: bool) -> str:
+    """The command that applies the heads of ``run`` to ``features`` of new ``images``.
+
+    Args:
+        tuned: it is a run of finetune_features.py.
+    """
     words = ["python", "predict_features.py", "--run", run, "--features", features, "--images", images]
+    words += ["--before", "new_before"] if tuned else []
     return shlex.join(map(str, [*words, "--out", Path("found")]))

@@ -66,6 +66,8 @@ class StoreWriter:
             known = read_json(path)
             _refuse_changed(folder, known.get("settings", {}), settings)
         self.settings = settings
+        table = folder / "bags.csv"
+        self.last_write = table.stat().st_mtime if table.exists() else 0.0
         self.features = known.get("features", 0)
         rows = _read_rows(folder / "bags.csv") if known else []
         self.names = {row["bag"] for row in rows}
@@ -75,6 +77,13 @@ class StoreWriter:
                 file.truncate(self.instances * bytes_each)
         if not rows:
             _write_line(folder / "bags.csv", BAGS, "w")
+
+    def written(self, name: str) -> float:
+        """When the features of a bag were written at the latest, in seconds since 1970.
+
+        There is one time for the whole folder: that of the last bag of the command before.
+        """
+        return self.last_write
 
     def add(self, name: str, bag: Bag) -> None:
         """Writes a bag as float16. A bag counts as written when its line in ``bags.csv`` is written."""
@@ -115,6 +124,10 @@ class FileWriter:
                 raise ValueError(f"{path} has no settings of extract_features.py; choose another --out")
             _refuse_changed(folder, known, settings)
         self.names = {path.stem for path in paths}
+
+    def written(self, name: str) -> float:
+        """When the features of a bag were written, in seconds since 1970."""
+        return (self.folder / f"{name}.h5").stat().st_mtime
 
     def add(self, name: str, bag: Bag) -> None:
         import h5py
@@ -266,20 +279,37 @@ def extraction_of(folder: Path) -> dict:
     Raises:
         ValueError: the folder is neither, or its run is older than these settings.
     """
+    if not (folder / SETTINGS).is_file():
+        return FeatureBags(folder).settings
+    return extraction_of_run(folder)
+
+
+def settings_of_run(folder: Path) -> tuple[dict, dict]:
+    """``settings.json`` of a run, and that of the run of train_features.py that it continued.
+
+    Both are the same unless ``folder`` is a run of finetune_features.py.
+
+    Raises:
+        ValueError: ``folder`` is no run, or the run that it continued is missing.
+    """
     path = folder / SETTINGS
     if not path.is_file():
-        return FeatureBags(folder).settings
-    return extraction_of_run(path)
+        raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
+    own = read_json(path)
+    if "before" not in own:
+        return own, own
+    base = Path(own["run"]) / SETTINGS
+    if not base.is_file():
+        raise ValueError(f"{folder}: the run that it continued is missing: {base}")
+    return own, read_json(base)
 
 
-def extraction_of_run(path: Path) -> dict:
-    """The settings of the extraction in ``settings.json`` of a run. Raises ValueError if it has none."""
-    known = read_json(path)
-    if "before" in known:
-        raise ValueError(f"{path.parent}: expected a run of train_features.py, got one of finetune_features.py")
+def extraction_of_run(folder: Path) -> dict:
+    """The settings of the extraction of the features of a run's heads. Raises ValueError if they are unknown."""
+    _, known = settings_of_run(folder)
     if "extraction" not in known:
         raise ValueError(
-            f"{path.parent}: expected a run of train_features.py, with the settings of its features; an older run gets "
+            f"{folder}: expected a run of train_features.py, with the settings of its features; an older run gets "
             "them from the same command with --resume"
         )
     return known["extraction"]

@@ -1,31 +1,49 @@
-"""The trained heads of a run of train_features.py, and the means of their predictions."""
+"""The trained heads of a run of train_features.py or finetune_features.py, and the means of their predictions."""
 
 from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from common.files import load_state, read_json
 from images.metrics import best_threshold
-from torch import nn
+from torch import Tensor, nn
 
 from features.advice import ALL_CLASSES
+from features.finetuning import BlocksHead, load_blocks, rows_of, split_blocks, width_of_output
 from features.results import FAILED
 from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of
-from features.store import SETTINGS, FeatureBags, extraction_of_run
+from features.store import FeatureBags, extraction_of_run, settings_of_run
 from features.training import BagReader, Settings, Transform, make_model, probabilities
 
 
 class TrainedHead(NamedTuple):
-    """A finished training: its name, the transform of the features, and the network with the pooling."""
+    """A finished training: its name, the transform of the features, and the network with the pooling.
+
+    The network of a fine-tuned run transforms the features itself.
+    """
 
     name: str
-    transform: Transform
+    transform: Callable[[Tensor], Tensor]
     model: nn.ModuleDict
+
+
+class TunedBlocks(NamedTuple):
+    """The input of fine-tuned blocks.
+
+    Attributes:
+        before: the output of the stage before the blocks of ``--blocks``.
+        frozen: the blocks that were not trained.
+        width: number of features of the output of all blocks.
+    """
+
+    before: FeatureBags
+    frozen: nn.Module
+    width: int
 
 
 class TrainedHeads(NamedTuple):
@@ -39,6 +57,8 @@ class TrainedHeads(NamedTuple):
         hopeless: the classes for which all trainings seem to have failed. They are used nevertheless.
         classes: names of the C classes.
         extraction: the settings of the extraction of the features; empty if unknown.
+        features: the number of features of an instance.
+        tuned: the input of the trained blocks; None for a run of train_features.py.
     """
 
     run: Path
@@ -48,25 +68,30 @@ class TrainedHeads(NamedTuple):
     hopeless: list[str]
     classes: list[str]
     extraction: dict
+    features: int
+    tuned: TunedBlocks | None
 
 
-def load_heads(run: Path, with_failed: bool = False) -> TrainedHeads:
+def load_heads(run: Path, with_failed: bool = False, before: FeatureBags | None = None) -> TrainedHeads:
     """The trained heads of the folder ``run``.
 
     Args:
         with_failed: use the trainings that seem to have failed, too.
+        before: for a run of finetune_features.py, the features before its blocks.
 
     Raises:
-        ValueError: ``run`` is no finished run of train_features.py, or all its trainings seem to have failed.
+        ValueError: ``run`` is no finished run, all its trainings seem to have failed, or ``before`` does not fit.
     """
-    path = run / SETTINGS
-    if not path.is_file():
-        raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
-    extraction = extraction_of_run(path)
-    known = read_json(path)
+    extraction = extraction_of_run(run)
+    own, known = settings_of_run(run)
+    if own is not known:
+        refuse_other_before(own, run, before)
+    elif before is not None:
+        raise ValueError(f"before: expected a run of finetune_features.py, got {run} of train_features.py")
     classes = known["class_names"]
     settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
-    names = [f"repeat{r}_fold{f}" for r in range(known["repeats"]) for f in range(known["folds"] or 1)]
+    repeats = own["repeats"] or known["repeats"]
+    names = [f"repeat{r}_fold{f}" for r in range(repeats) for f in range(known["folds"] or 1)]
     needed = [
         run / FAILED,
         run / BAGS_OF_RUN,
@@ -86,16 +111,62 @@ def load_heads(run: Path, with_failed: bool = False) -> TrainedHeads:
             "uses them nevertheless"
         )
     used[:, none] = True
-    heads = []
+    heads: list[TrainedHead] = []
+    features, tuned = 0, None
     for name, some in zip(names, used.any(1).tolist(), strict=True):
-        if some:
-            state = load_state(run / "parts" / f"{name}.pt")
+        if not some:
+            continue
+        state = load_state(run / "parts" / f"{name}.pt")
+        parts = state["model"]
+        if before is not None:
+            transform = Transform(parts["head.mean"], parts["head.weight"])
+        else:
             transform = Transform(**state["transform"])
-            model = make_model(settings, transform.weight.shape[1], len(classes), 0)
-            model.load_state_dict(state["model"])
+        features = len(transform.mean)
+        model = make_model(settings, transform.weight.shape[1], len(classes), 0)
+        if before is None:
+            model.load_state_dict(parts)
             heads.append(TrainedHead(name, transform, model.eval()))
+            continue
+        if "frozen" not in state:
+            raise ValueError(f"run: {run} was made by an older version; fine-tune again")
+        # the weights are those of the state
+        blocks = load_blocks(extraction["backbone"], "none", own["blocks"])
+        frozen, trained = split_blocks(blocks, own["freeze"])
+        frozen.load_state_dict(state["frozen"])
+        tuned = TunedBlocks(before, frozen, width_of_output(blocks, before))
+        inputs = before.features if not own["freeze"] else width_of_output(frozen, before)
+        model["head"] = BlocksHead(trained, model["head"], transform, inputs, (0, 0))
+        model.load_state_dict(parts)
+        heads.append(TrainedHead(name, nn.Identity(), model.eval()))
     hopeless = [label for label, is_hopeless in zip(classes, none.tolist(), strict=True) if is_hopeless]
-    return TrainedHeads(run, heads, used[used.any(1)], np.where(none, 0, left_out), hopeless, classes, extraction)
+    left_out = np.where(none, 0, left_out)
+    return TrainedHeads(run, heads, used[used.any(1)], left_out, hopeless, classes, extraction, features, tuned)
+
+
+def refuse_other_before(own: dict, run: Path, before: FeatureBags | None) -> None:
+    """Raises ValueError if ``before`` was not extracted like the input of the blocks of the fine-tuned ``run``.
+
+    Args:
+        own: ``settings.json`` of the run.
+    """
+    if before is None:
+        raise ValueError(
+            f"before: {run} is a run of finetune_features.py, which needs --before; "
+            f"extract_features.py --like {own['before']} extracts these features of new images"
+        )
+    if "extraction_before" not in own:
+        raise ValueError(f"run: {run} was made by an older version; fine-tune again")
+    refuse_other_settings(own["extraction_before"], before, "before", f"the features in {own['before']}")
+
+
+def bags_of_training(trained: TrainedHeads) -> set[str] | None:
+    """The names of the bags that the run was given for training and test; None if its features are gone."""
+    _, known = settings_of_run(trained.run)
+    try:
+        return set(FeatureBags(Path(known["features"])).names)
+    except (ValueError, OSError):
+        return None
 
 
 def thresholds_of(trained: TrainedHeads) -> list[float | None]:
@@ -126,30 +197,61 @@ def thresholds_of(trained: TrainedHeads) -> list[float | None]:
     return thresholds
 
 
-def refuse_other_features(heads: TrainedHeads, bags: FeatureBags) -> None:
-    """Raises ValueError if ``bags`` were extracted with other settings than the bags of the training."""
-    wanted, found = ({**s, "points": bool(s.get("points"))} for s in (heads.extraction, bags.settings))
+def refuse_other_features(trained: TrainedHeads, bags: FeatureBags) -> None:
+    """Raises ValueError if ``bags`` were extracted with other settings than the bags of the training.
+
+    With fine-tuned blocks, their input must also hold every bag, as a map of the same size.
+    """
+    refuse_other_settings(trained.extraction, bags, "features", "the features of the training")
+    if bags.features != trained.features:
+        raise ValueError(
+            f"features: expected {trained.features}, as in the training, got {bags.features} in {bags.folder}"
+        )
+    if trained.tuned is None:
+        return
+    before = trained.tuned.before
+    for name in bags.names:
+        if name not in before.names:
+            raise ValueError(f"before: {before.folder} has no bag {name}")
+        grids = before.shape(name).grid, bags.shape(name).grid
+        if None in grids or grids[0] != grids[1]:
+            raise ValueError(f"before: expected maps of one size, got {grids[0]} and {grids[1]} for {name}")
+
+
+def refuse_other_settings(wanted: dict, bags: FeatureBags, option: str, of_training: str) -> None:
+    """Raises ValueError if the extraction of ``bags`` had other settings than ``wanted``.
+
+    Args:
+        option: the option that gave ``bags``, for the message.
+        of_training: what ``wanted`` belongs to, for the message.
+    """
+    wanted, found = ({**s, "points": bool(s.get("points"))} for s in (wanted, bags.settings))
     changed = [name for name in wanted | found if wanted.get(name) != found.get(name)]
     if changed and set(changed) <= {"stride", "centre", "field"}:  # measured in the network
-        raise ValueError(f"features: {bags.folder} was extracted with other weights than the features of the training")
+        raise ValueError(f"{option}: {bags.folder} was extracted with other weights than {of_training}")
     if changed:
         name = changed[0]
         raise ValueError(
-            f"features: {bags.folder} has {name} {found.get(name)}, and the features of the training have "
+            f"{option}: {bags.folder} has {name} {found.get(name)}, and {of_training} have "
             f"{wanted.get(name)}; extract_features.py --like extracts features as for the training"
         )
-    features = len(heads.heads[0].transform.mean)
-    if bags.features != features:
-        raise ValueError(f"features: expected {features}, as in the training, got {bags.features} in {bags.folder}")
 
 
 def mean_predictions(trained: TrainedHeads, bags: FeatureBags, names: Sequence[str]) -> Predictions:
     """The means of the probabilities over the used trainings, for the bags ``names`` and their instances."""
     weights = trained.used / trained.used.sum(0)
 
+    def input_of(name: str) -> Tensor:
+        if trained.tuned is None:
+            return reader.read(name)
+        bag = bags[name]
+        for head in trained.heads:
+            head.model["head"].grid = bag.grid
+        return rows_of(trained.tuned.before[name], bag, trained.tuned.width, trained.tuned.frozen)
+
     def found() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for name in names:
-            x = reader.read(name)
+            x = input_of(name)
             each = [probabilities(head.model, head.transform(x)) for head in trained.heads]
             bag, instances = (sum(w * one[k] for w, one in zip(weights, each, strict=True)) for k in (0, 1))
             yield bag, instances
