@@ -182,8 +182,8 @@ def extract(args: argparse.Namespace) -> list[str]:
     newer = [name for name in images if name in writer.names and images[name].stat().st_mtime > writer.written(name)]
     if newer:
         print(
-            f"note: {len(newer)} images are newer than their features ({some(newer)}); if their content has changed, "
-            f"delete {args.out} and extract again",
+            f"note: images that are newer than their features: {len(newer)} ({some(newer)}); if their content has "
+            f"changed, delete {args.out} and extract again",
             flush=True,
         )
     problems = []

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 from common.options import exit_status, make_parser, next_step, path_of, warn_of_unreadable
 from images.run_options import add_box_options, add_network_options, check, settings_of_report
@@ -80,7 +81,12 @@ def predict(args: argparse.Namespace) -> list[str]:
     # fail before the networks run if the folder cannot be written
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(index.names)} images in {args.images}", flush=True)
+    begun = time.time()
     results = write_predictions(networks, index, args, args.out)
+    # a file system may round the time of a file down
+    older = sum(path.stat().st_mtime < begun - 2 for path in (args.out / "maps").rglob("*.npz"))
+    if older:
+        print(f"note: {args.out / 'maps'} also holds maps of an earlier call (files: {older})", flush=True)
     write_report(networks, index, results, args, args.out / "report.html")
     width = max(20, *(len(name) + 2 for name in index.classes))
     print(f"\n{'':{width}}{'images with p > gate':>21}{'boxes':>10}")

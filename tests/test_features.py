@@ -2016,7 +2016,7 @@ def test_unreadable_and_newer_images_are_named(timm, tmp_path, capsys, form):
     os.utime(tmp_path / "photos" / "p1.png", (later, later))
     assert extract_features.main(command) == 0
     printed = capsys.readouterr()
-    assert "note: 1 images are newer than their features (p1)" in printed.out and "warning" not in printed.err
+    assert "note: images that are newer than their features: 1 (p1); if" in printed.out and "warning" not in printed.err
     assert store.FeatureBags(tmp_path / "features").names == ["p0", "p1", "p3"]
     for path in (tmp_path / "photos").iterdir():
         path.write_bytes(b"no")

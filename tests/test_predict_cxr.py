@@ -6,6 +6,7 @@ import argparse
 import csv
 import html
 import json
+import os
 import re
 
 import localize_cxr
@@ -364,7 +365,7 @@ def test_every_component_has_a_box(tmp_path, brightness):
 
 
 @pytest.mark.parametrize("fit", ["pad", "squeeze"])
-def test_maps_lie_on_the_image(tmp_path, brightness, fit):
+def test_maps_lie_on_the_image(tmp_path, brightness, fit, capsys):
     brightness(fit=fit)
     save = tmp_path / "new" / "a" / "x.png"
     save.parent.mkdir(parents=True)
@@ -381,6 +382,12 @@ def test_maps_lie_on_the_image(tmp_path, brightness, fit):
     inside[16:32, 32:64] = True
     assert np.array_equal(whole > 0.5, inside)
     assert np.allclose(maps[1], 0.1)
+    assert "note:" not in capsys.readouterr().out
+    # another image: the map of the first one is an older file
+    save.rename(save.with_name("y.png"))
+    os.utime(tmp_path / "out" / "maps" / "a" / "x.png.npz", (1, 1))
+    assert run_command("r", tmp_path / "new", tmp_path / "out", "--maps") == 0
+    assert f"note: {tmp_path / 'out' / 'maps'} also holds maps of an earlier call (files: 1)" in capsys.readouterr().out
 
 
 # several runs
