@@ -206,8 +206,9 @@ def extract(args: argparse.Namespace) -> list[str]:
         run = args.like if own else Path("runs") / "sgl"
         tuned = own != known
         if tuned:
-            command = ["python", "extract_features.py", "--like", own["before"], "--images", args.images]
-            print(f"also needed: {shlex.join(map(str, [*command, '--out', 'new_before']))}", flush=True)
+            words = ["python", "extract_features.py", "--like", own["before"], "--images", args.images]
+            words += [] if args.weights == "pretrained" else ["--weights", args.weights]
+            print(f"also needed: {shlex.join(map(str, [*words, '--out', 'new_before']))}", flush=True)
         options.next_step(prediction_command(run, args.out, args.images, tuned))
     return problems
 

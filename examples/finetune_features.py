@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"run {number} of {len(runs)}: loss {losses}, {seconds:.0f} s of processor time", flush=True)
     images = Path(known["images"]) if known["images"] else None
     training = f"Fine-tuned: {', '.join(args.blocks)}. Loss: {settings.loss}"
-    write_results(args.out, runs, truth, after, images, args.overlays, training, settings)
+    histories = [torch.load(parts / f"{one.name}.pt", weights_only=True)["history"] for one in runs]
+    write_results(args.out, runs, truth, after, images, args.overlays, training, settings, histories)
     options.next_step(f"open {args.out / 'report.html'}")
 
 

@@ -1453,7 +1453,7 @@ def test_report_says_how_often_the_boxes_are_right(tmp_path, capsys):
         found = runs.Predictions(np.array([name]), np.array([[0.9]], np.float32), p, np.array([0, 16]))
         runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
     bags = store.FeatureBags(tmp_path / "features")
-    write_results(tmp_path, plan, truth, bags, None, 2, "Loss: sgl", training.Settings())
+    write_results(tmp_path, plan, truth, bags, None, 2, "Loss: sgl", training.Settings(), [[]] * len(plan))
     page = (tmp_path / "report.html").read_text()
     assert (
         "2 test images have true boxes of cat. In 1 of them (50%), the predicted box overlaps a true box with IoU &gt; "
@@ -1470,7 +1470,9 @@ def test_report_says_how_often_the_boxes_are_right(tmp_path, capsys):
     for run, name in zip(second, ("a", "b"), strict=True):
         found = runs.Predictions(np.array([name]), np.array([[0.1]], np.float32), 0 * p, np.array([0, 16]))
         runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
-    write_results(tmp_path, plan + second, truth, bags, None, 2, "Loss: sgl", training.Settings())
+    write_results(
+        tmp_path, plan + second, truth, bags, None, 2, "Loss: sgl", training.Settings(), [[]] * len(plan + second)
+    )
     page = (tmp_path / "report.html").read_text()
     assert (
         "2 test images have true boxes of cat. On average over the repeats, the predicted box overlaps a true box with "
@@ -1494,7 +1496,7 @@ def test_failed_training_is_named_in_the_report_and_on_the_terminal(tmp_path, ca
         found = runs.Predictions(names[run.test], score, score, np.arange(17))
         runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
     bags = store.FeatureBags(tmp_path / "features")
-    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings())
+    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings(), [[]] * len(plan))
     text = "The network seems not to have found the object in 1 of 2 trainings: fold 1 (test AUC 0.50, not clearly"
     assert f"warning: {text}" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
@@ -1581,7 +1583,7 @@ def test_mean_probabilities_have_own_metrics_in_the_report(tmp_path, capsys):
         ]
         runs.save_predictions(tmp_path / "parts" / f"{plan[-1].name}.npz", runs.predictions_of(names, found))
     settings = training.Settings(loss="bag")
-    write_results(tmp_path, plan, truth, bags, None, 0, "Loss: bag", settings)
+    write_results(tmp_path, plan, truth, bags, None, 0, "Loss: bag", settings, [[]] * len(plan))
     # means: a (0.9 + 0.0, 0.7) / 2, b (0.3 + 0.9, 0.1) / 2: the maximum is right in both
     result = json.loads((tmp_path / "metrics.json").read_text())["cat"]
     assert result["pointing"] == 0.75 and result["of_means"]["pointing"] == 1
@@ -1611,7 +1613,7 @@ def test_auc_within_the_folds_is_shown(tmp_path, capsys):
             tmp_path / "parts" / f"{run.name}.npz", runs.Predictions(names[run.test], score, score, np.arange(5))
         )
     bags = store.FeatureBags(tmp_path / "features")
-    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings())
+    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings(), [[]] * len(plan))
     assert "cat: auc 0.750 (folds: 1.000 to 1.000), auc_of_folds 1.000" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert page.count("<th>AUC in folds</th>") == 1 and "AUC in folds: the mean" in page
@@ -2054,6 +2056,22 @@ def test_a_fine_tuned_run_predicts_its_test_bags_again(trained, tuned, tmp_path,
     np.testing.assert_allclose(cells, np.mean([p.instances[:, 0] for p in parts], 0), atol=1e-5)
 
 
+def test_a_fine_tuned_training_with_a_high_loss_is_left_out(trained, tmp_path, capsys):
+    command = ["--features", str(trained / "features"), "--labels", str(trained / "labels.csv"), "--overlays=1"]
+    assert train_features.main([*command, "--epochs=1", "--repeats=3", "--out", str(tmp_path / "run")]) == 0
+    options = [*BLOCK, "--run", str(tmp_path / "run")]
+    assert finetune(trained, tmp_path / "out", *options) == 0
+    path = tmp_path / "out" / "parts" / "repeat1_fold0.pt"
+    state = torch.load(path, weights_only=True)
+    state["history"][-1]["bag_loss"] *= 9
+    torch.save(state, path)
+    assert finetune(trained, tmp_path / "out", *options, "--resume") == 0
+    assert list(json.loads((tmp_path / "out" / "failed.json").read_text())) == ["repeat1_fold0"]
+    assert "The network seems not to have found the object in 1 of 3 trainings: seed 1 (bag" in capsys.readouterr().out
+    assert predict(trained, tmp_path / "out", trained / "features", trained / "before", tmp_path / "found") == 0
+    assert "2 trainings of" in capsys.readouterr().out
+
+
 def test_a_fine_tuned_run_predicts_images_of_other_sizes(trained, tuned, tmp_path, capsys):
     from PIL import Image
 
@@ -2065,10 +2083,9 @@ def test_a_fine_tuned_run_predicts_images_of_other_sizes(trained, tuned, tmp_pat
     common = ["--images", str(tmp_path / "new"), "--weights", f"{trained}/weights.pt"]
     assert extract_features.main([*common, "--like", str(tuned / "one"), "--out", str(tmp_path / "features")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert (
-        f"--like {trained / 'before'} --images {tmp_path / 'new'} --out new_before" in printed[-3]
-        and "--before new_before" in printed[-1]
-    )
+    needed = ["--like", trained / "before", *common, "--out", "new_before"]
+    assert printed[-3] == f"also needed: python extract_features.py {' '.join(map(str, needed))}"
+    assert "--before new_before" in printed[-1]
     assert f"--run {tuned / 'one'} " in printed[-1]
     assert extract_features.main([*common, "--like", f"{trained}/before", "--out", str(tmp_path / "new_before")]) == 0
     given = [trained, tuned / "one", tmp_path / "features", tmp_path / "new_before", tmp_path / "found"]

@@ -30,13 +30,13 @@ def write_results(
     overlays: int,
     training: str,
     settings: Settings,
-    histories: Sequence[Sequence[Mapping]] = (),
+    histories: Sequence[Sequence[Mapping]],
 ) -> None:
     """Writes the tables and the report of ``runs``, whose predictions are in ``out/parts``. Prints the metrics.
 
     Args:
         images, overlays, training: as in :func:`features.report.write_report`.
-        histories: the rows of the epochs of each run, as ``train`` logs them; empty: the training is not examined.
+        histories: the rows of the epochs of each run, as ``train`` logs them.
     """
     repeats: dict[int, list[Predictions]] = {}
     for run in runs:
@@ -46,7 +46,7 @@ def write_results(
     trainings = rows_of_trainings(finished, truth, bags)
     many_folds = len(finished[0]) > 1
     by_key = {(run.repeat, run.fold): run for run in runs}
-    known = dict(zip(by_key, histories, strict=False))
+    known = dict(zip(by_key, histories, strict=True))
     failed = failures(trainings, known, settings)
     write_json({by_key[key].name: reasons for key, reasons in failed.items()}, out / FAILED)
     warnings = training_warnings(
