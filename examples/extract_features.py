@@ -197,8 +197,10 @@ def extract(args: argparse.Namespace) -> list[str]:
             writer.add(name, bag_of(image, name))
         if done % 20 == 0 or done == len(todo):
             left = (time.monotonic() - begun) / done * (len(todo) - done)
-            print(f"{done + len(images) - len(todo)} of {len(images)} bags, {left:.0f} s left", flush=True)
-    options.warn_of_unreadable(problems)
+            written = done + len(images) - len(todo) - len(problems)
+            print(f"{written} of {len(images)} bags, {left:.0f} s left", flush=True)
+    advice = "Replace them and repeat the command, or remove them from the tables: a label without a bag is an error."
+    options.warn_of_unreadable(problems, advice if args.like is None else "")
     if args.like is None:
         options.next_step(training_command(args.out, args.images, points is None, args.backbone == "pixels"))
     else:
@@ -209,7 +211,9 @@ def extract(args: argparse.Namespace) -> list[str]:
             words = ["python", "extract_features.py", "--like", own["before"], "--images", args.images]
             words += [] if args.weights == "pretrained" else ["--weights", args.weights]
             print(f"also needed: {shlex.join(map(str, [*words, '--out', 'new_before']))}", flush=True)
-        options.next_step(prediction_command(run, args.out, args.images, tuned))
+        command = prediction_command(run, args.out, args.images, tuned)
+        before = "" if own else f"; after fine-tuning, these may be the features for --before {args.out}"
+        options.next_step(command + before)
     return problems
 
 

@@ -23,6 +23,12 @@ from common import options
 from common.files import save_atomically
 from train_features import keep_settings, refuse_below
 
+#: Settings of the run that is continued that are kept beside those of its training.
+CONTINUED = (
+    "features", "labels", "classes", "patient", "folds", "test", "repeats", "instance_labels", "boxes", "images",
+    "class_names", "extraction",
+)  # fmt: skip
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = options.make_parser(__doc__)
@@ -75,11 +81,20 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     import torch
-    from features.finetuning import BlocksHead, MapReader, load_blocks, split_blocks, width_of
+    from common.files import read_json
+    from features.finetuning import (
+        BLOCKS,
+        BlocksHead,
+        MapReader,
+        load_blocks,
+        refuse_other_view,
+        split_blocks,
+        width_of,
+    )
     from features.opened_run import open_run
-    from features.results import write_results
+    from features.results import FAILED, write_results
     from features.runs import save_predictions
-    from features.store import FeatureBags
+    from features.store import BASE, FeatureBags, extraction_of_run
     from features.training import Settings, Transform, fit, make_model, predicted
 
     opened = open_run(args.run, args.repeats)
@@ -87,13 +102,17 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"run: expected a folder of train_features.py, got {args.run} of finetune_features.py")
     known, after, labels, truth, runs = opened.settings, opened.bags, opened.labels, opened.truth, opened.runs
     settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
+    extraction_of_run(args.run)  # an older run does not have it
     before = FeatureBags(args.before)
-    blocks = load_blocks(after.settings["backbone"], args.weights, args.blocks)
-    width = width_of(blocks, before, after)
-    frozen, blocks = split_blocks(blocks, args.freeze)
+    refuse_other_view(after, before)
+    original = load_blocks(after.settings["backbone"], args.weights, args.blocks, after.settings["output_stride"])
+    width = width_of(original, before, after, labels.names)
+    frozen, blocks = split_blocks(original, args.freeze)
     reader = MapReader(before, after, labels.names, width, frozen)
     parts = args.out / "parts"
-    keep_settings(args, parts, opened.data, {"extraction_before": before.settings})
+    base = {name: known[name] for name in (*Settings.__dataclass_fields__, *CONTINUED)}
+    keep_settings(args, parts, opened.data, {"extraction_before": before.settings, BASE: base})
+    save_atomically(original.state_dict(), args.out / BLOCKS)
     targets = torch.tensor(labels.values)
     for number, one in enumerate(runs, 1):
         if (parts / f"{one.name}.npz").exists():
@@ -104,9 +123,9 @@ def run(args: argparse.Namespace) -> None:
         # a checkpoint of an older version has no history
         lam = history[-1]["lam"] if history else settings.lam
         seed = one.repeat * 1000 + one.fold
-        model = make_model(settings, after.features, len(labels.classes), seed)
-        model.load_state_dict(state["model"])
         transform = Transform(**state["transform"])
+        model = make_model(settings, transform.weight.shape[1], len(labels.classes), seed)
+        model.load_state_dict(state["model"])
         model["head"] = BlocksHead(copy.deepcopy(blocks), model["head"], transform, reader.inputs, reader.grid)
         if settings.loss == "sgl":
             model["loss"].lam = lam
@@ -115,16 +134,15 @@ def run(args: argparse.Namespace) -> None:
         log: list[dict] = []
         fit(model, reader, names, targets[torch.from_numpy(one.train)], own, seed, log.append)
         predictions = predicted(model, reader, [labels.names[i] for i in one.test])
-        state = {"model": model.state_dict(), "frozen": frozen.state_dict(), "history": log}
-        save_atomically(state, parts / f"{one.name}.pt")
+        save_atomically({"model": model.state_dict(), "history": log}, parts / f"{one.name}.pt")
         save_predictions(parts / f"{one.name}.npz", predictions)
         losses = " ".join(f"{row['loss']:.3f}" for row in log)
         seconds = time.process_time() - begun
         print(f"run {number} of {len(runs)}: loss {losses}, {seconds:.0f} s of processor time", flush=True)
     images = Path(known["images"]) if known["images"] else None
     training = f"Fine-tuned: {', '.join(args.blocks)}. Loss: {settings.loss}"
-    histories = [torch.load(parts / f"{one.name}.pt", weights_only=True)["history"] for one in runs]
-    write_results(args.out, runs, truth, after, images, args.overlays, training, settings, histories)
+    failed = read_json(args.run / FAILED) if (args.run / FAILED).is_file() else {}
+    write_results(args.out, runs, truth, after, images, args.overlays, training, settings, failed_before=failed)
     options.next_step(f"open {args.out / 'report.html'}")
 
 

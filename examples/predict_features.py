@@ -1,4 +1,4 @@
-"""Applies the heads that train_features.py trained to other bags: probabilities, maps and boxes. Needs no labels.
+"""Applies the networks of a run to other bags: probabilities, maps and boxes. Needs no labels.
 
     python extract_features.py --like runs/sgl --images NEW --out new_features
     python predict_features.py --run runs/sgl --features new_features --images NEW --out found

@@ -242,7 +242,7 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], f
 
     Args:
         data: the digests of the data.
-        facts: what else is written: what predict_features.py needs.
+        facts: what else is written: what predict_features.py needs. A dictionary in it may hold settings.
 
     Raises:
         ValueError: the folder holds runs and --resume is missing, or its settings or data differ.
@@ -260,9 +260,17 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], f
         changed = [key for key in settings if key not in FREE and not _equal(known.get(key), settings[key])]
         if changed:
             raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
+        for key, fact in facts.items():
+            if key in known and _deciding(known[key]) != _deciding(fact):
+                raise ValueError(f"out: {args.out} was made with another {key.replace('_', ' ')}; choose another --out")
         refuse_other_data(args.out, known.get("data", {}), data, "choose another --out, or restore the old ones")
     parts.mkdir(parents=True, exist_ok=True)
     write_json(settings | {"data": data} | facts, path)
+
+
+def _deciding(fact: object) -> object:
+    """``fact`` without the settings that do not decide a result."""
+    return {key: value for key, value in fact.items() if key not in FREE} if isinstance(fact, dict) else fact
 
 
 def _equal(known: object, given: object) -> bool:

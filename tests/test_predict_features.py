@@ -183,8 +183,8 @@ def test_folders_that_do_not_fit_are_errors(data, run, tmp_path, capsys):
     copy.mkdir()
     (copy / "settings.json").write_text(json.dumps(old))
     assert "--resume" in message(copy, data / "features")
-    (copy / "settings.json").write_text(json.dumps(old | {"before": "features", "run": str(tmp_path / "absent")}))
-    assert "the run that it continued is missing" in message(copy, data / "features")
+    (copy / "settings.json").write_text(json.dumps(old | {"before": "features"}))
+    assert "was made by an older version; fine-tune again, into another --out" in message(copy, data / "features")
     (copy / "settings.json").write_text(content)
     shutil.copytree(run / "parts", copy / "parts")
     shutil.copy(run / "bags.csv", copy)
@@ -202,6 +202,14 @@ def test_bags_of_the_training_are_named(data, run, tmp_path, capsys):
         writer.add(name, store.Bag(np.full((2, 432), 0.5), np.zeros((2, 2)), None, None))
     assert predict(run, tmp_path / "some", tmp_path / "found") == 0
     assert f"note: 2 of these bags have the name of a bag of {run} (b03, b20): if they were" in capsys.readouterr().out
+    # features without a label are no part of the run
+    rows = [[f"b{i:02d}", i % 2, ("train", "test")[i // 8]] for i in range(16)]
+    write(tmp_path / "few.csv", ["bag", "red", "split"], rows)
+    few = ["--features", str(data / "features"), "--labels", str(tmp_path / "few.csv"), "--overlays=0", "--epochs=1"]
+    assert train_features.main([*few, "--out", str(tmp_path / "few")]) == 0
+    capsys.readouterr()
+    assert predict(tmp_path / "few", tmp_path / "some", tmp_path / "found", "--with-failed") == 0
+    assert "note: 1 of these bags have the name of a bag of" in capsys.readouterr().out
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     content = json.loads((moved / "settings.json").read_text())

@@ -26,15 +26,22 @@ def next_step(text: str) -> None:
     print(f"\nnext: {text}")
 
 
-def warn_of_unreadable(problems: Sequence[str]) -> None:
-    """Prints a warning with the first of ``problems``, a message for each image that cannot be read. None: nothing."""
+def warn_of_unreadable(problems: Sequence[str], advice: str = "") -> None:
+    """Prints a warning with the first of ``problems``, a message for each image that cannot be read. None: nothing.
+
+    Args:
+        advice: a last line.
+    """
     if problems:
         named = [f"  {problem}" for problem in problems[:NAMED]]
         more = [] if len(problems) <= NAMED else ["  ..."]
-        print(
-            f"\nwarning: {len(problems)} images cannot be read and were left out:", *named, *more, sep="\n",
-            file=sys.stderr,
-        )  # fmt: skip
+        count = (
+            "1 image cannot be read and was"
+            if len(problems) == 1
+            else f"{len(problems)} images cannot be read and were"
+        )
+        lines = [f"\nwarning: {count} left out:", *named, *more, *([advice] if advice else [])]
+        print(*lines, sep="\n", file=sys.stderr)
 
 
 def exit_status(work: Callable[[], None], interrupted: str = "stopped") -> int:

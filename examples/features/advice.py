@@ -35,6 +35,7 @@ def training_warnings(
     labels: Mapping[tuple[int, int], np.ndarray],
     settings: Settings,
     many_folds: bool,
+    fine_tuned: bool = False,
 ) -> list[str]:
     """The warnings about the trainings of a command, each a paragraph.
 
@@ -44,10 +45,11 @@ def training_warnings(
         histories: the rows of the epochs by (repeat, fold), as ``train`` logs them. Some may be missing or empty.
         labels: the labels (N, C) of the training bags by (repeat, fold).
         many_folds: the repeats have folds.
+        fine_tuned: the trainings continue those of another run.
     """
     known = {key: history for key, history in histories.items() if history}
     started = lam_advice(list(known.values()), [labels[key] for key in known], settings)
-    advice = failure_advice(failed, rows, settings, many_folds)
+    advice = failure_advice(failed, rows, settings, many_folds, fine_tuned)
     return [text for text in (started, advice) if text is not None]
 
 
@@ -116,6 +118,7 @@ def failure_advice(
     rows: Sequence[Mapping[str, object]],
     settings: Settings,
     many_folds: bool,
+    fine_tuned: bool = False,
 ) -> str | None:
     """The ``failed`` trainings, why, and what to change. None if there is none.
 
@@ -136,11 +139,14 @@ def failure_advice(
         name += f" of repeat {repeat}" if many_folds and many_repeats else ""
         lines.append(f"{name} ({'; '.join(reasons)})")
     changes = []
-    if _can_search(settings) and not _searches(settings):
-        changes.append(f"find small objects with {' '.join(SEARCH)}")
-    if not many_repeats:
-        changes.append("compare other seeds and folds (--repeats 3)")
-    changes.append("extract other features (--stages, --cut, larger images)")
+    if fine_tuned:
+        changes.append("train the run of --run again with other options; its report names them")
+    else:
+        if _can_search(settings) and not _searches(settings):
+            changes.append(f"find small objects with {' '.join(SEARCH)}")
+        if not many_repeats:
+            changes.append("compare other seeds and folds (--repeats 3)")
+        changes.append("extract other features (--stages, --cut, larger images)")
     count = len({(row["repeat"], row["fold"]) for row in rows})
     of_classes = " for these classes" if many_classes else ""
     return (

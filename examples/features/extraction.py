@@ -99,6 +99,8 @@ def read_points(path: Path, images: Collection[str]) -> dict[str, np.ndarray]:
 def refuse_far_points(points: Mapping[str, np.ndarray], images: Mapping[str, Path], first: int) -> None:
     """Compares the ``points`` of read_points with the sizes of the ``images``, which are not decoded.
 
+    An image whose size cannot be read is not compared: the extraction names it later.
+
     Args:
         first: the coordinates of the first pixel, 0 or 1.
 
@@ -106,7 +108,10 @@ def refuse_far_points(points: Mapping[str, np.ndarray], images: Mapping[str, Pat
         ValueError: a point is more than one pixel outside of its image.
     """
     for name, places in points.items():
-        width, height, _ = pixels.read_header(images[name])
+        try:
+            width, height, _ = pixels.read_header(images[name])
+        except ValueError:
+            continue
         far = places[((places < first - 1) | (places > [width + first, height + first])).any(1)]
         if len(far):
             raise ValueError(

@@ -39,4 +39,4 @@ def prediction_command(run: Path, features: Path, images: Path, tuned: bool) -> 
     """
     words = ["python", "predict_features.py", "--run", run, "--features", features, "--images", images]
     words += ["--before", "new_before"] if tuned else []
-    return shlex.join(map(str, [*words, "--out", Path("found")]))
+    return shlex.join(map(str, [*words, "--out", "found_tuned" if tuned else "found"]))

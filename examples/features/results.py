@@ -30,13 +30,16 @@ def write_results(
     overlays: int,
     training: str,
     settings: Settings,
-    histories: Sequence[Sequence[Mapping]],
+    histories: Sequence[Sequence[Mapping]] = (),
+    failed_before: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> None:
     """Writes the tables and the report of ``runs``, whose predictions are in ``out/parts``. Prints the metrics.
 
     Args:
         images, overlays, training: as in :func:`features.report.write_report`.
-        histories: the rows of the epochs of each run, as ``train`` logs them.
+        histories: the rows of the epochs of each run, as ``train`` logs them. Empty: the losses are not examined.
+        failed_before: for fine-tuned trainings, the content of ``FAILED`` of the run that they continued. A training
+            that has failed there counts as failed here.
     """
     repeats: dict[int, list[Predictions]] = {}
     for run in runs:
@@ -46,8 +49,13 @@ def write_results(
     trainings = rows_of_trainings(finished, truth, bags)
     many_folds = len(finished[0]) > 1
     by_key = {(run.repeat, run.fold): run for run in runs}
-    known = dict(zip(by_key, histories, strict=True))
+    known = dict(zip(by_key, histories, strict=bool(histories)))
     failed = failures(trainings, known, settings)
+    for key, run in sorted(by_key.items()):
+        for label, reasons in (failed_before or {}).get(run.name, {}).items():
+            before = [f"before fine-tuning: {reason}" for reason in reasons]
+            failed.setdefault(key, {})[label] = [*before, *failed.get(key, {}).get(label, [])]
+    failed = dict(sorted(failed.items()))
     write_json({by_key[key].name: reasons for key, reasons in failed.items()}, out / FAILED)
     warnings = training_warnings(
         failed,
@@ -56,6 +64,7 @@ def write_results(
         {key: truth.labels.values[run.train] for key, run in by_key.items()},
         settings,
         many_folds,
+        fine_tuned=failed_before is not None,
     )
     folds = trainings if many_folds else []
     write_tables(out, finished, truth.labels, bags, result, rows, folds)

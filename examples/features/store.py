@@ -5,7 +5,7 @@ A folder has one of two forms:
 - One file per bag: ``BAG.h5`` with ``features`` (L, D) and ``coords`` (L, 2), as CLAM and TRIDENT write them, or
   ``BAG.pt`` with a tensor (L, D) or a dict that holds one under ``features`` (and ``coords``).
 - One file for all: ``features.bin`` (L_1 + L_2 + ..., D) and ``coords.bin``, with ``bags.csv`` (one row per bag: name,
-  number of instances, height and width of the map or 0, height and width of the image) and ``store.json``.
+  number of instances, height and width of the map or 0, height and width of the image, time) and ``store.json``.
 
 ``coords`` are x, y in pixels of the image, of the centre of an instance (CLAM: of its top left corner).
 """
@@ -17,7 +17,9 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,9 +31,13 @@ if TYPE_CHECKING:
     import h5py
 
 BAGS = ("bag", "instances", "rows", "columns", "height", "width")
+#: A further column: when the bag was written, in seconds since 1970. Tables of older versions do not have it.
+WRITTEN = "written"
 COORDS = np.dtype(np.float32)
 #: The file of a run of train_features.py with its options, its classes, and the settings of the extraction.
 SETTINGS = "settings.json"
+#: There, in a run of finetune_features.py: the settings of the run that it continued.
+BASE = "base"
 
 
 class Bag(NamedTuple):
@@ -66,24 +72,21 @@ class StoreWriter:
             known = read_json(path)
             _refuse_changed(folder, known.get("settings", {}), settings)
         self.settings = settings
-        table = folder / "bags.csv"
-        self.last_write = table.stat().st_mtime if table.exists() else 0.0
         self.features = known.get("features", 0)
         rows = _read_rows(folder / "bags.csv") if known else []
         self.names = {row["bag"] for row in rows}
+        self.times = {row["bag"]: float(row[WRITTEN]) for row in rows if row.get(WRITTEN)}
+        self.timed = not rows or WRITTEN in rows[0]
         self.instances = sum(int(row["instances"]) for row in rows)
         for name, bytes_each in (("features.bin", self.features * 2), ("coords.bin", 2 * COORDS.itemsize)):
             with naming(folder / name), (folder / name).open("ab") as file:
                 file.truncate(self.instances * bytes_each)
         if not rows:
-            _write_line(folder / "bags.csv", BAGS, "w")
+            _write_line(folder / "bags.csv", (*BAGS, WRITTEN), "w")
 
     def written(self, name: str) -> float:
-        """When the features of a bag were written at the latest, in seconds since 1970.
-
-        There is one time for the whole folder: that of the last bag of the command before.
-        """
-        return self.last_write
+        """When the features of a bag were written, in seconds since 1970. Infinite in a folder of an older version."""
+        return self.times.get(name, math.inf)
 
     def add(self, name: str, bag: Bag) -> None:
         """Writes a bag as float16. A bag counts as written when its line in ``bags.csv`` is written."""
@@ -100,7 +103,8 @@ class StoreWriter:
                 file.write(array.data)  # tofile() would hide that the last block does not fit on the disk
                 file.flush()
                 os.fsync(file.fileno())
-        row = (name, len(features), *(bag.grid or (0, 0)), *(bag.size or (0, 0)))
+        now = [f"{time.time():.3f}"] if self.timed else []
+        row = (name, len(features), *(bag.grid or (0, 0)), *(bag.size or (0, 0)), *now)
         _write_line(self.folder / "bags.csv", row, "a")
         self.names.add(name)
 
@@ -285,12 +289,12 @@ def extraction_of(folder: Path) -> dict:
 
 
 def settings_of_run(folder: Path) -> tuple[dict, dict]:
-    """``settings.json`` of a run, and that of the run of train_features.py that it continued.
+    """``settings.json`` of a run, and the settings of the run of train_features.py that it continued.
 
-    Both are the same unless ``folder`` is a run of finetune_features.py.
+    Both are the same unless ``folder`` is a run of finetune_features.py, which keeps the settings under ``BASE``.
 
     Raises:
-        ValueError: ``folder`` is no run, or the run that it continued is missing.
+        ValueError: ``folder`` is no run, or an older version made it.
     """
     path = folder / SETTINGS
     if not path.is_file():
@@ -298,10 +302,9 @@ def settings_of_run(folder: Path) -> tuple[dict, dict]:
     own = read_json(path)
     if "before" not in own:
         return own, own
-    base = Path(own["run"]) / SETTINGS
-    if not base.is_file():
-        raise ValueError(f"{folder}: the run that it continued is missing: {base}")
-    return own, read_json(base)
+    if BASE not in own:
+        raise ValueError(f"run: {folder} was made by an older version; fine-tune again, into another --out")
+    return own, own[BASE]
 
 
 def extraction_of_run(folder: Path) -> dict:

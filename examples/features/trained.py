@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,16 @@ from images.metrics import best_threshold
 from torch import Tensor, nn
 
 from features.advice import ALL_CLASSES
-from features.finetuning import BlocksHead, load_blocks, rows_of, split_blocks, width_of_output
+from features.finetuning import (
+    BLOCKS,
+    BlocksHead,
+    load_blocks,
+    refuse_other_image,
+    rows_of,
+    split_blocks,
+    width_of_output,
+)
+from features.labels import read_labels
 from features.results import FAILED
 from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of
 from features.store import FeatureBags, extraction_of_run, settings_of_run
@@ -37,12 +47,18 @@ class TunedBlocks(NamedTuple):
 
     Attributes:
         before: the output of the stage before the blocks of ``--blocks``.
+        original: all blocks, as they were before the fine-tuning.
         frozen: the blocks that were not trained.
+        trained: the trained blocks, as they were before the fine-tuning.
+        inputs: number of features of the output of the frozen blocks.
         width: number of features of the output of all blocks.
     """
 
     before: FeatureBags
+    original: nn.Module
     frozen: nn.Module
+    trained: nn.Module
+    inputs: int
     width: int
 
 
@@ -90,11 +106,12 @@ def load_heads(run: Path, with_failed: bool = False, before: FeatureBags | None 
         raise ValueError(f"before: expected a run of finetune_features.py, got {run} of train_features.py")
     classes = known["class_names"]
     settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
-    repeats = own["repeats"] or known["repeats"]
+    repeats = min(own["repeats"] or known["repeats"], known["repeats"])
     names = [f"repeat{r}_fold{f}" for r in range(repeats) for f in range(known["folds"] or 1)]
     needed = [
         run / FAILED,
         run / BAGS_OF_RUN,
+        *([] if before is None else [run / BLOCKS]),
         *(run / "parts" / f"{name}{end}" for name in names for end in (".pt", ".npz")),
     ]
     missing = [file for file in needed if not file.is_file()]
@@ -112,36 +129,41 @@ def load_heads(run: Path, with_failed: bool = False, before: FeatureBags | None 
         )
     used[:, none] = True
     heads: list[TrainedHead] = []
-    features, tuned = 0, None
+    features = 0
+    tuned = None if before is None else tuned_blocks(run, own, extraction, before)
     for name, some in zip(names, used.any(1).tolist(), strict=True):
         if not some:
             continue
         state = load_state(run / "parts" / f"{name}.pt")
         parts = state["model"]
-        if before is not None:
+        if tuned is not None:
             transform = Transform(parts["head.mean"], parts["head.weight"])
         else:
             transform = Transform(**state["transform"])
         features = len(transform.mean)
         model = make_model(settings, transform.weight.shape[1], len(classes), 0)
-        if before is None:
-            model.load_state_dict(parts)
-            heads.append(TrainedHead(name, transform, model.eval()))
-            continue
-        if "frozen" not in state:
-            raise ValueError(f"run: {run} was made by an older version; fine-tune again")
-        # the weights are those of the state
-        blocks = load_blocks(extraction["backbone"], "none", own["blocks"])
-        frozen, trained = split_blocks(blocks, own["freeze"])
-        frozen.load_state_dict(state["frozen"])
-        tuned = TunedBlocks(before, frozen, width_of_output(blocks, before))
-        inputs = before.features if not own["freeze"] else width_of_output(frozen, before)
-        model["head"] = BlocksHead(trained, model["head"], transform, inputs, (0, 0))
+        if tuned is not None:
+            blocks = copy.deepcopy(tuned.trained)
+            model["head"] = BlocksHead(blocks, model["head"], transform, tuned.inputs, (0, 0))
         model.load_state_dict(parts)
-        heads.append(TrainedHead(name, nn.Identity(), model.eval()))
+        heads.append(TrainedHead(name, transform if tuned is None else nn.Identity(), model.eval()))
     hopeless = [label for label, is_hopeless in zip(classes, none.tolist(), strict=True) if is_hopeless]
     left_out = np.where(none, 0, left_out)
     return TrainedHeads(run, heads, used[used.any(1)], left_out, hopeless, classes, extraction, features, tuned)
+
+
+def tuned_blocks(run: Path, own: dict, extraction: dict, before: FeatureBags) -> TunedBlocks:
+    """The blocks of the fine-tuned ``run`` as they were before the fine-tuning, and their input ``before``.
+
+    Args:
+        own: ``settings.json`` of the run.
+        extraction: the settings of the extraction of the features of the heads.
+    """
+    original = load_blocks(extraction["backbone"], "none", own["blocks"], extraction["output_stride"])
+    original.load_state_dict(load_state(run / BLOCKS))
+    frozen, trained = split_blocks(original, own["freeze"])
+    inputs = width_of_output(frozen, before.features)
+    return TunedBlocks(before, original, frozen, trained, inputs, width_of_output(original, before.features))
 
 
 def refuse_other_before(own: dict, run: Path, before: FeatureBags | None) -> None:
@@ -155,16 +177,16 @@ def refuse_other_before(own: dict, run: Path, before: FeatureBags | None) -> Non
             f"before: {run} is a run of finetune_features.py, which needs --before; "
             f"extract_features.py --like {own['before']} extracts these features of new images"
         )
-    if "extraction_before" not in own:
-        raise ValueError(f"run: {run} was made by an older version; fine-tune again")
     refuse_other_settings(own["extraction_before"], before, "before", f"the features in {own['before']}")
 
 
 def bags_of_training(trained: TrainedHeads) -> set[str] | None:
-    """The names of the bags that the run was given for training and test; None if its features are gone."""
+    """The names of the labelled bags of the run; None if its labels or features have gone or changed."""
     _, known = settings_of_run(trained.run)
     try:
-        return set(FeatureBags(Path(known["features"])).names)
+        bags = FeatureBags(Path(known["features"]))
+        table = known["labels"], known["classes"], known["patient"]
+        return set(read_labels(Path(table[0]), *table[1:], bags.names, known["folds"] is None).names)
     except (ValueError, OSError):
         return None
 
@@ -200,7 +222,7 @@ def thresholds_of(trained: TrainedHeads) -> list[float | None]:
 def refuse_other_features(trained: TrainedHeads, bags: FeatureBags) -> None:
     """Raises ValueError if ``bags`` were extracted with other settings than the bags of the training.
 
-    With fine-tuned blocks, their input must also hold every bag, as a map of the same size.
+    With fine-tuned blocks, their input must also hold the same images.
     """
     refuse_other_settings(trained.extraction, bags, "features", "the features of the training")
     if bags.features != trained.features:
@@ -209,13 +231,8 @@ def refuse_other_features(trained: TrainedHeads, bags: FeatureBags) -> None:
         )
     if trained.tuned is None:
         return
-    before = trained.tuned.before
     for name in bags.names:
-        if name not in before.names:
-            raise ValueError(f"before: {before.folder} has no bag {name}")
-        grids = before.shape(name).grid, bags.shape(name).grid
-        if None in grids or grids[0] != grids[1]:
-            raise ValueError(f"before: expected maps of one size, got {grids[0]} and {grids[1]} for {name}")
+        refuse_other_image(trained.tuned.original, trained.tuned.width, trained.tuned.before, bags, name)
 
 
 def refuse_other_settings(wanted: dict, bags: FeatureBags, option: str, of_training: str) -> None:
@@ -247,7 +264,7 @@ def mean_predictions(trained: TrainedHeads, bags: FeatureBags, names: Sequence[s
         bag = bags[name]
         for head in trained.heads:
             head.model["head"].grid = bag.grid
-        return rows_of(trained.tuned.before[name], bag, trained.tuned.width, trained.tuned.frozen)
+        return rows_of(name, trained.tuned.before[name], bag, trained.tuned.width, trained.tuned.frozen)
 
     def found() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for name in names:
