@@ -127,7 +127,7 @@ def repeat_settings(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the folder does not tell them, or they need other --points or --weights.
     """
-    from features.store import extraction_of
+    from features.run_settings import extraction_of
 
     known = extraction_of(args.like)
     if "backbone" not in known:
@@ -161,7 +161,8 @@ def extract(args: argparse.Namespace) -> list[str]:
     """
     from features.extraction import find_images, first_readable, read_image, read_points, refuse_far_points
     from features.recommended import prediction_command, training_command
-    from features.store import SETTINGS, FileWriter, StoreWriter, settings_of_run
+    from features.run_settings import SETTINGS, settings_of_run
+    from features.store import FileWriter, StoreWriter
     from images.dataset import some
 
     images = find_images(args.images)

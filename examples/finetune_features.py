@@ -93,8 +93,9 @@ def run(args: argparse.Namespace) -> None:
     )
     from features.opened_run import open_run
     from features.results import FAILED, write_results
+    from features.run_settings import BASE, extraction_of_run
     from features.runs import save_predictions
-    from features.store import BASE, FeatureBags, extraction_of_run
+    from features.store import FeatureBags
     from features.training import Settings, Transform, fit, make_model, predicted
 
     opened = open_run(args.run, args.repeats)

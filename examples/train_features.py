@@ -247,8 +247,8 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], f
     Raises:
         ValueError: the folder holds runs and --resume is missing, or its settings or data differ.
     """
+    from features.run_settings import SETTINGS
     from features.runs import refuse_other_data
-    from features.store import SETTINGS
 
     # absolute: finetune_features.py may run in another folder
     settings = {key: str(v.resolve()) if isinstance(v, Path) else v for key, v in vars(args).items()}
@@ -260,10 +260,10 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], f
         changed = [key for key in settings if key not in FREE and not _equal(known.get(key), settings[key])]
         if changed:
             raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
+        refuse_other_data(args.out, known.get("data", {}), data, "choose another --out, or restore the old ones")
         for key, fact in facts.items():
             if key in known and _deciding(known[key]) != _deciding(fact):
                 raise ValueError(f"out: {args.out} was made with another {key.replace('_', ' ')}; choose another --out")
-        refuse_other_data(args.out, known.get("data", {}), data, "choose another --out, or restore the old ones")
     parts.mkdir(parents=True, exist_ok=True)
     write_json(settings | {"data": data} | facts, path)
 

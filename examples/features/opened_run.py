@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from features.labels import Labels, read_boxes, read_instance_labels, read_labels
+from features.run_settings import settings_of_run
 from features.runs import Predictions, Run, Truth, digests_of, joined, load_predictions, plan, refuse_other_data
-from features.store import FeatureBags, settings_of_run
+from features.store import FeatureBags
 
 
 class OpenedRun(NamedTuple):

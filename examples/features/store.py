@@ -34,10 +34,6 @@ BAGS = ("bag", "instances", "rows", "columns", "height", "width")
 #: A further column: when the bag was written, in seconds since 1970. Tables of older versions do not have it.
 WRITTEN = "written"
 COORDS = np.dtype(np.float32)
-#: The file of a run of train_features.py with its options, its classes, and the settings of the extraction.
-SETTINGS = "settings.json"
-#: There, in a run of finetune_features.py: the settings of the run that it continued.
-BASE = "base"
 
 
 class Bag(NamedTuple):
@@ -275,47 +271,6 @@ class FeatureBags:
         coords = np.fromfile(self.folder / "coords.bin", COORDS, n * 2, offset=row["start"] * 2 * COORDS.itemsize)
         grid, size = (row["rows"], row["columns"]), (row["height"], row["width"])
         return Bag(features.reshape(-1, d), coords.reshape(n, 2), grid if grid[0] else None, size if size[0] else None)
-
-
-def extraction_of(folder: Path) -> dict:
-    """The settings of the extraction of a folder of features, or of those that a run of train_features.py used.
-
-    Raises:
-        ValueError: the folder is neither, or its run is older than these settings.
-    """
-    if not (folder / SETTINGS).is_file():
-        return FeatureBags(folder).settings
-    return extraction_of_run(folder)
-
-
-def settings_of_run(folder: Path) -> tuple[dict, dict]:
-    """``settings.json`` of a run, and the settings of the run of train_features.py that it continued.
-
-    Both are the same unless ``folder`` is a run of finetune_features.py, which keeps the settings under ``BASE``.
-
-    Raises:
-        ValueError: ``folder`` is no run, or an older version made it.
-    """
-    path = folder / SETTINGS
-    if not path.is_file():
-        raise ValueError(f"run: expected a folder of train_features.py, found no {path}")
-    own = read_json(path)
-    if "before" not in own:
-        return own, own
-    if BASE not in own:
-        raise ValueError(f"run: {folder} was made by an older version; fine-tune again, into another --out")
-    return own, own[BASE]
-
-
-def extraction_of_run(folder: Path) -> dict:
-    """The settings of the extraction of the features of a run's heads. Raises ValueError if they are unknown."""
-    _, known = settings_of_run(folder)
-    if "extraction" not in known:
-        raise ValueError(
-            f"{folder}: expected a run of train_features.py, with the settings of its features; an older run gets "
-            "them from the same command with --resume"
-        )
-    return known["extraction"]
 
 
 def digest(content: object) -> str:

@@ -26,8 +26,9 @@ from features.finetuning import (
 )
 from features.labels import read_labels
 from features.results import FAILED
+from features.run_settings import extraction_of_run, settings_of_run
 from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of
-from features.store import FeatureBags, extraction_of_run, settings_of_run
+from features.store import FeatureBags
 from features.training import BagReader, Settings, Transform, make_model, probabilities
 
 
