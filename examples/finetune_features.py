@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     extraction_of_run(args.run)  # an older run does not have it
     before = FeatureBags(args.before)
     refuse_other_view(after, before)
-    original = load_blocks(after.settings["backbone"], args.weights, args.blocks, after.settings["output_stride"])
+    original = load_blocks(after.settings["backbone"], args.weights, args.blocks, after.settings.get("output_stride"))
     width = width_of(original, before, after, labels.names)
     frozen, blocks = split_blocks(original, args.freeze)
     reader = MapReader(before, after, labels.names, width, frozen)

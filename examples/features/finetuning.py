@@ -113,7 +113,7 @@ def refuse_other_view(after: FeatureBags, before: FeatureBags) -> None:
             )
 
 
-def load_blocks(name: str, weights: str, blocks: Sequence[str], output_stride: int | None) -> nn.Sequential:
+def load_blocks(name: str, weights: str, blocks: Sequence[str], output_stride: int | None = None) -> nn.Sequential:
     """The submodules ``blocks`` of a network of timm, one after the other.
 
     Raises:

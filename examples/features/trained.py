@@ -160,7 +160,7 @@ def tuned_blocks(run: Path, own: dict, extraction: dict, before: FeatureBags) ->
         own: ``settings.json`` of the run.
         extraction: the settings of the extraction of the features of the heads.
     """
-    original = load_blocks(extraction["backbone"], "none", own["blocks"], extraction["output_stride"])
+    original = load_blocks(extraction["backbone"], "none", own["blocks"], extraction.get("output_stride"))
     original.load_state_dict(load_state(run / BLOCKS))
     frozen, trained = split_blocks(original, own["freeze"])
     inputs = width_of_output(frozen, before.features)
