@@ -49,7 +49,7 @@ class PatchNetwork(nn.Module):
 
     Two convolutions with max pooling and two layers of 512 features. In training, all patches of a step are flipped and
     rotated in the same random way. The convolutions process ``GROUP`` patches at once, in channels-last memory. Their
-    activations then stay in the cache: a CPU needs 0.4 of the time of all patches at once in contiguous memory.
+    activations then stay in the cache of a CPU.
 
     Args:
         features: 3 S S, the number of pixel values of a patch. S is at least 12.
