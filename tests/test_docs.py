@@ -144,6 +144,30 @@ def test_code_of_the_localization_page_runs(capsys):
     assert len(names["image"].getcolors()) == 2
 
 
+def test_code_of_the_recordings_page_runs(tmp_path, monkeypatch, capsys):
+    """Runs docs/recordings.md in order: the network finds the chirps, and the command trains on the stored features."""
+    import train_features
+
+    page = (DOCS / "recordings.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
+    assert names["right"].float().mean() > 0.9
+    assert names["iou"].mean() > 0.6
+    labels = (f"recording_{i:02},{int(y)}" for i, y in enumerate(names["test_labels"]))
+    (tmp_path / "labels.csv").write_text("\n".join(["bag,chirp", *labels]))
+    (command,) = re.findall(r"```bash\npython train_features.py (.*?)\n```", page, re.S)
+    options = command.replace("\\\n", " ").split()
+    assert train_features.main([*options, "--epochs", "1", "--trial-epochs", "1", "--restarts", "2"]) in (None, 0)
+    rows = (tmp_path / "runs" / "sgl" / "instances.csv").read_text().splitlines()
+    assert [row.split(",")[2] for row in rows[1:4]] == ["0", "50", "100"]  # milliseconds
+    assert len(rows) == 1 + 64 * 200
+    advice = capsys.readouterr().out
+    assert "use the features of another network" in advice
+    assert "--stages" not in advice
+
+
 def test_links_of_the_readme_are_absolute():
     """A package index shows the README without the repository, so relative links are broken there."""
     text = (ROOT / "README.md").read_text()

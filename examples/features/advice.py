@@ -36,6 +36,7 @@ def training_warnings(
     settings: Settings,
     many_folds: bool,
     fine_tuned: bool = False,
+    extracted: bool = True,
 ) -> list[str]:
     """The warnings about the trainings of a command, each a paragraph.
 
@@ -46,19 +47,23 @@ def training_warnings(
         labels: the labels (N, C) of the training bags by (repeat, fold).
         many_folds: the repeats have folds.
         fine_tuned: the trainings continue those of another run.
+        extracted: the features are those of extract_features.py.
     """
     known = {key: history for key, history in histories.items() if history}
-    started = lam_advice(list(known.values()), [labels[key] for key in known], settings)
-    advice = failure_advice(failed, rows, settings, many_folds, fine_tuned)
+    started = lam_advice(list(known.values()), [labels[key] for key in known], settings, extracted)
+    advice = failure_advice(failed, rows, settings, many_folds, fine_tuned, extracted)
     return [text for text in (started, advice) if text is not None]
 
 
-def lam_advice(histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarray], settings: Settings) -> str | None:
+def lam_advice(
+    histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarray], settings: Settings, extracted: bool = True
+) -> str | None:
     """What lam 0 in whole runs means, and what to change. None if lam rose in every run.
 
     Args:
         histories: the rows of the epochs of each run, as ``train`` logs them.
         labels: the labels (N, C) of the training bags of each run.
+        extracted: as in :func:`training_warnings`.
     """
     if settings.loss != "sgl" or settings.lam == 0:
         return None
@@ -79,7 +84,7 @@ def lam_advice(histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarr
         changes.append("use --pooling topk")
     if _can_search(settings) and not _searches(settings):
         changes.append(f"find small objects with {' '.join(SEARCH)}")
-    changes.append("extract other features (--stages, --cut, larger images)")
+    changes.append(_other_features(extracted))
     return (
         text + f"To change this: {'; '.join(changes)}. If the highest AUC is close to the threshold, lower "
         "--start-auc. --start at_once uses the instance loss from the first step."
@@ -119,6 +124,7 @@ def failure_advice(
     settings: Settings,
     many_folds: bool,
     fine_tuned: bool = False,
+    extracted: bool = True,
 ) -> str | None:
     """The ``failed`` trainings, why, and what to change. None if there is none.
 
@@ -146,7 +152,7 @@ def failure_advice(
             changes.append(f"find small objects with {' '.join(SEARCH)}")
         if not many_repeats:
             changes.append("compare other seeds and folds (--repeats 3)")
-        changes.append("extract other features (--stages, --cut, larger images)")
+        changes.append(_other_features(extracted))
     count = len({(row["repeat"], row["fold"]) for row in rows})
     of_classes = " for these classes" if many_classes else ""
     return (
@@ -168,6 +174,12 @@ def _signs(row: Mapping) -> list[str]:
     if row.get("images", 0) >= FEWEST and row["iou_0.1"] == 0:
         signs.append(f"no box overlaps a true box in {row['images']} images")
     return signs
+
+
+def _other_features(extracted: bool) -> str:
+    if extracted:
+        return "extract other features (--stages, --cut, larger images)"
+    return "use the features of another network"
 
 
 def _can_search(settings: Settings) -> bool:

@@ -65,6 +65,7 @@ def write_results(
         settings,
         many_folds,
         fine_tuned=failed_before is not None,
+        extracted=bool(bags.settings),
     )
     folds = trainings if many_folds else []
     write_tables(out, finished, truth.labels, bags, result, rows, folds)
