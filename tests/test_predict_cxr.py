@@ -23,7 +23,7 @@ from images.models import Grid
 from images.prediction import predict
 from images.provenance import digest_of
 from images.thresholds import Relative
-from test_images_pixels import write_dicom
+from test_images_dicom import write_dicom
 
 from sgl_ops.localization import upsample
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from images import pixels
 from images.dataset import records_of, some
+from images.dicom import DICOM
 from images.label_tables import NAMES, name_among, same
-from images.pixels import DICOM
 from torch import Tensor
 
 from features.backbones import Backbone, aligned

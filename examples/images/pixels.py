@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from images.dicom import DICOM, read_dicom, read_dicom_header
 from images.frames import frames_of
 
 #: Mean and standard deviation per channel of the images that torchvision's networks were trained on.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Values of the padding: the integers nearest to MEAN, so that the network gets about 0.
 PADDING = tuple(round(255 * value) for value in MEAN)
-DICOM = (".dcm", ".dicom")
-INTERPRETATION = "PhotometricInterpretation"
-#: Values of this DICOM attribute. pydicom converts COLOURS to RGB.
-GREY, PALETTE = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR"
-COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-WINDOWS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")  # values of the DICOM attribute VOILUTFunction
 ORIENTATION = 0x0112  # EXIF tag; values of 5 and more exchange width and height
 
 
@@ -45,9 +38,7 @@ def read_header(path: Path) -> tuple[int, int, bool]:
     from PIL import Image
 
     if path.suffix.lower() in DICOM:
-        data = _dicom(path, stop_before_pixels=True)
-        colour = _value(data, "SamplesPerPixel", path) == 3 or _value(data, INTERPRETATION, path) == PALETTE
-        return *_dicom_size(data, path), colour
+        return read_dicom_header(path)
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -71,7 +62,7 @@ def read_image(path: Path) -> Any:
     from PIL import Image, ImageOps
 
     if path.suffix.lower() in DICOM:
-        return Image.fromarray(_read_dicom(path))
+        return Image.fromarray(read_dicom(path))
     try:
         with Image.open(path) as image:
             image.load()
@@ -112,127 +103,6 @@ def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
     if wide.min() < 0 or wide.max() > 65535:
         raise ValueError(f"{path}: expected 8 or 16 bits, got values {wide.min()} to {wide.max()}")
     return (wide >> (bits_used(int(wide.max())) - 8)).astype(np.uint8)
-
-
-def _dicom(path: Path, **options: Any) -> Any:
-    try:
-        import pydicom.pixels
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{path}: DICOM needs pydicom 3 or later, which is not installed: pip install 'pydicom>=3'"
-        ) from None
-    try:
-        return pydicom.dcmread(path, **options)
-    except Exception as error:  # a truncated file raises many types
-        raise ValueError(f"{path}: not a readable DICOM file: {error}") from None
-
-
-def _dicom_size(data: Any, path: Path) -> tuple[int, int]:
-    """Width and height."""
-    width, height = (_number(data, name, path) for name in ("Columns", "Rows"))
-    if not width or not height:
-        raise ValueError(f"{path}: expected an image, but this DICOM file has no Rows or Columns")
-    return int(width), int(height)
-
-
-def _read_dicom(path: Path) -> np.ndarray:
-    """(h, w) or (h, w, 3) uint8.
-
-    Grey images: rescale slope and intercept, the first window, MONOCHROME1 inverted. Without a window the lowest value
-    becomes 0 and the highest 255.
-    """
-    data = _dicom(path)
-    _dicom_size(data, path)
-    interpretation = _value(data, INTERPRETATION, path)
-    if interpretation not in (*GREY, PALETTE, *COLOURS):
-        raise ValueError(
-            f"{path}: expected the {INTERPRETATION} {', '.join((*GREY, PALETTE, *COLOURS))}, got "
-            f"{interpretation or 'nothing'}; convert the image to one of them"
-        )
-    try:
-        values = data.pixel_array
-    except Exception as error:  # a compression that needs another package, or a truncated file
-        raise ValueError(f"{path}: its pixels cannot be read: {error}") from None
-    if interpretation in COLOURS:
-        if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
-            raise ValueError(
-                f"{path}: expected one image of 8 bits per colour, got pixels of shape {values.shape} and type "
-                f"{values.dtype}"
-            )
-        return values
-    if values.ndim != 2:
-        raise ValueError(f"{path}: expected one grey image, got pixels of shape {values.shape}")
-    return _palette_colours(values, data, path) if interpretation == PALETTE else _windowed(values, data, path)
-
-
-def _palette_colours(indices: np.ndarray, data: Any, path: Path) -> np.ndarray:
-    """The colours (h, w, 3) uint8 of ``indices`` (h, w) in the palette of a DICOM file."""
-    from pydicom.pixels import apply_color_lut
-
-    try:
-        entries, first, bits = (int(value) for value in data.RedPaletteColorLookupTableDescriptor)
-        # 0 means 65536. pydicom converts the indices to the type of the colours before it limits them
-        limited = np.clip(indices.astype(np.int64), first, first + (entries or 65536) - 1)
-        colours = apply_color_lut(limited, data)[..., :3]  # without an alpha channel
-    except Exception as error:  # a palette that is missing, incomplete or unsupported
-        raise ValueError(f"{path}: its palette cannot be read: {error}") from None
-    brightest = int(colours.max())
-    if brightest > 255:
-        return (colours >> 8).astype(np.uint8)
-    if bits == 16 and colours.dtype == np.uint16 and brightest > 0:
-        raise ValueError(
-            f"{path}: 16 bits per colour, but the palette only reaches {brightest} of 65535; convert the image to RGB "
-            "first"
-        )
-    return colours.astype(np.uint8)  # 8 bits, which may be stored in words
-
-
-def _windowed(values: np.ndarray, data: Any, path: Path) -> np.ndarray:
-    """Grey ``values`` (h, w) of a DICOM file as uint8."""
-    slope, intercept, centre, width = (
-        _number(data, name, path) for name in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth")
-    )
-    function = _value(data, "VOILUTFunction", path) or WINDOWS[0]
-    if function not in WINDOWS:
-        raise ValueError(f"{path}: expected the VOILUTFunction {', '.join(WINDOWS)}, got {function}")
-    x = values * (1.0 if slope is None else slope) + (intercept or 0.0)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: expected finite pixels, got NaN or infinity")
-    if centre is None or width is None:
-        share = (x - x.min()) / ((x.max() - x.min()) or 1.0)
-    elif width <= 0:
-        raise ValueError(f"{path}: expected a WindowWidth above 0, got {width:g}; correct or delete the window")
-    elif function == "SIGMOID":
-        share = 1 / (1 + np.exp(-4 * (x - centre) / width))
-    elif function == "LINEAR_EXACT":
-        share = (x - centre) / width + 0.5
-    else:  # DICOM PS3.3, C.11.2.1.2
-        share = (x - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
-    share = np.clip(share, 0, 1)
-    if data.PhotometricInterpretation == "MONOCHROME1":
-        share = 1 - share
-    return np.rint(255 * share).astype(np.uint8)
-
-
-def _value(data: Any, name: str, path: Path) -> Any:
-    """The first value of a DICOM attribute, which may hold several; None if it is absent or empty."""
-    try:
-        value = data.get(name)  # pydicom converts the content of the file here
-    except Exception as error:
-        raise ValueError(f"{path}: {name}: {error}") from None
-    first = next(iter(value), None) if isinstance(value, MutableSequence) else value
-    return None if first == "" else first
-
-
-def _number(data: Any, name: str, path: Path) -> float | None:
-    value = _value(data, name, path)
-    try:
-        number = None if value is None else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if number is not None and not math.isfinite(number):
-        raise ValueError(f"{path}: {name}: expected a finite number, got {value}")
-    return number
 
 
 def load_image(path: Path, size: int, channels: int = 1, fit: str = "square") -> np.ndarray:

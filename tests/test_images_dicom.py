@@ -1,0 +1,264 @@
+"""images/dicom.py: windows, lookup tables, palettes and colours of DICOM files, and errors that name the file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from images import pixels
+from test_images_pixels import random_image
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def write_dicom(path, values, **tags):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.Rows, data.Columns, data.SamplesPerPixel = *values.shape[:2], 3 if values.ndim == 3 else 1
+    bits = 8 * values.itemsize
+    data.BitsAllocated, data.BitsStored, data.HighBit = bits, bits, bits - 1
+    if values.ndim == 3:
+        data.PlanarConfiguration = 0
+    data.PixelRepresentation = int(values.dtype == np.int16)
+    data.PhotometricInterpretation = "MONOCHROME2"
+    for name, value in tags.items():
+        setattr(data, name, value)
+        if value is None:
+            delattr(data, name)
+    data.PixelData = values.tobytes()
+    data.save_as(path, enforce_file_format=False)
+
+
+VALUES = np.array([[0, 100, 200], [300, 400, 500]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({}, [0, 51, 102, 153, 204, 255]),  # no window: the range of the image
+        ({"PhotometricInterpretation": "MONOCHROME1"}, [255, 204, 153, 102, 51, 0]),
+        ({"WindowCenter": 250.5, "WindowWidth": 201}, [0, 0, 64, 191, 255, 255]),
+        ({"WindowCenter": [250.5, 7], "WindowWidth": [201, 7]}, [0, 0, 64, 191, 255, 255]),  # the first window is used
+        ({"WindowCenter": 250, "WindowWidth": 200, "VOILUTFunction": "LINEAR_EXACT"}, [0, 0, 64, 191, 255, 255]),
+        ({"WindowCenter": 200, "WindowWidth": 400, "VOILUTFunction": "SIGMOID"}, [30, 69, 128, 186, 225, 243]),
+        # the window is in rescaled values
+        (
+            {"RescaleSlope": 2, "RescaleIntercept": -500, "WindowCenter": 0.5, "WindowWidth": 401},
+            [0, 0, 64, 191, 255, 255],
+        ),
+        ({"RescaleSlope": -1, "RescaleIntercept": 0}, [255, 204, 153, 102, 51, 0]),
+    ],
+)  # fmt: skip
+def test_dicom_is_windowed_to_8_bits(tmp_path, tags, expected):
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    assert pixels.read_header(tmp_path / "x.dcm") == (3, 2, False)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten().astype(int)
+    assert np.abs(shown - expected).max() <= 1
+
+
+def lookup_table(first, entries, bits, stored=np.uint16, count=None):
+    """A sequence with one DICOM lookup table. ``stored`` None: numbers, not bytes."""
+    pydicom = pytest.importorskip("pydicom")
+    item = pydicom.Dataset()
+    count = len(entries) if count is None else count
+    item.add_new("LUTDescriptor", "US" if first >= 0 else "SS", [count, first, bits])
+    if stored is None:
+        item.add_new("LUTData", "US", list(entries))
+    else:
+        item.add_new("LUTData", "OW", np.asarray(entries, stored).tobytes())
+    return [item]
+
+
+RAMP = [0, 16, 32, 64, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"VOILUTSequence": (0, [v // 100 for v in range(0, 501)], 8)}, [0, 51, 102, 153, 204, 255]),
+        ({"VOILUTSequence": (0, range(0, 501), 16, None)}, [0, 51, 102, 153, 204, 255]),
+        # a table of 8 bits in bytes; it has a precedence over the window
+        ({"VOILUTSequence": (100, [200] * 100 + [100] * 150, 8, np.uint8), "WindowCenter": 1, "WindowWidth": 1},
+         [255, 255, 128, 128, 128, 128]),
+        # after rescale slope and intercept: 100 v - 20000 has the values -20000 to 30000
+        ({"RescaleSlope": 0.01, "RescaleIntercept": -2, "VOILUTSequence": (-2, [0, 10, 20, 30, 40, 100], 10)},
+         [0, 26, 51, 76, 102, 255]),
+        ({"VOILUTSequence": (0, range(0, 501), 12), "PhotometricInterpretation": "MONOCHROME1"},
+         [255, 204, 153, 102, 51, 0]),
+        # the modality table comes first: v -> 500 - v, and the window is in its values
+        ({"ModalityLUTSequence": (0, [500 - v for v in range(501)], 16)}, [255, 204, 153, 102, 51, 0]),
+        ({"ModalityLUTSequence": (0, [500 - v for v in range(501)], 16), "WindowCenter": 250.5, "WindowWidth": 201},
+         [255, 255, 191, 64, 0, 0]),
+        ({"ModalityLUTSequence": (0, [v // 100 for v in range(501)], 8), "VOILUTSequence": (0, RAMP, 8)},
+         [0, 16, 32, 64, 128, 255]),
+        ({"VOILUTSequence": []}, [0, 51, 102, 153, 204, 255]),
+    ],
+)  # fmt: skip
+def test_lookup_tables_of_dicom_are_applied(tmp_path, tags, expected):
+    tags = {name: lookup_table(*value) if isinstance(value, tuple) else value for name, value in tags.items()}
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten().astype(int)
+    assert np.abs(shown - expected).max() <= 1
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_lookup_tables_of_dicom_agree_with_pydicom(tmp_path, signed):
+    """All values of 12 bits, and values beyond both ends of the tables."""
+    pixel_functions = pytest.importorskip("pydicom.pixels")
+    low = -2048 if signed else 0
+    values = np.arange(low, low + 4096).reshape(64, 64).astype(np.int16 if signed else np.uint16)
+    rng = np.random.default_rng(3)
+    modality = lookup_table(low + 100, np.sort(rng.integers(0, 4096, 3000)), 16)
+    voi = lookup_table(50, np.sort(rng.integers(0, 65536, 3500)), 16)
+    write_dicom(tmp_path / "x.dcm", values, ModalityLUTSequence=modality, VOILUTSequence=voi)
+    data = pytest.importorskip("pydicom").dcmread(tmp_path / "x.dcm")
+    found = pixel_functions.apply_voi(pixel_functions.apply_modality_lut(data.pixel_array, data), data)
+    entries = np.frombuffer(data.VOILUTSequence[0].LUTData, "<u2")
+    expected = np.rint(255 * (found / entries.max()))
+    np.testing.assert_array_equal(np.asarray(pixels.read_image(tmp_path / "x.dcm")), expected)
+
+
+def test_more_than_256_entries_of_8_bits(tmp_path):
+    """The places in the table need more bits than its entries."""
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    write_dicom(tmp_path / "x.dcm", values, VOILUTSequence=lookup_table(0, values.flatten() // 16, 8, np.uint8))
+    np.testing.assert_array_equal(np.asarray(pixels.read_image(tmp_path / "x.dcm")), values // 16)
+
+
+def test_65536_entries(tmp_path):
+    """The descriptor of this table has the number 0."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    table = lookup_table(0, values.flatten()[::-1].copy(), 16, count=0)
+    write_dicom(tmp_path / "x.dcm", values, VOILUTSequence=table)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).astype(int)
+    np.testing.assert_array_equal(shown, np.rint((65535 - values.astype(int)) / 257))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ((0, [1, 2, 3], 16, np.uint16, 5), "VOILUTSequence: expected 5 entries, got 3"),
+        ((0, [1, 2, 3], 16, None, 5), "VOILUTSequence: expected 5 entries, got 3"),
+        (None, "VOILUTSequence: the table cannot be read"),
+    ],
+)
+def test_incomplete_lookup_table_of_dicom_is_an_error(tmp_path, table, message):
+    pydicom = pytest.importorskip("pydicom")
+    item = [pydicom.Dataset()] if table is None else lookup_table(*table)
+    write_dicom(tmp_path / "x.dcm", VALUES, VOILUTSequence=item)
+    with pytest.raises(ValueError, match=rf"x\.dcm: {message}"):
+        pixels.read_image(tmp_path / "x.dcm")
+
+
+def test_error_names_the_unreadable_dicom_file(tmp_path):
+    write_dicom(tmp_path / "x.dcm", VALUES)
+    (tmp_path / "x.dcm").write_bytes((tmp_path / "x.dcm").read_bytes()[:-6])
+    with pytest.raises(ValueError, match=r"x\.dcm: its pixels cannot be read"):
+        pixels.read_image(tmp_path / "x.dcm")
+    (tmp_path / "y.dcm").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"y\.dcm: not a readable DICOM file"):
+        pixels.read_header(tmp_path / "y.dcm")
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"RescaleSlope": "", "RescaleIntercept": ""}, [0, 51, 102, 153, 204, 255]),
+        ({"RescaleSlope": "", "WindowCenter": 250.5, "WindowWidth": 201}, [0, 0, 64, 191, 255, 255]),
+        ({"WindowCenter": "", "WindowWidth": 201}, [0, 51, 102, 153, 204, 255]),
+        ({"WindowCenter": [], "WindowWidth": []}, [0, 51, 102, 153, 204, 255]),
+        ({"WindowCenter": 250.5, "WindowWidth": 201, "VOILUTFunction": ""}, [0, 0, 64, 191, 255, 255]),
+    ],
+)
+def test_empty_dicom_attribute_counts_as_absent(tmp_path, tags, expected):
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    assert pixels.read_header(tmp_path / "x.dcm") == (3, 2, False)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten().astype(int)
+    assert np.abs(shown - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"WindowCenter": 250, "WindowWidth": 0}, "expected a WindowWidth above 0, got 0"),
+        ({"WindowCenter": 250, "WindowWidth": -5, "VOILUTFunction": "SIGMOID"}, "a WindowWidth above 0, got -5"),
+        ({"WindowCenter": 1, "WindowWidth": 9, "VOILUTFunction": "CUBIC"},
+         "expected the VOILUTFunction LINEAR, LINEAR_EXACT, SIGMOID, got CUBIC"),
+        ({"PhotometricInterpretation": "HSV"}, "expected the PhotometricInterpretation MONOCHROME1, .* got HSV"),
+        ({"PhotometricInterpretation": "YBR_PARTIAL_422"}, "got YBR_PARTIAL_422"),
+        ({"PhotometricInterpretation": ""}, "expected the PhotometricInterpretation MONOCHROME1, .* got nothing"),
+        ({"PhotometricInterpretation": None}, "expected the PhotometricInterpretation MONOCHROME1, .* got nothing"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "its palette cannot be read"),
+        ({"PhotometricInterpretation": "RGB"}, r"expected one image of 8 bits per colour, got .* \(2, 3\)"),
+        ({"Rows": None, "Columns": None}, "expected an image, but this DICOM file has no Rows or Columns"),
+        ({"SamplesPerPixel": []}, "its pixels cannot be read"),
+        ({"Rows": []}, "expected an image, but this DICOM file has no Rows or Columns"),
+    ],
+)  # fmt: skip
+def test_error_names_the_unsupported_dicom_attribute(tmp_path, tags, message):
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    with pytest.raises(ValueError, match=rf"x\.dcm: .*{message}"):
+        pixels.read_image(tmp_path / "x.dcm")
+    if "Rows" in tags:
+        with pytest.raises(ValueError, match=message):
+            pixels.read_header(tmp_path / "x.dcm")
+
+
+def test_error_names_the_dicom_number_that_cannot_be_read(tmp_path):
+    write_dicom(tmp_path / "x.dcm", VALUES, RescaleSlope="1234567")
+    content = (tmp_path / "x.dcm").read_bytes()
+    for text in (b"1,25000", b"nan    "):
+        (tmp_path / "x.dcm").write_bytes(content.replace(b"1234567", text))
+        with pytest.raises(ValueError, match=r"x\.dcm: RescaleSlope: "):
+            pixels.read_image(tmp_path / "x.dcm")
+
+
+PALETTE = np.random.default_rng(1).integers(0, 256, (3, 200), np.uint8)
+
+
+def palette_tags(tables, first, bits):
+    tags = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, table in zip(("Red", "Green", "Blue"), tables, strict=True):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [len(table), first, bits]
+        tags[f"{name}PaletteColorLookupTableData"] = table.tobytes()
+    return tags
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(
+    ("tables", "bits"),
+    [(PALETTE, 8), (PALETTE.astype(np.uint16) * 257, 16), (PALETTE.astype(np.uint16), 8), (PALETTE, 16)],
+    ids=["8 bits", "16 bits", "8 bits in words", "bytes declared as 16 bits"],
+)
+def test_palette_of_dicom_is_applied(tmp_path, tables, bits, deep):
+    """Indices below the first entry of the palette show the first entry, and those beyond the last show the last."""
+    indices = np.arange(256).reshape(16, 16).astype(np.uint16 if deep else np.uint8)
+    if deep:
+        indices[-1, -1] = 300
+    write_dicom(tmp_path / "x.dcm", indices, **palette_tags(tables, 10, bits))
+    assert pixels.read_header(tmp_path / "x.dcm") == (16, 16, True)
+    image = pixels.read_image(tmp_path / "x.dcm")
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), PALETTE.T[np.clip(indices.astype(int) - 10, 0, 199)])
+
+
+def test_palette_of_dicom_that_does_not_use_its_bits_is_an_error(tmp_path):
+    indices = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    for bits, message in ((16, "16 bits per colour, but the palette only reaches"), (12, "its palette cannot be read")):
+        write_dicom(tmp_path / "x.dcm", indices, **palette_tags(PALETTE.astype(np.uint16), 0, bits))
+        with pytest.raises(ValueError, match=rf"x\.dcm: {message}"):
+            pixels.read_image(tmp_path / "x.dcm")
+
+
+@pytest.mark.parametrize("interpretation", ["RGB", "YBR_FULL"])
+def test_colours_of_dicom_are_read(tmp_path, interpretation):
+    values = random_image(6, 5, 3)
+    stored = np.asarray(Image.fromarray(values).convert("YCbCr")) if interpretation == "YBR_FULL" else values
+    write_dicom(tmp_path / "x.dcm", stored, PhotometricInterpretation=interpretation)
+    assert pixels.read_header(tmp_path / "x.dcm") == (5, 6, True)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).astype(int)
+    assert np.abs(shown - values).max() <= 2  # rounding
+    write_dicom(tmp_path / "x.dcm", values.astype(np.uint16), PhotometricInterpretation="RGB")
+    with pytest.raises(ValueError, match=r"one image of 8 bits per colour, got .* \(6, 5, 3\) and type uint16"):
+        pixels.read_image(tmp_path / "x.dcm")
