@@ -145,27 +145,40 @@ def test_code_of_the_localization_page_runs(capsys):
 
 
 def test_code_of_the_recordings_page_runs(tmp_path, monkeypatch, capsys):
-    """Runs docs/recordings.md in order: the network finds the chirps, and the command trains on the stored features."""
+    """Runs docs/recordings.md in order: the network finds the chirps, also the heads and their application."""
+    import predict_features
     import train_features
 
     page = (DOCS / "recordings.md").read_text()
+    *blocks, last = re.findall(r"```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+    for block in blocks:
         exec(block, names)
     assert names["right"].float().mean() > 0.9
     assert names["iou"].mean() > 0.6
-    labels = (f"recording_{i:02},{int(y)}" for i, y in enumerate(names["test_labels"]))
-    (tmp_path / "labels.csv").write_text("\n".join(["bag,chirp", *labels]))
-    (command,) = re.findall(r"```bash\npython train_features.py (.*?)\n```", page, re.S)
-    options = command.replace("\\\n", " ").split()
-    assert train_features.main([*options, "--epochs", "1", "--trial-epochs", "1", "--restarts", "2"]) in (None, 0)
-    rows = (tmp_path / "runs" / "sgl" / "instances.csv").read_text().splitlines()
-    assert [row.split(",")[2] for row in rows[1:4]] == ["0", "50", "100"]  # milliseconds
-    assert len(rows) == 1 + 64 * 200
-    advice = capsys.readouterr().out
-    assert "use the features of another network" in advice
-    assert "--stages" not in advice
+    # the recordings that end after their chirp have the same times as before the cut
+    assert names["mask"].sum(1).tolist() == [(12000 + 400 * i) // 200 for i in range(64)]
+    ends = [start + length for start, length in names["times"].tolist()]
+    whole = [i for i in range(1, 64, 2) if ends[i] + 0.5 < 3 + 0.1 * i]
+    cut = [names["spans"](names["p"][i][names["mask"][i]]) for i in whole]
+    true = [(1000 * (end - length), 1000 * end) for end, (_, length) in zip(ends, names["times"].tolist(), strict=True)]
+    met = [any(a < true[i][1] and b > true[i][0] for a, b in spans) for i, spans in zip(whole, cut, strict=True)]
+    assert sum(met) > 0.8 * len(whole) > 5
+    (train, predict) = (
+        re.search(rf"(?m)^python {name}.py ((?:.*\\\n)*.*)", page)[1].replace("\\\n", " ").split()
+        for name in ("train_features", "predict_features")
+    )
+    assert train_features.main(train) in (None, 0)
+    assert "warning" not in capsys.readouterr().out
+    assert predict_features.main(predict) in (None, 0)
+    capsys.readouterr()
+    exec(last, names)
+    assert re.findall(r"recording_0\d", capsys.readouterr().out) == ["recording_00", "recording_01"]
+    assert names["table"]["x"][:3].tolist() == [0, 50, 100]  # milliseconds
+    assert len(names["table"]) == 64 * 200
+    frames = names["table"].query("bag == 'recording_01'")["chirp"]
+    assert any(a < true[1][1] and b > true[1][0] for a, b in names["spans"](torch.tensor(frames.to_numpy())))
 
 
 def test_links_of_the_readme_are_absolute():

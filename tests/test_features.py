@@ -1215,6 +1215,9 @@ def test_advice_names_the_cause_and_what_is_not_yet_used():
     text = advice.lam_advice([history, [], [{"lam": 0.5, "auc": [0.9]}]], [labels] * 3, settings)
     assert "lam stayed 0 in 1 of 3 runs" in text and "The highest AUC was 0.61" in text
     assert "--k-start" not in text and "--pooling topk" not in text
+    # features of other programs have no stages
+    other = advice.lam_advice([history], [labels], settings, extracted=False)
+    assert "use the features of another network" in other and "--stages" not in other
     few = advice.lam_advice([history], [labels[17:23]], settings)
     assert "too few training bags" in few and "--epochs" not in few
     counts = [int(number) for number in re.findall(r"(\d+) positive and (\d+) negative", few)[0]]

@@ -10,11 +10,12 @@ from test_images_pixels import random_image
 Image = pytest.importorskip("PIL.Image")
 
 
-def write_dicom(path, values, **tags):
+def write_dicom(path, values, syntax="ExplicitVRLittleEndian", **tags):
     pydicom = pytest.importorskip("pydicom")
     meta = pydicom.dataset.FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    meta.TransferSyntaxUID = uid = getattr(pydicom.uid, syntax)
+    encoding = {"is_implicit_VR": uid.is_implicit_VR, "is_little_endian": uid.is_little_endian}
+    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128, **encoding)
     data.Rows, data.Columns, data.SamplesPerPixel = *values.shape[:2], 3 if values.ndim == 3 else 1
     bits = 8 * values.itemsize
     data.BitsAllocated, data.BitsStored, data.HighBit = bits, bits, bits - 1
@@ -70,28 +71,26 @@ def lookup_table(first, entries, bits, stored=np.uint16, count=None):
     return [item]
 
 
-RAMP = [0, 16, 32, 64, 128, 255]
-
-
 @pytest.mark.parametrize(
     ("tags", "expected"),
     [
-        ({"VOILUTSequence": (0, [v // 100 for v in range(0, 501)], 8)}, [0, 51, 102, 153, 204, 255]),
-        ({"VOILUTSequence": (0, range(0, 501), 16, None)}, [0, 51, 102, 153, 204, 255]),
+        ({"VOILUTSequence": (0, [51 * (v // 100) for v in range(501)], 8)}, [0, 51, 102, 153, 204, 255]),
         # a table of 8 bits in bytes; it has a precedence over the window
         ({"VOILUTSequence": (100, [200] * 100 + [100] * 150, 8, np.uint8), "WindowCenter": 1, "WindowWidth": 1},
-         [255, 255, 128, 128, 128, 128]),
-        # after rescale slope and intercept: 100 v - 20000 has the values -20000 to 30000
-        ({"RescaleSlope": 0.01, "RescaleIntercept": -2, "VOILUTSequence": (-2, [0, 10, 20, 30, 40, 100], 10)},
-         [0, 26, 51, 76, 102, 255]),
-        ({"VOILUTSequence": (0, range(0, 501), 12), "PhotometricInterpretation": "MONOCHROME1"},
-         [255, 204, 153, 102, 51, 0]),
+         [200, 200, 100, 100, 100, 100]),
+        # numbers instead of bytes; the table states 16 bits and uses 10
+        ({"VOILUTSequence": (0, range(501), 16, None)}, [0, 25, 50, 75, 100, 125]),
+        # after rescale slope and intercept: the values are -2 to 3
+        ({"RescaleSlope": 0.01, "RescaleIntercept": -2, "VOILUTSequence": (-2, [0, 204, 409, 614, 818, 1023], 10)},
+         [0, 51, 102, 153, 204, 255]),
+        ({"VOILUTSequence": (0, range(0, 4008, 8), 12), "PhotometricInterpretation": "MONOCHROME1"},
+         [255, 205, 155, 106, 56, 6]),
         # the modality table comes first: v -> 500 - v, and the window is in its values
         ({"ModalityLUTSequence": (0, [500 - v for v in range(501)], 16)}, [255, 204, 153, 102, 51, 0]),
         ({"ModalityLUTSequence": (0, [500 - v for v in range(501)], 16), "WindowCenter": 250.5, "WindowWidth": 201},
          [255, 255, 191, 64, 0, 0]),
-        ({"ModalityLUTSequence": (0, [v // 100 for v in range(501)], 8), "VOILUTSequence": (0, RAMP, 8)},
-         [0, 16, 32, 64, 128, 255]),
+        ({"ModalityLUTSequence": (0, [v // 100 for v in range(501)], 8),
+          "VOILUTSequence": (0, [0, 16, 32, 64, 128, 255], 8)}, [0, 16, 32, 64, 128, 255]),
         ({"VOILUTSequence": []}, [0, 51, 102, 153, 204, 255]),
     ],
 )  # fmt: skip
@@ -114,8 +113,7 @@ def test_lookup_tables_of_dicom_agree_with_pydicom(tmp_path, signed):
     write_dicom(tmp_path / "x.dcm", values, ModalityLUTSequence=modality, VOILUTSequence=voi)
     data = pytest.importorskip("pydicom").dcmread(tmp_path / "x.dcm")
     found = pixel_functions.apply_voi(pixel_functions.apply_modality_lut(data.pixel_array, data), data)
-    entries = np.frombuffer(data.VOILUTSequence[0].LUTData, "<u2")
-    expected = np.rint(255 * (found / entries.max()))
+    expected = np.rint(255 * (found / 65535))
     np.testing.assert_array_equal(np.asarray(pixels.read_image(tmp_path / "x.dcm")), expected)
 
 
@@ -135,9 +133,89 @@ def test_65536_entries(tmp_path):
     np.testing.assert_array_equal(shown, np.rint((65535 - values.astype(int)) / 257))
 
 
+LINEAR = np.rint(np.linspace(0, 65535, 501)).astype(np.uint16)
+IMPLICIT = "ImplicitVRLittleEndian"
+
+
+@pytest.mark.parametrize(
+    ("values", "syntax", "first", "tags"),
+    [
+        (VALUES, IMPLICIT, -250, {"RescaleSlope": 1, "RescaleIntercept": -250}),
+        (VALUES.astype(np.int16) - 250, IMPLICIT, -250, {}),
+        (VALUES.astype(np.int16), IMPLICIT, 40000,
+         {"ModalityLUTSequence": (0, [40000 + v for v in range(501)], 16)}),
+        (VALUES.astype(np.int16) - 250, "ExplicitVRLittleEndian", 65286, {}),  # not in the standard, but seen in files
+        (VALUES, IMPLICIT, 0, {}),
+        (VALUES, "ExplicitVRBigEndian", 0, {}),
+    ],
+)  # fmt: skip
+def test_first_value_of_the_table_has_the_sign_of_its_input(tmp_path, values, syntax, first, tags):
+    """DICOM PS3.3, C.11.2.1.1: the file does not state the sign."""
+    tags = {name: lookup_table(*value) if isinstance(value, tuple) else value for name, value in tags.items()}
+    if "Big" in syntax:  # pydicom writes bytes as they are
+        values, table = values.astype(">u2"), lookup_table(first, LINEAR, 16, ">u2")
+    else:
+        table = lookup_table(first, LINEAR, 16)
+    write_dicom(tmp_path / "x.dcm", values, syntax, VOILUTSequence=table, **tags)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten()
+    assert shown.tolist() == [0, 51, 102, 153, 204, 255]
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value")  # pydicom notes the negative number
+@pytest.mark.parametrize("signed", [False, True])
+def test_table_of_more_than_32767_entries(tmp_path, signed):
+    """With signed pixels, pydicom reads the number of entries as -25536."""
+    values = (VALUES * 60).astype(np.int16 if signed else np.uint16)
+    table = lookup_table(0, np.minimum(np.arange(40000) * 2, 60000), 16)
+    write_dicom(tmp_path / "x.dcm", values, IMPLICIT, VOILUTSequence=table)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten()
+    assert shown.tolist() == np.rint(VALUES.flatten() * 120 / 257).tolist()
+
+
+@pytest.mark.parametrize("syntax", ["ExplicitVRLittleEndian", "ExplicitVRBigEndian"])
+def test_table_of_8_bits_with_two_entries_in_a_word(tmp_path, syntax):
+    words = np.array([0, 51, 102, 153, 204, 255], np.uint8).view("<u2")
+    values = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    for stored in (None, "<u2" if "Little" in syntax else ">u2"):
+        table = lookup_table(0, words.tolist(), 8, stored, count=6)
+        order = values.astype("<u2" if "Little" in syntax else ">u2")
+        write_dicom(tmp_path / "x.dcm", order, syntax, VOILUTSequence=table)
+        shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten()
+        assert shown.tolist() == [0, 51, 102, 153, 204, 255]
+
+
+def test_padding_of_dicom_does_not_set_the_range(tmp_path):
+    values = np.append(VALUES, [[60000, 60001, 0]], 0).astype(np.uint16)
+    write_dicom(tmp_path / "x.dcm", values, PixelPaddingValue=60001, PixelPaddingRangeLimit=60000)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm"))
+    assert shown.tolist() == [[0, 51, 102], [153, 204, 255], [255, 255, 0]]
+    write_dicom(tmp_path / "x.dcm", np.full((2, 2), 7, np.uint16), PixelPaddingValue=7)
+    assert np.asarray(pixels.read_image(tmp_path / "x.dcm")).max() == 0
+
+
+def test_window_of_an_enhanced_file_with_one_frame_is_used(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    group, window, rescale = (pydicom.Dataset() for _ in range(3))
+    window.WindowCenter, window.WindowWidth = 0.5, 401
+    rescale.RescaleSlope, rescale.RescaleIntercept = 2, -500
+    group.FrameVOILUTSequence, group.PixelValueTransformationSequence = [window], [rescale]
+    write_dicom(tmp_path / "x.dcm", VALUES, SharedFunctionalGroupsSequence=[group])
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten()
+    assert shown.tolist() == [0, 0, 64, 191, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["ModalityLUTSequence", "VOILUTSequence"])
+def test_values_beyond_64_bits_meet_the_ends_of_a_table(tmp_path, name):
+    tags = {name: lookup_table(0, LINEAR, 16), "RescaleSlope": "1e30" if name[0] == "V" else "1"}
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten()
+    assert shown.tolist() == ([0, 255, 255, 255, 255, 255] if name[0] == "V" else [0, 51, 102, 153, 204, 255])
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
+        ((0, [1, 2, 3], 20), "VOILUTSequence: expected entries of 8 to 16 bits, got 20"),
         ((0, [1, 2, 3], 16, np.uint16, 5), "VOILUTSequence: expected 5 entries, got 3"),
         ((0, [1, 2, 3], 16, None, 5), "VOILUTSequence: expected 5 entries, got 3"),
         (None, "VOILUTSequence: the table cannot be read"),

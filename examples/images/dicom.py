@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from images.depth import bits_used
+
 #: Suffixes of files.
 DICOM = (".dcm", ".dicom")
 INTERPRETATION = "PhotometricInterpretation"
@@ -35,8 +37,8 @@ def read_dicom(path: Path) -> np.ndarray:
     Grey values are converted in this order:
 
     1. the modality lookup table, or rescale slope and intercept
-    2. the first VOI lookup table, whose highest entry becomes 255; without one, the first window; without both, the
-       lowest value becomes 0 and the highest 255
+    2. the first VOI lookup table; without one, the first window; without both, the lowest value becomes 0 and the
+       highest 255, where PixelPaddingValue does not count
     3. MONOCHROME1 is inverted
 
     Raises:
@@ -111,64 +113,105 @@ def _palette_colours(indices: np.ndarray, data: Any, path: Path) -> np.ndarray:
 
 def _displayed(values: np.ndarray, data: Any, path: Path) -> np.ndarray:
     """Grey ``values`` (h, w) of a DICOM file as uint8."""
-    table = _lookup_table(data, "ModalityLUTSequence", path)
-    x = _rescaled(values, data, path) if table is None else table.of(values)
-    table = _lookup_table(data, "VOILUTSequence", path)
-    share = _windowed(x, data, path) if table is None else table.of(x) / max(table.entries.max(), 1)
+    _move_functional_groups(data)
+    signed = bool(_number(data, "PixelRepresentation", path))
+    table = _lookup_table(data, "ModalityLUTSequence", signed, path)
+    if table is None:
+        slope, intercept = (_number(data, name, path) for name in ("RescaleSlope", "RescaleIntercept"))
+        x = values * (1.0 if slope is None else slope) + (intercept or 0.0)
+        signed = signed or (slope or 1.0) < 0 or (intercept or 0.0) < 0
+    else:
+        x = table.of(values)
+        signed = False
+    if not (np.isfinite(values).all() and np.isfinite(x).all()):
+        raise ValueError(f"{path}: expected finite pixels, got NaN or infinity")
+    table = _lookup_table(data, "VOILUTSequence", signed, path)
+    share = _windowed(x, ~_padding(values, data, path), data, path) if table is None else table.shares_of(x)
     if data.PhotometricInterpretation == "MONOCHROME1":
         share = 1 - share
     return np.rint(255 * share).astype(np.uint8)
 
 
-def _rescaled(values: np.ndarray, data: Any, path: Path) -> np.ndarray:
-    slope, intercept = (_number(data, name, path) for name in ("RescaleSlope", "RescaleIntercept"))
-    x = values * (1.0 if slope is None else slope) + (intercept or 0.0)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: expected finite pixels, got NaN or infinity")
-    return x
+def _move_functional_groups(data: Any) -> None:
+    """Copies the rescaling and the window of an enhanced file with one frame to the place of a plain file."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in (data.get(groups) or [])[:1]:
+            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for item in (group.get(name) or [])[:1]:
+                    data.update(item)
+
+
+def _padding(values: np.ndarray, data: Any, path: Path) -> np.ndarray:
+    """(h, w) bool: the pixels outside of the image, which PixelPaddingValue marks."""
+    value, limit = (_number(data, name, path) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    if value is None:
+        return np.zeros(values.shape, bool)
+    low, high = sorted((value, value if limit is None else limit))
+    return (values >= low) & (values <= high)
 
 
 class _Table(NamedTuple):
-    """A lookup table: ``entries`` (n,) for the values ``first`` to ``first + n - 1``."""
+    """A lookup table: ``entries`` (n,) of ``bits`` bits, for the values ``first`` to ``first + n - 1``."""
 
     first: int
     entries: np.ndarray
+    bits: int
 
     def of(self, values: np.ndarray) -> np.ndarray:
         """The entries of ``values``. Values beyond an end of the table have the entry at this end."""
-        return self.entries[np.clip(np.rint(values).astype(np.int64) - self.first, 0, len(self.entries) - 1)]
+        limited = np.clip(values, self.first, self.first + len(self.entries) - 1)
+        return self.entries[np.rint(limited).astype(np.int64) - self.first]
+
+    def shares_of(self, values: np.ndarray) -> np.ndarray:
+        """The entries of ``values`` as fractions of the range, 0 to 1. Some files state more bits than they use."""
+        used = min(self.bits, bits_used(int(self.entries.max())))
+        return np.minimum(self.of(values) / (2**used - 1), 1)
 
 
-def _lookup_table(data: Any, sequence: str, path: Path) -> _Table | None:
-    """The first table of a sequence of tables; None if there is none."""
+def _lookup_table(data: Any, sequence: str, signed: bool, path: Path) -> _Table | None:
+    """The first table of a sequence of tables; None if there is none.
+
+    Args:
+        signed: the input of the table may be negative. The file does not always tell this (DICOM PS3.3, C.11.2.1.1).
+    """
     try:
         items = data.get(sequence)
         if not items:
             return None
-        count, first, bits = (int(value) for value in items[0].LUTDescriptor)
-        stored = items[0].LUTData
-        count = count or 65536  # 65536 does not fit into the 16 bits of the attribute
+        descriptor, stored = items[0].get("LUTDescriptor"), items[0].get("LUTData")
+        if not descriptor or stored is None:
+            raise ValueError("expected a LUTDescriptor and LUTData")
+        # numbers of 16 bits, which pydicom reads as signed ones in some files
+        count, first, bits = (int(value) & 0xFFFF for value in descriptor)
         if isinstance(stored, bytes):
-            in_bytes = bits <= 8 and len(stored) < 2 * count  # 8 bits may be stored in words, too
-            order = "<" if data.original_encoding[1] else ">"
-            entries = np.frombuffer(stored, "u1" if in_bytes else f"{order}u2")
+            words = np.frombuffer(stored, "<u2" if data.original_encoding[1] else ">u2")
         else:
-            entries = np.array(stored, np.int64, ndmin=1)
-    except Exception as error:  # a table that is missing or incomplete
+            words = np.array(stored, np.int64, ndmin=1) & 0xFFFF
+    except Exception as error:  # a table of another form
         raise ValueError(f"{path}: {sequence}: the table cannot be read: {error}") from None
+    count = count or 65536  # 65536 does not fit into the attribute
+    entries = words
+    if bits <= 8 and len(words) < count:  # two entries in a word
+        entries = words.astype("<u2").view(np.uint8)
     if len(entries) < count:
         raise ValueError(f"{path}: {sequence}: expected {count} entries, got {len(entries)}")
-    return _Table(first, entries[:count].astype(np.int64))
+    if not 8 <= bits <= 16:
+        raise ValueError(f"{path}: {sequence}: expected entries of 8 to 16 bits, got {bits}")
+    return _Table(first - 0x10000 if signed and first > 0x7FFF else first, entries[:count].astype(np.int64), bits)
 
 
-def _windowed(x: np.ndarray, data: Any, path: Path) -> np.ndarray:
-    """The values ``x`` (h, w) in the first window as fractions, 0 to 1. Without a window, in their own range."""
+def _windowed(x: np.ndarray, inside: np.ndarray, data: Any, path: Path) -> np.ndarray:
+    """The values ``x`` (h, w) in the first window as fractions, 0 to 1.
+
+    Without a window, the range is that of the pixels ``inside`` (h, w) of the image.
+    """
     centre, width = (_number(data, name, path) for name in ("WindowCenter", "WindowWidth"))
     function = _value(data, "VOILUTFunction", path) or WINDOWS[0]
     if function not in WINDOWS:
         raise ValueError(f"{path}: expected the VOILUTFunction {', '.join(WINDOWS)}, got {function}")
     if centre is None or width is None:
-        share = (x - x.min()) / ((x.max() - x.min()) or 1.0)
+        known = x[inside] if inside.any() else x
+        share = (x - known.min()) / ((known.max() - known.min()) or 1.0)
     elif width <= 0:
         raise ValueError(f"{path}: expected a WindowWidth above 0, got {width:g}; correct or delete the window")
     elif function == "SIGMOID":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from images.depth import bits_used
 from images.dicom import DICOM, read_dicom, read_dicom_header
 from images.frames import frames_of
 
@@ -91,11 +92,6 @@ def _extrema(image: Any) -> list[tuple[int, int]]:
 def _png_depth(path: Path) -> int:
     with path.open("rb") as file:
         return file.read(25)[24]
-
-
-def bits_used(brightest: int) -> int:
-    """8, 10, 12, 14 or 16: the smallest number of bits that holds ``brightest``."""
-    return max(8, brightest.bit_length() + brightest.bit_length() % 2)
 
 
 def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
