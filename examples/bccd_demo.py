@@ -73,7 +73,7 @@ def draw(out: Path, images: Path, count: int) -> None:
     from features.bccd import CLASS
     from features.extraction import find_images, read_image
     from features.labels import read_boxes
-    from features.report import draw_map
+    from features.pictures import draw_map
     from features.runs import cells_of, load_predictions, maps_of
     from features.store import FeatureBags
     from matplotlib.figure import Figure

@@ -45,7 +45,8 @@ from features.evaluation import (  # noqa: E402
     point_of,
 )
 from features.heads import Candidates, Head, PatchNetwork  # noqa: E402
-from features.report import draw_map, write_report  # noqa: E402
+from features.pictures import draw_map  # noqa: E402
+from features.report import write_report  # noqa: E402
 from features.results import write_results  # noqa: E402
 from matplotlib.colors import to_hex  # noqa: E402
 

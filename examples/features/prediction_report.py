@@ -10,15 +10,17 @@ import numpy as np
 from common.files import write_text
 
 from features.labels import Labels
-from features.report import STYLE, legend, picture_of
+from features.pictures import legend, picture_of
+from features.report import STYLE
 from features.runs import Predictions, Truth, unit_of
 from features.store import FeatureBags
 
 NOTE = (
     "A probability p above the threshold is a positive {unit}. By default the threshold is the one that separates the "
-    "positive and the negative test bags of the training best. p is not calibrated: it is no frequency. Boxes are "
-    "drawn around cells with p &gt; 0.5; a positive {unit} without such cells has none."
+    "positive and the negative test bags of the training best. p is not calibrated: it is no frequency."
 )
+#: Added if the bags are maps of images.
+ABOUT_BOXES = " Boxes are drawn around cells with p &gt; 0.5; a positive {unit} without such cells has none."
 
 
 def write_report(
@@ -58,11 +60,12 @@ def write_report(
         figures += f"<h3>{escape(str(predictions.names[i]))}: {escape(classes[c])}{note}</h3>"
         picture = picture_of(predictions, i, c, truth, bags, files, positive)
         figures += f"<img src='data:image/jpeg;base64,{picture}'>"
+    about = NOTE + (ABOUT_BOXES if with_boxes else "")
     shown = f"The {unit}s with the highest probability{' of each class' if len(classes) > 1 else ''}"
     write_text(
         f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>Predictions</h1><p>{len(bags)} {unit}s; {escape(trainings)}.</p>"
-        f"<table><tr>{head}</tr>{lines}</table><p>{NOTE.format(unit=unit)}</p>"
+        f"<table><tr>{head}</tr>{lines}</table><p>{about.format(unit=unit)}</p>"
         f"<h2>{shown}</h2>{legend(unit, evaluated=False)}{figures}",
         folder / "report.html",
     )

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
-from common.drawing import FOUND, OPACITY, TRUE, draw_box
+from common.drawing import FOUND, TRUE
 from common.files import write_text
-from matplotlib.figure import Figure
 
-from features.evaluation import boxes_of, pixels_of
-from features.extraction import find_images, read_image
-from features.runs import Predictions, Truth, cells_of, unit_of
+from features.extraction import find_images
+from features.pictures import legend, picture_of
+from features.runs import Predictions, Truth, unit_of
 from features.store import FeatureBags
-from sgl_ops.localization import overlay
 
 STYLE = f"""body{{font:15px sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}}table{{border-collapse:collapse}}
 td,th{{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}}img{{max-width:100%}}p{{max-width:60em}}
@@ -111,21 +107,6 @@ def _with_unit(text: str, unit: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def legend(unit: str, evaluated: bool = True) -> str:
-    """What the colours and boxes of a picture mean. ``evaluated``: the boxes are compared with true boxes."""
-    if unit != "image":
-        return "<p>Colour: the probability of an instance.</p>"
-    meaning = (
-        "Each is drawn, but only the thick one is evaluated: it contains the largest probability. <span "
-        "class=true></span> True boxes."
-    )
-    return (
-        "<p>Colour: the probability of a cell of the map, from transparent blue (low) to light green (high). <span "
-        "class=found></span> Predicted boxes, around the places with p &gt; 0.5. "
-        f"{meaning if evaluated else 'The thick one contains the largest probability.'}</p>"
-    )
-
-
 def _in_turn(parts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """(part, element): the first of each part, then the second of each part, and so on."""
     rounds = max(map(len, parts), default=0)
@@ -181,72 +162,3 @@ def _positive(predictions: Predictions, truth: Truth) -> list[int]:
     """The indices of the bags that are positive for the first class, in the order of their names."""
     labels = dict(zip(truth.labels.names, truth.labels.values[:, 0].tolist(), strict=True))
     return [i for i in np.argsort(predictions.names).tolist() if labels[str(predictions.names[i])] == 1]
-
-
-def picture_of(
-    predictions: Predictions,
-    i: int,
-    c: int,
-    truth: Truth,
-    bags: FeatureBags,
-    files: Mapping[str, Path],
-    with_boxes: bool = True,
-) -> str:
-    """The bag ``i`` and its probabilities for class ``c``, side by side: a JPEG file in base64.
-
-    Args:
-        files: the images, by the names of the bags.
-        with_boxes: draw the predicted boxes of a map.
-    """
-    name, unit = str(predictions.names[i]), unit_of(bags)
-    bag = bags.shape(name)
-    coords = bags.coords(name)
-    probabilities = predictions.instances[predictions.offsets[i] : predictions.offsets[i + 1], c]
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if name in files:
-        image = read_image(files[name])[0].permute(1, 2, 0).numpy()
-        for axes in (left, right):
-            axes.imshow(image)
-    if bag.grid is not None and bag.size is not None:
-        heatmap = probabilities.reshape(bag.grid).astype(float)
-        draw_map(right, heatmap, bag.size, *cells_of(bags), boxes=with_boxes)
-        for box in truth.boxes.get(truth.labels.classes[c], {}).get(name, ()):
-            draw_box(left, box, TRUE)
-        for axes in (left, right):
-            axes.set(xlim=(-0.5, bag.size[1] - 0.5), ylim=(bag.size[0] - 0.5, -0.5), aspect="equal")
-    elif coords is not None:
-        points = right.scatter(*np.asarray(coords).T, c=probabilities, s=8, cmap="turbo", vmin=0, vmax=1)
-        figure.colorbar(points, ax=right)
-        for axes in (left, right):
-            axes.set_aspect("equal")
-            if name not in files:
-                axes.invert_yaxis()
-        if name in truth.instances:
-            left.scatter(*np.asarray(coords).T, c=truth.instances[name][:, c], s=8, cmap="coolwarm", vmin=0, vmax=1)
-    else:
-        right.plot(np.sort(probabilities)[::-1])
-    part = "a cell" if unit == "image" else "an instance"
-    left.set_title("truth" if truth.boxes or truth.instances else "image")
-    right.set_title(f"p of the {unit} {predictions.bags[i, c]:.2f}, largest p of {part} {probabilities.max():.2f}")
-    content = io.BytesIO()
-    figure.savefig(content, format="jpeg", dpi=80, bbox_inches="tight", pil_kwargs={"quality": 90})
-    return base64.b64encode(content.getvalue()).decode()
-
-
-def draw_map(
-    axes,
-    heatmap: np.ndarray,
-    size: tuple[int, int],
-    first: float,
-    stride: float | None = None,
-    width: float = 3.0,
-    boxes: bool = True,
-) -> None:
-    """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and its boxes.
-
-    The frame of the first box, which is evaluated, has the ``width`` in points. The others have half of it.
-    """
-    axes.imshow(overlay(pixels_of(heatmap, size, first, stride), size, opacity=OPACITY / 100))
-    for number, box in enumerate(boxes_of(heatmap, size, first, stride) if boxes else ()):
-        draw_box(axes, box, FOUND, width / 2 if number else width)
