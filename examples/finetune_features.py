@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     if opened.tuned:
         raise ValueError(f"run: expected a folder of train_features.py, got {args.run} of finetune_features.py")
     known, after, labels, truth, runs = opened.settings, opened.bags, opened.labels, opened.truth, opened.runs
-    settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
+    settings = Settings.of_run(known)
     extraction_of_run(args.run)  # an older run does not have it
     before = FeatureBags(args.before)
     refuse_other_view(after, before)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     frozen, blocks = split_blocks(original, args.freeze)
     reader = MapReader(before, after, labels.names, width, frozen)
     parts = args.out / "parts"
-    base = {name: known[name] for name in (*Settings.__dataclass_fields__, *CONTINUED)}
+    base = {name: known[name] for name in (*Settings.__dataclass_fields__, *CONTINUED) if name in known}
     keep_settings(args, parts, opened.data, {"extraction_before": before.settings, BASE: base})
     save_atomically(original.state_dict(), args.out / BLOCKS)
     targets = torch.tensor(labels.values)

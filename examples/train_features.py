@@ -16,6 +16,7 @@ Writes metrics.json, runs.csv, bags.csv, instances.csv and report.html. An inter
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from common import options
 from common.choices import LOSSES, POOLINGS
 from common.files import read_json, save_atomically, write_json
 
+#: The poolings with the parameter r.
+WITH_R = ("lse", "generalized_mean")
 HEADS = ("linear", "mlp", "attention", "gated", "patches")
 #: Options that do not change a result.
 FREE = ("out", "resume", "threads", "cache_gb", "images", "overlays", "repeats", "instance_labels", "boxes")
@@ -74,6 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     loss.add_argument(
         "--k", type=float, default=8, help="k of topk: a number of instances, or a fraction of the bag below 1 (8)"
+    )
+    loss.add_argument(
+        "--r", type=float, help="r of lse (10) and generalized_mean (3; 1 is the mean, a large r is near the maximum)"
     )
     loss.add_argument("--lam", type=float, default=1.0, help="weight of the instance loss (1)")
     loss.add_argument("--delta-l", type=float, default=0.3, help="lower threshold of the self-guidance (0.3)")
@@ -140,6 +146,12 @@ def main(argv: list[str] | None = None) -> int:
     refuse_below(parser, args, least)
     if not (0 < args.k < 1 or (args.k >= 1 and args.k % 1 == 0)):
         parser.error(f"--k: expected a whole number of at least 1, or a fraction between 0 and 1, got {args.k:g}")
+    if args.r is not None and args.pooling not in WITH_R:
+        parser.error(f"--r: expected --pooling {' or '.join(WITH_R)}, got {args.pooling}")
+    if args.r is not None and not 0 < args.r < math.inf:
+        parser.error(f"--r: expected a finite number above 0, got {args.r:g}")
+    if args.r is None and args.pooling == "generalized_mean":
+        args.r = 3.0  # the default of the library, 1, is the mean
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout: expected at least 0 and below 1, got {args.dropout:g}")
     if args.k_start and args.pooling != "topk":

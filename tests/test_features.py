@@ -1118,6 +1118,21 @@ def test_every_pooling_runs(data, tmp_path, pooling):
     assert set(result) == {"lesion", "other"} and all(0 <= v["auc"] <= 1 for v in result.values())
 
 
+@pytest.mark.parametrize(
+    ("options", "r"), [(["generalized_mean"], 3.0), (["generalized_mean", "--r=1"], 1.0), (["lse", "--r=5"], 5.0)]
+)
+def test_parameter_r_of_the_pooling(data, tmp_path, options, r):
+    assert command(data, tmp_path, "--epochs=1", "--pooling", *options) == 0
+    known = json.loads((tmp_path / "settings.json").read_text())
+    settings = training.Settings.of_run(known)
+    assert settings.r == r
+    assert training.make_model(settings, 6, 2, 0)["loss"].pooling.r == r
+    # a run of an older version had the default of the library
+    del known["r"]
+    older = training.Settings.of_run(known)
+    assert training.make_model(older, 6, 2, 0)["loss"].pooling.r == {"lse": 10.0, "generalized_mean": 1.0}[options[0]]
+
+
 def test_bags_of_equal_size_give_the_loss_of_packed_bags():
     settings = training.Settings()
     model = training.make_model(settings, 6, 2, 0)
@@ -1400,6 +1415,8 @@ def test_command_prints_how_it_read_the_labels(data, tmp_path, capsys):
         ("--dropout=1.5", "--dropout: expected at least 0 and below 1, got 1.5"),
         ("--folds=2 --test=val", "--test: expected without --folds"),
         ("--k-start=0.2 --pooling=max", "--k-start: expected --pooling topk, got max"),
+        ("--r=3 --pooling=max", "--r: expected --pooling lse or generalized_mean, got max"),
+        ("--r=0 --pooling=lse", "--r: expected a finite number above 0, got 0"),
         ("--k-start=0.2 --head=gated", "--k-start, --restarts: expected --head linear or mlp, got gated"),
         ("--classes lesion other lesion", "--classes: expected each class once, got lesion twice"),
     ],

@@ -52,7 +52,12 @@ def make_parser(description: str, hints: Mapping[str, str] | None = None, **defa
     add("test-bags", text="test bags")
     group = parser.add_argument_group("loss")
     add("loss", kind=str, choices=(*LOSSES, *AUTHORS_LOSSES), text="loss (both sgl, and bag with max pooling)")
-    add("pooling", kind=str, choices=POOLINGS, text="pooling (sgl, bag: max; bil: mean)")
+    add(
+        "pooling",
+        kind=str,
+        choices=POOLINGS,
+        text="pooling (sgl, bag: max; bil: mean); generalized_mean has r = 1, which is the mean",
+    )
     add("k", text="topk: instances of a bag whose logits are averaged")
     add(
         "k-start",

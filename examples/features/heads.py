@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgl_ops import prior_bias
-from sgl_ops.pooling import AttentionPooling, TopKPooling, make_pooling
+from sgl_ops.pooling import POOLINGS, AttentionPooling, TopKPooling
 
 HEADS = ("linear", "mlp", "attention", "gated", "patches")
 
@@ -130,15 +130,16 @@ class Candidates(nn.Module):
             head.last.load_state_dict(self.lasts[number].state_dict())
 
 
-def make_head_pooling(head: str, pooling: str, k: float, width: int) -> nn.Module:
+def make_head_pooling(head: str, pooling: str, k: float, width: int, r: float | None = None) -> nn.Module:
     """The pooling of a head: attention for the heads ``attention`` and ``gated``, otherwise ``pooling``.
 
     Args:
         k: k of ``topk``: a number of instances, or a fraction of the bag if below 1.
         width: width of the input of attention.
+        r: r of ``lse`` and ``generalized_mean``; None: the default of the pooling.
     """
     if head in ("attention", "gated"):
         return AttentionPooling(width, gated=head == "gated")
     if pooling == "topk":
         return TopKPooling(k if k < 1 else int(k))
-    return make_pooling(pooling)
+    return POOLINGS[pooling](**({} if r is None else {"r": r}))

@@ -106,7 +106,7 @@ def load_heads(run: Path, with_failed: bool = False, before: FeatureBags | None 
     elif before is not None:
         raise ValueError(f"before: expected a run of finetune_features.py, got {run} of train_features.py")
     classes = known["class_names"]
-    settings = Settings(**{name: known[name] for name in Settings.__dataclass_fields__})
+    settings = Settings.of_run(known)
     repeats = min(own["repeats"] or known["repeats"], known["repeats"])
     names = [f"repeat{r}_fold{f}" for r in range(repeats) for f in range(known["folds"] or 1)]
     needed = [

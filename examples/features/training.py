@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ class Settings:
     loss: str = "sgl"
     pooling: str = "topk"
     k: float = 8
+    r: float | None = None
     k_start: float = 0.0
     head: str = "mlp"
     components: int = 0
@@ -46,6 +47,11 @@ class Settings:
     rise: int = 100
     cosine: bool = True
     noise: float = 0.0
+
+    @classmethod
+    def of_run(cls, known: Mapping[str, object]) -> Settings:
+        """The settings in ``settings.json`` of a run. A run of an older version lacks some, and has their defaults."""
+        return cls(**{name: known[name] for name in cls.__dataclass_fields__ if name in known})
 
 
 class Batch(NamedTuple):
@@ -158,7 +164,7 @@ def batches(
 
 def make_loss(settings: Settings, width: int) -> nn.Module:
     """The loss of ``settings``. ``width`` is the width of the input of attention."""
-    pooling = make_head_pooling(settings.head, settings.pooling, settings.k, width)
+    pooling = make_head_pooling(settings.head, settings.pooling, settings.k, width, settings.r)
     if settings.loss == "sgl":
         return SGLLoss(
             lam=settings.lam,
@@ -303,7 +309,7 @@ def choose_start(
     own = Head(head.first.in_features, classes, 0 if head.last is None else settings.hidden, 0.0)
     own.load_state_dict(head.state_dict())
     candidates = Candidates([own, *heads])
-    criterion = BagLoss(make_head_pooling(settings.head, settings.pooling, settings.k, 0))
+    criterion = BagLoss(make_head_pooling(settings.head, settings.pooling, settings.k, 0, settings.r))
     optimizer = torch.optim.AdamW(candidates.parameters(), settings.lr, weight_decay=settings.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     falling = falling_k(reader, names, settings)

@@ -124,7 +124,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("batch-norm", "own", norms, choices=("own", "sync", "frozen"))
     group = parser.add_argument_group("loss")
     add("loss", "sgl", "loss function", choices=LOSSES)
-    add("pooling", None, "pooling (sgl: softmax; bag, bil: mean; mmm has a fixed one)", choices=POOLINGS)
+    add(
+        "pooling",
+        None,
+        "pooling (sgl: softmax; bag, bil: mean; mmm has a fixed one); generalized_mean has r = 1, which is the mean",
+        choices=POOLINGS,
+    )
     add("delta-l", 0.3, "threshold of the ternary targets, in [0, 0.5]")
     add("lam", 20.0, "weight of the instance loss")
     add("lam-delay", 0.0, "epochs without the instance loss, because an untrained network cannot guide itself")
