@@ -35,12 +35,15 @@ def draw(folder, coords, instances=(), image=None):
     return picture, axes
 
 
-def test_points_without_image_and_labels_have_one_picture(tmp_path):
+def test_points_without_image_and_labels_are_squares_that_nearly_touch(tmp_path):
     picture, others = draw(tmp_path, POINTS)
     assert not others
-    (points,) = picture.collections
-    assert points.get_offsets().tolist() == POINTS.tolist()
-    assert points.get_array().tolist() == P.tolist()
+    (tiles,) = picture.collections
+    corners = np.stack([path.vertices[:4] for path in tiles.get_paths()])
+    np.testing.assert_allclose(corners.mean(1), POINTS)
+    # the squares of the distances to the nearest neighbours: 116, 104, 104, 104
+    np.testing.assert_allclose(np.ptp(corners, axis=1), np.sqrt(104))
+    assert tiles.get_array().tolist() == P.tolist()
     assert picture.yaxis_inverted()
 
 

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from common.drawing import FOUND, OPACITY, TRUE, draw_box
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from scipy.spatial import KDTree
 
 from features.evaluation import boxes_of, pixels_of
 from features.extraction import read_image
 from features.runs import Predictions, Truth, cells_of, unit_of
 from features.store import FeatureBags
 from sgl_ops.localization import overlay
-
-#: Colours and range of probabilities and true labels at places.
-AT_PLACES = {"s": 8, "vmin": 0, "vmax": 1}
 
 
 def legend(unit: str, evaluated: bool = True) -> str:
@@ -56,7 +55,8 @@ def figure_of(
     """The bag ``i`` and its probabilities for class ``c``.
 
     - a map of an image: over the image, with the boxes
-    - instances at points: in colour at their points
+    - instances at points of an image: in colour at their points
+    - instances at points without an image, such as the tiles of a slide: squares that nearly touch
     - instances on a horizontal line (all y are equal), such as the frames of a recording: a curve
     - instances without coordinates: a curve, in the order of the probability
 
@@ -89,13 +89,12 @@ def figure_of(
             for axes in axes_of_image:
                 axes.set(xlim=(-0.5, bag.size[1] - 0.5), ylim=(bag.size[0] - 0.5, -0.5), aspect="equal")
         else:
-            figure.colorbar(right.scatter(*coords.T, c=probabilities, cmap="turbo", **AT_PLACES), ax=right)
+            draw = draw_tiles if image is None else draw_points
+            figure.colorbar(draw(right, coords, probabilities, "turbo"), ax=right)
             if labels is not None:
-                left.scatter(*coords.T, c=labels, cmap="coolwarm", **AT_PLACES)
+                draw(left, coords, labels, "coolwarm")
             for axes in axes_of_image:
                 axes.set_aspect("equal")
-                if image is None:
-                    axes.invert_yaxis()
         if left is not None:
             left.set_title("truth" if truth.boxes or truth.instances else "image")
     else:
@@ -112,6 +111,25 @@ def figure_of(
     part = "a cell" if unit == "image" else "an instance"
     right.set_title(f"p of the {unit} {predictions.bags[i, c]:.2f}, largest p of {part} {probabilities.max():.2f}")
     return figure
+
+
+def draw_points(axes, coords: np.ndarray, values: np.ndarray, colours: str):
+    """Draws values (L,), 0 to 1, as points at ``coords`` (L, 2). Returns the collection of matplotlib."""
+    return axes.scatter(*coords.T, c=values, cmap=colours, s=8, vmin=0, vmax=1)
+
+
+def draw_tiles(axes, coords: np.ndarray, values: np.ndarray, colours: str):
+    """Draws values (L,), 0 to 1, as squares around ``coords`` (L, 2), y downwards. Returns the collection.
+
+    The side of a square is the median distance of a place to its nearest neighbour.
+    """
+    places = np.unique(np.asarray(coords, float), axis=0)
+    distances, _ = KDTree(places).query(places, k=2)
+    half = np.median(distances[:, 1]) / 2
+    corners = coords[:, None] + half * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    tiles = axes.add_collection(PolyCollection(corners, array=values, cmap=colours, clim=(0, 1)))
+    axes.set(xlim=(corners[..., 0].min(), corners[..., 0].max()), ylim=(corners[..., 1].max(), corners[..., 1].min()))
+    return tiles
 
 
 def draw_map(
