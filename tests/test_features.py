@@ -1208,7 +1208,13 @@ def test_command_explains_lam_that_stayed_zero(data, tmp_path, capsys):
     assert "run 1 of 2: " in printed and "lam stayed 0" in printed
     text = "lam stayed 0 in 2 of 2 runs. These runs trained with the bag loss only: SGL had no effect."
     assert f"warning: {text}" in printed
-    for change in ("--epochs 6", "--pooling topk", "--k-start 0.2 --restarts 4", "features of another network", "--start at_once"):
+    for change in (
+        "--epochs 6",
+        "--pooling topk",
+        "--k-start 0.2 --restarts 4",
+        "another network",
+        "--start at_once",
+    ):
         assert change in printed
     best = float(re.search(r"The highest AUC was ([\d.]+)\.", printed)[1])
     histories = [torch.load(path, weights_only=True)["history"] for path in (tmp_path / "never" / "parts").glob("*.pt")]
