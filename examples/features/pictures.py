@@ -76,7 +76,7 @@ def figure_of(
     is_map = bag.grid is not None and bag.size is not None
     if is_map or (coords is not None and (image is not None or len(np.unique(coords[:, 1])) > 1)):
         boxes = truth.boxes.get(truth.labels.classes[c], {}).get(name, ()) if is_map else ()
-        known = image is not None or labels is not None or len(boxes) > 0
+        known = image is not None or len(boxes) > 0 or (labels is not None and not is_map)
         figure = Figure(figsize=(15 if known else 7.5, 6), layout="constrained")
         left, right = figure.subplots(1, 2) if known else (None, figure.subplots())
         axes_of_image = [axes for axes in (left, right) if axes is not None]

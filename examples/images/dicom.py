@@ -151,7 +151,11 @@ def _padding(values: np.ndarray, data: Any, path: Path) -> np.ndarray:
 
 
 class _Table(NamedTuple):
-    """A lookup table: ``entries`` (n,) of ``bits`` bits, for the values ``first`` to ``first + n - 1``."""
+    """A lookup table: ``entries`` (n,) of ``bits`` bits, for the values ``first`` to ``first + n - 1``.
+
+    pydicom 3 also applies tables, but not a modality table of 12 bits, and a VOI table of 8 bits with more than 256
+    entries wrongly.
+    """
 
     first: int
     entries: np.ndarray
