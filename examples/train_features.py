@@ -127,6 +127,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="constant learning rate instead of a cosine schedule to 0",
     )
     machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--amp",
+        choices=("bf16",),
+        help="train the network in mixed precision; faster on processors with bfloat16 instructions (float32)",
+    )
     machine.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
     machine.add_argument("--cache-gb", type=float, default=2.0, help="keep features in memory up to this size (2)")
     machine.add_argument(

@@ -1133,6 +1133,69 @@ def test_parameter_r_of_the_pooling(data, tmp_path, options, r):
     assert training.make_model(older, 6, 2, 0)["loss"].pooling.r == {"lse": 10.0, "generalized_mean": 1.0}[options[0]]
 
 
+def precisions(settings, data, monkeypatch):
+    """The precisions of the outputs of the layers of all networks, and of the logits that the losses get."""
+    layers, logits = set(), set()
+
+    def linear(x, *weights, compute=torch.nn.functional.linear):
+        out = compute(x, *weights)
+        layers.add(out.dtype)
+        return out
+
+    def recorded(shaped, *arguments, compute=training.loss_arguments):
+        logits.add(shaped.dtype)
+        return compute(shaped, *arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(training, "loss_arguments", recorded)
+    bags = store.FeatureBags(data / "features")
+    labels = torch.tensor([[float(i % 2)] for i in range(len(bags.names))])
+    reader = training.BagReader(bags, bags.names, 1e9)
+    model = training.train(reader, bags.names, labels, settings, 0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    of_training = layers.copy()
+    layers.clear()
+    training.predicted(model, reader, bags.names[:2])
+    assert layers == {torch.float32}
+    return of_training, logits
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"restarts": 2, "trial_epochs": 1}, {"head": "linear"}, {"head": "gated"}], ids=str
+)
+def test_mixed_precision_is_that_of_the_network_in_training(data, monkeypatch, options):
+    settings = training.Settings(epochs=1, amp="bf16", **options)
+    with monkeypatch.context() as patched:
+        layers, logits = precisions(settings, data, patched)
+    assert torch.bfloat16 in layers and logits == {torch.float32}
+    # the layers of attention belong to the loss
+    assert (torch.float32 in layers) == (settings.head == "gated")
+    with monkeypatch.context() as patched:
+        assert precisions(replace(settings, amp=None), data, patched) == ({torch.float32}, {torch.float32})
+
+
+def test_mixed_precision_is_a_setting_of_the_run(data, tmp_path, capsys):
+    assert command(data, tmp_path, "--epochs=1", "--amp=bf16") == 0
+    assert training.Settings.of_run(json.loads((tmp_path / "settings.json").read_text())).amp == "bf16"
+    capsys.readouterr()
+    assert command(data, tmp_path, "--epochs=1", "--resume") == 2
+    assert "made with another --amp" in capsys.readouterr().err
+    # a run of an older version has no such setting, and was trained in float32
+    path = tmp_path / "settings.json"
+    known = json.loads(path.read_text())
+    del known["amp"]
+    path.write_text(json.dumps(known))
+    assert command(data, tmp_path, "--epochs=1", "--resume") == 0
+
+
+def test_patches_in_mixed_precision_are_near_those_in_float32():
+    network, x = PatchNetwork(3 * 27 * 27, 2, 0.0).eval(), torch.rand(7, 3 * 27 * 27)
+    with training.autocast(training.Settings(amp="bf16")):
+        logits, hidden = network(x)
+    assert logits.dtype == hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), network(x)[0], atol=0.01, rtol=0.05)
+
+
 def test_bags_of_equal_size_give_the_loss_of_packed_bags():
     settings = training.Settings()
     model = training.make_model(settings, 6, 2, 0)

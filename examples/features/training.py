@@ -47,6 +47,7 @@ class Settings:
     rise: int = 100
     cosine: bool = True
     noise: float = 0.0
+    amp: str | None = None
 
     @classmethod
     def of_run(cls, known: Mapping[str, object]) -> Settings:
@@ -208,6 +209,11 @@ def loss_arguments(logits: Tensor, batch: Batch, hidden: Tensor) -> tuple[Tensor
     return logits, {"offsets": batch.offsets, "features": hidden}
 
 
+def autocast(settings: Settings) -> torch.autocast:
+    """The precision of the network in training. The loss and all predictions are float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=settings.amp == "bf16")
+
+
 def train(
     reader: BagReader,
     names: Sequence[str],
@@ -261,7 +267,8 @@ def fit(
                 features = batch.features
                 if settings.noise:
                     features = features + settings.noise * torch.randn_like(features)
-                logits, hidden = head(features)
+                with autocast(settings):
+                    logits, hidden = (out.float() for out in head(features))
                 shaped, given = loss_arguments(logits, batch, hidden)
                 if settings.loss == "sgl" and settings.start == "measured":
                     with torch.no_grad():
@@ -319,7 +326,8 @@ def choose_start(
         for batch in batches(reader, names, labels, settings.batch_size, order):
             if falling is not None:
                 criterion.pooling.k = falling.step()
-            logits = candidates(batch.features)
+            with autocast(settings):
+                logits = candidates(batch.features).float()
             shaped, given = loss_arguments(logits, batch, batch.features)
             targets = batch.labels.repeat(1, settings.restarts)
             loss = criterion(shaped, targets, **given)
