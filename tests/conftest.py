@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ("feature_fixtures",)
 
 # Test the installed package: `python -m pytest` puts the checkout on the path, and sgl_ops there has no extension.
 elsewhere = [folder for folder in sys.path if Path(folder or os.curdir).resolve() != ROOT]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 
+import compare_features
+import feature_packages  # noqa: F401
 import numpy as np
 import pytest
+import train_features
 from csv_files import read, write
-
-for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
-    pytest.importorskip(needed)
-
-import compare_features  # noqa: E402
-import train_features  # noqa: E402
-from features import comparison, store  # noqa: E402
-from features.opened_run import open_run  # noqa: E402
+from features import comparison, store
+from features.opened_run import open_run
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 
+import extract_features
+import feature_packages  # noqa: F401
 import numpy as np
+import predict_features
 import pytest
 import torch
-from conftest import ROOT
+import train_features
 from csv_files import read, write
-
-for needed in ("h5py", "safetensors", "pandas", "PIL", "scipy", "sklearn"):
-    pytest.importorskip(needed)
-assert (ROOT / "examples" / "predict_features.py").is_file()
-
-import extract_features  # noqa: E402
-import predict_features  # noqa: E402
-import train_features  # noqa: E402
-from features import backbones, store  # noqa: E402
-from features.evaluation import boxes_of, pixels_of  # noqa: E402
-from features.runs import load_predictions, predictions_of, save_predictions  # noqa: E402
+from features import backbones, store
+from features.evaluation import boxes_of, pixels_of
+from features.runs import load_predictions, predictions_of, save_predictions
 
 
 def predict(run, features, out, *options):
