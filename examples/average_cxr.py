@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.csv_table import content_of, read_rows, row_of, write_rows
+from common.csv_table import flattened, nested, read_rows, write_rows
 from common.files import read_json
 from common.options import make_parser, message_of
 
@@ -71,7 +71,7 @@ def read_table(path: Path) -> Runs:
     runs = {}
     for cells in read_rows(path):
         try:
-            metrics = content_of(cells)
+            metrics = nested(cells)
             run = str(metrics.pop("network")), int(metrics.pop("seed"))
             values_of(metrics)
         except (KeyError, TypeError, ValueError):
@@ -92,7 +92,7 @@ def rounded(content: Any) -> Any:
 def write_table(runs: Runs, path: Path) -> None:
     """Writes a CSV with one row per run: network, seed, and every number of its metrics.json."""
     write_rows(
-        (row_of({"network": name, "seed": seed} | rounded(runs[name, seed])) for name, seed in sorted(runs)), path
+        (flattened({"network": name, "seed": seed} | rounded(runs[name, seed])) for name, seed in sorted(runs)), path
     )
 
 

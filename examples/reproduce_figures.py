@@ -34,7 +34,7 @@ import train_cifar10_bags
 import train_mnist_bags
 from bags.figure_runs import BAGS, DEFAULTS, DEFAULTS_OF, FIGURES, METHODS, QUICK, QUICK_OPTIONS, Run, queue
 from bags.figures import METRICS, draw, draw_examples, write_tables
-from bags.run_table import content_of, merged, read_table, row_of, settings_of, text_of, write_table
+from bags.run_table import merged, read_table, row_of_run, run_of_row, settings_of, text_of, write_table
 from common.choices import Config
 from common.files import read_json, write_json
 from common.options import default_device, device_name, exit_status, make_parser, next_step
@@ -262,7 +262,7 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
             continue
         for seed, settings, row in rows:
             if seed == str(run.seed) and not differing(settings, expected):
-                found[run] = content_of(row)
+                found[run] = run_of_row(row)
                 for entry in kept:
                     if entry["run"] == run.name and not differing(entry["settings"], expected):
                         found[run]["shown"] = entry["shown"]
@@ -275,7 +275,7 @@ def add_to_table(folders: list[Path], args: argparse.Namespace) -> None:
 
     contents = [read_json(path) for folder in folders for path in sorted(folder.glob("size*.json"))]
     args.table.parent.mkdir(parents=True, exist_ok=True)
-    write_table(merged(read_table(args.table), map(row_of, contents)), args.table)
+    write_table(merged(read_table(args.table), map(row_of_run, contents)), args.table)
     wanted = parse_arguments(["--figure", "5b", "--data", args.data])
     path = args.table.parent / SHOWN
     kept = read_json(path) if path.exists() else []

@@ -6,7 +6,7 @@ import compare_localization as command
 import numpy as np
 import pytest
 import torch
-from common.csv_table import content_of, read_rows
+from common.csv_table import nested, read_rows
 from localization import comparison as compare
 from localization import drawn_lesions, tables
 from localization import rows as table
@@ -32,7 +32,7 @@ def small_run(out, row, seed):
 
 def runs_in(out):
     """The runs of the table by row and seed."""
-    contents = [content_of(cells) for cells in read_rows(out / "runs.csv")]
+    contents = [nested(cells) for cells in read_rows(out / "runs.csv")]
     return {(content["row"], content["seed"]): content for content in contents}
 
 

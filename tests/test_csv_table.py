@@ -16,8 +16,8 @@ CONTENT = {
 def test_rows_round_trip(tmp_path):
     path = tmp_path / "runs.csv"
     other = {"row": "x", "extra": {"seed": 1}}
-    csv_table.write_rows([csv_table.row_of(CONTENT), csv_table.row_of(other)], path)
-    assert [csv_table.content_of(row) for row in csv_table.read_rows(path)] == [CONTENT, other]
+    csv_table.write_rows([csv_table.flattened(CONTENT), csv_table.flattened(other)], path)
+    assert [csv_table.nested(row) for row in csv_table.read_rows(path)] == [CONTENT, other]
     assert path.read_text(encoding="utf-8").startswith("row,commit,version,")
     assert list(tmp_path.iterdir()) == [path]
 

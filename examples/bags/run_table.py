@@ -35,7 +35,7 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def row_of(content: dict[str, Any]) -> Row:
+def row_of_run(content: dict[str, Any]) -> Row:
     """The row of a run's JSON file."""
     run, result = content["run"], content["result"]
     best = result["best_val"]
@@ -53,7 +53,7 @@ def settings_of(row: Row) -> Row:
     return older | {name: cell for name, cell in decided.items() if cell}
 
 
-def content_of(row: Row) -> dict[str, Any]:
+def run_of_row(row: Row) -> dict[str, Any]:
     """The content of the run's JSON file, from its row. Results are numbers, settings are text."""
     content: dict[str, Any] = {
         "config": settings_of(row),

@@ -1,4 +1,4 @@
-"""CSV files. A table of runs holds one row per run; nested results are converted to a row and back."""
+"""CSV files. In a table of runs, a row holds a run. Nested results become cells, and cells nested results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from common.files import new_file
 
 
-def row_of(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """The cells of ``content`` by column. A value of a nested dictionary has the column ``KEY/KEY/KEY``.
 
     A string is written unchanged, any other value as JSON. A string that JSON would read as another value is quoted.
@@ -19,15 +19,15 @@ def row_of(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
     row = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            row |= row_of(value, f"{prefix}{key}/")
+            row |= flattened(value, f"{prefix}{key}/")
         else:
             plain = isinstance(value, str) and value != "" and _value_of(value) == value
             row[f"{prefix}{key}"] = value if plain else json.dumps(value)
     return row
 
 
-def content_of(row: dict[str, str]) -> dict[str, Any]:
-    """The inverse of ``row_of``. An empty cell is a missing key."""
+def nested(row: dict[str, str]) -> dict[str, Any]:
+    """The inverse of ``flattened``. An empty cell is a missing key."""
     content: dict[str, Any] = {}
     for column, text in row.items():
         if text:

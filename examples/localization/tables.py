@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common.csv_table import content_of, read_rows, row_of, write_rows
+from common.csv_table import flattened, nested, read_rows, write_rows
 from common.files import naming
 
 from localization.comparison import drawn_for, shown_of
@@ -27,7 +27,7 @@ def collect(path: Path) -> Found:
     """
     found = {}
     for cells in read_rows(path):
-        content = content_of(cells)
+        content = nested(cells)
         (row,) = rows_of(content["row"])
         run, expected = Run(row, content["seed"]), settings_of(row)
         stored = content["settings"]
@@ -54,7 +54,7 @@ def add_run(content: dict[str, Any], path: Path) -> None:
         (row,) = rows_of(cells["row"])
         return order_of(Run(row, int(cells["seed"])))
 
-    write_rows(sorted([*read_rows(path), row_of(content)], key=order), path)
+    write_rows(sorted([*read_rows(path), flattened(content)], key=order), path)
 
 
 def numbers_of(result: dict[str, Any], threshold: float) -> dict[str, float]:
