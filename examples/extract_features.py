@@ -131,7 +131,10 @@ def repeat_settings(args: argparse.Namespace) -> None:
 
     known = extraction_of(args.like)
     if "backbone" not in known:
-        raise ValueError(f"like: expected a folder made by extract_features.py, got {args.like}")
+        raise ValueError(
+            f"like: expected features of extract_features.py, got {args.like}; compute the features of new bags with the "
+            "program that made these features, and pass them to predict_features.py"
+        )
     for name in REPEATED:
         if name in known:
             setattr(args, name, known[name])

@@ -119,6 +119,22 @@ def test_tensors_of_every_kind_are_read(tmp_path, content):
         assert bags.coords("a").tolist() == content["coords"]
 
 
+def test_subfolders_of_clam_are_found(tmp_path):
+    for folder in ("pt_files", "h5_files"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match="expected bags.csv or files BAG.h5 or BAG.pt, found none"):
+        store.FeatureBags(tmp_path)
+    torch.save(FEATURES, tmp_path / "pt_files" / "s1.pt")
+    assert store.FeatureBags(tmp_path)["s1"].coords is None
+    h5(tmp_path / "h5_files" / "s1.h5", features=FEATURES.numpy(), coords=np.zeros((4, 2)))
+    bags = store.FeatureBags(tmp_path)  # h5_files have the coordinates, too
+    assert bags.names == ["s1"] and bags["s1"].coords.shape == (4, 2)
+    assert bags.folder == tmp_path / "h5_files"
+    # bags in the folder itself come first
+    torch.save(FEATURES, tmp_path / "s2.pt")
+    assert store.FeatureBags(tmp_path).names == ["s2"]
+
+
 def test_bag_in_two_files_is_an_error(tmp_path):
     h5(tmp_path / "a.h5", features=FEATURES)
     torch.save(FEATURES, tmp_path / "a.pt")

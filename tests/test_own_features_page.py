@@ -60,14 +60,28 @@ def test_names_of_stages_are_those_of_own_features(timm, name, stages):
 
 def test_tables_of_own_features_are_read(tmp_path):
     tables = [text for _, text in BLOCKS if text.startswith(("image,", "bag,"))]
-    assert len(tables) == 4
+    assert len(tables) == 5
     bags = ["photo_001", "photo_002"]
-    for first, second in (tables[:2], tables[2:]):
+    for first, second in (tables[:2], tables[2:4]):
         found = read_text(tmp_path, first, bags)
         assert found.names == bags and found.values[:, 0].tolist() == [1, 0]
         (tmp_path / "boxes.csv").write_text(second)
         places = labels.read_boxes(tmp_path / "boxes.csv", found.classes, bags)
         assert list(places[found.classes[0]]) == bags[:1]
+
+
+def test_tables_of_slides_of_own_features_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("dataset.csv"), ["case_id", "slide_id", "label"], [["p1", "s1", "tumour"], ["p1", "s2", "normal"]])
+    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    exec(code, {})
+    found = labels.read_labels(Path("slides.csv"), None, "patient", ["s1", "s2"])
+    assert (found.names, found.classes, found.values.tolist()) == (["s1", "s2"], ["tumour"], [[1.0], [0.0]])
+    assert len(set(found.groups)) == 1
+    (text,) = [text for _, text in BLOCKS if text.startswith("bag,class\n")]
+    Path("tiles.csv").write_text(text)
+    found = labels.read_instance_labels(Path("tiles.csv"), ["tumour"], ["slide_001"])
+    assert found["slide_001"].tolist() == [[1.0], [0.0]]
 
 
 def test_printed_training_command_is_that_of_own_features(tmp_path, monkeypatch):
@@ -94,7 +108,7 @@ def test_commands_of_own_features_run(timm, image_folder, tmp_path, monkeypatch,
 
     blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
     commands = [line.split()[1:] for line in blocks.splitlines()]
-    assert len(commands) == 15
+    assert len(commands) == 16
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
     for folder, count in ((photos, 8), (tmp_path / "new_photos", 2)):
@@ -106,10 +120,11 @@ def test_commands_of_own_features_run(timm, image_folder, tmp_path, monkeypatch,
     write(photos / "boxes.csv", ["image", "label", *"xywh"], [["photo_1.jpg", "lesion", 8, 8, 20, 20]])
     points = [[f"photo_{k}.jpg", 10 * k, 20] for k in range(3)]
     write(tmp_path / "nuclei.csv", ["image", "x", "y"], points)
-    slides = tmp_path / "slides"
-    slides.mkdir()
-    for i in range(6):
-        torch.save(torch.randn(5 + i, 4), slides / f"s{i}.pt")
+    for folder, count in (("slides/pt_files", 6), ("new_slides/pt_files", 2)):
+        slides = tmp_path / folder
+        slides.mkdir(parents=True)
+        for i in range(count):
+            torch.save(torch.randn(5 + i, 4), slides / f"s{i}.pt")
     write(tmp_path / "slides.csv", ["bag", "tumour", "patient"], [[f"s{i}", i % 2, f"p{i // 2}"] for i in range(6)])
     torch.manual_seed(0)
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "weights.pt")

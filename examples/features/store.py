@@ -34,6 +34,8 @@ BAGS = ("bag", "instances", "rows", "columns", "height", "width")
 #: A further column: when the bag was written, in seconds since 1970. Tables of older versions do not have it.
 WRITTEN = "written"
 COORDS = np.dtype(np.float32)
+#: The files with one bag.
+SUFFIXES = (".h5", ".pt")
 
 
 class Bag(NamedTuple):
@@ -147,8 +149,19 @@ class FileWriter:
         self.names.add(name)
 
 
+def _folder_of_files(folder: Path) -> Path:
+    """The folder with one file per bag: ``folder``, or the subfolder of CLAM. See FeatureBags."""
+    for one in (folder, folder / "h5_files", folder / "pt_files"):
+        if any(path.suffix in SUFFIXES for path in one.glob("*")):
+            return one
+    return folder
+
+
 class FeatureBags:
     """The bags of a folder in either form. Each access to a bag reads it from disk.
+
+    CLAM writes its features into the subfolders ``h5_files`` and ``pt_files``. If ``folder`` has such subfolders and no
+    bags, the bags are those of ``h5_files``, which also have coordinates, or else those of ``pt_files``.
 
     Attributes:
         names: sorted names of the bags.
@@ -176,8 +189,9 @@ class FeatureBags:
                 raise ValueError(f"{self.folder}: features.bin has {found} bytes, expected {start * self.features * 2}")
             self.names = sorted(self._rows)
         else:
+            self.folder = _folder_of_files(self.folder)
             self._paths: dict[str, Path] = {}
-            for path in sorted(p for p in self.folder.glob("*") if p.suffix in (".h5", ".pt")):
+            for path in sorted(p for p in self.folder.glob("*") if p.suffix in SUFFIXES):
                 if path.stem in self._paths:
                     raise ValueError(
                         f"{self.folder} holds {self._paths[path.stem].name} and {path.name}; expected one file per bag"
