@@ -132,8 +132,8 @@ def repeat_settings(args: argparse.Namespace) -> None:
     known = extraction_of(args.like)
     if "backbone" not in known:
         raise ValueError(
-            f"like: expected features of extract_features.py, got {args.like}; compute the features of new bags with the "
-            "program that made these features, and pass them to predict_features.py"
+            f"like: expected features of extract_features.py, got {args.like}; compute the features of new bags with "
+            "the program that made these features, and pass them to predict_features.py"
         )
     for name in REPEATED:
         if name in known:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from features.extraction import find_images
 from images import pixels
+from images.folder import load_folder, without_labels
 from test_images_pixels import random_image
 
 Image = pytest.importorskip("PIL.Image")
@@ -340,3 +342,24 @@ def test_colours_of_dicom_are_read(tmp_path, interpretation):
     write_dicom(tmp_path / "x.dcm", values.astype(np.uint16), PhotometricInterpretation="RGB")
     with pytest.raises(ValueError, match=r"one image of 8 bits per colour, got .* \(6, 5, 3\) and type uint16"):
         pixels.read_image(tmp_path / "x.dcm")
+
+
+def test_files_without_the_suffix_are_named(tmp_path):
+    """Many programs export DICOM files without a suffix."""
+    folder = tmp_path / "photos"
+    (folder / "series").mkdir(parents=True)
+    (folder / "short.txt").write_text("no image")
+    commands = [lambda: without_labels(folder, {}), lambda: find_images(folder), lambda: load_folder(folder)]
+    (folder / "labels.csv").write_text("image,labels\nIM0001,red\nIM0002,\n")
+    for command in commands:
+        with pytest.raises(ValueError) as error:
+            command()
+        assert "DICOM without" not in str(error.value)
+    for name in ("IM0001", "IM0002"):
+        write_dicom(folder / "series" / name, np.zeros((4, 4), np.uint16))
+    for command in commands:
+        with pytest.raises(ValueError, match=r"; 2 files are DICOM without the suffix \.dcm, for example IM0001: add"):
+            command()
+    for path in sorted((folder / "series").iterdir()):
+        path.rename(path.with_name(f"{path.name}.dcm"))
+    assert list(find_images(folder)) == ["IM0001", "IM0002"]

@@ -78,7 +78,8 @@ def test_code_of_the_recipe_page_runs(capsys):
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(24).remainder(2).reshape(8, 3).float()
     names = {
         "timm": timm, "torch": torch, "sgl_ops": sgl_ops, "images": images, "all_labels": labels, "epochs": 1,
-        "validation_images": images, "validation_labels": labels, "loader": [(images, labels)], **{n: getattr(sgl_ops, n) for n in ("SGLLoss", "LamSchedule", "prior_bias")},
+        "validation_images": images, "validation_labels": labels, "loader": [(images, labels)],
+        **{n: getattr(sgl_ops, n) for n in ("SGLLoss", "LamSchedule", "prior_bias")},
     }  # fmt: skip
     page = (ROOT / "docs" / "recipe.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", page, re.S):

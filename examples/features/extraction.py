@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from images import pixels
 from images.dataset import records_of, some
-from images.dicom import DICOM
+from images.dicom import DICOM, advice_on_suffixes
 from images.label_tables import NAMES, name_among, same
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def find_images(folder: Path) -> dict[str, Path]:
             )
         images[path.stem] = path
     if not images:
-        raise ValueError(f"images: {folder} holds no {', '.join(IMAGES)}")
+        raise ValueError(f"images: {folder} holds no {', '.join(IMAGES)}{advice_on_suffixes(folder)}")
     return images
 
 

@@ -68,6 +68,20 @@ def read_dicom(path: Path) -> np.ndarray:
     return _palette_colours(values, data, path) if interpretation == PALETTE else _displayed(values, data, path)
 
 
+def advice_on_suffixes(folder: Path) -> str:
+    """The end of a message that ``folder`` has no images: the DICOM files without the suffix, if there are any."""
+
+    def is_dicom(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in DICOM)
+    found = [path for path in files if is_dicom(path)]
+    if not found:
+        return ""
+    return f"; {len(found)} files are DICOM without the suffix .dcm, for example {found[0].name}: add the suffix"
+
+
 def _open(path: Path, **options: Any) -> Any:
     try:
         import pydicom.pixels

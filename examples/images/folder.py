@@ -24,6 +24,7 @@ from images.dataset import (
     some,
     take,
 )
+from images.dicom import advice_on_suffixes
 from images.label_tables import (
     BOXES,
     LABELS,
@@ -74,7 +75,8 @@ def load_folder(
     found, unlisted = find_files(Path(data_dir), names)
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
-        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} was found ({some(missing)})")
+        advice = advice_on_suffixes(Path(data_dir))
+        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} was found ({some(missing)}){advice}")
     if not allow_missing:
         refuse_missing(Path(data_dir), missing, len(names))
     rows = np.array([name in found for name in names])
@@ -116,7 +118,8 @@ def without_labels(folder: Path, config: Config) -> Index:
     """
     files = image_files(folder)
     if not files:
-        raise ValueError(f"images: expected images in {folder}, found no file with the suffix of an image")
+        advice = advice_on_suffixes(folder)
+        raise ValueError(f"images: expected images in {folder}, found no file with the suffix of an image{advice}")
     names, paths = list(files), list(files.values())
     about = Description(
         "folder", folder.resolve().name, tuple(config["classes"]), "none of them", "new images", config["fit"],
