@@ -98,16 +98,11 @@ def test_code_of_own_loop_runs():
     images, labels = torch.randn(4, 1, 8, 8), torch.randint(0, 2, (4, 3)).float()
     logged = {}
     names = {
-        "torch": torch,
-        "sgl_ops": sgl_ops,
-        **{name: getattr(sgl_ops, name) for name in ("SGLLoss", "LamSchedule", "TopKSchedule", "prior_bias")},
-        "TopKPooling": sgl_ops.pooling.TopKPooling,
         "model": model,
         "loader": [(images, labels)],
         "epochs": 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "log": logged.update,
-        "epoch": 5,
     }
     before = model.weight.detach().clone()
     lams = []

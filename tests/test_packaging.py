@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -86,3 +87,16 @@ def test_ci_runs_every_tier_that_the_readme_command_leaves_out():
             " ".join(line for line in run.splitlines() if "pytest" in line or "TIERS=" in line),
         )
     )
+
+
+@pytest.mark.parametrize("variable", ["SGL_OPS_BUILD", "SGL_OPS_CUDA"])
+def test_required_build_that_fails_is_an_error(variable, tmp_path):
+    """The compiler does not exist, and neither does the GPU architecture."""
+    pytest.importorskip("setuptools")
+    environment = {"CC": "absent", "CXX": "absent", "TORCH_CUDA_ARCH_LIST": "absent", "SGL_OPS_CUDA": "0"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
+    for value, failed in (("auto", False), ("1", True)):
+        env = os.environ | environment | {variable: value}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode != 0) == failed, done.stderr
+        assert ("Installing the pure-Python package" in " ".join(done.stderr.split())) != failed
