@@ -16,7 +16,7 @@ build:        ## compile the extension again after a change in csrc/; unchanged 
 quick: build  ## kernels, values, losses: the tests for every change
 	$(PYTHON) -m pytest -q -n 0 -m quick
 
-test:         ## what the README runs: everything except the tiers below
+test:         ## what the README runs: everything except the long tiers
 	$(PYTHON) -m pytest
 
 emulated:     ## the CUDA kernels on the CPU, thread by thread

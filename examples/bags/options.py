@@ -58,7 +58,7 @@ def make_parser(description: str, hints: Mapping[str, str] | None = None, **defa
         choices=POOLINGS,
         text="pooling (sgl, bag: max; bil: mean); generalized_mean has r = 1, which is the mean",
     )
-    add("k", text="topk: instances of a bag whose logits are averaged")
+    add("k", text="topk: number of the largest probabilities whose mean is the probability of the bag")
     add(
         "k-start",
         kind=float,

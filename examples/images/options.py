@@ -47,8 +47,8 @@ pixels, 12 epochs, three seeds, the network of the last epoch), SGL gave better 
     {BETTER}
 
 It found 0.27 of the boxes at IoU > 0.1 (0.16 with the paper's loss settings), with an AUC of 0.64 (0.62). The bag loss
-with mean pooling found 0.19, with an AUC of 0.64. None of them was better than a box in the centre. See "Measured" in
-examples/README.md."""
+with mean pooling found 0.19, with an AUC of 0.64. None of them was better than a box in the centre. See "Results on a
+thousand real images" in examples/README.md."""
 
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = False) -> argparse._ArgumentGroup:
