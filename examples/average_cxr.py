@@ -62,7 +62,10 @@ def read_files(paths: Iterable[Path]) -> Runs:
         name = re.fullmatch(r"(.+)_(\d+)", path.stem)
         if name is None:
             raise ValueError(f"{path}: expected a file NAME_SEED.json")
-        runs[name[1], int(name[2])] = read(path)
+        run = name[1], int(name[2])
+        if run in runs:
+            raise ValueError(f"{path}: expected each NAME_SEED once, got {path.stem} twice; rename one of the files")
+        runs[run] = read(path)
     return runs
 
 

@@ -40,6 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.photos < 1:
+        parser.error(f"--photos: expected at least 1, got {args.photos}")
     import extract_features
     import train_features
     from features import bccd
@@ -73,7 +75,7 @@ def draw(out: Path, images: Path, count: int) -> None:
     from features.bccd import CLASS
     from features.extraction import find_images, read_image
     from features.labels import read_boxes
-    from features.pictures import draw_map
+    from features.pictures import draw_map, extent_of
     from features.runs import cells_of, load_predictions, maps_of
     from features.store import FeatureBags
     from matplotlib.figure import Figure
@@ -87,7 +89,8 @@ def draw(out: Path, images: Path, count: int) -> None:
     axes = figure.subplots(len(names), 3, squeeze=False)
     for row, name in zip(axes, names, strict=True):
         for column, cell in enumerate(row):
-            cell.imshow(read_image(files[name])[0].permute(1, 2, 0).numpy())
+            image = read_image(files[name])[0].permute(1, 2, 0).numpy()
+            cell.imshow(image, extent=extent_of(image.shape[:2]))
             cell.set_axis_off()
             if column:
                 maps, sizes = found[column - 1]

@@ -108,6 +108,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--patch: expected together with --points")
     if args.backbone == "pixels" and (args.patch is None or args.list_stages):
         parser.error("--backbone pixels: expected together with --points and --patch")
+    without = ()  # options without an effect
+    if args.patch is not None:
+        without = ("scales",)
+    if args.backbone == "pixels":
+        without = ("scales", "stages", "cut", "output_stride", "symmetric", "weights")
+    unused = [name for name in without if getattr(args, name) != parser.get_default(name)]
+    if unused:
+        option = "--backbone pixels" if args.backbone == "pixels" else "--patch"
+        parser.error(f"{option}: expected without --{unused[0].replace('_', '-')}")
     if not args.list_stages and (args.images is None or args.out is None):
         parser.error("--images and --out are needed, or --list-stages")
     import torch
@@ -245,6 +254,7 @@ def network_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.n
     """
     from features.backbones import field_warning, load_backbone
     from features.extraction import grid_of, map_bag, patch_bag, point_bag
+    from features.extraction_settings import CENTRE
 
     backbone = load_backbone(
         args.backbone, weights=args.weights, stages=args.stages, cut=args.cut, output_stride=args.output_stride
@@ -272,7 +282,7 @@ def network_bags(args: argparse.Namespace, first: Tensor, points: dict[str, np.n
         "symmetric": args.symmetric,
         "points": False if points is None else digest_of(points),
         "stride": geometry.stride,
-        "centre": backbone.cells(args.symmetric).centre,
+        CENTRE: backbone.cells(args.symmetric).centre,
         "field": geometry.field,
     }
 

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.options import make_parser, next_step
+from common.options import exit_status, make_parser, next_step
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,13 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from images.recipe_steps import run
 
-    try:
+    def run_and_advise() -> None:
         run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    next_step("python recipe.py --lam 0, the bag loss alone on the same images; docs/recipe.md explains each step")
-    return 0
+        next_step("python recipe.py --lam 0, the bag loss alone on the same images; docs/recipe.md explains each step")
+
+    return exit_status(run_and_advise, "stopped")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.figure == "6" and len(args.bags) > 1:
         parser.error(f"--bags: expected one number for figure 6, got {args.bags}")
-    if (args.figure == "6") != any(args.positives):
+    if (args.figure == "6" and not all(args.positives)) or (args.figure != "6" and any(args.positives)):
         parser.error("--positives: expected at least 1 for figure 6, and none for other figures")
     if min(*args.sizes, *args.bags, args.seeds, args.epochs) < 1 or min(args.workers, *args.positives) < 0:
         parser.error("--sizes, --bags, --seeds, --epochs: expected at least 1, --workers at least 0")
@@ -248,7 +248,8 @@ def collect(runs: list[Run], args: argparse.Namespace) -> dict[Run, dict[str, An
     """
     found = {}
     rows = [(row["seed"], settings_of(row), row) for row in read_table(args.table)]
-    kept = read_json(args.out / SHOWN) if (args.out / SHOWN).exists() else []
+    shown = args.table.parent / SHOWN
+    kept = read_json(shown) if shown.exists() else []
     for run in runs:
         path = args.out / f"{run.name}.json"
         expected = expected_settings(run, args)

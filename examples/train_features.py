@@ -279,15 +279,19 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], f
             raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
         refuse_other_data(args.out, known.get("data", {}), data, "choose another --out, or restore the old ones")
         for key, fact in facts.items():
-            if key in known and _deciding(known[key]) != _deciding(fact):
+            if key in known and _differ(known[key], fact):
                 raise ValueError(f"out: {args.out} was made with another {key.replace('_', ' ')}; choose another --out")
     parts.mkdir(parents=True, exist_ok=True)
     write_json(settings | {"data": data} | facts, path)
 
 
-def _deciding(fact: object) -> object:
-    """``fact`` without the settings that do not decide a result."""
-    return {key: value for key, value in fact.items() if key not in FREE} if isinstance(fact, dict) else fact
+def _differ(known: object, given: object) -> bool:
+    """Whether two facts differ, without the settings that do not decide a result."""
+    from features.extraction_settings import changed_settings
+
+    if isinstance(known, dict) and isinstance(given, dict):
+        return bool(set(changed_settings(known, given)) - set(FREE))
+    return known != given
 
 
 def _equal(known: object, given: object) -> bool:

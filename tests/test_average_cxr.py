@@ -52,6 +52,15 @@ def test_wrong_files_are_an_error(tmp_path, capsys, runs, message):
     assert message in capsys.readouterr().err
 
 
+def test_two_files_of_a_run_are_an_error(tmp_path, capsys):
+    files = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        files += write_runs(folder, sgl_0=metrics_of(0.5, 0.2))
+    assert average_cxr.main(files) == 1
+    assert "expected each NAME_SEED once, got sgl_0 twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", "PNG", '{"auc": {"mean": 0.5}}'])
 def test_error_names_a_file_with_other_contents(tmp_path, capsys, content):
     (tmp_path / "a_0.json").write_text(content)

@@ -102,6 +102,9 @@ def test_folder_of_h5_with_other_settings_is_an_error(timm, image_folder, tmp_pa
         ("--scales 1 0", "--scales: expected numbers above 0, got 1 0"),
         ("--scales nan", "--scales: expected numbers above 0, got nan"),
         ("--points=p.csv --patch=0", "--patch: expected at least 1, got 0"),
+        ("--points=p.csv --patch=9 --scales 2", "--patch: expected without --scales"),
+        ("--points=p.csv --patch=9 --backbone=pixels --symmetric", "--backbone pixels: expected without --symmetric"),
+        ("--points=p.csv --patch=9 --backbone=pixels --weights=w.pt", "--backbone pixels: expected without --weights"),
     ],
 )
 def test_errors_of_options_of_the_extraction(image_folder, tmp_path, capsys, words, message):

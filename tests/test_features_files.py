@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import feature_packages  # noqa: F401
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import ROOT
 from csv_files import write
 from feature_runs import command
 from features import store
+from features.extraction_settings import changed_settings
 
 EXAMPLES = ROOT / "examples"
 
@@ -150,3 +152,22 @@ def test_bag_without_instances_is_named_before_the_training(tmp_path, capsys):
     assert command(tmp_path, tmp_path / "out", "--folds=2", "--epochs=1") == 2
     assert "features: 2 bags have no instances (b2, b5)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_measured_centre_may_differ_by_rounding(tmp_path):
+    settings = {"backbone": "timm/resnet18", "stride": 16, "centre": 10.40012}
+    store.StoreWriter(tmp_path, settings).add("a", store.Bag(np.zeros((6, 4)), None, (2, 3), (32, 48)))
+    other = {**settings, "centre": 10.40017}  # another number of threads
+    assert changed_settings(settings, other) == []
+    assert store.StoreWriter(tmp_path, other).names == {"a"}
+    assert changed_settings(settings, {**settings, "centre": 10.5, "stride": 8}) == ["centre", "stride"]
+    assert changed_settings(settings, {"backbone": "timm/resnet18", "stride": 16}) == ["centre"]
+    with pytest.raises(ValueError, match=r"made with other settings \(centre\)"):
+        store.StoreWriter(tmp_path, {**settings, "centre": 10.5})
+
+
+def test_h5_files_need_h5py(tmp_path, monkeypatch):
+    h5(tmp_path / "a.h5", features=FEATURES.numpy())
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ValueError, match="h5 need h5py, which is not installed"):
+        store.FeatureBags(tmp_path)

@@ -202,6 +202,17 @@ def test_every_box_of_a_map_is_drawn_and_the_evaluated_one_is_the_thickest():
     assert frames[0].get_linewidth() > frames[1].get_linewidth()
 
 
+def test_pixels_of_a_picture_lie_where_boxes_and_points_have_them():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    draw_map(axes, np.full((6, 6), 0.9), (96, 128), 0.5)
+    (layer,) = axes.images
+    assert layer.get_extent() == [0, 128, 96, 0]  # the box of the whole image is its edge
+    (frame, *_) = [patch for patch in axes.patches if to_hex(patch.get_edgecolor()) == FOUND]
+    assert [*frame.get_xy(), frame.get_width(), frame.get_height()] == [0, 0, 128, 96]
+
+
 def test_interval_of_the_auc_is_that_of_the_mean_over_the_repeats(tmp_path):
     """The repeats rank the bags differently. Their mean score separates the bags better than each repeat does."""
     generator = np.random.default_rng(3)

@@ -179,8 +179,12 @@ def test_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
     assert figures.main([*arguments, "--workers", "1", "--out", str(tmp_path / "runs")]) == 0
     results = ["--out", str(tmp_path / "results"), "--draw-only"]
     assert figures.main([*arguments, *results, "--collect", str(tmp_path / "runs")]) == 0
-    for before, after in zip(drawn[0], drawn[2], strict=True):
-        assert before[1].tolist() == after[1].tolist() and before[3] == after[3]
+    # the data lie beside the table, also if the figure is drawn into another folder
+    other = ["--out", str(tmp_path / "other"), "--draw-only", "--table", str(tmp_path / "results" / "runs.csv")]
+    assert figures.main([*arguments, *other]) == 0
+    for panels in (drawn[2], drawn[-1]):
+        for before, after in zip(drawn[0], panels, strict=True):
+            assert before[1].tolist() == after[1].tolist() and before[3] == after[3]
 
 
 def test_file_that_is_no_table_is_an_error(tmp_path, capsys):
@@ -284,6 +288,7 @@ def test_quick_computes_a_part_of_the_figure(figure):
     "wrong",
     [
         ["--figure", "6", "--positives", "0"],
+        ["--figure", "6", "--positives", "0", "5"],
         ["--figure", "4", "--positives", "2"],
         ["--figure", "6", "--bags", "100", "200"],
         ["--figure", "4", "--options", "--loss", "mmm"],

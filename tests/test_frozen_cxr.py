@@ -11,6 +11,7 @@ import frozen_cxr as example
 import numpy as np
 import pytest
 import torch
+from common.choices import LOSSES, POOLINGS
 from common.import_torchvision import import_torchvision
 from features.finetuning import load_blocks
 from images import frozen_runs
@@ -80,6 +81,31 @@ def test_runs_are_summarized_in_the_table(data, tmp_path, capsys):
     assert sorted(row["iou_0.1_of_seeds"].split()) == sorted(f"{share:.2f}" for share in shares)
     low, high = (float(x) for x in row["iou_0.1_interval"].split(" to "))
     assert low <= float(row["iou_0.1"]) + 0.005 and float(row["iou_0.1"]) <= high + 0.005
+
+
+def test_other_settings_than_those_of_existing_runs_are_errors(data, tmp_path, capsys):
+    runs, method = tmp_path / "runs", ("--methods", "softmax sgl 20 at once", "--seeds", 0)
+    assert run(data, runs, *method) == 0
+    for options, name in ((["--validate"], "validate"), (["--components", 3], "components")):
+        assert run(data, runs, *method, *options) == 2
+        assert f"was made with another --{name}; choose another --out" in capsys.readouterr().err
+    # a run of an older version has no components
+    (path,) = runs.glob("*.json")
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in known.items() if key not in ("components", "tuned")}))
+    assert run(data, runs, *method) == 0
+    # other sets of boxes
+    other = known | {"seed": 1, "boxes": {"nih": known["boxes"]["det10"]}}
+    (runs / "softmax sgl 20 at once-seed1.json").write_text(json.dumps(other))
+    assert run(data, runs, *method[:2], "--seeds", 1) == 2
+    assert "another --det10" in capsys.readouterr().err
+    table = ["table", "--runs", str(runs), "--out", str(tmp_path / "films.csv")]
+    assert example.main(table) == 2
+    assert "expected equal sets of boxes" in capsys.readouterr().err
+    for path in runs.glob("*.json"):
+        path.write_text(json.dumps(known | {"boxes": {}}))
+    assert example.main(table) == 2
+    assert "have no boxes; --validate needs --det10" in capsys.readouterr().err
 
 
 def test_validation_excludes_the_test_list(data):
@@ -255,5 +281,5 @@ def test_tuned_runs_have_the_files_of_frozen_ones(data, tunable, tmp_path, capsy
 def test_every_method_has_a_loss_and_a_pooling():
     assert len(METHODS) == 19
     for name, method in METHODS.items():
-        assert method.loss in ("bag", "sgl", "mmm", "bil")
+        assert method.loss in LOSSES and method.pooling in (*POOLINGS, "attention", "gated"), name
         assert (method.lam > 0) == (method.loss == "sgl"), name

@@ -322,6 +322,16 @@ def test_boxes_are_in_pixels_of_the_file(images):
     np.testing.assert_allclose(squeezed.boxes[0][0], np.array([3 / 30, 2 / 20, 6 / 30, 4 / 20]) * 1024)
 
 
+def test_a_broken_image_with_a_box_is_named_as_broken(images, capsys):
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *([name, "train", "1"] for name in names_of(images)))
+    write_csv(images / "boxes.csv", ["image", "label", "x", "y", "w", "h"], ["0.png", "cat", 3, 2, 6, 4])
+    (path,) = images.rglob("0.png")
+    path.write_bytes(path.read_bytes()[:20])
+    assert check_cxr.main(["--data-dir", str(images), "--decode"]) == 1
+    printed = "".join(capsys.readouterr())
+    assert "0.png" in printed and "exceeds" not in printed
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

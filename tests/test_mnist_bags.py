@@ -166,6 +166,7 @@ def test_conclusion_names_the_seeds_that_failed():
     three = {name: results([(0.5, 0.0), (0.5, 0.1), (0.9, 0.6)]) for name in both}
     text = experiment.conclusion(three)
     assert "SGL did not learn with seeds 0, 1 (" in text and "Without these seeds the pooled IoU is 0.600" in text
+    assert "bag AUC 0.633 against 0.633 (equal)" in text
     none = {name: results([(0.5, 0.0)]) for name in both}
     assert experiment.chosen_by(none) == "seed 0 (the first seed; no seed learned with both)"
     assert experiment.seed_to_show(both) == 1
@@ -323,6 +324,14 @@ def test_instances_from_an_npz_file(tmp_path):
     run(tmp_path / "out", "--data", str(tmp_path / "mine.npz"), "--target", "2", "--epochs", "1", "--loss", "bag")
     np.savez(tmp_path / "bad.npz", **(arrays | {"y_train": np.arange(59)}))
     with pytest.raises(ValueError, match="y_train"):
+        instances.load_instances(str(tmp_path / "bad.npz"), "")
+    content = (tmp_path / "mine.npz").read_bytes()
+    (tmp_path / "bad.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"bad\.npz is not a readable \.npz file"):
+        instances.load_instances(str(tmp_path / "bad.npz"), "")
+    with (tmp_path / "bad.npz").open("wb") as file:
+        np.save(file, arrays["x_train"])
+    with pytest.raises(ValueError, match="got a single array"):
         instances.load_instances(str(tmp_path / "bad.npz"), "")
 
 

@@ -55,6 +55,25 @@ def test_classifier_with_other_last_layers_is_an_error():
         recipe.make_classifier("resnet18", 2, None, None)
 
 
+def test_weights_that_do_not_fit_are_errors(tmp_path, capsys):
+    state = timm.create_model("test_resnet", num_classes=7).state_dict()
+    path = tmp_path / "w.pth"
+    for content in (state, {"state_dict": state}, {"model": state}):
+        torch.save(content, path)
+        for cut in (None, 0):
+            loaded = recipe.make_classifier("timm/test_resnet", 2, path, cut).state_dict()
+            prefix = "" if cut is None else "features.0."
+            assert torch.equal(loaded[f"{prefix}conv1.0.weight"], state["conv1.0.weight"])
+    torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    for options, message in (
+        (["--weights", str(path)], "does not fit timm/test_resnet: "),
+        (["--weights", str(tmp_path / "absent.pth")], "there is no file"),
+        (["--backbone", "timm/rensett18", "--cut", "-1"], "backbone: timm/rensett18 could not be created"),
+    ):
+        assert example.main(options) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_script_runs(capsys):
     assert example.main(["--images", "32", "--epochs", "1"]) == 0
     out = capsys.readouterr().out

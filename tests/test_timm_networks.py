@@ -87,6 +87,9 @@ def test_half_precision_weights_of_a_file_are_loaded(tmp_path):
         load_weights(PatchClassifier("timm/resnet18", 32, 2), "timm/resnet18", str(path))
     with pytest.raises(ValueError, match="expected 'none', 'imagenet' or a file"):
         load_weights(model, SMALL, "no.safetensors")
+    torch.save({"teacher": network.state_dict(), "epoch": 3}, tmp_path / "nested.pt")
+    with pytest.raises(ValueError, match=r"nested\.pt: expected tensors, got (OrderedDict|dict) at teacher"):
+        load_weights(model, SMALL, str(tmp_path / "nested.pt"))
 
 
 def test_imagenet_weights_without_internet_are_an_error(monkeypatch):

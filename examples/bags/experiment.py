@@ -217,7 +217,8 @@ def conclusion(results: dict[str, dict[str, Any]]) -> str:
     parts = []
     for metric, text in (("auc", "bag AUC"), ("iou_pooled", "pooled IoU")):
         difference = sgl[metric] - baseline[metric]
-        verdict = f"{abs(difference):.3f} {'higher' if difference > 0 else 'lower'}"
+        size = f"{abs(difference):.3f}"
+        verdict = "equal" if size == "0.000" else f"{size} {'higher' if difference > 0 else 'lower'}"
         parts.append(f"{text} {sgl[metric]:.3f} against {baseline[metric]:.3f} ({verdict})")
     text = f"SGL against max pooling alone: {', '.join(parts)}."
     failed = {name: failed_seeds(results[name]) for name in ("sgl", "max")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,13 @@ def _cifar10(data_dir: str) -> tuple[np.ndarray, ...]:
 def _npz(path: Path) -> tuple[np.ndarray, ...]:
     if not path.is_file():
         raise ValueError(f"data: no such file: {path}")
-    with np.load(path) as file:
+    try:
+        opened = np.load(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data: {path} is not a readable .npz file ({error})") from None
+    if not isinstance(opened, np.lib.npyio.NpzFile):
+        raise ValueError(f"data: expected a file of numpy.savez, got a single array in {path}")
+    with opened as file:
         names = ("x_train", "y_train", "x_test", "y_test")
         missing = [name for name in names if name not in file]
         if missing:

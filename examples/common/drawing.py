@@ -10,7 +10,7 @@ TRUE, FOUND = "#ff4fc3", "#ffe02e"
 OPACITY = 80
 
 
-def draw_box(axes, box: np.ndarray, colour: str, width: float = 2.0, dashed: bool = False) -> None:
+def draw_box(axes, box: np.ndarray, colour: str, width: float = 2.0) -> None:
     """Draws a box (4,) x, y, w, h as a frame of ``colour`` with a black edge. NaN: draws nothing.
 
     Args:
@@ -23,5 +23,4 @@ def draw_box(axes, box: np.ndarray, colour: str, width: float = 2.0, dashed: boo
         return
     x, y, w, h = (float(side) for side in box)
     axes.add_patch(Rectangle((x, y), w, h, fill=False, color="black", linewidth=1.8 * width))
-    style = "--" if dashed else "-"
-    axes.add_patch(Rectangle((x, y), w, h, fill=False, color=colour, linewidth=width, linestyle=style))
+    axes.add_patch(Rectangle((x, y), w, h, fill=False, color=colour, linewidth=width))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common.weights import read_weights
 from images.pixels import MEAN, STD
 from torch import Tensor, nn
 
@@ -293,7 +294,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
     """Loads a state dict into ``network``. The classifier, and the last convolution before it, may be missing."""
     if not path.is_file():
         raise ValueError(f"weights: expected 'pretrained', 'none' or a file, got {str(path)!r}")
-    state = _read_state(path)
+    state = read_weights(path)
     own = network.state_dict()
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     head = tuple(f"{name}." for name in ("classifier", "fc", "head", "conv_head", "bn2", "head_dist"))
@@ -309,24 +310,3 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"weights: {path} does not fit {type(network).__name__}: "
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of safetensors or PyTorch."""
-    is_safe = path.suffix == ".safetensors"
-    if is_safe:
-        try:
-            from safetensors.torch import load_file
-        except ModuleNotFoundError:
-            raise ValueError("weights: safetensors is not installed: pip install safetensors") from None
-    try:
-        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # reading another kind of file raises many types
-        raise ValueError(f"weights: {path} is not a readable file of weights ({type(error).__name__})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"weights: {path}: expected a state dict, got a {type(state).__name__}")
-    other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
-    if other is not None:
-        raise ValueError(f"weights: {path}: expected tensors, got {type(state[other]).__name__} at {other}")
-    return state

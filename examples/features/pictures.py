@@ -81,13 +81,13 @@ def figure_of(
         left, right = figure.subplots(1, 2) if known else (None, figure.subplots())
         axes_of_image = [axes for axes in (left, right) if axes is not None]
         for axes in axes_of_image if image is not None else ():
-            axes.imshow(image)
+            axes.imshow(image, extent=extent_of(image.shape[:2]))
         if is_map:
             draw_map(right, probabilities.reshape(bag.grid).astype(float), bag.size, *cells_of(bags), boxes=with_boxes)
             for box in boxes:
                 draw_box(left, box, TRUE)
             for axes in axes_of_image:
-                axes.set(xlim=(-0.5, bag.size[1] - 0.5), ylim=(bag.size[0] - 0.5, -0.5), aspect="equal")
+                axes.set(xlim=(0, bag.size[1]), ylim=(bag.size[0], 0), aspect="equal")
         else:
             draw = draw_tiles if image is None else draw_points
             figure.colorbar(draw(right, coords, probabilities, "turbo"), ax=right)
@@ -111,6 +111,11 @@ def figure_of(
     part = "a cell" if unit == "image" else "an instance"
     right.set_title(f"p of the {unit} {predictions.bags[i, c]:.2f}, largest p of {part} {probabilities.max():.2f}")
     return figure
+
+
+def extent_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The extent of matplotlib for an image of ``size`` (height, width): pixel i covers i to i + 1, as in boxes."""
+    return 0, size[1], size[0], 0
 
 
 def draw_points(axes, coords: np.ndarray, values: np.ndarray, colours: str):
@@ -145,6 +150,7 @@ def draw_map(
 
     The frame of the first box, which is evaluated, has the ``width`` in points. The others have half of it.
     """
-    axes.imshow(overlay(pixels_of(heatmap, size, first, stride), size, opacity=OPACITY / 100))
+    layer = overlay(pixels_of(heatmap, size, first, stride), size, opacity=OPACITY / 100)
+    axes.imshow(layer, extent=extent_of(size))
     for number, box in enumerate(boxes_of(heatmap, size, first, stride) if boxes else ()):
         draw_box(axes, box, FOUND, width / 2 if number else width)

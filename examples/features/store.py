@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from common.files import naming, new_file, read_json, write_json, write_text
 
+from features.extraction_settings import changed_settings
+
 if TYPE_CHECKING:
     import h5py
 
@@ -132,7 +134,7 @@ class FileWriter:
         return (self.folder / f"{name}.h5").stat().st_mtime
 
     def add(self, name: str, bag: Bag) -> None:
-        import h5py
+        h5py = _import_h5py()
 
         # in memory first: the errors of HDF5 on a full disk do not name the file
         content = io.BytesIO()
@@ -226,7 +228,7 @@ class FeatureBags:
                 with _open_h5(path) as file:
                     shape = _without_batch(file["features"].shape)
                     settings = _settings_of(file)
-                changed = sorted(k for k in settings | self.settings if settings.get(k) != self.settings.get(k))
+                changed = changed_settings(settings, self.settings)
                 if changed:
                     raise ValueError(
                         f"{path}: made with other settings than {self._paths[self.names[0]]} ({', '.join(changed)})"
@@ -294,11 +296,20 @@ def digest(content: object) -> str:
 
 def _refuse_changed(folder: Path, known: dict, settings: dict) -> None:
     """Raises ValueError if a value of ``settings`` differs from that in ``known``."""
-    changed = [key for key in settings if known.get(key) != settings[key]]
+    different = changed_settings(known, settings)
+    changed = [name for name in settings if name in different]
     if changed:
         raise ValueError(
             f"{folder}: made with other settings ({', '.join(changed)}); choose another --out, or delete it"
         )
+
+
+def _import_h5py() -> Any:
+    try:
+        import h5py
+    except ModuleNotFoundError:
+        raise ValueError("features: files .h5 need h5py, which is not installed: pip install h5py") from None
+    return h5py
 
 
 @contextlib.contextmanager
@@ -308,8 +319,7 @@ def _open_h5(path: Path) -> Iterator[h5py.File]:
     Raises:
         ValueError: it cannot be read, or has no features.
     """
-    import h5py
-
+    h5py = _import_h5py()
     try:
         with h5py.File(path) as file:
             if "features" not in file:

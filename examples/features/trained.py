@@ -15,6 +15,7 @@ from images.metrics import best_threshold
 from torch import Tensor, nn
 
 from features.advice import ALL_CLASSES
+from features.extraction_settings import changed_settings
 from features.finetuning import (
     BLOCKS,
     BlocksHead,
@@ -244,7 +245,7 @@ def refuse_other_settings(wanted: dict, bags: FeatureBags, option: str, of_train
         of_training: what ``wanted`` belongs to, for the message.
     """
     wanted, found = ({**s, "points": bool(s.get("points"))} for s in (wanted, bags.settings))
-    changed = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    changed = changed_settings(wanted, found)
     if changed and set(changed) <= {"stride", "centre", "field"}:  # measured in the network
         raise ValueError(f"{option}: {bags.folder} was extracted with other weights than {of_training}")
     if changed:

@@ -81,7 +81,7 @@ def load_chexpert(
         test=test[present],
         paths=files,
         boxes={},
-        sizes=read_sizes(files)[0],
+        sizes=np.maximum(read_sizes(files)[0], 1),
         missing=missing,
         notes=(f"tables    {' and '.join(TABLES)}, {len(names)} rows, uncertain labels count as {uncertain}",),
     )

@@ -105,7 +105,7 @@ def load_folder(
     )
     val = (parts == "val") if (parts == "val").any() else None
     index = take(everything._replace(val=val), rows)
-    return index._replace(paths=paths, sizes=sizes, notes=tuple(notes))
+    return index._replace(paths=paths, sizes=np.maximum(sizes, 1), notes=tuple(notes))
 
 
 def without_labels(folder: Path, config: Config) -> Index:
@@ -127,7 +127,7 @@ def without_labels(folder: Path, config: Config) -> Index:
     )  # fmt: skip
     labels = np.full((len(names), len(about.classes)), np.nan, np.float32)
     sizes, _ = read_sizes(paths)
-    return Index(about, names, labels, np.array(names), np.ones(len(names), bool), paths, {}, sizes, [])
+    return Index(about, names, labels, np.array(names), np.ones(len(names), bool), paths, {}, np.maximum(sizes, 1), [])
 
 
 # the split
@@ -249,7 +249,7 @@ def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[
 
 
 def read_sizes(paths: list[Path]) -> tuple[np.ndarray, bool]:
-    """Width and height (n, 2) of the displayed images, 1x1 for unreadable files, and whether any image has colours."""
+    """Width and height (n, 2) of the displayed images, 0x0 for unreadable files, and whether any image has colours."""
 
     def header(path: Path) -> tuple[int, int, bool]:
         try:
@@ -259,4 +259,4 @@ def read_sizes(paths: list[Path]) -> tuple[np.ndarray, bool]:
 
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(header, paths))
-    return np.maximum([known[:2] for known in headers], 1), any(known[2] for known in headers)
+    return np.array([known[:2] for known in headers]).reshape(-1, 2), any(known[2] for known in headers)

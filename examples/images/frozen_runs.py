@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from common.csv_table import write_rows
 from common.files import naming, read_json, write_json, write_text
+from common.weights import read_weights
 from torch import Tensor
 
 from images.frozen import FIRST, METHODS, evaluate, read_films, reduce_features, train_head
@@ -75,15 +76,13 @@ def last_two_stages(args: argparse.Namespace) -> tuple[Callable[[Tensor], list[n
     """
     from features.backbones import import_timm
 
-    from images.timm_networks import read_state
-
     timm = import_timm()
     if args.backbone != BACKBONE:
         raise ValueError(f"backbone: without --stages, expected {BACKBONE}, got {args.backbone}")
     if len(args.image_size) > 1:
         raise ValueError(f"image size: without --stages, expected one size, got {len(args.image_size)}")
     network = timm.create_model(BACKBONE.removeprefix("timm/"), features_only=True, out_indices=(3, 4)).eval()
-    state = read_state(args.weights)
+    state = read_weights(args.weights)
     missing, _ = network.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
     if any(not key.endswith("num_batches_tracked") for key in missing):
         raise ValueError(f"weights: {args.weights} does not fit {BACKBONE}")
@@ -132,6 +131,9 @@ def train(args: argparse.Namespace) -> None:
     """Writes one file per run into ``args.out``: METHOD-seedSEED.json. Existing runs are skipped.
 
     With --tune, the head and the last blocks of the network are trained further before the evaluation.
+
+    Raises:
+        ValueError: an unknown method, or an existing run had other settings.
     """
     methods = args.methods or list(METHODS)
     unknown = [method for method in methods if method not in METHODS]
@@ -145,11 +147,14 @@ def train(args: argparse.Namespace) -> None:
 
         tuning = Tuning(films, args.features, transform, BACKBONE, str(args.weights), args.tune)
     train_numbers, eval_numbers = films.split(args.validate)
+    tuned = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr} if tuning is not None else None
+    settings = {"validate": args.validate, "components": args.components, "tuned": tuned}
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for method in methods:
             path = args.out / f"{method}-seed{seed}.json"
             if path.exists():
+                refuse_other_settings(path, settings, "det10" in films.boxes)
                 continue
             begun = time.monotonic()
             head, pooling, started = train_head(cells, films, train_numbers, METHODS[method], seed)
@@ -161,10 +166,8 @@ def train(args: argparse.Namespace) -> None:
                 )  # fmt: skip
                 shown = with_tuned(cells, tuning, blocks, eval_numbers)
             result = evaluate(head, pooling, shown, films, eval_numbers, METHODS[method].grad_cam)
-            if tuning is not None:
-                result["tuned"] = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr}
-            result |= {
-                "method": method, "seed": seed, "validate": args.validate, "lam_started_in_epoch": started,
+            result |= settings | {
+                "method": method, "seed": seed, "lam_started_in_epoch": started,
                 "seconds": round(time.monotonic() - begun, 1),
             }  # fmt: skip
             write_json(result, path)
@@ -172,11 +175,35 @@ def train(args: argparse.Namespace) -> None:
             print(f"{method}, seed {seed}: AUC {result['auc']:.3f}; boxes: {', '.join(shares)}", flush=True)
 
 
+def refuse_other_settings(path: Path, settings: dict, with_det10: bool) -> None:
+    """Raises ValueError if the run in ``path`` had other ``settings``, or if only one of the two has --det10.
+
+    A run of an older version has no components, and no key "tuned" if it was not tuned.
+    """
+    known = {"components": settings["components"], "tuned": None} | read_json(path)
+    changed = [name for name in settings if known[name] != settings[name]]
+    if ("det10" in known["boxes"]) != with_det10:
+        changed.append("det10")
+    if changed:
+        option = changed[0].replace("tuned", "tune")
+        raise ValueError(f"out: {path} was made with another --{option}; choose another --out")
+
+
 def table(args: argparse.Namespace) -> None:
-    """films.csv: one row per method, set of boxes and rule of the box, with every seed."""
+    """films.csv: one row per method, set of boxes and rule of the box, with every seed.
+
+    Raises:
+        ValueError: there are no runs, no boxes, or the runs have different sets of boxes.
+    """
     runs = [read_json(path) for path in sorted(args.runs.glob("*.json"))]
     if not runs:
         raise ValueError(f"runs: {args.runs} holds no run")
+    if any(list(run["boxes"]) != list(runs[0]["boxes"]) for run in runs):
+        raise ValueError(
+            f"runs: expected equal sets of boxes in all runs of {args.runs}; use --det10 for all, or for none"
+        )
+    if not runs[0]["boxes"]:
+        raise ValueError(f"runs: the runs of {args.runs} have no boxes; --validate needs --det10")
     rows = []
     for method in [m for m in METHODS if any(run["method"] == m for run in runs)]:
         own = sorted((run for run in runs if run["method"] == method), key=lambda run: run["seed"])

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common.files import load_state
 from common.import_torchvision import import_torchvision
+from common.weights import read_weights
 from features.backbones import field_warning
 from torch import Tensor, nn
 
@@ -289,8 +289,7 @@ def load_weights(model: PatchClassifier, backbone: str, weights: str) -> None:
         path = Path(weights)
         if not path.is_file():
             raise ValueError(f"weights: expected 'none', 'imagenet' or a file, got {weights!r}")
-        state = load_state(path)
-        state = state.get("model", state)
+        state = read_weights(path)
     found = {}
     for key, value in state.items():
         key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])", r"\1\2", key)  # key names of older files

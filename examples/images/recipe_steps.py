@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common.import_torchvision import import_torchvision
+from common.weights import read_weights
 from features.geometry import effective_centre, geometry_of
 from torch import Tensor, nn
 
@@ -63,7 +64,12 @@ def make_classifier(name: str, classes: int, weights: Path | None, cut: int | No
     if library == "timm":
         import timm
 
-        network = timm.create_model(model, num_classes=classes) if cut is None else CutClassifier(model, cut, classes)
+        try:
+            network = (
+                timm.create_model(model, num_classes=classes) if cut is None else CutClassifier(model, cut, classes)
+            )
+        except RuntimeError as error:  # an unknown name
+            raise ValueError(f"backbone: {name} could not be created ({error})") from None
     elif library == "torchvision" and cut is None:
         from torchvision import models
 
@@ -71,15 +77,17 @@ def make_classifier(name: str, classes: int, weights: Path | None, cut: int | No
     else:
         raise ValueError(f"backbone: expected timm/NAME, or torchvision/NAME without --cut, got {name!r}, cut {cut}")
     if weights is not None:
-        if weights.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
         target = network if cut is None else network.features[0]
         own = target.state_dict()
-        target.load_state_dict({k: v for k, v in state.items() if k in own and own[k].shape == v.shape}, strict=False)
+        state = {k: v for k, v in read_weights(weights).items() if k in own and own[k].shape == v.shape}
+        # the last layer of the classifier may have other classes
+        head = list(own)[-2:] if cut is None else []
+        absent = [k for k in own if k not in state and k not in head and not k.endswith("num_batches_tracked")]
+        if absent:
+            raise ValueError(
+                f"weights: {weights} does not fit {name}: {len(absent)} of {len(own)} are missing, e.g. {absent[:2]}"
+            )
+        target.load_state_dict(state, strict=False)
     return network
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common.weights import read_weights
 from features.backbones import import_timm
 from features.geometry import Geometry, geometry_of
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def load_timm_weights(features: TimmFeatures, name: str, weights: str) -> None:
         path = Path(weights)
         if not path.is_file():
             raise ValueError(f"weights: expected 'none', 'imagenet' or a file, got {weights!r}")
-        state = read_state(path)
+        state = read_weights(path)
     prefix = "features.network."  # of a checkpoint of train_cxr.py
     found = {
         key.removeprefix(prefix): value.float() if value.is_floating_point() else value for key, value in state.items()
@@ -158,17 +159,3 @@ def load_timm_weights(features: TimmFeatures, name: str, weights: str) -> None:
             f"{len(other)} have another shape, e.g. {other[:2]}"
         )
     features.network.load_state_dict({key: found[key] for key in own if key in found}, strict=False)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of a .safetensors file, or of one of torch.save (also under ``model`` or ``state_dict``)."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ModuleNotFoundError:
-            raise ValueError("weights: safetensors is not installed: pip install safetensors") from None
-        return load_file(path)
-    from common.files import load_state
-
-    state = load_state(path)
-    return state.get("model", state.get("state_dict", state))

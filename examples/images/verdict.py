@@ -23,14 +23,12 @@ FEW_BOXES = 100
 
 
 class Comparison(NamedTuple):
-    """The accuracies of ``name`` and ``other`` at IoU > ``t`` (means over classes), and the interval of the
-    difference."""
+    """The accuracy of ``name`` at IoU > ``t`` (mean over classes), and the interval of its difference to ``other``."""
 
     name: str
     other: str
     t: float
     share: float
-    other_share: float
     interval: Interval
 
     @property
@@ -59,9 +57,7 @@ def compare_boxes(runs: Sequence[Evaluated], truth: Truth, draws: int, seed: int
     differences = np.concatenate([hits[a].astype(float) - hits[b] for a, b in pairs], axis=1)
     patients = truth.patients[truth.image]
     intervals = iter(difference_intervals(differences, truth.classes, patients, draws, seed))
-    return [
-        Comparison(a, b, t, means[a][k], means[b][k], next(intervals)) for a, b in pairs for k, t in enumerate(T_IOU)
-    ]
+    return [Comparison(a, b, t, means[a][k], next(intervals)) for a, b in pairs for k, t in enumerate(T_IOU)]
 
 
 def listed(items: Iterable[str]) -> str:
