@@ -123,9 +123,8 @@ def run(args: argparse.Namespace) -> None:
         history = state.get("history", [])
         # a checkpoint of an older version has no history
         lam = history[-1]["lam"] if history else settings.lam
-        seed = one.repeat * 1000 + one.fold
         transform = Transform(**state["transform"])
-        model = make_model(settings, transform.weight.shape[1], len(labels.classes), seed)
+        model = make_model(settings, transform.weight.shape[1], len(labels.classes), one.seed)
         model.load_state_dict(state["model"])
         model["head"] = BlocksHead(copy.deepcopy(blocks), model["head"], transform, reader.inputs, reader.grid)
         if settings.loss == "sgl":
@@ -133,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         own = replace(settings, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, start="at_once", noise=0.0)
         names = [labels.names[i] for i in one.train]
         log: list[dict] = []
-        fit(model, reader, names, targets[torch.from_numpy(one.train)], own, seed, log.append)
+        fit(model, reader, names, targets[torch.from_numpy(one.train)], own, one.seed, log.append)
         predictions = predicted(model, reader, [labels.names[i] for i in one.test])
         save_atomically({"model": model.state_dict(), "history": log}, parts / f"{one.name}.pt")
         save_predictions(parts / f"{one.name}.npz", predictions)

@@ -237,9 +237,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         names = [labels.names[i] for i in one.train]
         history: list[dict] = []
-        # a different seed for every repeat and fold
-        seed = one.repeat * 1000 + one.fold
-        model = train(reader, names, targets[torch.from_numpy(one.train)], settings, seed, history.append)
+        model = train(reader, names, targets[torch.from_numpy(one.train)], settings, one.seed, history.append)
         predictions = predicted(model, reader, [labels.names[i] for i in one.test])
         state = {"model": model.state_dict(), "transform": reader.transform._asdict(), "history": history}
         save_atomically(state, parts / f"{one.name}.pt")

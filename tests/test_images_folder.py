@@ -271,6 +271,26 @@ def test_split_is_by_patient_seeded_and_saved(images):
         open_with(images)
 
 
+def test_val_fraction_without_an_effect_is_named(images, capsys):
+    rows = [[name, ("train", "train", "val", "test")[k % 4], k % 2] for k, name in enumerate(names_of(images))]
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *rows)
+    command = [
+        "--data-dir",
+        str(images),
+        "--dry-run",
+        "--backbone",
+        "local9",
+        "--weights",
+        "none",
+        "--image-size",
+        "64",
+    ]
+    command += ["--batch-size", "2", "--workers", "0", "--device", "cpu"]
+    for options, noted in (([], False), (["--val-fraction", "0.5"], True)):
+        assert train_cxr.main([*command, *options]) == 0
+        assert ("--val-fraction has no effect" in capsys.readouterr().err) == noted
+
+
 def test_image_in_two_parts_of_split_csv_is_an_error(images):
     names = names_of(images)
     write_csv(images / "labels.csv", ["image", "cat"], *([name, k % 2] for k, name in enumerate(names)))

@@ -326,12 +326,9 @@ def test_help_does_not_import_torch(script):
 
 
 def test_choices_are_those_of_the_library():
-    from features.heads import HEADS
-
     from sgl_ops.pooling import POOLINGS
 
     assert set(train_features.POOLINGS) == set(POOLINGS)
-    assert train_features.HEADS == HEADS
 
 
 def test_defaults_of_the_command_are_those_of_the_settings(bag_folder):

@@ -18,4 +18,4 @@ def changed_settings(known: dict, given: dict) -> list[str]:
             return abs(known[name] - given[name]) <= 0.01
         return known.get(name) == given.get(name)
 
-    return sorted(name for name in known | given if not equal(name))
+    return [name for name in known | given if not equal(name)]

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from sgl_ops import prior_bias
 from sgl_ops.pooling import POOLINGS, AttentionPooling, TopKPooling
 
-HEADS = ("linear", "mlp", "attention", "gated", "patches")
-
 
 class Head(nn.Module):
     """Instance logits (L, C) of features (L, D): a linear layer, or two with a ReLU between.

@@ -30,6 +30,11 @@ from features.store import FeatureBags, digest
 BAGS_OF_RUN = "bags.csv"
 
 
+def run_name(repeat: int, fold: int) -> str:
+    """The name of the files of a training."""
+    return f"repeat{repeat}_fold{fold}"
+
+
 class Run(NamedTuple):
     """One training: number of the repeat (or seed), number of the fold (0 with a given split), indices of bags."""
 
@@ -40,7 +45,12 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"repeat{self.repeat}_fold{self.fold}"
+        return run_name(self.repeat, self.fold)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the training, a different one for every repeat and fold."""
+        return self.repeat * 1000 + self.fold
 
 
 class Predictions(NamedTuple):

@@ -228,7 +228,7 @@ class FeatureBags:
                 with _open_h5(path) as file:
                     shape = _without_batch(file["features"].shape)
                     settings = _settings_of(file)
-                changed = changed_settings(settings, self.settings)
+                changed = sorted(changed_settings(settings, self.settings))
                 if changed:
                     raise ValueError(
                         f"{path}: made with other settings than {self._paths[self.names[0]]} ({', '.join(changed)})"

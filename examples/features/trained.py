@@ -28,7 +28,7 @@ from features.finetuning import (
 from features.labels import read_labels
 from features.results import FAILED
 from features.run_settings import extraction_of_run, settings_of_run
-from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of
+from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of, run_name
 from features.store import FeatureBags
 from features.training import BagReader, Settings, Transform, make_model, probabilities
 
@@ -109,7 +109,7 @@ def load_heads(run: Path, with_failed: bool = False, before: FeatureBags | None 
     classes = known["class_names"]
     settings = Settings.of_run(known)
     repeats = min(own["repeats"] or known["repeats"], known["repeats"])
-    names = [f"repeat{r}_fold{f}" for r in range(repeats) for f in range(known["folds"] or 1)]
+    names = [run_name(r, f) for r in range(repeats) for f in range(known["folds"] or 1)]
     needed = [
         run / FAILED,
         run / BAGS_OF_RUN,

@@ -18,7 +18,7 @@ from common.files import naming, read_json, write_json, write_text
 from common.weights import read_weights
 from torch import Tensor
 
-from images.frozen import FIRST, METHODS, evaluate, read_films, reduce_features, train_head
+from images.frozen import FIRST, METHODS, T_IOU, evaluate, read_films, reduce_features, train_head
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -217,7 +217,7 @@ def table(args: argparse.Namespace) -> None:
                     "method": method, "boxes": boxes, "rule": rule, "seeds": len(own), "count": hits.shape[1],
                     "auc": round(float(np.mean(aucs)), 4), "auc_of_seeds": " ".join(f"{a:.3f}" for a in aucs),
                 }  # fmt: skip
-                for k, least in enumerate((0.1, 0.3, 0.5)):
+                for k, least in enumerate(T_IOU):
                     per_seed = hits[:, :, k].mean(1)
                     low, high = interval_over_patients(hits[:, :, k].mean(0), patients)
                     row |= {
@@ -230,7 +230,7 @@ def table(args: argparse.Namespace) -> None:
     for boxes, rules in runs[0]["boxes"].items():
         centre = rules["half"]["centre"]
         row = {"method": "centre box", "boxes": boxes, "count": len(centre)}
-        row |= {f"iou_{t}": round(float(np.mean([c[k] for c in centre])), 4) for k, t in enumerate((0.1, 0.3, 0.5))}
+        row |= {f"iou_{t}": round(float(np.mean([c[k] for c in centre])), 4) for k, t in enumerate(T_IOU)}
         rows.append(row)
     write_rows(rows, args.out, list(rows[0]))
     print(f"{args.out}: {len(rows)} rows of {len(runs)} runs")

@@ -35,6 +35,8 @@ DEMO = {
     "batch_size": 8, "lr": 1e-3, "lr_step": 7, "workers": 0,
 }  # fmt: skip
 
+#: Default of --val-fraction, with which the official lists of ChestX-ray14 give the paper's 70, 10 and 20 percent.
+VAL_FRACTION = 0.125
 #: The images of --synthetic: a few frequent findings, so that a short training is enough.
 DEMO_DATA = {"images": 1200, "size": 128, "findings": ("Atelectasis", "Effusion", "Infiltration", "Mass"), "rate": 3.0}
 
@@ -95,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     sizes = "width and height of resized images; training crops 7/8 of them (512; timm/NAME: the size of its training)"
     add("image-size", None, sizes, type=int, metavar="PIXELS")
-    add("val-fraction", 0.125, "fraction of the training patients used for validation")
+    add("val-fraction", VAL_FRACTION, "fraction of the training patients used for validation")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=path_of, help="folder of the run")
     switch("resume", "continue the run in --out, if there is one")

@@ -13,6 +13,7 @@ from images.cache import open_cache
 from images.check import checked_index
 from images.dataset import Index
 from images.items import LabelledImages
+from images.options import VAL_FRACTION
 from images.provenance import digests_of, names_of_weights
 
 
@@ -50,6 +51,8 @@ def open_sources(args: argparse.Namespace, config: Config) -> Sources:
         raise ValueError(f"data-dir: there is no training image in {args.data_dir}")
     if not len(split.train):
         raise ValueError(f"val-fraction: {config['val_fraction']:g} leaves no training image")
+    if index.val is not None and config["val_fraction"] != VAL_FRACTION:
+        print("note: --val-fraction has no effect, because the data set names its validation images", file=sys.stderr)
     if config["val_fraction"] and not len(split.val):
         print("warning: there are no validation images, so no best network is chosen", file=sys.stderr)
     if len(split.train) < config["batch_size"]:
