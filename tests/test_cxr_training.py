@@ -343,6 +343,14 @@ def test_invalid_options_are_errors(options, capsys):
     assert "error" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--loss", "mmm"], ["--cache", "x"]])
+def test_demonstration_refuses_options_without_effect(options, capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--synthetic", "--out", "y", *options])
+    assert f"leave out {options[0]}" in capsys.readouterr().err
+    assert settings.parse(["--synthetic", "--out", "y"]).loss == "sgl"
+
+
 def test_untrained_network_predicts_the_prior():
     base = settings.config_of(settings.parse(["--data-dir", "x", "--out", "y", *SMALL]))
     alone = Processes(0, 1, torch.device("cpu"), None)

@@ -230,6 +230,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error("--synthetic: generates its own data; leave out --data-dir")
         if args.dry_run:
             parser.error("--synthetic: cannot be combined with --dry-run")
+        if args.cache is not None or args.loss != parser.get_default("loss"):
+            option = "--cache" if args.cache is not None else "--loss"
+            parser.error(f"--synthetic: trains with SGL and with the bag loss, with its own cache; leave out {option}")
     elif args.data_dir is None or (args.out is None and not args.dry_run):
         parser.error("expected --data-dir and --out, or --synthetic")
     if args.cut is not None and not args.backbone.startswith("timm/"):
