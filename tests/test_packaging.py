@@ -93,7 +93,8 @@ def test_ci_runs_every_tier_that_the_readme_command_leaves_out():
 def test_required_build_that_fails_is_an_error(variable, tmp_path):
     """The compiler does not exist, and neither does the GPU architecture."""
     pytest.importorskip("setuptools")
-    environment = {"CC": "absent", "CXX": "absent", "TORCH_CUDA_ARCH_LIST": "absent", "SGL_OPS_CUDA": "0"}
+    environment = {"SGL_OPS_BUILD": "auto", "SGL_OPS_CUDA": "0"}
+    environment |= {"CC": "absent", "CXX": "absent", "TORCH_CUDA_ARCH_LIST": "absent"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
     for value, failed in (("auto", False), ("1", True)):
         env = os.environ | environment | {variable: value}
