@@ -8,10 +8,7 @@ import bccd_demo
 import feature_packages  # noqa: F401
 import numpy as np
 import pytest
-from conftest import ROOT
 from csv_files import write
-
-EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.examples

@@ -6,11 +6,8 @@ import extract_features
 import feature_packages  # noqa: F401
 import pytest
 import torch
-from conftest import ROOT
 from features import backbones, extraction
 from features import geometry as geometries
-
-EXAMPLES = ROOT / "examples"
 
 
 def test_list_of_stages_has_their_geometry(timm, capsys):

@@ -10,21 +10,10 @@ import feature_packages  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from csv_files import write
+from feature_runs import NETWORK, change
 from features import backbones, extraction, store
 from torch import nn
-
-EXAMPLES = ROOT / "examples"
-
-
-NETWORK = ("--backbone", "resnet18", "--weights", "none", "--cut", "layer1")
-
-
-def change(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize("form", ["store", "h5"])

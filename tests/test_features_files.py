@@ -9,13 +9,10 @@ import feature_packages  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from csv_files import write
 from feature_runs import command
 from features import store
 from features.extraction_settings import changed_settings
-
-EXAMPLES = ROOT / "examples"
 
 
 def test_files_of_clam_and_trident_are_read(tmp_path):

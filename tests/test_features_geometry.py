@@ -8,7 +8,6 @@ import feature_packages  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from features import backbones, extraction, runs, store
 from features import geometry as geometries
 from features.evaluation import (
@@ -18,8 +17,6 @@ from features.evaluation import (
 )
 from features.pictures import draw_map
 from torch import nn
-
-EXAMPLES = ROOT / "examples"
 
 
 def test_geometry_equals_that_of_the_convolutions():

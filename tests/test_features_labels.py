@@ -5,11 +5,8 @@ from __future__ import annotations
 import feature_packages  # noqa: F401
 import numpy as np
 import pytest
-from conftest import ROOT
 from csv_files import write
 from features import extraction, labels, runs
-
-EXAMPLES = ROOT / "examples"
 
 
 def read_text(tmp_path, text, bags=("x", "y", "z.1"), **options):

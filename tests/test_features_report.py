@@ -12,7 +12,6 @@ import feature_packages  # noqa: F401
 import numpy as np
 import pytest
 from common.drawing import FOUND
-from conftest import ROOT
 from features import advice, labels, runs, store, training
 from features.evaluation import (
     auc,
@@ -28,8 +27,6 @@ from features.pictures import draw_map
 from features.report import write_report
 from features.results import write_results
 from matplotlib.colors import to_hex
-
-EXAMPLES = ROOT / "examples"
 
 
 def test_advice_names_the_cause_and_what_is_not_yet_used():

@@ -14,11 +14,8 @@ import predict_features
 import pytest
 import torch
 import train_features
-from conftest import ROOT
 from csv_files import read, write
 from features import finetuning, runs, store
-
-EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")

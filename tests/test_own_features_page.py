@@ -19,8 +19,6 @@ from conftest import ROOT
 from csv_files import write
 from features import backbones, labels, recommended
 
-EXAMPLES = ROOT / "examples"
-
 
 def read_text(tmp_path, text, bags=("x", "y", "z.1"), **options):
     """The labels of a labels.csv with this text."""

@@ -18,19 +18,10 @@ import torch
 import train_features
 from conftest import ROOT
 from csv_files import write
-from feature_runs import command
+from feature_runs import NETWORK, change, command
 from features import store, training
 
 EXAMPLES = ROOT / "examples"
-
-
-NETWORK = ("--backbone", "resnet18", "--weights", "none", "--cut", "layer1")
-
-
-def change(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
 
 
 @pytest.mark.examples
@@ -133,14 +124,14 @@ def test_command_explains_lam_that_stayed_zero(bag_folder, tmp_path, capsys):
     assert "run 1 of 2: " in printed and "lam stayed 0" in printed
     text = "lam stayed 0 in 2 of 2 runs. These runs trained with the bag loss only: SGL had no effect."
     assert f"warning: {text}" in printed
-    for change in (
+    for advice in (
         "--epochs 6",
         "--pooling topk",
         "--k-start 0.2 --restarts 4",
         "another network",
         "--start at_once",
     ):
-        assert change in printed
+        assert advice in printed
     best = float(re.search(r"The highest AUC was ([\d.]+)\.", printed)[1])
     histories = [torch.load(path, weights_only=True)["history"] for path in (tmp_path / "never" / "parts").glob("*.pt")]
     assert best == pytest.approx(max(row["auc"][0] for rows in histories for row in rows), abs=0.005)

@@ -1,4 +1,4 @@
-"""CSV files. In a table of runs, a row holds a run. Nested results become cells, and cells nested results."""
+"""CSV files. In a table of runs, a row holds a run. Nested results become cells, and cells become nested results."""
 
 from __future__ import annotations
 
