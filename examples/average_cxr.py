@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.csv_table import flattened, nested, read_rows, write_rows
-from common.files import read_json
+from common.files import read_json, rounded
 from common.options import make_parser, message_of
 
 T_IOU = ("0.1", "0.3", "0.5")
@@ -83,19 +83,10 @@ def read_table(path: Path) -> Runs:
     return runs
 
 
-def rounded(content: Any) -> Any:
-    """``content`` with all numbers rounded to six decimals."""
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [rounded(value) for value in content]
-    return round(content, 6) if isinstance(content, float) else content
-
-
 def write_table(runs: Runs, path: Path) -> None:
     """Writes a CSV with one row per run: network, seed, and every number of its metrics.json."""
     write_rows(
-        (flattened({"network": name, "seed": seed} | rounded(runs[name, seed])) for name, seed in sorted(runs)), path
+        (flattened({"network": name, "seed": seed} | rounded(runs[name, seed], 6)) for name, seed in sorted(runs)), path
     )
 
 

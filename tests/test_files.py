@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import math
 
 import pytest
-from common.files import new_file, read_json, write_json
+from common.files import new_file, read_json, rounded, without_nan, write_json
 from conftest import ROOT
 
 FOLDERS = ("sgl_ops", "examples", "benchmarks", "tools")
@@ -57,3 +58,13 @@ def test_the_error_of_a_write_names_the_file(tmp_path):
     with pytest.raises(OSError, match="missing") as caught:
         write_json({}, path)
     assert caught.value.filename == str(path)
+
+
+def test_nan_and_infinity_become_none_at_any_depth():
+    content = {"a": [math.nan, 1.5, {"b": (math.inf, -math.inf, 2)}], "c": "nan", "d": None, "e": True}
+    assert without_nan(content) == {"a": [None, 1.5, {"b": [None, None, 2]}], "c": "nan", "d": None, "e": True}
+
+
+def test_numbers_are_rounded_at_any_depth():
+    content = {"a": [0.12345, {"b": 2.00049}], "c": 7, "d": "0.12345"}
+    assert rounded(content, 3) == {"a": [0.123, {"b": 2.0}], "c": 7, "d": "0.12345"}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from common.choices import Config
-from common.files import write_json
+from common.files import without_nan, write_json
 from common.options import message_of, next_step
 from torch import Tensor, nn
 
@@ -107,7 +107,7 @@ def train_method(
             about = f"A bag with an instance of class {config['target']} is labelled positive."
             draw_panels(panels, 2, f"{heading}\n{about} {SHOWN.format(3, 1)}", folder / "bags.png")
         metrics = {"config": config, "runs": runs, **summarize(runs), "seconds": round(time.perf_counter() - start, 1)}
-        write_json(metrics, folder / "metrics.json")
+        write_json(without_nan(metrics), folder / "metrics.json")
         write_history(histories, folder / "history.csv")
     return metrics, models
 

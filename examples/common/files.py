@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -85,6 +86,24 @@ def write_text(text: str, path: Path) -> None:
     """Writes a text file by ``new_file``."""
     with new_file(path) as file:
         file.write(text)
+
+
+def without_nan(content: Any) -> Any:
+    """``content`` with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def rounded(content: Any, digits: int) -> Any:
+    """``content`` with all numbers rounded to ``digits`` decimals."""
+    if isinstance(content, dict):
+        return {key: rounded(value, digits) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value, digits) for value in content]
+    return round(content, digits) if isinstance(content, float) else content
 
 
 def write_json(content: Any, path: Path) -> None:

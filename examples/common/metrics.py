@@ -1,11 +1,28 @@
-"""Area under the ROC curve."""
+"""Area under the ROC curve, and 95 % intervals of bootstrap draws."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
+
+
+class Interval(NamedTuple):
+    """The 95 % interval of a measure; NaN where it is not defined."""
+
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """From the 2.5th to the 97.5th percentile of the ``values`` that are defined."""
+    defined = np.asarray(values, np.float64)
+    defined = defined[~np.isnan(defined)]
+    low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (math.nan, math.nan)
+    return Interval(float(low), float(high))
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -22,12 +22,10 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def bootstrap(
     measure: Callable[[np.ndarray], float], count: int, repeats: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+) -> metrics.Interval:
     """The 95 % interval of ``measure(indices)`` over ``repeats`` samples of ``count`` bags, drawn with replacement."""
     generator = np.random.default_rng(seed)
-    values = np.array([measure(generator.integers(count, size=count)) for _ in range(repeats)])
-    values = values[~np.isnan(values)]
-    return tuple(np.quantile(values, (0.025, 0.975)).tolist()) if len(values) else (math.nan, math.nan)
+    return metrics.interval([measure(generator.integers(count, size=count)) for _ in range(repeats)])
 
 
 def instance_metrics(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from common.csv_table import write_rows
-from common.files import new_file, write_json
+from common.files import new_file, without_nan, write_json
 from images.dataset import refuse_shared_patients, some
 
 from features.evaluation import (
@@ -330,7 +330,7 @@ def write_tables(
     folds: list[dict],
 ) -> None:
     """``metrics.json``, ``runs.csv``, ``folds.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats)."""
-    write_json(_without_nan(result), folder / "metrics.json")
+    write_json(without_nan(result), folder / "metrics.json")
     for name, lines in (("runs.csv", rows), ("folds.csv", folds)):
         if lines:
             write_rows(lines, folder / name)
@@ -357,9 +357,3 @@ def write_instances(
             for j, values in enumerate(instances):
                 place = ("", "") if coords is None else (f"{coords[j][0]:g}", f"{coords[j][1]:g}")
                 writer.writerow([name, j, *place, *(f"{v:.4g}" for v in values)])
-
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

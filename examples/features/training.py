@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common.learning_rate import set_cosine_rate
 from torch import Tensor, nn
 
 from features.heads import Candidates, Head, PatchNetwork, make_head_pooling
@@ -262,8 +263,7 @@ def fit(
             order = torch.randperm(len(names), generator=generator)
             for batch in batches(reader, names, labels, settings.batch_size, order):
                 if settings.cosine:
-                    for group in optimizer.param_groups:
-                        group["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    set_cosine_rate(optimizer, settings.lr, step, steps)
                 features = batch.features
                 if settings.noise:
                     features = features + settings.noise * torch.randn_like(features)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from common.csv_table import write_rows
 from common.files import naming, read_json, write_json, write_text
+from common.metrics import Interval, interval
 from common.weights import read_weights
 from torch import Tensor
 
@@ -236,10 +237,9 @@ def table(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(rows)} rows of {len(runs)} runs")
 
 
-def interval_over_patients(values: np.ndarray, patients: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+def interval_over_patients(values: np.ndarray, patients: np.ndarray, draws: int = 2000) -> Interval:
     """The 95 % interval of the mean of ``values`` (n,), by a bootstrap over patients."""
     _, number = np.unique(patients, return_inverse=True)
     sums, counts = np.bincount(number, values), np.bincount(number)
     chosen = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
-    means = sums[chosen].sum(1) / counts[chosen].sum(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    return interval(sums[chosen].sum(1) / counts[chosen].sum(1))

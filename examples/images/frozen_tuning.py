@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common.learning_rate import set_cosine_rate
 from features.finetuning import load_blocks
 from features.training import Transform
 from torch import Tensor, nn
@@ -102,8 +103,7 @@ def tune(
     head.train()
     for _ in range(epochs):
         for batch in chosen[torch.randperm(len(chosen), generator=generator)].split(batch_size):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            set_cosine_rate(optimizer, lr, step, steps)
             logits, hidden = head(tuning.cells(blocks, batch))
             loss = criterion(logits.transpose(1, 2), films.labels[batch], features=hidden)
             optimizer.zero_grad()

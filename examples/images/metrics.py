@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from common.metrics import auc
+from common.metrics import Interval, auc, interval
 from sklearn.metrics import roc_curve
 
 #: An AUC and its interval from fewer patients with the class, or without it, are unreliable.
@@ -17,13 +16,6 @@ FEW_PATIENTS = 10
 def patients_with(value: int, labels: np.ndarray, patients: np.ndarray) -> list[int]:
     """For each class, the number of patients with an image whose label (n, C) is ``value``, 0 or 1."""
     return [len(np.unique(patients[column == value])) for column in labels.T]
-
-
-class Interval(NamedTuple):
-    """The 95 % interval of a measure; NaN where it is not defined."""
-
-    low: float
-    high: float
 
 
 def auc_per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
@@ -55,14 +47,6 @@ def draws_of_patients(patients: np.ndarray, shown: np.ndarray, draws: int, seed:
     for _ in range(draws):
         chosen = np.concatenate([inside[rng.integers(0, max(len(inside), 1), len(inside))] for inside in members])
         yield np.bincount(chosen, minlength=len(first))[patient]
-
-
-def interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """From the 2.5th to the 97.5th percentile of the ``values`` that are defined."""
-    defined = np.asarray(values, np.float64)
-    defined = defined[~np.isnan(defined)]
-    low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (math.nan, math.nan)
-    return Interval(float(low), float(high))
 
 
 def over_patients(

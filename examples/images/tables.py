@@ -6,9 +6,8 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from common.files import new_file, write_json
+from common.files import new_file, without_nan, write_json
 
 from images import page
 from images.evaluation import Evaluated
@@ -17,15 +16,6 @@ from images.truth import Truth
 from sgl_ops.localization import T_IOU
 
 TABLES = ("metrics.json", "details.json", "predictions.csv", "boxes.csv")
-
-
-def without_nan(content: Any) -> Any:
-    """The value with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(content, dict):
-        return {key: without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_tables(run: Evaluated, truth: Truth, folder: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from common.choices import Config
 from common.environment import commit, machine
+from common.files import rounded
 from common.losses import lam_at, make_criterion
 from images.metrics import auc_per_class
 from images.models import make_backbone
@@ -113,13 +114,7 @@ def measure(scores: np.ndarray, maps: np.ndarray, data: Drawn, settings: Config)
     result["max_box"] = bx.max_box_accuracy(
         chosen, true, classes, CLASSES, size, mode, steps=settings["thresholds"], first=first
     )
-    return rounded(result)
-
-
-def rounded(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    return round(content, 4) if isinstance(content, float) else content
+    return rounded(result, 4)
 
 
 def shown_of(data: Drawn) -> list[tuple[int, int]]:
