@@ -344,22 +344,44 @@ def test_colours_of_dicom_are_read(tmp_path, interpretation):
         pixels.read_image(tmp_path / "x.dcm")
 
 
-def test_files_without_the_suffix_are_named(tmp_path):
-    """Many programs export DICOM files without a suffix."""
+#: Names of exported DICOM files: numbers that differ in their last part, no suffix, and the suffix of one vendor
+EXPORTED = ("1.2.840.10008.1", "1.2.840.10008.2", "IM0003", "SLICE.IMA")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder with four DICOM files whose suffix does not tell this, and with other files."""
     folder = tmp_path / "photos"
     (folder / "series").mkdir(parents=True)
+    for name in EXPORTED:
+        write_dicom(folder / "series" / name, VALUES)
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
     (folder / "short.txt").write_text("no image")
-    commands = [lambda: without_labels(folder, {}), lambda: find_images(folder), lambda: load_folder(folder)]
-    (folder / "labels.csv").write_text("image,labels\nIM0001,red\nIM0002,\n")
-    for command in commands:
-        with pytest.raises(ValueError) as error:
-            command()
-        assert "DICOM without" not in str(error.value)
-    for name in ("IM0001", "IM0002"):
-        write_dicom(folder / "series" / name, np.zeros((4, 4), np.uint16))
-    for command in commands:
-        with pytest.raises(ValueError, match=r"; 2 files are DICOM without the suffix \.dcm, for example IM0001: add"):
-            command()
-    for path in sorted((folder / "series").iterdir()):
-        path.rename(path.with_name(f"{path.name}.dcm"))
-    assert list(find_images(folder)) == ["IM0001", "IM0002"]
+    (folder / "1.2.840.10008.3").write_bytes(b"\0" * 200)
+    return folder
+
+
+def test_files_without_the_suffix_are_found_by_their_content(exported):
+    assert {name: path.name for name, path in find_images(exported).items()} == {name: name for name in EXPORTED}
+    config = {"classes": ["red"], "fit": "pad", "channels": 1}
+    assert without_labels(exported, config).names == [f"series/{name}" for name in EXPORTED]
+    rows = "".join(f"{name},{'red' if n < 2 else ''}\n" for n, name in enumerate(EXPORTED))
+    (exported / "labels.csv").write_text(f"image,labels\n{rows}")
+    index = load_folder(exported)
+    assert [path.name for path in index.paths] == list(EXPORTED) == index.names
+    assert index.sizes.tolist() == [[3, 2]] * 4
+    for path in index.paths:
+        assert np.array_equal(np.asarray(pixels.read_image(path)), [[0, 51, 102], [153, 204, 255]])
+
+
+def test_names_that_are_numbers_do_not_lose_their_last_part(exported):
+    """1.2.840.10008 is not the image 1.2.840.10008.1, and 1.2.840.10008.3 is no image."""
+    (exported / "labels.csv").write_text("image,labels\nIM0003,red\n1.2.840.10008,\n1.2.840.10008.3,red\n")
+    with pytest.raises(ValueError, match=r"1\.2\.840\.10008, 1\.2\.840\.10008\.3"):
+        load_folder(exported)
+
+
+def test_a_file_with_the_suffix_of_another_format_is_not_dicom(tmp_path):
+    write_dicom(tmp_path / "x.png", VALUES)
+    with pytest.raises(ValueError, match="not a readable image"):
+        pixels.read_image(tmp_path / "x.png")

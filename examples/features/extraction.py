@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from images import pixels
 from images.dataset import records_of, some
-from images.dicom import DICOM, advice_on_suffixes
 from images.label_tables import NAMES, name_among, same
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from features.backbones import Backbone, aligned
 from features.geometry import Geometry, rounded_up
 from features.store import Bag
 
-IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".webp", ".bmp", ".gif", ".tif", ".tiff", *DICOM)
+#: Suffixes of images. DICOM files may have any suffix.
+IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def find_images(folder: Path) -> dict[str, Path]:
@@ -31,16 +31,18 @@ def find_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"images: expected a folder, got {str(folder)!r}")
     images: dict[str, Path] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file()):
-        if path.stem in images:
-            both = " and ".join(str(p.relative_to(folder)) for p in (images[path.stem], path))
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    for path in (p for p in files if p.suffix.lower() in IMAGES or pixels.is_dicom(p)):
+        name = pixels.name_without_suffix(path)
+        if name in images:
+            both = " and ".join(str(p.relative_to(folder)) for p in (images[name], path))
             raise ValueError(
                 f"images: {folder} holds {both}; a bag has the name of its image without the suffix, so each name may "
                 "occur once: rename one"
             )
-        images[path.stem] = path
+        images[name] = path
     if not images:
-        raise ValueError(f"images: {folder} holds no {', '.join(IMAGES)}{advice_on_suffixes(folder)}")
+        raise ValueError(f"images: {folder} holds no {', '.join(IMAGES)} and no DICOM file")
     return images
 
 

@@ -13,10 +13,9 @@ from common.progress import Progress
 
 from images.dataset import Index, refuse_missing, some
 from images.depth import bits_used
-from images.dicom import DICOM
 from images.metrics import FEW_PATIENTS, patients_with
 from images.open_dataset import open_dataset
-from images.pixels import load_image, read_header, read_image
+from images.pixels import is_dicom, load_image, read_header, read_image
 
 #: First and last bytes of a complete file. Some programs append other bytes after the last ones.
 COMPLETE = {".png": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), ".jpg": (b"\xff\xd8", b"\xff\xd9")}
@@ -146,7 +145,7 @@ def _about_files(index: Index, sample: int = 32) -> list[str]:
         try:
             width, height, _ = read_header(path)
             size = f"{width}x{height} "
-            if path.suffix.lower() in DICOM:
+            if is_dicom(path):
                 found.append((size, "DICOM"))
                 continue
             with Image.open(path) as image:

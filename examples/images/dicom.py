@@ -68,18 +68,15 @@ def read_dicom(path: Path) -> np.ndarray:
     return _palette_colours(values, data, path) if interpretation == PALETTE else _displayed(values, data, path)
 
 
-def advice_on_suffixes(folder: Path) -> str:
-    """The end of a message that ``folder`` has no images: the DICOM files without the suffix, if there are any."""
-
-    def is_dicom(path: Path) -> bool:
+def begins_as_dicom(path: Path) -> bool:
+    """Whether the first bytes are those of a DICOM file. The file DICOMDIR, a table of contents, does not count."""
+    if path.name.upper() == "DICOMDIR":
+        return False
+    try:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in DICOM)
-    found = [path for path in files if is_dicom(path)]
-    if not found:
-        return ""
-    return f"; {len(found)} files are DICOM without the suffix .dcm, for example {found[0].name}: add the suffix"
+    except OSError:
+        return False
 
 
 def _open(path: Path, **options: Any) -> Any:

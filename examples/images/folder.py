@@ -24,7 +24,6 @@ from images.dataset import (
     some,
     take,
 )
-from images.dicom import advice_on_suffixes
 from images.label_tables import (
     BOXES,
     LABELS,
@@ -40,7 +39,7 @@ from images.label_tables import (
     refuse_twice,
     same,
 )
-from images.pixels import image_suffixes, read_header
+from images.pixels import is_image, name_without_suffix, read_header
 
 #: Shares of PARTS if the table has no split.
 SHARES = (0.7, 0.1, 0.2)
@@ -75,8 +74,7 @@ def load_folder(
     found, unlisted = find_files(Path(data_dir), names)
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
-        advice = advice_on_suffixes(Path(data_dir))
-        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} was found ({some(missing)}){advice}")
+        raise ValueError(f"{data_dir}: none of the {len(names)} images of {LABELS} was found ({some(missing)})")
     if not allow_missing:
         refuse_missing(Path(data_dir), missing, len(names))
     rows = np.array([name in found for name in names])
@@ -118,8 +116,9 @@ def without_labels(folder: Path, config: Config) -> Index:
     """
     files = image_files(folder)
     if not files:
-        advice = advice_on_suffixes(folder)
-        raise ValueError(f"images: expected images in {folder}, found no file with the suffix of an image{advice}")
+        raise ValueError(
+            f"images: expected images in {folder}, found no file with the suffix of an image or DICOM file"
+        )
     names, paths = list(files), list(files.values())
     about = Description(
         "folder", folder.resolve().name, tuple(config["classes"]), "none of them", "new images", config["fit"],
@@ -210,12 +209,7 @@ def image_files(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    suffixes = image_suffixes()
-    return {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if is_image(path)}
 
 
 def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[str]]:
@@ -229,7 +223,8 @@ def find_files(data_dir: Path, names: list[str]) -> tuple[dict[str, Path], list[
     matching: dict[PurePosixPath, list[str]] = {}  # by path or last part, with and without the suffix
     for place, path in files.items():
         equal.setdefault(place_of(place), []).append(place)
-        for text in {place_of(t) for t in (place, path.name, place.removesuffix(path.suffix), path.stem)}:
+        stem = name_without_suffix(path)
+        for text in {place_of(t) for t in (place, path.name, PurePosixPath(place).with_name(stem).as_posix(), stem)}:
             matching.setdefault(text, []).append(place)
     found: dict[str, Path] = {}
     name_of: dict[str, str] = {}

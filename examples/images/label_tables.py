@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from images.dataset import records_of, some
-from images.pixels import image_suffixes
+from images.pixels import name_without_suffix
 
 LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
 PARTS = ("train", "val", "test")
@@ -76,7 +76,7 @@ def place_of(name: str) -> PurePosixPath:
 
 def _last_parts(path: PurePosixPath) -> tuple[str, ...]:
     """The last part of a path, and the same without the suffix of an image."""
-    return (path.name, path.stem) if path.suffix.lower() in image_suffixes() else (path.name,)
+    return tuple(dict.fromkeys((path.name, name_without_suffix(path))))
 
 
 def read_labels(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from images.depth import bits_used
-from images.dicom import DICOM, read_dicom, read_dicom_header
+from images.dicom import DICOM, begins_as_dicom, read_dicom, read_dicom_header
 from images.frames import frames_of
 
 #: Mean and standard deviation per channel of the images that torchvision's networks were trained on.
@@ -30,6 +30,22 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN) | set(DICOM)
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM: by its suffix, or by its first bytes if it has no suffix of an image."""
+    suffix = path.suffix.lower()
+    return suffix in DICOM or (suffix not in image_suffixes() and begins_as_dicom(path))
+
+
+def is_image(path: Path) -> bool:
+    """Whether ``path`` is a file with the suffix of an image, or a DICOM file with any suffix or none."""
+    return path.is_file() and (path.suffix.lower() in image_suffixes() or is_dicom(path))
+
+
+def name_without_suffix(path: PurePath) -> str:
+    """The last part of ``path`` without the suffix of an image. Other suffixes stay: the name may be a number 1.2.3."""
+    return path.stem if path.suffix.lower() in image_suffixes() else path.name
+
+
 def read_header(path: Path) -> tuple[int, int, bool]:
     """Width and height of the displayed image, and whether it has colours, without decoding it.
 
@@ -38,7 +54,7 @@ def read_header(path: Path) -> tuple[int, int, bool]:
     """
     from PIL import Image
 
-    if path.suffix.lower() in DICOM:
+    if is_dicom(path):
         return read_dicom_header(path)
     try:
         with Image.open(path) as image:
@@ -62,7 +78,7 @@ def read_image(path: Path) -> Any:
     """
     from PIL import Image, ImageOps
 
-    if path.suffix.lower() in DICOM:
+    if is_dicom(path):
         return Image.fromarray(read_dicom(path))
     try:
         with Image.open(path) as image:
