@@ -6,12 +6,13 @@ knows whether the instances are a dense ``(N, C, L)`` block or packed ``(T, C)``
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._checks import instance_shape
 
 
 def bags_of(logits: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Bags:
@@ -27,9 +28,12 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 class Bags(ABC):
     """N bags of instances with C classes.
 
-    ``instances(t)`` converts a tensor from the user's layout to the inner layout. ``sum``, ``max``, … reduce the inner
-    layout to ``(N, C)``. ``layout(t)`` converts it back. ``expand_to_instances`` makes an ``(N, C)`` tensor broadcast
-    against instances, ``per_class`` a ``(C,)`` tensor.
+    :meth:`instances` converts a tensor from the user's layout to the inner layout, (N, C, L) or (T, C) for packed bags.
+    The reductions take tensors in the inner layout and return (N, C), without the instances that a mask removes.
+
+    Attributes:
+        size: (N, 1) int64, the number of instances of each bag.
+        instance_shape: (N, L), or (T,) for packed bags.
     """
 
     one_class: bool  # the logits have no class axis
@@ -38,19 +42,24 @@ class Bags(ABC):
     instance_shape: tuple[int, ...]  # the shape of instance features without D
 
     @abstractmethod
-    def instances(self, logits: Tensor) -> Tensor: ...
+    def instances(self, logits: Tensor) -> Tensor:
+        """A tensor in the layout of the logits, in the inner layout, as float32 or float64."""
 
     @abstractmethod
-    def layout(self, instances: Tensor) -> Tensor: ...
+    def layout(self, instances: Tensor) -> Tensor:
+        """A tensor in the inner layout, in the layout of the logits."""
 
     @abstractmethod
-    def features(self, features: Tensor) -> Tensor: ...
+    def features(self, features: Tensor) -> Tensor:
+        """Features (N, L, D) or (T, D), with 0 for instances that are not real."""
 
     @abstractmethod
-    def expand_to_instances(self, per_bag: Tensor) -> Tensor: ...
+    def expand_to_instances(self, per_bag: Tensor) -> Tensor:
+        """An (N, C) tensor that broadcasts against the inner layout."""
 
     @abstractmethod
-    def per_class(self, v: Tensor) -> Tensor: ...
+    def per_class(self, v: Tensor) -> Tensor:
+        """A (C,) tensor that broadcasts against the inner layout."""
 
     @abstractmethod
     def _sum(self, x: Tensor) -> Tensor: ...
@@ -71,6 +80,7 @@ class Bags(ABC):
         return x if self.real is None else torch.where(self.real, x, value)
 
     def sum(self, x: Tensor) -> Tensor:
+        """The sum over the bag, 0 for an empty bag."""
         return self._sum(self.fill(x, 0.0))
 
     def count(self, condition: Tensor) -> Tensor:
@@ -79,6 +89,7 @@ class Bags(ABC):
         return self._sum(condition.to(torch.int64))
 
     def mean(self, x: Tensor) -> Tensor:
+        """The mean over the bag, 0 for an empty bag."""
         return self.sum(x) / self.size.clamp(min=1)
 
     def max(self, x: Tensor) -> Tensor:
@@ -136,9 +147,8 @@ class DenseBags(Bags):
     def __init__(self, logits: Tensor, mask: Tensor | None):
         self.one_class = logits.dim() == 2
         self.shape = logits.shape
-        # not Size.numel(): it converts a symbolic size to a number
-        length = math.prod(logits.shape[1 if self.one_class else 2 :])
-        self.instance_shape = (logits.shape[0], length)
+        self.instance_shape = instance_shape(logits, None)
+        length = self.instance_shape[1]
         self.padded = length == 0  # torch cannot reduce over an empty axis: pad one instance that is not real
         if self.padded:
             self.real = torch.zeros(logits.shape[0], 1, 1, dtype=torch.bool, device=logits.device)

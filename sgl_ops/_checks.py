@@ -171,6 +171,16 @@ def _wrong_targets(targets: Tensor, logits: Tensor, offsets: Tensor | None, bags
     )
 
 
+def instance_shape(logits: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
+    """The shape of the features of all instances without D: (N, L), or (T,) with ``offsets``."""
+    # not Size.numel(): it converts a symbolic size to a number
+    return (
+        logits.shape[:1]
+        if offsets is not None
+        else (logits.shape[0], math.prod(logits.shape[1 if logits.dim() == 2 else 2 :]))
+    )
+
+
 def check_features(features: Tensor | None, instances: tuple[int, ...], width: int | None = None) -> None:
     """Checks the shape of ``features``.
 
@@ -213,7 +223,7 @@ def unknown_argument(name: str, known: Iterable[str]) -> TypeError:
 
     close = difflib.get_close_matches(name, known, 1)
     hint = _INSTEAD.get(name) or (f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}")
-    return TypeError(f"{name}: not an argument of this loss; {hint}")
+    return TypeError(f"{name}: not an argument here; {hint}")
 
 
 def explains_arguments(function: Function) -> Function:
@@ -306,6 +316,11 @@ def check_constant(name: str, value: Tensor) -> None:
 def check_impl(impl: object) -> None:
     if impl not in ("auto", "fused", "reference"):
         raise ValueError(f"impl: expected 'auto', 'fused' or 'reference', got {impl!r}")
+
+
+def check_check(check: object) -> None:
+    if check is not None and not isinstance(check, bool):
+        raise TypeError(f"check: expected True, False or None, got {check!r}")
 
 
 def check_number(name: str, value: object) -> None:

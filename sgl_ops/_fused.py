@@ -402,7 +402,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _grad):  # type: ignore[no-untyped-def]
-        raise RuntimeError("the fused operators have no second derivative; impl='reference' has one")
+        raise RuntimeError(
+            "the fused operators have no second derivative; impl='reference' of a loss, and the "
+            "method reference of a pooling, have one"
+        )
 
 
 def fused_terms(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from ._checks import check_call, check_values, unnest
 from ._ranking import Ranking, rank_bags
 from .functional import self_guidance
 from .pooling import make_pooling
-from .settings import SGLSettings
+from .settings import SettingsChanges, SGLSettings, settings_of, takes_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BagMeasures", "Diagnosis", "Finding", "diagnose"]
 
@@ -63,7 +66,7 @@ class BagMeasures(NamedTuple):
         selected: instances of a positive bag whose target M is above 0, median over the positive bags.
         flat, flooded, single: share of the positive bags whose map is flat, flooded, or has one instance with M > 0.
         saturated: share of the instances of all bags with a known label whose logit is beyond 15 in magnitude.
-        unit: share of these instances whose logit is above 0 and at most 1, as a probability is.
+        unit: share of these instances whose logit is in [0, 1], as a probability is; 0 if all logits are 0.
         nonfinite: bags that hold a NaN or infinite logit.
     """
 
@@ -128,6 +131,7 @@ class Diagnosis(NamedTuple):
         return "\n".join(lines)
 
 
+@takes_settings
 def diagnose(
     logits: Tensor,
     targets: Tensor,
@@ -136,8 +140,9 @@ def diagnose(
     offsets: Tensor | None = None,
     features: Tensor | None = None,
     pooling: str | nn.Module = "max",
-    delta_l: float = 0.3,
     names: Sequence[str] | None = None,
+    settings: SGLSettings | None = None,
+    **changes: Unpack[SettingsChanges],
 ) -> Diagnosis:
     r"""Finds problems of a training in a batch, or in the concatenated batches of an epoch, and says what to change.
 
@@ -153,7 +158,7 @@ def diagnose(
     ``no negative bags``       no label is 0
     ``too few bags``           so few that an AUC of 1 may be chance (1/2 + 2 standard deviations of the AUC of random
                                scores is 1 or more)
-    ``probabilities``          every logit is above 0 and at most 1
+    ``probabilities``          every logit is in [0, 1], and not all are 0
     ``nothing learnt``         bag AUC below 1/2 + 2 standard deviations of the AUC of random scores
     ``flat maps``              in most positive bags, max p - min p < 0.05 and the map is not flooded
     ``flooded maps``           in most positive bags, over half of the instances have theta above delta_h, or over half
@@ -167,10 +172,11 @@ def diagnose(
         targets: bag labels, (N, C), or (N,) for one class: 0, 1, or NaN = unknown.
         mask, offsets, features: as in :mod:`sgl_ops.functional`.
         pooling: the pooling of the loss, a name or a module.
-        delta_l: ``delta_l`` of the loss.
         names: C names of the classes. None: their numbers.
+        settings: those of the loss, for its targets: ``criterion.settings``. None: the defaults.
+        changes: fields of :class:`~sgl_ops.SGLSettings` that replace those of ``settings``: ``delta_l`` and so on.
 
-    Errors: as in :mod:`sgl_ops.functional`; ``ValueError`` for a wrong number of names.
+    Errors: as in :mod:`sgl_ops.functional`; ``TypeError`` or ``ValueError`` if ``names`` are not C strings.
 
     >>> import torch
     >>> import sgl_ops
@@ -194,7 +200,7 @@ def diagnose(
         rate; a network whose patches see the whole image gives the same logit everywhere, so use one
         with a smaller receptive field.
     """
-    SGLSettings(delta_l=delta_l)  # raises where the threshold is out of range
+    settings = settings_of(settings, changes)
     logits, offsets, features = unnest(logits, mask, offsets, features)
     check_call(logits, targets, mask, offsets)
     # a diagnosis is not a training step: it may wait for the GPU
@@ -207,15 +213,17 @@ def diagnose(
     classes = labels.shape[1]
     if names is None:
         names = [str(c) for c in range(classes)]
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names: expected a list of strings, got {names!r}")
     if len(names) != classes:
         raise ValueError(f"names: expected {classes}, one a class, got {len(names)}")
     with torch.no_grad():
         z = module(logits, mask=mask, offsets=offsets, features=features)
-        part = self_guidance(logits, targets, delta_l=delta_l, mask=mask, offsets=offsets).part
+        part = self_guidance(logits, targets, mask=mask, offsets=offsets, settings=settings).part
     ranking = rank_bags(z.unsqueeze(1) if z.dim() == 1 else z, labels)
-    measures = _measure(bags, logits, part, labels, ranking, delta_l)
+    measures = _measure(bags, logits, part, labels, ranking, settings.delta_l)
     largest = int(bags.size.max())
-    return Diagnosis(tuple(_findings(measures, delta_l, module, largest)), measures, tuple(names))
+    return Diagnosis(tuple(_findings(measures, settings.delta_l, module, largest)), measures, tuple(names))
 
 
 def _measure(bags: Bags, logits: Tensor, part: Tensor, labels: Tensor, ranking: Ranking, delta_l: float) -> BagMeasures:
@@ -235,7 +243,8 @@ def _measure(bags: Bags, logits: Tensor, part: Tensor, labels: Tensor, ranking: 
     large = positive & (bags.size >= SINGLE_BAG_SIZE)
     single = (selected == 1) & ~flat & ~flooded
     saturated = bags.count(x.abs() > SATURATED_LOGIT)
-    unit = bags.count((x > 0) & (x <= 1))
+    unit = bags.count((x >= 0) & (x <= 1))
+    zero = torch.where(known & ~broken, bags.count(x != 0), 0).sum(0) == 0
     instances = torch.where(known & ~broken, bags.size, 0).sum(0)
 
     def over(which: Tensor, values: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
@@ -254,7 +263,7 @@ def _measure(bags: Bags, logits: Tensor, part: Tensor, labels: Tensor, ranking: 
         flooded=over(positive, flooded, torch.mean),
         single=over(large, single, torch.mean),
         saturated=(torch.where(known & ~broken, saturated, 0).sum(0) / instances).double().cpu(),
-        unit=(torch.where(known & ~broken, unit, 0).sum(0) / instances).double().cpu(),
+        unit=torch.where(zero, 0, torch.where(known & ~broken, unit, 0).sum(0) / instances).double().cpu(),
         nonfinite=(known & broken).sum(0).double().cpu(),
     )
 
@@ -301,7 +310,7 @@ def _findings(m: BagMeasures, delta_l: float, pooling: nn.Module, largest: int) 
     add(
         "probabilities",
         m.unit == 1,
-        lambda c: "Every logit is above 0 and at most 1, so that these numbers are probably probabilities.",
+        lambda c: "Every logit is in [0, 1], so that these numbers are probably probabilities.",
         "pass the output of the last layer without a sigmoid or softmax after it; the loss applies the sigmoid itself.",
     )
     advice = (

@@ -38,7 +38,7 @@ argument and the value.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,14 @@ from . import _fused, reference
 from ._bags import working_dtype
 from ._checks import (
     check_call,
+    check_check,
     check_class_vector,
     check_constant,
+    check_features,
     check_impl,
     check_values,
     check_weights,
+    instance_shape,
     looks_at_untraced,
     looks_at_values,
     unnest,
@@ -59,7 +62,10 @@ from ._checks import (
 from ._ranks import Group, check_group
 from ._tracing import is_traced, is_transformed
 from .pooling import MeanPooling, make_pooling
-from .settings import SGLSettings, settings_of, takes_settings
+from .settings import SettingsChanges, SGLSettings, settings_of, takes_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "SGLTerms",
@@ -117,7 +123,7 @@ def sgl_loss(
     pos_weight: Tensor | None = None,
     process_group: Group = None,
     settings: SGLSettings | None = None,
-    **changes: Any,
+    **changes: Unpack[SettingsChanges],
 ) -> Tensor:
     """The Self-Guiding Loss, a scalar. :class:`sgl_ops.SGLLoss` describes the equations and every argument.
 
@@ -147,7 +153,7 @@ def sgl_terms(
     pos_weight: Tensor | None = None,
     process_group: Group = None,
     settings: SGLSettings | None = None,
-    **changes: Any,
+    **changes: Unpack[SettingsChanges],
 ) -> SGLTerms:
     """:func:`sgl_loss` and its three terms for logging. ``total`` has the gradient."""
     total, parts = sgl_total_and_terms(
@@ -188,7 +194,7 @@ def sgl_total_and_terms(
     if not fused:
         terms = reference.sgl_terms(
             logits, targets, mask, offsets, features, settings=settings, pooling=module, class_weight=class_weight,
-            pos_weight=pos_weight, group=group,
+            pos_weight=pos_weight, process_group=group,
         )  # fmt: skip
         return settings.total(*terms), torch.stack([term.detach() for term in terms])
     code, parameter = _fused.code_of(module)
@@ -219,7 +225,7 @@ def self_guidance(
     mask: Tensor | None = None,
     offsets: Tensor | None = None,
     settings: SGLSettings | None = None,
-    **changes: Any,
+    **changes: Unpack[SettingsChanges],
 ) -> SelfGuidance:
     """The ternary targets (Eq. 5, 6) and weights (Eq. 7, 8) of the instance loss, for inspection and plots.
 
@@ -284,7 +290,7 @@ def bag_loss(
         return fused
     return reference.bag_loss(
         logits, targets, mask, offsets, features, pooling=module, class_weight=class_weight, pos_weight=pos_weight,
-        group=process_group,
+        process_group=process_group,
     )  # fmt: skip
 
 
@@ -314,7 +320,7 @@ def bil_loss(
     fused = _fused_loss("bag_instance_loss", call, module, impl, process_group, traced)
     if fused is not None:
         return fused
-    return reference.bil_loss(logits, targets, mask, offsets, features, pooling=module, group=process_group)
+    return reference.bil_loss(logits, targets, mask, offsets, features, pooling=module, process_group=process_group)
 
 
 def mmm_loss(
@@ -341,7 +347,7 @@ def mmm_loss(
     fused = _fused_loss("min_mean_max_loss", call, _MEAN, impl, process_group, traced)
     if fused is not None:
         return fused
-    return reference.mmm_loss(logits, targets, mask, offsets, group=process_group)
+    return reference.mmm_loss(logits, targets, mask, offsets, process_group=process_group)
 
 
 _MEAN = MeanPooling()
@@ -374,8 +380,11 @@ def _validated(
     check: bool | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     """(logits, offsets, features) without nested tensors, checked, and whether a tracer records the call."""
+    check_check(check)
     logits, offsets, features = unnest(logits, mask, offsets, features)
     check_call(logits, targets, mask, offsets)
+    if features is not None:
+        check_features(features, instance_shape(logits, offsets))
     traced = is_traced(logits)
     if not traced and looks_at_untraced(logits, check):
         # the operator looks in a microsecond; what it finds wrong is put into words here

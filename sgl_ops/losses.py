@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import check_impl, class_vector, explains_arguments
+from ._checks import check_check, check_impl, class_vector, explains_arguments
 from ._ranks import Group, SharesGroup, check_group
 from .functional import SGLTerms
 from .pooling import pooling_of_loss
-from .settings import NAMES, SGLSettings, settings_of, takes_settings
+from .settings import NAMES, SettingsChanges, SGLSettings, settings_of, takes_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
 
@@ -80,13 +83,13 @@ class SGLLoss(SharesGroup, nn.Module):
     @takes_settings
     def __init__(
         self,
-        *,
         pooling: str | nn.Module = "max",
+        *,
         class_weight: Tensor | Sequence[float] | None = None,
         pos_weight: Tensor | Sequence[float] | None = None,
         process_group: Group = None,
         settings: SGLSettings | None = None,
-        **changes: Any,
+        **changes: Unpack[SettingsChanges],
     ):
         super().__init__()
         self._hold(settings_of(settings, changes))
@@ -211,6 +214,7 @@ class BagLoss(SharesGroup, nn.Module):
     ):
         super().__init__()
         check_group(process_group)
+        check_check(check)
         check_impl(impl)
         self.process_group = process_group
         self.pooling = pooling_of_loss(pooling)
@@ -237,6 +241,9 @@ class BagLoss(SharesGroup, nn.Module):
             class_weight=buffers["class_weight"], pos_weight=buffers["pos_weight"], check=self.check,
             impl=self.impl, process_group=self.process_group,
         )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"check={self.check!r}, impl={self.impl!r}"
 
 
 class BILLoss(SharesGroup, nn.Module):
@@ -272,6 +279,7 @@ class BILLoss(SharesGroup, nn.Module):
     ):
         super().__init__()
         check_group(process_group)
+        check_check(check)
         check_impl(impl)
         self.process_group = process_group
         self.pooling = pooling_of_loss(pooling)
@@ -292,6 +300,9 @@ class BILLoss(SharesGroup, nn.Module):
             logits, targets, mask=mask, offsets=offsets, features=features, pooling=self.pooling, check=self.check,
             impl=self.impl, process_group=self.process_group,
         )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"check={self.check!r}, impl={self.impl!r}"
 
 
 class MMMLoss(SharesGroup, nn.Module):
@@ -316,6 +327,7 @@ class MMMLoss(SharesGroup, nn.Module):
     def __init__(self, *, check: bool | None = None, impl: str = "auto", process_group: Group = None):
         super().__init__()
         check_group(process_group)
+        check_check(check)
         check_impl(impl)
         self.process_group = process_group
         self.check = check
@@ -340,3 +352,6 @@ class MMMLoss(SharesGroup, nn.Module):
             impl=self.impl,
             process_group=self.process_group,
         )
+
+    def extra_repr(self) -> str:
+        return f"check={self.check!r}, impl={self.impl!r}"

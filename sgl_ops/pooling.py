@@ -49,8 +49,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,15 @@ from torch import Tensor, nn
 
 from . import _fused
 from ._bags import Bags, bags_of
-from ._checks import check_features, check_instances, check_number, check_offsets, unnest
+from ._checks import (
+    check_constant,
+    check_features,
+    check_instances,
+    check_number,
+    check_offsets,
+    instance_shape,
+    unnest,
+)
 from ._tracing import is_compiled, is_scripted, is_transformed
 
 __all__ = [
@@ -97,6 +107,8 @@ class Pooling(nn.Module):
         """
         logits, offsets, features = unnest(logits, mask, offsets, features)
         check_instances(logits, mask, offsets)
+        if features is not None:
+            check_features(features, instance_shape(logits, offsets))
         code, parameter = _fused.code_of(self)
         if code == _fused.EXTERNAL or logits.device.type not in _fused.DEVICES or is_transformed():
             return self.reference(logits, mask=mask, offsets=offsets, features=features)
@@ -118,10 +130,19 @@ class Pooling(nn.Module):
         """The same result as a call, in plain PyTorch: for every device and every derivative."""
         logits, offsets, features = unnest(logits, mask, offsets, features)
         check_instances(logits, mask, offsets)
+        if features is not None:
+            check_features(features, instance_shape(logits, offsets))
         check_offsets(offsets, logits)
         bags = bags_of(logits, mask, offsets)
         z = self.pool(bags, bags.propagate_nonfinite(bags.instances(logits)), features)
         return bags.bag_logits(torch.where(bags.size > 0, z, torch.nan))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a Parameter, such as r of LSEPooling, without a call of the setter
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         """Bag logits (N, C) of instances ``x``; anything finite for an empty bag."""
@@ -308,7 +329,9 @@ class GeneralizedMeanPooling(Pooling):
         super().__init__()
         self._r = _positive("r", r)
         self.log_r = (
-            None if num_classes is None else nn.Parameter(torch.full((_classes(num_classes),), math.log(self._r)))
+            None
+            if num_classes is None
+            else nn.Parameter(torch.full((_at_least_one("num_classes", num_classes),), math.log(self._r)))
         )
 
     @property
@@ -363,10 +386,10 @@ class AutoPooling(Pooling):
 
     def __init__(self, num_classes: int, a: float = 1.0):
         super().__init__()
-        check_number("a", a)
+        _check_fixed("a", a)
         if not math.isfinite(a):
             raise ValueError(f"a: expected finite, got {a}")
-        self.a = nn.Parameter(torch.full((_classes(num_classes),), float(a)))
+        self.a = nn.Parameter(torch.full((_at_least_one("num_classes", num_classes),), float(a)))
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         _match_classes("a", self.a, x)
@@ -380,6 +403,7 @@ class AttentionPooling(Pooling):
     r"""P = sum a_j p_j (Ilse et al. 2018). a is the softmax over the bag of w^T tanh(V f_j), and all classes share it.
 
     Pass the feature vectors f_j as ``features`` to the loss and to the pooling: (N, L, D), or (T, D) with ``offsets``.
+    They may have any floating dtype, such as that of an autocast network: they are converted to that of the layers.
 
     Args:
         in_features: D, length of the feature vector of an instance.
@@ -395,6 +419,8 @@ class AttentionPooling(Pooling):
 
     def __init__(self, in_features: int, hidden_features: int = 128, *, gated: bool = False):
         super().__init__()
+        in_features = _at_least_one("in_features", in_features)
+        hidden_features = _at_least_one("hidden_features", hidden_features)
         self.tanh_layer = nn.Linear(in_features, hidden_features)
         self.gate_layer = nn.Linear(in_features, hidden_features) if gated else None
         self.score_layer = nn.Linear(hidden_features, 1)
@@ -402,7 +428,7 @@ class AttentionPooling(Pooling):
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         check_features(features, bags.instance_shape, self.tanh_layer.in_features)
         assert features is not None
-        features = bags.features(features)
+        features = bags.features(features).to(self.tanh_layer.weight.dtype)
         hidden = torch.tanh(self.tanh_layer(features))
         if self.gate_layer is not None:
             hidden = hidden * torch.sigmoid(self.gate_layer(features))
@@ -499,16 +525,24 @@ def _log_neg_log1p_neg_exp(x: Tensor) -> Tensor:
 
 
 def _positive(name: str, value: float) -> float:
-    check_number(name, value)
+    _check_fixed(name, value)
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name}: expected finite and > 0, got {value}")
     return float(value)
 
 
+def _check_fixed(name: str, value: object) -> None:
+    """Checks that ``value`` is a number. A tensor that requires a gradient would not get it."""
+    if isinstance(value, Tensor):
+        check_constant(name, value)
+    check_number(name, value)
+
+
 def check_places(name: str, k: object) -> int | float:
     """``k`` of :class:`TopKPooling`: an int >= 1, or a float in (0, 1)."""
-    check_number(name, k)
-    if isinstance(k, float):
+    _check_fixed(name, k)
+    if isinstance(k, numbers.Real) and not isinstance(k, numbers.Integral):
+        k = float(k)
         if not 0.0 < k < 1.0:
             raise ValueError(f"{name}: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
         return k
@@ -521,14 +555,16 @@ def check_places(name: str, k: object) -> int | float:
     return number
 
 
-def _classes(num_classes: int) -> int:
+def _at_least_one(name: str, value: int) -> int:
     try:
-        operator.index(num_classes)
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"num_classes: expected an int, got {num_classes!r}") from None
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    return num_classes
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    return number
 
 
 def _match_classes(name: str, parameter: Tensor, x: Tensor) -> None:

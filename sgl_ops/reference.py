@@ -49,6 +49,22 @@ from ._ranks import Group, all_reduce_batch
 from .pooling import MaxPooling, MeanPooling, MinPooling, by_pytorch
 from .settings import SGLSettings
 
+__all__ = [
+    "Bags",
+    "Guidance",
+    "Instances",
+    "Labels",
+    "Terms",
+    "bag_loss",
+    "bce",
+    "bil_loss",
+    "guide",
+    "mmm_loss",
+    "read",
+    "rescaled",
+    "sgl_terms",
+]
+
 NEGATIVE, AMBIGUOUS, POSITIVE, NO_PART = 0, 1, 2, -1
 
 
@@ -108,14 +124,18 @@ class Instances(NamedTuple):
 
 
 def read(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None, group: Group = None
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    process_group: Group = None,
 ) -> Instances:
     """The instances of a call whose arguments are valid."""
     bags = bags_of(logits, mask, offsets)
     labels = _labels(bags, targets, working_dtype(logits.dtype))
     # pairs that do not take part are replaced before any arithmetic: 0 * NaN is NaN
     x = torch.where(bags.expand_to_instances(labels.takes_part), bags.instances(logits), 0.0)
-    return Instances(bags, labels, group, bags.propagate_nonfinite(x))
+    return Instances(bags, labels, process_group, bags.propagate_nonfinite(x))
 
 
 def _labels(bags: Bags, targets: Tensor, dtype: torch.dtype) -> Labels:
@@ -307,24 +327,30 @@ class Terms(NamedTuple):
 def sgl_terms(
     logits: Tensor,
     targets: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    features: Tensor | None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
     *,
     settings: SGLSettings,
     pooling: nn.Module,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    group: Group,
+    class_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    process_group: Group = None,
 ) -> Terms:
-    instances = read(logits, targets, mask, offsets, group)
+    """The terms of the Self-Guiding Loss (Eq. 9). ``settings.total(*terms)`` is the loss.
+
+    Args:
+        settings: ``check`` and ``impl`` are not used.
+        pooling: a module; :func:`sgl_ops.pooling.make_pooling` gives it for a name.
+    """
+    instances = read(logits, targets, mask, offsets, process_group)
     guidance = guide(instances, settings)
     sums = instance_sums(instances, guidance, settings.guide is not None, class_weight, pos_weight)
     bag = bag_sum(instances, pooling, mask, offsets, features, class_weight, pos_weight)
     penalty = mask_sum(instances, guidance, class_weight)
     counts = torch.cat((instances.labels.participants.reshape(1), sums.counts))
     numbers = torch.cat((sums.losses, torch.stack((sums.per_bag, bag, penalty)), sums.memberships))
-    counts, numbers = all_reduce_batch(counts, numbers, group)
+    counts, numbers = all_reduce_batch(counts, numbers, process_group)
     pairs, in_parts = counts[0].clamp(min=1), _or_one(counts[1:] + numbers[6:].detach())
     instance = numbers[3] / pairs if settings.per_bag else (numbers[:3] / in_parts).sum()
     return Terms(numbers[4] / pairs, instance, numbers[5] / pairs)
@@ -333,15 +359,15 @@ def sgl_terms(
 def bil_loss(
     logits: Tensor,
     targets: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    features: Tensor | None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
     *,
     pooling: nn.Module,
-    group: Group,
+    process_group: Group = None,
 ) -> Tensor:
     """Bag-instance loss (Zhou et al. 2017): instances against their own rounded probabilities."""
-    instances = read(logits, targets, mask, offsets, group)
+    instances = read(logits, targets, mask, offsets, process_group)
     bags, labels, x = instances.bags, instances.labels, instances.x
     pseudo = ((x.detach() > 0) & bags.expand_to_instances(labels.positive)).to(x.dtype)
     instance = bags.mean(bce(x, pseudo))
@@ -353,24 +379,31 @@ def bil_loss(
 def bag_loss(
     logits: Tensor,
     targets: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    features: Tensor | None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    features: Tensor | None = None,
     *,
     pooling: nn.Module,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    group: Group,
+    class_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     """L_bag of all ranks, with its gradient."""
-    instances = read(logits, targets, mask, offsets, group)
+    instances = read(logits, targets, mask, offsets, process_group)
     total = bag_sum(instances, pooling, mask, offsets, features, class_weight, pos_weight)
     return mean_over_pairs(instances, total)
 
 
-def mmm_loss(logits: Tensor, targets: Tensor, mask: Tensor | None, offsets: Tensor | None, *, group: Group) -> Tensor:
+def mmm_loss(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    process_group: Group = None,
+) -> Tensor:
     """Min-mean-max loss (Morfi & Stowell 2018)."""
-    instances = read(logits, targets, mask, offsets, group)
+    instances = read(logits, targets, mask, offsets, process_group)
     y = instances.labels.y
     loss = torch.zeros_like(y)
     for pooling, target in ((MaxPooling(), y), (MinPooling(), torch.zeros_like(y)), (MeanPooling(), y / 2)):

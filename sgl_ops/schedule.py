@@ -27,6 +27,7 @@ layer from the frequencies of the labels.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ from ._ranks import Group, SharesGroup, all_reduce_sum, check_group
 from .pooling import check_places
 
 __all__ = ["LamSchedule", "TopKSchedule", "prior_bias"]
+
+#: The least number of bags of which an AUC of 1 is not chance: 7 positive and 7 negative bags.
+_LEAST_WINDOW = 14
 
 
 class LamSchedule(SharesGroup):
@@ -75,7 +79,7 @@ class LamSchedule(SharesGroup):
         lam: the value after the rise, finite, >= 0.
         auc: the AUC that a class needs, in [0.5, 1].
         rise: steps from 0 to ``lam``, >= 1.
-        window: number of bags from which the AUC is computed, >= 8. If the last step has more bags, all of them count.
+        window: number of bags from which the AUC is computed, >= 14. If the last step has more bags, all of them count.
             Use about an epoch of a small data set, and more if positive bags are rare.
         patience: steps after the first class has learnt, >= 0.
         interval: steps between two measurements, >= 1. A measurement copies the bag logits of the window to the host.
@@ -110,14 +114,18 @@ class LamSchedule(SharesGroup):
         interval: int = 10,
         process_group: Group = None,
     ):
-        _check_range("lam", lam, 0.0, math.inf)
-        if lam == math.inf:
+        check_number("lam", lam)
+        if not 0.0 <= lam < math.inf:
             raise ValueError(f"lam: expected finite and >= 0, got {lam}")
-        _check_range("auc", auc, 0.5, 1.0)
-        for name, number, least in (
-            ("rise", rise, 1), ("window", window, 8), ("patience", patience, 0), ("interval", interval, 1)
-        ):  # fmt: skip
+        check_number("auc", auc)
+        if not 0.5 <= auc <= 1.0:
+            raise ValueError(f"auc: expected 0.5 <= auc <= 1, got {auc}")
+        rise, window, patience, interval = (
             _check_count(name, number, least)
+            for name, number, least in (
+            ("rise", rise, 1), ("window", window, _LEAST_WINDOW), ("patience", patience, 0), ("interval", interval, 1)
+            )
+        )  # fmt: skip
         check_group(process_group)
         self.lam = lam
         self.auc = auc
@@ -176,6 +184,8 @@ class LamSchedule(SharesGroup):
         return self.value
 
     def _remember(self, scores: Tensor, labels: Tensor) -> None:
+        if self._bags and self._bags[-1][0].device != scores.device:  # of a checkpoint on another device
+            self._bags = [(bags.to(scores.device), known.to(scores.device)) for bags, known in self._bags]
         self._bags.append((scores.detach().clone(), labels.detach().clone()))
         held = sum(len(bags) for bags, _ in self._bags)
         while held - len(self._bags[0][0]) >= self.window:
@@ -213,7 +223,12 @@ class LamSchedule(SharesGroup):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state of :meth:`state_dict`."""
+        """Restores a state of :meth:`state_dict`. Its tensors may be on another device.
+
+        Raises:
+            ValueError: an entry is missing. The schedule does not change.
+        """
+        _check_state(state, self.state_dict())
         self.value = state["value"]
         self.progress = state["progress"]
         self.class_auc = state["class_auc"]
@@ -289,7 +304,8 @@ class TopKSchedule:
         return {"value": self.value, "progress": self.progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state of :meth:`state_dict`."""
+        """Restores a state of :meth:`state_dict`. Raises ValueError if an entry is missing."""
+        _check_state(state, self.state_dict())
         self.value, self.progress = state["value"], state["progress"]
 
     def __repr__(self) -> str:
@@ -339,15 +355,19 @@ def _per_class(name: str, value: Tensor) -> Tensor:
     return value.unsqueeze(1) if value.dim() == 1 else value
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    check_number(name, value)
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected {low} <= {name} <= {high}, got {value}")
+def _check_state(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise ValueError(f"state: expected the entries of state_dict(), got no {', '.join(missing)}")
 
 
 def _check_count(name: str, number: int, least: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name}: expected an int, got {number!r}")
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {number!r}") from None
     if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     return number

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from ._checks import Function, check_constant, check_impl, check_number, looks_at_values, unknown_argument
+from ._checks import Function, check_check, check_constant, check_impl, check_number, looks_at_values, unknown_argument
 from ._tracing import is_transformed
 
 __all__ = ["SGLSettings"]
@@ -23,7 +23,8 @@ class SGLSettings:
     """The settings of :class:`sgl_ops.SGLLoss`, without the pooling, the class weights and the process group.
 
     The object is constant. ``criterion.lam = 2.0`` gives the module a new object. Each field below is an argument of
-    :class:`~sgl_ops.SGLLoss`, :func:`~sgl_ops.functional.sgl_loss` and :func:`~sgl_ops.functional.sgl_terms`.
+    :class:`~sgl_ops.SGLLoss`, :func:`~sgl_ops.functional.sgl_loss` and :func:`~sgl_ops.functional.sgl_terms`. ``==``
+    tells only whether two objects are the same one, because a setting may be a tensor: compare the fields.
 
     Attributes:
         delta_l: lower threshold of Eq. 6, a number in [0, 0.5]. The upper threshold is 1 - delta_l. The paper's value
@@ -86,10 +87,11 @@ class SGLSettings:
             raise ValueError(f"mask_weight: expected finite and >= 0, got {self.mask_weight}")
         if self.normalize not in ("batch", "bag"):
             raise ValueError(f"normalize: expected 'batch' or 'bag', got {self.normalize!r}")
-        for name in ("rescale", "weighted", "check"):
+        for name in ("rescale", "weighted"):
             value = getattr(self, name)
-            if not isinstance(value, bool) and (name != "check" or value is not None):
+            if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected True or False, got {value!r}")
+        check_check(self.check)
         check_impl(self.impl)
         if self.guide is not None:
             if not callable(self.guide):
@@ -127,13 +129,27 @@ class SGLSettings:
         return bag + lam * instance + mask_weight * mask
 
 
+class SettingsChanges(TypedDict, total=False):
+    """The fields of :class:`SGLSettings`, for type checkers: the keywords of the loss and the functions."""
+
+    delta_l: float
+    lam: float | Tensor
+    mask_weight: float | Tensor
+    normalize: str
+    rescale: bool
+    weighted: bool
+    guide: Callable[[Any], Any] | None
+    check: bool | None
+    impl: str
+
+
 #: The names of the settings, in the order of the definition.
 NAMES: tuple[str, ...] = tuple(field.name for field in fields(SGLSettings))
 
 _DEFAULT = SGLSettings()
 
 
-def settings_of(settings: SGLSettings | None, changes: dict[str, Any]) -> SGLSettings:
+def settings_of(settings: SGLSettings | None, changes: Mapping[str, Any]) -> SGLSettings:
     """``settings`` (None: the defaults) with ``changes``."""
     for name in changes:
         if name not in NAMES:

@@ -9,7 +9,7 @@ import torch
 from batches import Batch, packed, padded
 from conftest import DEVICES
 
-from sgl_ops import diagnose
+from sgl_ops import SGLLoss, diagnose
 from sgl_ops.pooling import AttentionPooling
 
 BAGS, LENGTH, SPOT = 40, 60, 6
@@ -115,9 +115,36 @@ def test_measures_equal_their_definitions():
     assert m.range.item() == pytest.approx((high - low).median().item(), rel=1e-5)
     assert m.above.item() == pytest.approx(((theta > 0.8) | (p > 0.8)).double().mean(1).median().item())
     assert m.selected.item() == (theta >= 0.2).sum(1).median().item()
-    assert m.unit.item() == pytest.approx(((logits > 0) & (logits <= 1)).double().mean().item())
+    assert m.unit.item() == pytest.approx(((logits >= 0) & (logits <= 1)).double().mean().item())
     assert m.saturated.item() == 0.0 and m.nonfinite.item() == 0.0
     assert m.flat.item() == m.flooded.item() == m.single.item() == 0.0
+
+
+def test_probabilities_of_exactly_0_are_found():
+    """A sigmoid in float16 is 0 below a logit of about -17. Logits that are all 0 are those of a zero layer."""
+    logits = torch.full((BAGS, LENGTH), -20.0)
+    logits[LABELS == 1, :4] += 24
+    assert "probabilities" in [finding.name for finding in diagnose(torch.sigmoid(logits.half()), LABELS).findings]
+    assert "probabilities" not in [finding.name for finding in diagnose(torch.zeros(BAGS, LENGTH), LABELS).findings]
+
+
+def test_the_settings_of_the_loss_decide_the_targets():
+    torch.manual_seed(4)
+    logits = torch.randn(BAGS, LENGTH) * 2
+    positive = torch.sigmoid(logits[LABELS == 1])
+    criterion = SGLLoss(rescale=False, delta_l=0.1)
+    measures = diagnose(logits, LABELS, settings=criterion.settings).measures
+    assert measures.selected.item() == (positive >= 0.1).sum(1).median().item()
+    changed = diagnose(logits, LABELS, settings=criterion.settings, delta_l=0.4).measures
+    assert changed.selected.item() == (positive >= 0.4).sum(1).median().item() != measures.selected.item()
+    with pytest.raises(TypeError, match="lamda: not an argument here; did you mean lam"):
+        diagnose(logits, LABELS, lamda=1.0)
+
+
+@pytest.mark.parametrize("names", ["a", [1]])
+def test_names_that_are_not_strings_are_refused(names):
+    with pytest.raises(TypeError, match="names: expected a list of strings"):
+        diagnose(torch.zeros(BAGS, LENGTH), LABELS, names=names)
 
 
 def test_finding_needs_most_of_the_positive_bags():

@@ -165,7 +165,7 @@ def test_arguments_of_the_losses_of_torch_are_taken_or_explained(loss):
     for name in sorted(names):
         if name in known:
             continue
-        with pytest.raises(TypeError, match=rf"^{name}: not an argument of this loss; (?!did you|expected one)"):
+        with pytest.raises(TypeError, match=rf"^{name}: not an argument here; (?!did you|expected one)"):
             loss(**{name: "mean"})
     with pytest.raises(TypeError, match=r"^weight: .* SGLLoss and BagLoss take class_weight="):
         loss(weight=torch.ones(3))
@@ -173,8 +173,23 @@ def test_arguments_of_the_losses_of_torch_are_taken_or_explained(loss):
         loss(reduction="mean")
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("check", ["yes", 1])
+def test_check_is_true_false_or_none(loss, check):
+    with pytest.raises(TypeError, match="check: expected True, False or None"):
+        loss(check=check)
+    with pytest.raises(TypeError, match="check: expected True, False or None"):
+        functional.bag_loss(torch.zeros(2, 3), torch.tensor([0, 1]), check=check)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss is not MMMLoss])
+def test_the_pooling_may_be_positional(loss):
+    assert repr(loss("lse")) == repr(loss(pooling="lse"))
+    assert repr(loss(check=False, impl="reference")) != repr(loss())
+
+
 def test_misspelt_argument_suggests_the_name():
-    with pytest.raises(TypeError, match=r"^lamda: not an argument of this loss; did you mean lam\?"):
+    with pytest.raises(TypeError, match=r"^lamda: not an argument here; did you mean lam\?"):
         SGLLoss(lamda=3.0)
     with pytest.raises(TypeError, match=r"^poolings: .* did you mean pooling\?"):
         BagLoss(poolings="max")

@@ -344,6 +344,15 @@ def test_ceiling_equals_a_calculation_by_hand():
     assert loc.grid_ceiling(true[:1], grid, size, 1 / 32).tolist() == [[8, 0, 32, 24]]
 
 
+def test_ceiling_of_no_box_is_no_box_and_grids_are_checked():
+    best = loc.grid_ceiling(np.array([loc.NO_BOX, (0, 0, 16, 16)]), (4, 4), (64, 64))
+    assert np.isnan(best[0]).all() and best[1].tolist() == [0, 0, 16, 16]
+    with pytest.raises(ValueError, match="grid: expected at least one cell each way"):
+        loc.grid_ceiling((0, 0, 4, 4), (0, 2), (64, 64))
+    with pytest.raises(ValueError, match="grid: expected two integers"):
+        loc.grid_ceiling((0, 0, 4, 4), (2.5, 2), (64, 64))
+
+
 @settings(deadline=None, max_examples=100)
 @given(box=BOXES, rows=st.integers(1, 6), columns=st.integers(1, 6), first=st.sampled_from(BEGINNINGS))
 def test_no_union_of_cells_beats_the_ceiling(box, rows, columns, first):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from batches import Batch, bags_of, external_pooling, packed, padded, random_batch
 from conftest import ROOT, needs_kernel
+from torch import nn
 
 from sgl_ops import BagLoss, SGLLoss, _fused
 from sgl_ops.pooling import (
@@ -212,12 +213,58 @@ def test_topk_rejects_invalid_k(k, error):
     assert pooling.k == 3
 
 
+@pytest.mark.parametrize("make", [LSEPooling, GeneralizedMeanPooling, TopKPooling, lambda a: AutoPooling(3, a)])
+@pytest.mark.parametrize("kind", [nn.Parameter, lambda value: value.requires_grad_()])
+def test_numbers_of_a_pooling_that_require_a_gradient_are_refused(make, kind):
+    """The pooling would not train them."""
+    number = kind(torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"[rka]: expected a constant, got a tensor that requires a gradient"):
+        make(number)
+    if isinstance(make, type):
+        pooling = make()
+        before = repr(pooling)
+        with pytest.raises(ValueError, match=r"[rk]: expected a constant"):
+            setattr(pooling, "k" if make is TopKPooling else "r", number)
+        assert repr(pooling) == before and list(pooling.parameters()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_every_dtype_reach_attention_pooling(dtype):
+    """The network runs under autocast, and the loss outside of it."""
+    torch.manual_seed(0)
+    pooling = AttentionPooling(5, 4)
+    features, logits = torch.randn(2, 7, 5).to(dtype), torch.randn(2, 3, 7)
+    expected = pooling(logits, features=features.float())
+    torch.testing.assert_close(pooling(logits, features=features), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (5.5,), (True,), (5, 0)])
+def test_widths_of_attention_pooling_are_checked(arguments):
+    with pytest.raises((TypeError, ValueError), match="_features: expected"):
+        AttentionPooling(*arguments)
+
+
+def test_features_of_a_wrong_shape_are_an_error_of_every_pooling(impl, device):
+    """Also if the pooling does not use them."""
+    logits, features = torch.randn(2, 3, 7, device=device), torch.randn(2, 6, 5, device=device)
+    calls = [
+        lambda: with_impl(impl, MaxPooling())(logits, features=features),
+        lambda: BagLoss("max", impl=impl)(logits, torch.ones(2, 3, device=device), features=features),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"features: expected shape \(2, 7, D\), got \(2, 6, 5\)"):
+            call()
+
+
 def test_an_assigned_k_equals_that_of_the_constructor(impl, device):
     x = torch.randn(2, 3, 9).to(device)
     pooling = TopKPooling(8)
-    for k in (np.int64(2), torch.tensor(4), 0.5, 1):
+    for k in (np.int64(2), torch.tensor(4), np.float32(0.25), 0.5, 1):
         pooling.k = k
-        assert type(pooling.k) is (float if isinstance(k, float) else int) and repr(pooling) == f"TopKPooling(k={k})"
+        assert (
+            type(pooling.k) is (float if isinstance(k, (float, np.floating)) else int)
+            and repr(pooling) == f"TopKPooling(k={k})"
+        )
         torch.testing.assert_close(with_impl(impl, pooling)(x), with_impl(impl, TopKPooling(k))(x), rtol=0, atol=0)
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -210,6 +211,37 @@ def test_state_dict_continues_the_schedule():
     assert found == expected
 
 
+def test_state_of_another_device_continues_there():
+    """A checkpoint is often loaded on the CPU. The device "meta" stands for a GPU: its tensors have no values."""
+    first, again = (LamSchedule(1.0, window=64, interval=10) for _ in range(2))
+    first.step(LABELS, LABELS)
+    again.load_state_dict(first.state_dict())
+    again.step(LABELS.to("meta"), LABELS.to("meta"))
+    assert {tensor.device.type for bags in again._bags for tensor in bags} == {"meta"}
+    assert [len(bags) for bags, _ in again._bags] == [len(LABELS), len(LABELS)]
+
+
+def test_an_incomplete_state_is_refused_and_changes_nothing():
+    schedule = LamSchedule(1.0, rise=5, interval=1)
+    schedule.step(LABELS, LABELS)
+    before = schedule.state_dict()
+    with pytest.raises(ValueError, match=r"state: expected the entries of state_dict\(\), got no class_auc, steps"):
+        schedule.load_state_dict({"value": 9.0, "progress": 3})
+    assert schedule.state_dict().keys() == before.keys() and schedule.value == before["value"]
+    with pytest.raises(ValueError, match="got no progress"):
+        TopKSchedule(8, start=16, steps=2).load_state_dict({"value": 9})
+
+
+def test_the_smallest_window_can_raise_lam():
+    schedule = LamSchedule(1.0, window=14, rise=1, interval=1)
+    pair = torch.tensor([0.0, 1.0])
+    assert lams(schedule, pair, pair, 7)[-2:] == [0.0, 1.0]
+
+
+def test_settings_may_be_integers_of_numpy():
+    assert LamSchedule(rise=np.int64(10), interval=np.int32(2)).rise == 10
+
+
 def test_state_dict_does_not_change_later():
     schedule = LamSchedule(1.0, rise=5, interval=1)
     schedule.step(LABELS, LABELS)
@@ -254,10 +286,10 @@ def test_every_rank_has_the_same_lam(tmp_path):
         ({"lam": math.inf}, ValueError, "lam: expected finite"),
         ({"lam": math.nan}, ValueError, "lam: expected"),
         ({"lam": "1"}, TypeError, "lam: expected a number"),
-        ({"auc": 0.4}, ValueError, "auc: expected 0.5 <= auc <= 1.0, got 0.4"),
+        ({"auc": 0.4}, ValueError, "auc: expected 0.5 <= auc <= 1, got 0.4"),
         ({"rise": 0}, ValueError, "rise: expected at least 1, got 0"),
         ({"rise": 2.5}, TypeError, "rise: expected an int, got 2.5"),
-        ({"window": 7}, ValueError, "window: expected at least 8"),
+        ({"window": 13}, ValueError, "window: expected at least 14"),
         ({"patience": -1}, ValueError, "patience"),
         ({"interval": True}, TypeError, "interval: expected an int"),
         ({"process_group": "world"}, TypeError, "process_group"),

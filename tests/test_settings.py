@@ -17,6 +17,7 @@ from torch import nn
 
 from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, functional
 from sgl_ops.pooling import GeneralizedMeanPooling, LSEPooling, TopKPooling
+from sgl_ops.settings import SettingsChanges
 
 NAMES = [field.name for field in fields(SGLSettings)]
 #: Twenty steps. Every setting that may change between steps has another value in each.
@@ -243,6 +244,12 @@ def test_learned_lam_is_a_parameter_of_the_module(impl, device):
     other.mask_weight = nn.Parameter(torch.tensor(0.3, device=device))
     other(x, y).backward()
     torch.testing.assert_close(other.mask_weight.grad.double(), terms.mask)
+
+
+def test_settings_for_type_checkers_are_those_of_the_loss():
+    expected = {field.name: field.type for field in fields(SGLSettings)}
+    changes = {name: getattr(kind, "__forward_arg__", kind) for name, kind in SettingsChanges.__annotations__.items()}
+    assert changes == expected
 
 
 def test_learned_weight_below_zero_can_be_read_and_repaired(impl, device):

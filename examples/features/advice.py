@@ -193,7 +193,7 @@ def _searches(settings: Settings) -> bool:
 def can_learn(labels: np.ndarray, auc: float) -> bool:
     """Whether lam rises if the bags with ``labels`` (N, C) are separated perfectly: False for too few bags."""
     targets = torch.from_numpy(labels)
-    schedule = LamSchedule(1.0, auc=auc, rise=1, window=max(8, len(labels)), interval=1)
+    schedule = LamSchedule(1.0, auc=auc, rise=1, window=max(14, len(labels)), interval=1)
     return schedule.step(targets.nan_to_num(), targets) > 0
 
 

@@ -48,18 +48,18 @@ def to_heatmap(heatmap: Values) -> Floats:
     return array
 
 
-def to_size(size: Size) -> Size:
+def to_size(size: Size, name: str = "size", unit: str = "pixel") -> Size:
     """``size`` as two integers.
 
     Raises:
-        ValueError: not (height, width) of at least one pixel each.
+        ValueError: not (height, width) of at least one pixel each. The message has the ``name`` of the argument.
     """
     try:
         height, width = (index(side) for side in size)
     except (TypeError, ValueError):
-        raise ValueError(f"size: expected two integers (height, width), got {size!r}") from None
+        raise ValueError(f"{name}: expected two integers (height, width), got {size!r}") from None
     if min(height, width) < 1:
-        raise ValueError(f"size: expected at least one pixel each way, got {(height, width)}")
+        raise ValueError(f"{name}: expected at least one {unit} each way, got {(height, width)}")
     return height, width
 
 

@@ -59,8 +59,11 @@ def grid_ceiling(boxes: Values, grid: Size, size: Size, first: float = 0.5) -> F
     No threshold can give a better box with "nearest" upsampling in images of ``size`` (height, width). Each edge of the
     best box is one of the two grid lines beside the true edge. A line further out only adds to the union, and a line
     further in only reduces the intersection.
+
+    Returns:
+        (n, 4) float64: x, y, width, height; NaN where the given box is NaN.
     """
-    array, size = to_boxes(boxes).reshape(-1, 4), to_size(size)
+    array, size, grid = to_boxes(boxes).reshape(-1, 4), to_size(size), to_size(grid, "grid", "cell")
     spans = []
     for axis in (0, 1):
         count = grid[1 - axis]
@@ -74,4 +77,4 @@ def grid_ceiling(boxes: Values, grid: Size, size: Size, first: float = 0.5) -> F
     # (16, n, 4)
     candidates = np.array([np.stack([x, y, w, h], axis=1) for (x, w), (y, h) in product(*spans)], np.float64)
     best = box_iou(candidates, array).argmax(0)
-    return np.asarray(candidates[best, np.arange(len(array))])
+    return np.where(np.isnan(array).any(1, keepdims=True), np.nan, candidates[best, np.arange(len(array))])
