@@ -15,7 +15,6 @@ from pathlib import Path
 
 from common import options
 from common.files import naming
-from features.recommended import SMALL_OBJECTS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             return failed
         arguments = ["--features", str(args.out / "features"), "--labels", str(args.out / "labels.csv")]
         arguments += ["--boxes", str(args.out / "boxes.csv"), "--images", str(images), "--out", str(args.out / loss)]
-        arguments += ["--loss", loss, "--repeats", str(args.repeats), "--resume", *SMALL_OBJECTS]
+        arguments += ["--loss", loss, "--repeats", str(args.repeats), "--resume"]
         failed = train_features.main(arguments)
     if not failed:
         try:

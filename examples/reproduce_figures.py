@@ -2,7 +2,7 @@
 
     python reproduce_figures.py --figure 4 --data-dir DIR --quick        a coarse version, in minutes
     python reproduce_figures.py --figure 4 --data-dir DIR                the whole figure: days on one core
-    python reproduce_figures.py --figure 5a --data-dir DIR --bags 50 150 --seeds 3
+    python reproduce_figures.py --figure 5a --data-dir DIR --bags 50 150 --seeds 3    a part of a figure
     python reproduce_figures.py --figure 6 --data cifar10.npz            for a GPU
     python reproduce_figures.py --figure queue --data-dir DIR --workers 1     Figure 4, Figure 5a and the control, below
 

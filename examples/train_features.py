@@ -1,7 +1,7 @@
 """Trains a head on bags of features and evaluates its predictions for bags, instances and boxes.
 
     python train_features.py --features DIR --labels labels.csv --folds 5 --out runs/sgl
-    python train_features.py --features DIR --labels labels.csv --out runs/folds --folds 10 --repeats 5
+    python train_features.py --features DIR --labels labels.csv --out runs/mean --folds 10 --repeats 5 --pooling mean
     python train_features.py --features SLIDES --labels labels.csv --out runs/slides --folds 5 --head gated
 
 --features: a folder of extract_features.py, or one with BAG.h5 (features, coords; CLAM, TRIDENT) or BAG.pt.
@@ -23,6 +23,7 @@ from pathlib import Path
 from common import options
 from common.choices import LOSSES, POOLINGS
 from common.files import read_json, save_atomically, write_json
+from features.recommended import SEARCHED_HEADS, defaults_of
 
 #: The poolings with the parameter r.
 WITH_R = ("lse", "generalized_mean")
@@ -101,19 +102,25 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument("--rise", type=int, default=100, help="steps from lam 0 to lam (100)")
     training = parser.add_argument_group("training")
     start.add_argument(
-        "--restarts", type=int, default=1, metavar="R", help="number of initial heads to try with the bag loss (1)"
+        "--restarts",
+        type=int,
+        metavar="R",
+        help="number of initial heads to try with the bag loss (topk with the heads linear and mlp: 4; else 1)",
     )
     start.add_argument(
-        "--trial-epochs", type=int, default=8, help="epochs of a trial; training continues with the best head (8)"
+        "--trial-epochs",
+        type=int,
+        help="epochs of a trial; training continues with the best head (topk, linear and mlp: 30; else 8)",
     )
     start.add_argument(
         "--k-start",
         type=float,
-        default=0.0,
         metavar="SHARE",
-        help="topk: k at the start of the trials, as a fraction of the bag (0: off)",
+        help="topk: k at the start of the trials, as a fraction of the bag; 0: off (linear and mlp: 0.2)",
     )
-    training.add_argument("--epochs", type=int, default=60, help="passes over the training bags (60)")
+    training.add_argument(
+        "--epochs", type=int, help="passes over the training bags after the trials (topk, linear and mlp: 30; else 60)"
+    )
     training.add_argument("--batch-size", type=int, default=32, help="bags per step (32)")
     training.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (0.003)")
     training.add_argument("--weight-decay", type=float, default=1e-2, help="weight decay of AdamW (0.01)")
@@ -143,6 +150,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    for name, value in defaults_of(args.pooling, args.head).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if not 0.0 <= args.k_start < 1.0:
         parser.error(f"--k-start: expected at least 0 and below 1, got {args.k_start}")
     least = dict.fromkeys(("epochs", "batch_size", "repeats", "rise", "restarts", "trial_epochs"), 1)
@@ -161,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--dropout: expected at least 0 and below 1, got {args.dropout:g}")
     if args.k_start and args.pooling != "topk":
         parser.error(f"--k-start: expected --pooling topk, got {args.pooling}")
-    if (args.k_start or args.restarts > 1) and args.head not in ("linear", "mlp"):
+    if (args.k_start or args.restarts > 1) and args.head not in SEARCHED_HEADS:
         parser.error(f"--k-start, --restarts: expected --head linear or mlp, got {args.head}")
     twice = [name for name in args.classes or () if args.classes.count(name) > 1]
     if twice:
@@ -243,7 +253,8 @@ def run(args: argparse.Namespace) -> None:
         save_atomically(state, parts / f"{one.name}.pt")
         save_predictions(path, predictions)
         begun = next((row["epoch"] for row in history if row["lam"] > 0), None)
-        note = "" if args.loss != "sgl" else f", lam {'stayed 0' if begun is None else f'rose from epoch {begun}'}"
+        lam = "stayed 0" if begun is None else f"rose from epoch {begun} to {history[-1]['lam']:.3g}"
+        note = f", lam {lam}" if args.loss == "sgl" else ""
         print(f"run {number} of {len(runs)}: loss {history[-1]['loss']:.3f}{note}", flush=True)
     # a checkpoint of an older version has no history
     saved = [torch.load(parts / f"{one.name}.pt", weights_only=True).get("history", []) for one in runs]

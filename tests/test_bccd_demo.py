@@ -9,6 +9,7 @@ import feature_packages  # noqa: F401
 import numpy as np
 import pytest
 from csv_files import write
+from features import recommended
 
 
 @pytest.mark.examples
@@ -23,7 +24,8 @@ def test_demonstration_on_blood_smears_runs(timm, tmp_path, monkeypatch, capsys)
         Image.fromarray(array).save(data / "images" / f"p{k}.png")
     boxes = [[f"p{k}.png", ("train", "test")[k // 4], ("RBC", "Platelets")[k % 2], 5, 6, 25, 36] for k in range(6)]
     write(data / "boxes.csv", ["image", "split", "class", "xmin", "ymin", "xmax", "ymax"], boxes)
-    monkeypatch.setattr(bccd_demo, "SMALL_OBJECTS", ["--epochs=1"])
+    monkeypatch.setitem(recommended.SEARCH, "epochs", 1)
+    monkeypatch.setitem(recommended.SEARCH, "trial_epochs", 1)
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--weights", "none"]
     assert bccd_demo.main(options) == 0
     assert (tmp_path / "out" / "bccd.png").stat().st_size > 10_000

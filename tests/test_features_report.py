@@ -31,10 +31,14 @@ from matplotlib.colors import to_hex
 
 def test_advice_names_the_cause_and_what_is_not_yet_used():
     history = [{"epoch": 1, "loss": 0.5, "lam": 0.0, "auc": [math.nan, 0.61]}, {"epoch": 2, "lam": 0.0, "auc": []}]
-    labels = np.repeat([[0.0], [1.0]], 20, 0).astype(np.float32)
+    labels = np.repeat([[0.0, 0.0], [1.0, 1.0]], 20, 0).astype(np.float32)
     settings = training.Settings(k_start=0.2, restarts=4)
     text = advice.lam_advice([history, [], [{"lam": 0.5, "auc": [0.9]}]], [labels] * 3, settings)
-    assert "lam stayed 0 in 1 of 3 runs" in text and "The highest AUC was 0.61" in text
+    assert "lam stayed 0 in 1 of 3 runs" in text and "The highest AUC of a class with enough bags was 0.61" in text
+    # a class with three positive bags cannot start lam, however high its AUC is
+    rare = np.where(np.arange(40)[:, None] < 37, labels * [1, 0], labels)
+    unlucky = [{"epoch": 1, "loss": 0.5, "lam": 0.0, "auc": [0.61, 1.0]}]
+    assert "with enough bags was 0.61" in advice.lam_advice([unlucky], [rare.astype(np.float32)], settings)
     assert "--k-start" not in text and "--pooling topk" not in text
     # features of other programs have no stages
     other = advice.lam_advice([history], [labels], settings, extracted=False)
@@ -47,7 +51,17 @@ def test_advice_names_the_cause_and_what_is_not_yet_used():
         for fewer in (0, 1):
             targets = np.repeat([[1.0], [0.0]], [positive - fewer, negative], 0).astype(np.float32)
             assert advice.can_learn(targets, settings.start_auc) == (not fewer)
-    assert advice.lam_advice([[{"lam": 0.5, "auc": [0.9]}]], [labels], settings) is None
+    assert advice.lam_advice([[{"lam": 0.5, "auc": [0.9]}, {"lam": 1.0, "auc": [0.9]}]], [labels], settings) is None
+
+
+def test_lam_that_does_not_reach_its_value_is_named():
+    runs = [[{"lam": 0.1, "auc": [1.0]}, {"lam": last, "auc": [1.0]}] for last in (0.3, 1.0, 0.25)]
+    labels = np.repeat([[0.0], [1.0]], 20, 0).astype(np.float32)
+    text = advice.lam_advice(runs, [labels] * 3, training.Settings(rise=100))
+    assert "lam did not reach its value of 1 in 2 of 3 runs: it ended at 0.25 to 0.3." in text
+    assert "--rise 100 steps" in text and "a smaller --rise" in text
+    assert advice.lam_advice(runs, [labels] * 3, training.Settings(lam=0.25)) is None
+    assert advice.lam_advice(runs, [labels] * 3, training.Settings(loss="bag")) is None
 
 
 def training_rows(*trainings):

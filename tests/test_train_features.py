@@ -19,7 +19,7 @@ import train_features
 from conftest import ROOT
 from csv_files import write
 from feature_runs import NETWORK, change, command
-from features import store, training
+from features import recommended, store, training
 
 EXAMPLES = ROOT / "examples"
 
@@ -116,6 +116,23 @@ def test_mixed_precision_is_a_setting_of_the_run(bag_folder, tmp_path, capsys):
 
 
 @pytest.mark.examples
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", (0.2, 4, 30, 30)),
+        ("--head=linear --epochs=2", (0.2, 4, 30, 2)),
+        ("--k-start=0 --restarts=1", (0.0, 1, 30, 30)),
+        ("--pooling=mean", (0.0, 1, 8, 60)),
+        ("--head=gated", (0.0, 1, 8, 60)),
+    ],
+)
+def test_top_k_pooling_searches_for_small_objects_by_default(bag_folder, tmp_path, options, expected):
+    assert command(bag_folder, tmp_path, "--folds=2", "--classes=lesion", *options.split()) == 0
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert tuple(settings[name] for name in ("k_start", "restarts", "trial_epochs", "epochs")) == expected
+
+
+@pytest.mark.examples
 def test_command_explains_lam_that_stayed_zero(bag_folder, tmp_path, capsys):
     """A tiny learning rate: the training AUC stays below 1. In the second command lam rises at once."""
     options = ("--folds=2", "--classes=lesion", "--epochs=3", "--lr=1e-6", "--pooling=mean")
@@ -127,12 +144,11 @@ def test_command_explains_lam_that_stayed_zero(bag_folder, tmp_path, capsys):
     for advice in (
         "--epochs 6",
         "--pooling topk",
-        "--k-start 0.2 --restarts 4",
         "another network",
         "--start at_once",
     ):
         assert advice in printed
-    best = float(re.search(r"The highest AUC was ([\d.]+)\.", printed)[1])
+    best = float(re.search(r"The highest AUC of a class with enough bags was ([\d.]+)\.", printed)[1])
     histories = [torch.load(path, weights_only=True)["history"] for path in (tmp_path / "never" / "parts").glob("*.pt")]
     assert best == pytest.approx(max(row["auc"][0] for rows in histories for row in rows), abs=0.005)
     assert text in (tmp_path / "never" / "report.html").read_text()
@@ -324,6 +340,9 @@ def test_choices_are_those_of_the_library():
 
 def test_defaults_of_the_command_are_those_of_the_settings(bag_folder):
     args = train_features.make_parser().parse_args(["--features", "f", "--labels", "l", "--out", "o"])
-    assert training.Settings(**{name: getattr(args, name) for name in training.Settings.__dataclass_fields__}) == (
+    given = vars(args) | recommended.WITHOUT_SEARCH
+    assert training.Settings(**{name: given[name] for name in training.Settings.__dataclass_fields__}) == (
         training.Settings()
     )
+    assert all(getattr(args, name) is None for name in recommended.SEARCH)
+    assert recommended.SEARCH.keys() == recommended.WITHOUT_SEARCH.keys()

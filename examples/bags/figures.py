@@ -14,10 +14,12 @@ from bags.figure_runs import METHODS, QUEUE, Run
 
 X_AXIS = dict.fromkeys((*QUEUE, "start"), ("bags", "training bags")) | {"6": ("positives", "positive instances")}
 LABELS_5A = {"sgl": "+ weighting (SGL)"}
-COLOURS = {
-    "sgl": "#d55e00", "max": "#0072b2", "mean": "#009e73", "mmm": "#cc79a7", "bil": "#e69f00",
-    "sgl_plain": "#999999", "sgl_rescaled": "#56b4e9", "topk": "#000000", "mmm_authors": "#7f3f66",
-    "bil_authors": "#7a5200", "falling_k": "#0b5d3b", "sgl_falling_k": "#8b1a1a",
+#: Colour and mark of each method. Methods of one figure differ in both, for readers of any colour vision.
+STYLES = {
+    "sgl": ("#d55e00", "o"), "max": ("#0072b2", "s"), "mean": ("#009e73", "^"), "mmm": ("#cc79a7", "D"),
+    "bil": ("#e69f00", "v"), "sgl_plain": ("#999999", "X"), "sgl_rescaled": ("#56b4e9", "P"),
+    "topk": ("#000000", "P"), "mmm_authors": ("#7f3f66", "d"), "bil_authors": ("#7a5200", "<"),
+    "falling_k": ("#009e73", "^"), "sgl_falling_k": ("#cc79a7", "D"),
 }  # fmt: skip
 METRICS = {"auc": "AUC of bags", "iou": "IoU, mean over bags", "iou_pooled": "IoU, pooled over 64 bags"}
 
@@ -36,10 +38,15 @@ def values_of(found: dict[Run, dict[str, Any]], metric: str, **point: Any) -> li
 
 
 def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """Draws one row per metric and one column per size. Lines are means; bands show the worst and the best seed."""
+    """Draws one row per metric and one column per size.
+
+    Lines are means, and vertical lines go from the worst to the best seed. Points of one seed have an open mark. A line
+    does not cross points without a run.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     axis, axis_title = X_AXIS[args.figure]
     sizes = [size for size in args.sizes if any(run.size == size for run in found)]
@@ -50,17 +57,21 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
         axes = grid[row, column]
         for method in args.methods:
             points = {x: values_of(found, metric, method=method, size=size, **{axis: x}) for x in getattr(args, axis)}
-            points = {x: values for x, values in points.items() if values}
-            if not points:
+            if not any(points.values()):
                 continue
             x = list(points)
-            axes.plot(x, [np.mean(v) for v in points.values()], marker="o", ms=4, color=COLOURS[method],
-                      label=label_of(method, args.figure))  # fmt: skip
-            low, high = ([of(v) for v in points.values()] for of in (min, max))
-            axes.fill_between(x, low, high, color=COLOURS[method], alpha=0.15, lw=0)
+            mean, low, high = ([of(v) if v else np.nan for v in points.values()] for of in (np.mean, min, max))
+            colour, mark = STYLES[method]
+            axes.plot(x, mean, color=colour, marker=mark, ms=5, label=label_of(method, args.figure))
+            single = [
+                value if len(values) == 1 else np.nan for value, values in zip(mean, points.values(), strict=True)
+            ]
+            axes.plot(x, single, ls="none", color=colour, marker=mark, ms=5, mfc="white")
+            axes.vlines(x, low, high, color=colour, lw=1.2, alpha=0.7)
         axes.grid(alpha=0.3)
         axes.set_xticks(sorted({getattr(run, axis) for run in found}))
-        axes.set(ylim=(0.4 if metric == "auc" else 0.0, 1.0))
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set(ylim=(0.38 if metric == "auc" else -0.03, 1.03))
         if row == 0:
             axes.set_title(f"bags of {size}")
         if column == 0:
@@ -70,6 +81,9 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
     # a column may have fewer methods than others
     lines = {line.get_label(): line for axes in reversed(grid[0]) for line in axes.get_lines()}
     labels = [label for label in (label_of(method, args.figure) for method in args.methods) if label in lines]
+    lines["one seed"] = Line2D([], [], color="0.4", marker="o", ms=5, mfc="white", ls="none")
+    lines["several seeds: mean,\nand worst to best"] = Line2D([], [], color="0.4", marker="o", ms=5, ls="none")
+    labels += list(lines)[-2:]
     figure.legend([lines[label] for label in labels], labels, loc="outside right upper", frameon=False)
     paths = [args.out / f"figure{args.figure}.{kind}" for kind in ("png", "svg")]
     for path in paths:
@@ -102,14 +116,14 @@ def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) ->
             title = f"{METHODS[method][0]}, test bag {bag['number']}: labelled {label}"
             panels.append((pictures_of(images[bag["index"]]), bag["probability"], positive, title))
     paths = [args.out / f"figure5b.{kind}" for kind in ("png", "svg")]
-    heading = f"What the networks say of single instances, after training with {bags} bags of {size}"
+    heading = f"Predictions for single instances, after training with {bags} bags of {size}"
     for path in paths:
         draw_bags(panels, len(contents), heading, path, shown=20)
     return paths
 
 
 def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """Means, worst and best of every point, as Markdown and as CSV."""
+    """Means, worst and best of every point, as Markdown and CSV. The Markdown also lists the points without a run."""
     import numpy as np
 
     axis, axis_title = X_AXIS[args.figure]
@@ -118,12 +132,14 @@ def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> 
         "|---" * (4 + len(METRICS)) + "|",
     ]
     rows = []
+    missing: dict[tuple[int, str], list[str]] = {}
     for size, x, method in itertools.product(args.sizes, getattr(args, axis), args.methods):
         cells = []
         row: dict[str, Any] = {"size": size, axis: x, "method": method}
         for metric in METRICS:
             values = values_of(found, metric, size=size, method=method, **{axis: x})
             if not values:
+                missing.setdefault((size, label_of(method, args.figure)), []).append(str(x))
                 break
             row |= {"seeds": len(values), metric: np.mean(values)}
             row |= {f"{metric}_worst": min(values), f"{metric}_best": max(values)}
@@ -132,6 +148,9 @@ def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> 
             cells = [str(size), str(x), label_of(method, args.figure), str(row["seeds"]), *cells]
             lines.append("| " + " | ".join(cells) + " |")
             rows.append({name: round(float(v), 4) if isinstance(v, float) else v for name, v in row.items()})
+    if missing:
+        lines += ["", f"Not computed ({axis_title}):", ""]
+        lines += [f"- bags of {size}, {label}: {', '.join(places)}" for (size, label), places in missing.items()]
     table, numbers = (args.out / f"figure{args.figure}.{kind}" for kind in ("md", "csv"))
     write_text("\n".join(lines) + "\n", table)
     write_rows(rows, numbers)

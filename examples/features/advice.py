@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from features.recommended import SEARCH
+from features.recommended import SEARCHED_HEADS, search_options
 from features.training import Settings
 from sgl_ops import LamSchedule
 
@@ -58,7 +58,7 @@ def training_warnings(
 def lam_advice(
     histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarray], settings: Settings, extracted: bool = True
 ) -> str | None:
-    """What lam 0 in whole runs means, and what to change. None if lam rose in every run.
+    """What it means if lam stayed 0, or did not reach its value, and what to change. None if it did in every run.
 
     Args:
         histories: the rows of the epochs of each run, as ``train`` logs them.
@@ -69,21 +69,24 @@ def lam_advice(
         return None
     idle = [run for run, history in enumerate(histories) if history and all(row["lam"] == 0 for row in history)]
     if not idle:
-        return None
-    found = [value for run in idle for row in histories[run] for value in row["auc"] if not math.isnan(value)]
-    best = f"{max(found):.2f}" if found else "unknown"
+        return _slow_rise(histories, settings)
+    found = [
+        value
+        for run in idle
+        for row in histories[run]
+        for c, value in enumerate(row["auc"])
+        if not math.isnan(value) and can_learn(labels[run][:, [c]], settings.start_auc)
+    ]
+    best = f" The highest AUC of a class with enough bags was {max(found):.2f}." if found else ""
     text = (
         f"lam stayed 0 in {len(idle)} of {len(histories)} runs. These runs trained with the bag loss only: SGL had no "
         f"effect. The instance loss starts when the training AUC of half of the classes reaches --start-auc "
-        f"{settings.start_auc:g}, or more with few bags. The highest AUC was {best}. "
+        f"{settings.start_auc:g}, or more with few bags.{best} "
     )
     if not any(can_learn(labels[run], settings.start_auc) for run in idle):
         return f"{text}There are too few training bags: a class needs {fewest_bags(settings.start_auc)}."
     changes = [f"train longer (--epochs {2 * settings.epochs})"]
-    if settings.pooling != "topk":
-        changes.append("use --pooling topk")
-    if _can_search(settings) and not _searches(settings):
-        changes.append(f"find small objects with {' '.join(SEARCH)}")
+    changes += _search_advice(settings)
     changes.append(_other_features(extracted))
     return (
         text + f"To change this: {'; '.join(changes)}. If the highest AUC is close to the threshold, lower "
@@ -148,8 +151,7 @@ def failure_advice(
     if fine_tuned:
         changes.append("train the run of --run again with other options; its report names them")
     else:
-        if _can_search(settings) and not _searches(settings):
-            changes.append(f"find small objects with {' '.join(SEARCH)}")
+        changes += _search_advice(settings)
         if not many_repeats:
             changes.append("compare other seeds and folds (--repeats 3)")
         changes.append(_other_features(extracted))
@@ -182,12 +184,26 @@ def _other_features(extracted: bool) -> str:
     return "use the features of another network"
 
 
-def _can_search(settings: Settings) -> bool:
-    return settings.head in ("linear", "mlp")
+def _search_advice(settings: Settings) -> list[str]:
+    """How to search for small objects; nothing if the training did, or cannot."""
+    if settings.pooling != "topk":
+        return ["use --pooling topk"]
+    if settings.head not in SEARCHED_HEADS or (settings.k_start > 0 and settings.restarts > 1):
+        return []
+    return [f"find small objects with {search_options()}"]
 
 
-def _searches(settings: Settings) -> bool:
-    return settings.k_start > 0 and settings.restarts > 1
+def _slow_rise(histories: Sequence[Sequence[Mapping]], settings: Settings) -> str | None:
+    """What to change if lam rose, but the training ended before it had its value."""
+    reached = [history[-1]["lam"] for history in histories if history]
+    short = [lam for lam in reached if lam < settings.lam]
+    if not short or settings.start != "measured":
+        return None
+    return (
+        f"lam did not reach its value of {settings.lam:g} in {len(short)} of {len(reached)} runs: it ended at "
+        f"{min(short):.2g} to {max(short):.2g}. lam rises during --rise {settings.rise} steps, and these runs have too "
+        "few steps. To change this: a smaller --rise, a smaller --batch-size, or more --epochs."
+    )
 
 
 def can_learn(labels: np.ndarray, auc: float) -> bool:

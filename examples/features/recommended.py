@@ -1,18 +1,27 @@
-"""The recommended options of train_features.py, for the commands that use or print them.
-
-docs/own-features.md shows the same options.
-"""
+"""The defaults of train_features.py that depend on the pooling and the head, and the commands that are printed."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-#: The search for small objects. They were chosen by cross-validation on the blood-smear photos of BCCD.
-SEARCH = ("--k-start", "0.2", "--restarts", "4", "--trial-epochs", "30")
-#: All options of the head for small objects.
-SMALL_OBJECTS = (*SEARCH, "--epochs", "30")
+#: The search for small objects, for top-k pooling. Chosen by cross-validation on the blood-smear photos of BCCD.
+SEARCH: dict[str, float] = {"k_start": 0.2, "restarts": 4, "trial_epochs": 30, "epochs": 30}
+WITHOUT_SEARCH: dict[str, float] = {"k_start": 0.0, "restarts": 1, "trial_epochs": 8, "epochs": 60}
+#: The heads that can be searched.
+SEARCHED_HEADS = ("linear", "mlp")
 FOLDS = ("--folds", "4")
+
+
+def defaults_of(pooling: str, head: str) -> dict[str, float]:
+    """The values of ``k_start``, ``restarts``, ``trial_epochs`` and ``epochs`` that are not given."""
+    return SEARCH if pooling == "topk" and head in SEARCHED_HEADS else WITHOUT_SEARCH
+
+
+def search_options() -> str:
+    """The options of the search, as text for a command."""
+    names = ("k_start", "restarts", "trial_epochs")
+    return " ".join(f"--{name.replace('_', '-')} {SEARCH[name]:g}" for name in names)
 
 
 def training_command(features: Path, images: Path, maps: bool, patches: bool) -> str:
@@ -27,7 +36,7 @@ def training_command(features: Path, images: Path, maps: bool, patches: bool) ->
     words += ["--labels", labels if labels.is_file() else labels.name]
     words += ["--boxes", boxes] if maps and boxes.is_file() else []
     words += ["--images", images, *FOLDS]
-    words += ["--head", "patches"] if patches else SMALL_OBJECTS
+    words += ["--head", "patches"] if patches else []
     return shlex.join(map(str, [*words, "--out", Path("runs") / "sgl"]))
 
 
