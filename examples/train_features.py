@@ -99,7 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="start of lam; measured: when the training AUC is high enough (measured)",
     )
     start.add_argument("--start-auc", type=float, default=0.8, help="training AUC at which lam starts to rise (0.8)")
-    start.add_argument("--rise", type=int, default=100, help="steps from lam 0 to lam (100)")
+    start.add_argument(
+        "--rise", type=int, help="steps from lam 0 to lam (100, or a third of the steps of the training if it is short)"
+    )
     training = parser.add_argument_group("training")
     start.add_argument(
         "--restarts",

@@ -201,8 +201,8 @@ def _slow_rise(histories: Sequence[Sequence[Mapping]], settings: Settings) -> st
         return None
     return (
         f"lam did not reach its value of {settings.lam:g} in {len(short)} of {len(reached)} runs: it ended at "
-        f"{min(short):.2g} to {max(short):.2g}. lam rises during --rise {settings.rise} steps, and these runs have too "
-        "few steps. To change this: a smaller --rise, a smaller --batch-size, or more --epochs."
+        f"{min(short):.2g} to {max(short):.2g}. The training AUC was high enough for too few steps. To "
+        "change this: a smaller --rise, a smaller --batch-size, or more --epochs."
     )
 
 

@@ -45,7 +45,7 @@ class Settings:
     mask_weight: float = 0.0
     start: str = "measured"
     start_auc: float = 0.8
-    rise: int = 100
+    rise: int | None = None  # None: 100, or a third of the steps if these are fewer
     cosine: bool = True
     noise: float = 0.0
     amp: str | None = None
@@ -250,9 +250,8 @@ def fit(
     head, criterion = model["head"], model["loss"]
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(names) / settings.batch_size)
-    schedule = LamSchedule(
-        settings.lam, auc=settings.start_auc, rise=settings.rise, window=max(14, len(names)), interval=5
-    )
+    rise = settings.rise or max(1, min(100, steps // 3))
+    schedule = LamSchedule(settings.lam, auc=settings.start_auc, rise=rise, window=max(14, len(names)), interval=5)
     generator = torch.Generator().manual_seed(seed)
     step = 0
     model.train()
