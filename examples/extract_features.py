@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="use the network, the stages and the view of this folder of features, or of this run",
     )
-    network.add_argument("--output-stride", type=int, metavar="N", help="dilate the network to this stride")
+    network.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="dilate the network to this stride")
     view = parser.add_argument_group("view")
     view.add_argument(
         "--scales", type=float, nargs="+", default=[1.0], help="scales of the image; the features are concatenated (1)"

@@ -55,7 +55,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     two = commands.add_parser("train", allow_abbrev=False, help="train and evaluate heads")
     two.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
     two.add_argument("--tables", type=Path, help="folder with the official tables (DATA_DIR)")
-    two.add_argument("--det10", type=Path, help="boxes of ChestX-Det10: csv with image_index, class, xmin, ...")
+    two.add_argument(
+        "--det10", type=Path, metavar="CSV", help="boxes of ChestX-Det10: csv with image_index, class, xmin, ..."
+    )
+    two.add_argument(
+        "--rsna",
+        type=Path,
+        metavar="CSV",
+        help="boxes of the RSNA Pneumonia Detection Challenge, for the map of Pneumonia: csv with image_index, x, ...",
+    )
     two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
     two.add_argument("--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen.py (all)")
     two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of every method (0 1 2 3 4)")

@@ -99,6 +99,27 @@ def test_tokens_of_a_vision_transformer_become_a_map(timm):
     assert backbone.geometry == geometries.Geometry(16, 8.0, None)
 
 
+def test_tokens_before_those_of_the_patches_are_left_out(timm):
+    """A distilled DeiT has two of them."""
+    backbone = backbones.load_backbone("deit_tiny_distilled_patch16_224", weights="none", cut="blocks.0")
+    with torch.no_grad():
+        assert backbone(torch.rand(1, 3, 64, 96)).shape == (1, 192, 4, 6)
+
+
+def test_convolutional_networks_with_vit_in_their_name_have_maps(timm):
+    backbone = backbones.load_backbone("repvit_m0_9", weights="none", cut="0")
+    assert backbone.tokens is None
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 64, 96))
+    assert maps.shape[2:] == (64 // backbone.geometry.stride, 96 // backbone.geometry.stride)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s32_224"])
+def test_networks_for_images_of_one_size_are_refused(timm, name):
+    with pytest.raises(ValueError, match=f"backbone: {name} needs images of one size"):
+        backbones.load_backbone(name, weights="none")
+
+
 def test_vision_transformers_with_any_patch_take_images_of_any_size(timm):
     backbone = backbones.load_backbone("timm/vit_small_patch14_dinov2", weights="none", cut="blocks.0")
     assert backbone.geometry == geometries.Geometry(14, 7.0, None)

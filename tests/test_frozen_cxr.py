@@ -47,6 +47,11 @@ def data(tmp_path_factory):
             for kind in np.flatnonzero(labels):  # cells 5 to 8 and 2 to 5; the first cell is half a cell inside
                 file.write(f"{name},x,{CLASSES[kind]},560,250,970,660\n")
     assert kinds
+    with (folder / "rsna.csv").open("w") as file:
+        file.write("image_index,x,y,width,height,lung_opacity\n")
+        for name, labels in zip(index.names, index.labels, strict=True):
+            box = "560,250,410,410" if labels[CLASSES.index("Pneumonia")] else ",,,"
+            file.write(f"{name},{box},{int(box != ',,,')}\n")
     return folder
 
 
@@ -106,6 +111,21 @@ def test_other_settings_than_those_of_existing_runs_are_errors(data, tmp_path, c
         path.write_text(json.dumps(known | {"boxes": {}}))
     assert example.main(table) == 2
     assert "have no boxes; --validate needs --det10" in capsys.readouterr().err
+
+
+def test_boxes_of_rsna_belong_to_the_map_of_pneumonia(data, tmp_path, capsys):
+    films = read_films(data / "data", None, None, data / "features", data / "rsna.csv")
+    assert set(films.boxes) == {"nih", "rsna"}
+    pneumonia = CLASSES.index("Pneumonia")
+    assert {image for image, _ in films.boxes["rsna"]} == set(np.flatnonzero(films.labels[:, pneumonia]).tolist())
+    assert {kind for _, kind in films.boxes["rsna"]} == {pneumonia}
+    assert next(iter(films.boxes["rsna"].values())).tolist() == [[560, 250, 410, 410]]
+    method = ("--methods", "softmax bag", "--seeds", 0)
+    assert run(data, tmp_path / "runs", *method, "--rsna", data / "rsna.csv") == 0
+    (path,) = (tmp_path / "runs").glob("*.json")
+    assert set(json.loads(path.read_text())["boxes"]) == {"nih", "det10", "rsna"}
+    assert run(data, tmp_path / "runs", *method) == 2
+    assert "made with another --rsna" in capsys.readouterr().err
 
 
 def test_validation_excludes_the_test_list(data):

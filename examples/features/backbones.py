@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from features.geometry import Geometry, effective_centre, geometry_of, rounded_up, stage_maps
 
 TORCHVISION = "torchvision/"
+#: The modules of timm whose networks are vision transformers: their stages give tokens.
+TOKEN_MODULES = ("vision_transformer", "deit")
 
 
 class Backbone(nn.Module):
@@ -175,7 +177,8 @@ def _create_timm(name: str, pretrained: bool, output_stride: int | None) -> tupl
             f"backbone: timm has no model {short!r}" + (f"; similar names: {', '.join(near)}" if near else "")
         )
     options = {} if output_stride is None else {"output_stride": output_stride}
-    is_tokens = "vit" in short.partition(".")[0]
+    kind = timm.models.model_entrypoint(short.partition(".")[0]).__module__.rpartition(".")[2]
+    is_tokens = kind in TOKEN_MODULES
     if is_tokens:
         options["dynamic_img_size"] = True
     try:
@@ -184,6 +187,11 @@ def _create_timm(name: str, pretrained: bool, output_stride: int | None) -> tupl
         raise ValueError(f"output stride: {short} cannot have {output_stride} ({error})") from None
     except Exception as error:  # a download fails in many ways
         raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file: --weights FILE") from None
+    if network.pretrained_cfg.get("fixed_input_size") and not is_tokens:
+        raise ValueError(
+            f"backbone: {short} needs images of one size; supported are the networks of timm for images of any size, "
+            "and its ViT and DeiT"
+        )
     return network, network.pretrained_cfg, network.patch_embed.patch_size[0] if is_tokens else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +97,30 @@ class Films(NamedTuple):
         return np.flatnonzero(~self.test & ~out), np.flatnonzero(~self.test & out)
 
 
-def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features: Path) -> Films:
-    """The films of a folder of frozen_cxr.py extract, with the official tables and the boxes of ChestX-Det10.
+def read_det10(path: Path) -> Iterator[tuple[str, str, list[float]]]:
+    """Image, class and box (x, y, width, height) of each row of the table of ChestX-Det10."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["class"]:
+                x0, y0, x1, y1 = (float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
+                yield row["image_index"], row["class"], [x0, y0, x1 - x0, y1 - y0]
+
+
+def read_rsna(path: Path) -> Iterator[tuple[str, str, list[float]]]:
+    """Image, "Pneumonia" and box of each row with a box of the RSNA Pneumonia Detection Challenge.
+
+    The boxes mark opacities of the lung that may be pneumonia.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["x"]:
+                yield row["image_index"], "Pneumonia", [float(row[key]) for key in ("x", "y", "width", "height")]
+
+
+def read_films(
+    data_dir: Path, tables: Path | None, det10: Path | None, features: Path, rsna: Path | None = None
+) -> Films:
+    """The films of a folder of frozen_cxr.py extract, with the official tables and the boxes of ChestX-Det10 and RSNA.
 
     Raises:
         ValueError: a file is missing, or the features belong to other images.
@@ -120,14 +142,12 @@ def read_films(data_dir: Path, tables: Path | None, det10: Path | None, features
         for kind, *box in found:
             if name in where:
                 boxes["nih"].setdefault((where[name], kind), []).append(box)
-    if det10 is not None:
-        boxes["det10"] = {}
-        with det10.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row["class"] in CLASSES and row["image_index"] in where:
-                    x0, y0, x1, y1 = (float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
-                    key = (where[row["image_index"]], CLASSES.index(row["class"]))
-                    boxes["det10"].setdefault(key, []).append([x0, y0, x1 - x0, y1 - y0])
+    for name, path, read in (("det10", det10, read_det10), ("rsna", rsna, read_rsna)):
+        if path is not None:
+            boxes[name] = {}
+            for image, kind, box in read(path):
+                if kind in CLASSES and image in where:
+                    boxes[name].setdefault((where[image], CLASSES.index(kind)), []).append(box)
     return Films(
         np.load(features / "features.npy", mmap_mode="r"),
         torch.from_numpy(index.labels[order]).float(),

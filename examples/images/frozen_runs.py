@@ -140,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
-    films = read_films(args.data_dir, args.tables, args.det10, args.features)
+    films = read_films(args.data_dir, args.tables, args.det10, args.features, args.rsna)
     cells, transform = reduce_features(films, args.components)
     tuning = None
     if args.tune is not None:
@@ -155,7 +155,7 @@ def train(args: argparse.Namespace) -> None:
         for method in methods:
             path = args.out / f"{method}-seed{seed}.json"
             if path.exists():
-                refuse_other_settings(path, settings, "det10" in films.boxes)
+                refuse_other_settings(path, settings, set(films.boxes))
                 continue
             begun = time.monotonic()
             head, pooling, started = train_head(cells, films, train_numbers, METHODS[method], seed)
@@ -176,15 +176,14 @@ def train(args: argparse.Namespace) -> None:
             print(f"{method}, seed {seed}: AUC {result['auc']:.3f}; boxes: {', '.join(shares)}", flush=True)
 
 
-def refuse_other_settings(path: Path, settings: dict, with_det10: bool) -> None:
-    """Raises ValueError if the run in ``path`` had other ``settings``, or if only one of the two has --det10.
+def refuse_other_settings(path: Path, settings: dict, boxes: set[str]) -> None:
+    """Raises ValueError if the run in ``path`` had other ``settings``, or other sets of ``boxes``.
 
     A run of an older version has no components, and no key "tuned" if it was not tuned.
     """
     known = {"components": settings["components"], "tuned": None} | read_json(path)
     changed = [name for name in settings if known[name] != settings[name]]
-    if ("det10" in known["boxes"]) != with_det10:
-        changed.append("det10")
+    changed += [name for name in ("det10", "rsna") if (name in known["boxes"]) != (name in boxes)]
     if changed:
         option = changed[0].replace("tuned", "tune")
         raise ValueError(f"out: {path} was made with another --{option}; choose another --out")
@@ -201,7 +200,7 @@ def table(args: argparse.Namespace) -> None:
         raise ValueError(f"runs: {args.runs} holds no run")
     if any(list(run["boxes"]) != list(runs[0]["boxes"]) for run in runs):
         raise ValueError(
-            f"runs: expected equal sets of boxes in all runs of {args.runs}; use --det10 for all, or for none"
+            f"runs: expected equal sets of boxes in all runs of {args.runs}; use --det10, and --rsna, for all or none"
         )
     if not runs[0]["boxes"]:
         raise ValueError(f"runs: the runs of {args.runs} have no boxes; --validate needs --det10")
