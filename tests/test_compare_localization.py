@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from common.csv_table import nested, read_rows
+from conftest import ROOT
 from localization import comparison as compare
 from localization import drawn_lesions, tables
 from localization import rows as table
@@ -219,6 +220,8 @@ def test_empty_folder_is_an_error(tmp_path, capsys):
 def test_committed_runs_have_the_current_settings(folder):
     """The committed tables of means are computed from the committed runs."""
     out = command.Path(command.__file__).parent / "results" / "localization" / folder
+    if not (ROOT / ".git").exists() and not out.exists():
+        pytest.skip(f"the source distribution does not have {folder}")
     found = tables.collect(out / "runs.csv")
     assert (out / "localization.md").read_text() == tables.tables_of(found) + "\n"
 
