@@ -360,8 +360,8 @@ def _findings(m: BagMeasures, delta_l: float, pooling: nn.Module, largest: int) 
             f"In {largest_of(m.single)(c):.0%} of the positive bags, one instance alone has a target above 0, whatever "
             "the size of the bag."
         ),
-        "right only where a positive bag has one positive instance. Else raise lam, use top-k pooling instead of max (in "
-        "large bags with TopKSchedule), or lower delta_l.",
+        "right only where a positive bag has one positive instance. Else raise lam, use top-k pooling instead of max "
+        "(in large bags with TopKSchedule), or lower delta_l.",
     )
     add(
         "saturated logits",
