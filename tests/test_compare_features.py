@@ -53,6 +53,8 @@ def train(data, out, *options):
             "--epochs=15",
             "--lr=0.02",
             "--k=3",
+            "--k-start=0",
+            "--restarts=1",
             "--start=at_once",
             "--rise=1",
             "--share=0.2",
