@@ -62,7 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--rsna",
         type=Path,
         metavar="CSV",
-        help="boxes of the RSNA Pneumonia Detection Challenge, for the map of Pneumonia: csv with image_index, x, ...",
+        help="boxes of the RSNA Pneumonia Detection Challenge, for the map of Pneumonia: csv with image_index (name of "
+        "the NIH), x, y, width, height in pixels of 1024",
     )
     two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
     two.add_argument("--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen.py (all)")

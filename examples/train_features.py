@@ -19,6 +19,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from common import options
 from common.choices import LOSSES, POOLINGS
@@ -100,7 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     start.add_argument("--start-auc", type=float, default=0.8, help="training AUC at which lam starts to rise (0.8)")
     start.add_argument(
-        "--rise", type=int, help="steps from lam 0 to lam (100, or a third of the steps of the training if it is short)"
+        "--rise",
+        type=int,
+        help="steps from lam 0 to lam (100; a third of the steps if there are fewer than 300)",
     )
     training = parser.add_argument_group("training")
     start.add_argument(
@@ -152,9 +155,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name, value in defaults_of(args.pooling, args.head).items():
+    known = stored_options(args) if args.resume else {}
+    for name, value in {**defaults_of(args.pooling, args.head), "rise": None}.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, known.get(name, value))
     if not 0.0 <= args.k_start < 1.0:
         parser.error(f"--k-start: expected at least 0 and below 1, got {args.k_start}")
     least = dict.fromkeys(("epochs", "batch_size", "repeats", "rise", "restarts", "trial_epochs"), 1)
@@ -188,6 +192,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     return options.exit_status(lambda: run(args), "stopped; the same command with --resume continues")
+
+
+def stored_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the runs in --out, which --resume continues: those that are not given keep their values."""
+    from features.run_settings import SETTINGS
+
+    path = args.out / SETTINGS
+    try:
+        return dict(read_json(path)) if path.is_file() else {}
+    except ValueError:
+        return {}  # keep_settings names the file
 
 
 def refuse_below(parser: argparse.ArgumentParser, args: argparse.Namespace, least: dict[str, int]) -> None:
@@ -255,7 +270,7 @@ def run(args: argparse.Namespace) -> None:
         save_atomically(state, parts / f"{one.name}.pt")
         save_predictions(path, predictions)
         begun = next((row["epoch"] for row in history if row["lam"] > 0), None)
-        lam = "stayed 0" if begun is None else f"rose from epoch {begun} to {history[-1]['lam']:.3g}"
+        lam = "stayed 0" if begun is None else f"rose from epoch {begun} on, and is {history[-1]['lam']:.3g} at the end"
         note = f", lam {lam}" if args.loss == "sgl" else ""
         print(f"run {number} of {len(runs)}: loss {history[-1]['loss']:.3f}{note}", flush=True)
     # a checkpoint of an older version has no history
@@ -287,7 +302,8 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], f
         known = read_json(path)
         changed = [key for key in settings if key not in FREE and not _equal(known.get(key), settings[key])]
         if changed:
-            raise ValueError(f"out: {args.out} was made with another --{changed[0].replace('_', '-')}")
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise ValueError(f"out: {args.out} was made with another {names}")
         refuse_other_data(args.out, known.get("data", {}), data, "choose another --out, or restore the old ones")
         for key, fact in facts.items():
             if key in known and _differ(known[key], fact):

@@ -56,6 +56,8 @@ def unnest(
 def _check_features(features: object, logits: Tensor) -> None:
     if not isinstance(features, Tensor):
         raise TypeError(f"features: expected a torch.Tensor, got {type(features).__name__}")
+    if not features.is_floating_point():
+        raise TypeError(f"features: expected a floating dtype, got {features.dtype}")
     if not features.is_nested:
         check_dense("features", features)
     elif not logits.is_nested:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,7 @@ from ._checks import check_call, check_values, unnest
 from ._ranking import Ranking, rank_bags
 from .functional import self_guidance
 from .pooling import make_pooling
-from .settings import SettingsChanges, SGLSettings, settings_of, takes_settings
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .settings import SettingsChanges, SGLSettings, Unpack, settings_of, takes_settings
 
 __all__ = ["BagMeasures", "Diagnosis", "Finding", "diagnose"]
 
@@ -176,7 +173,7 @@ def diagnose(
         settings: those of the loss, for its targets: ``criterion.settings``. None: the defaults.
         changes: fields of :class:`~sgl_ops.SGLSettings` that replace those of ``settings``: ``delta_l`` and so on.
 
-    Errors: as in :mod:`sgl_ops.functional`; ``TypeError`` or ``ValueError`` if ``names`` are not C strings.
+    Errors: as in :mod:`sgl_ops.functional`; ``ValueError`` for a wrong number of names.
 
     >>> import torch
     >>> import sgl_ops
@@ -213,8 +210,9 @@ def diagnose(
     classes = labels.shape[1]
     if names is None:
         names = [str(c) for c in range(classes)]
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"names: expected a list of strings, got {names!r}")
+    if isinstance(names, str):
+        raise TypeError(f"names: expected one name for each class, got the text {names!r}")
+    names = [str(name) for name in names]
     if len(names) != classes:
         raise ValueError(f"names: expected {classes}, one a class, got {len(names)}")
     with torch.no_grad():

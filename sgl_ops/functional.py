@@ -38,7 +38,7 @@ argument and the value.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,7 @@ from ._checks import (
 from ._ranks import Group, check_group
 from ._tracing import is_traced, is_transformed
 from .pooling import MeanPooling, make_pooling
-from .settings import SettingsChanges, SGLSettings, settings_of, takes_settings
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .settings import SettingsChanges, SGLSettings, Unpack, settings_of, takes_settings
 
 __all__ = [
     "SGLTerms",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,10 +13,7 @@ from ._checks import check_check, check_impl, class_vector, explains_arguments
 from ._ranks import Group, SharesGroup, check_group
 from .functional import SGLTerms
 from .pooling import pooling_of_loss
-from .settings import NAMES, SettingsChanges, SGLSettings, settings_of, takes_settings
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .settings import NAMES, SettingsChanges, SGLSettings, Unpack, settings_of, takes_settings
 
 __all__ = ["BILLoss", "BagLoss", "MMMLoss", "SGLLoss"]
 

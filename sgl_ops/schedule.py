@@ -40,9 +40,6 @@ from .pooling import check_places
 
 __all__ = ["LamSchedule", "TopKSchedule", "prior_bias"]
 
-#: The least number of bags of which an AUC of 1 is not chance: 7 positive and 7 negative bags.
-_LEAST_WINDOW = 14
-
 
 class LamSchedule(SharesGroup):
     r"""lam of each step: 0 until the bag loss has learnt, then a linear rise to the final value.
@@ -79,7 +76,8 @@ class LamSchedule(SharesGroup):
         lam: the value after the rise, finite, >= 0.
         auc: the AUC that a class needs, in [0.5, 1].
         rise: steps from 0 to ``lam``, >= 1.
-        window: number of bags from which the AUC is computed, >= 14. If the last step has more bags, all of them count.
+        window: number of bags from which the AUC is computed, >= 8. If the last step has more bags, all of them count.
+            With fewer than 14 bags on all ranks together, no class counts.
             Use about an epoch of a small data set, and more if positive bags are rare.
         patience: steps after the first class has learnt, >= 0.
         interval: steps between two measurements, >= 1. A measurement copies the bag logits of the window to the host.
@@ -123,7 +121,7 @@ class LamSchedule(SharesGroup):
         rise, window, patience, interval = (
             _check_count(name, number, least)
             for name, number, least in (
-            ("rise", rise, 1), ("window", window, _LEAST_WINDOW), ("patience", patience, 0), ("interval", interval, 1)
+            ("rise", rise, 1), ("window", window, 8), ("patience", patience, 0), ("interval", interval, 1)
             )
         )  # fmt: skip
         check_group(process_group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -14,6 +15,11 @@ from torch import Tensor
 
 from ._checks import Function, check_check, check_constant, check_impl, check_number, looks_at_values, unknown_argument
 from ._tracing import is_transformed
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack
+else:
+    from typing_extensions import Unpack as Unpack  # torch requires it
 
 __all__ = ["SGLSettings"]
 

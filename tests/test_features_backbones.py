@@ -114,10 +114,30 @@ def test_convolutional_networks_with_vit_in_their_name_have_maps(timm):
     assert maps.shape[2:] == (64 // backbone.geometry.stride, 96 // backbone.geometry.stride)
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s32_224"])
-def test_networks_for_images_of_one_size_are_refused(timm, name):
-    with pytest.raises(ValueError, match=f"backbone: {name} needs images of one size"):
-        backbones.load_backbone(name, weights="none")
+@pytest.mark.parametrize(
+    ("name", "stage", "shape"),
+    [("vit_small_patch16_dinov3", "blocks.0", (384, 4, 6)), ("resnet50_clip", "stages.0", (256, 16, 24))],
+)
+def test_stages_of_networks_for_one_size_take_images_of_any_size(timm, name, stage, shape):
+    """The last layers of these networks need images of one size, and are not computed."""
+    backbone = backbones.load_backbone(name, weights="none", cut=stage)
+    with torch.no_grad():
+        assert backbone(torch.rand(1, 3, 64, 96)).shape == (1, *shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            "swin_tiny_patch4_window7_224 is not supported: its maps have the features in",
+        ),
+        ("mixer_s32_224", "does not take images of .* pixels"),
+    ],
+)
+def test_networks_that_cannot_give_maps_are_refused(timm, name, message):
+    with pytest.raises(ValueError, match=message):
+        backbones.load_backbone(name, weights="none")(torch.rand(1, 3, 64, 96))
 
 
 def test_vision_transformers_with_any_patch_take_images_of_any_size(timm):

@@ -58,7 +58,7 @@ def test_lam_that_does_not_reach_its_value_is_named():
     runs = [[{"lam": 0.1, "auc": [1.0]}, {"lam": last, "auc": [1.0]}] for last in (0.3, 1.0, 0.25)]
     labels = np.repeat([[0.0], [1.0]], 20, 0).astype(np.float32)
     text = advice.lam_advice(runs, [labels] * 3, training.Settings(rise=100))
-    assert "lam did not reach its value of 1 in 2 of 3 runs: it ended at 0.25 to 0.3." in text
+    assert "lam did not reach its value of 1 in 2 of 3 runs: it ended at 0.25 to 0.3. " in text
     assert "a smaller --rise" in text
     assert advice.lam_advice(runs, [labels] * 3, training.Settings(lam=0.25)) is None
     assert advice.lam_advice(runs, [labels] * 3, training.Settings(loss="bag")) is None

@@ -110,7 +110,7 @@ def test_other_settings_than_those_of_existing_runs_are_errors(data, tmp_path, c
     for path in runs.glob("*.json"):
         path.write_text(json.dumps(known | {"boxes": {}}))
     assert example.main(table) == 2
-    assert "have no boxes; --validate needs --det10" in capsys.readouterr().err
+    assert "have no boxes; --validate needs --det10 or --rsna" in capsys.readouterr().err
 
 
 def test_boxes_of_rsna_belong_to_the_map_of_pneumonia(data, tmp_path, capsys):
@@ -126,6 +126,15 @@ def test_boxes_of_rsna_belong_to_the_map_of_pneumonia(data, tmp_path, capsys):
     assert set(json.loads(path.read_text())["boxes"]) == {"nih", "det10", "rsna"}
     assert run(data, tmp_path / "runs", *method) == 2
     assert "made with another --rsna" in capsys.readouterr().err
+    # a table without boxes on the test list changes nothing
+    (tmp_path / "none.csv").write_text("image_index,x,y,width,height\nunknown.png,1,1,2,2\n")
+    for _ in range(2):
+        assert run(data, tmp_path / "more", *method, "--rsna", tmp_path / "none.csv") == 0
+    (tmp_path / "official.csv").write_text("patientId,x,y,width,height,Target\n")
+    assert run(data, tmp_path / "other", *method, "--rsna", tmp_path / "official.csv") == 2
+    assert "official.csv: expected the columns image_index, x, y, width, height, found no image_index" in (
+        capsys.readouterr().err
+    )
 
 
 def test_validation_excludes_the_test_list(data):

@@ -7,6 +7,7 @@ import pytest
 from features.extraction import find_images
 from images import pixels
 from images.folder import load_folder, without_labels
+from images.label_tables import name_among
 from test_images_pixels import random_image
 
 Image = pytest.importorskip("PIL.Image")
@@ -379,6 +380,20 @@ def test_names_that_are_numbers_do_not_lose_their_last_part(exported):
     (exported / "labels.csv").write_text("image,labels\nIM0003,red\n1.2.840.10008,\n1.2.840.10008.3,red\n")
     with pytest.raises(ValueError, match=r"1\.2\.840\.10008, 1\.2\.840\.10008\.3"):
         load_folder(exported)
+
+
+def test_numbers_name_the_bags_of_features(exported):
+    names = name_among(["1.2.840", "1.2.840.1", "SLICE.IMA", "a"])
+    assert [names(cell) for cell in ("1.2.840.1", "1.2.840", "1.2.840.1.dcm", "SLICE.IMA")] == [
+        "1.2.840.1", "1.2.840", "1.2.840.1", "SLICE.IMA"
+    ]  # fmt: skip
+    assert names("1.2.840.7") is None and names("a.svs") == "a"
+
+
+def test_hidden_files_and_copies_are_not_images(exported):
+    for name in ("._IM0003", "IM0003.bak", "IM0003~"):
+        write_dicom(exported / name, VALUES)
+    assert set(find_images(exported)) == set(EXPORTED)
 
 
 def test_a_file_with_the_suffix_of_another_format_is_not_dicom(tmp_path):

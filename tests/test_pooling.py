@@ -238,6 +238,11 @@ def test_features_of_every_dtype_reach_attention_pooling(dtype):
     torch.testing.assert_close(pooling(logits, features=features), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_features_that_are_integers_are_refused():
+    with pytest.raises(TypeError, match=r"features: expected a floating dtype, got torch\.int64"):
+        AttentionPooling(5)(torch.randn(2, 3, 7), features=torch.ones(2, 7, 5, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("arguments", [(0,), (5.5,), (True,), (5, 0)])
 def test_widths_of_attention_pooling_are_checked(arguments):
     with pytest.raises((TypeError, ValueError), match="_features: expected"):

@@ -7,6 +7,7 @@ import inspect
 import os
 import pickle
 from dataclasses import fields, replace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from batches import external_pooling, settled
 from ranks import start_ranks
 from torch import nn
 
-from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, functional
+from sgl_ops import BagLoss, SGLLoss, SGLSettings, _fused, diagnose, functional
 from sgl_ops.pooling import GeneralizedMeanPooling, LSEPooling, TopKPooling
 from sgl_ops.settings import SettingsChanges
 
@@ -250,6 +251,8 @@ def test_settings_for_type_checkers_are_those_of_the_loss():
     expected = {field.name: field.type for field in fields(SGLSettings)}
     changes = {name: getattr(kind, "__forward_arg__", kind) for name, kind in SettingsChanges.__annotations__.items()}
     assert changes == expected
+    for function in (SGLLoss.__init__, functional.sgl_loss, functional.sgl_terms, functional.self_guidance, diagnose):
+        assert get_type_hints(function)  # evaluates the annotations
 
 
 def test_learned_weight_below_zero_can_be_read_and_repaired(impl, device):

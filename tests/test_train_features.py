@@ -338,7 +338,22 @@ def test_choices_are_those_of_the_library():
     assert set(train_features.POOLINGS) == set(POOLINGS)
 
 
-def test_defaults_of_the_command_are_those_of_the_settings(bag_folder):
+@pytest.mark.examples
+def test_resume_keeps_the_options_of_an_older_version(bag_folder, tmp_path, capsys):
+    """Before, the search for small objects was off by default, and lam always rose during 100 steps."""
+    old = ("--k-start=0", "--restarts=1", "--trial-epochs=8", "--epochs=2", "--rise=100")
+    assert command(bag_folder, tmp_path, "--folds=2", "--classes=lesion", *old) == 0
+    (tmp_path / "parts" / "repeat0_fold1.npz").unlink()
+    assert command(bag_folder, tmp_path, "--folds=2", "--classes=lesion", "--resume") == 0
+    assert (tmp_path / "parts" / "repeat0_fold1.npz").exists()
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert [settings[name] for name in ("k_start", "restarts", "trial_epochs", "epochs", "rise")] == [0, 1, 8, 2, 100]
+    capsys.readouterr()
+    assert command(bag_folder, tmp_path, "--folds=2", "--classes=lesion", "--resume", "--rise=5", "--epochs=3") == 2
+    assert "was made with another --rise, --epochs" in capsys.readouterr().err
+
+
+def test_settings_without_a_search_are_those_of_the_command_without_it():
     args = train_features.make_parser().parse_args(["--features", "f", "--labels", "l", "--out", "o"])
     given = vars(args) | recommended.WITHOUT_SEARCH
     assert training.Settings(**{name: given[name] for name in training.Settings.__dataclass_fields__}) == (

@@ -58,7 +58,7 @@ def training_warnings(
 def lam_advice(
     histories: Sequence[Sequence[Mapping]], labels: Sequence[np.ndarray], settings: Settings, extracted: bool = True
 ) -> str | None:
-    """What it means if lam stayed 0, or did not reach its value, and what to change. None if it did in every run.
+    """What it means if lam stayed 0, or did not reach its value, and what to change. None if lam reached it everywhere.
 
     Args:
         histories: the rows of the epochs of each run, as ``train`` logs them.
@@ -68,8 +68,9 @@ def lam_advice(
     if settings.loss != "sgl" or settings.lam == 0:
         return None
     idle = [run for run, history in enumerate(histories) if history and all(row["lam"] == 0 for row in history)]
+    slow = _slow_rise(histories, settings)
     if not idle:
-        return _slow_rise(histories, settings)
+        return slow
     found = [
         value
         for run in idle
@@ -90,7 +91,7 @@ def lam_advice(
     changes.append(_other_features(extracted))
     return (
         text + f"To change this: {'; '.join(changes)}. If the highest AUC is close to the threshold, lower "
-        "--start-auc. --start at_once uses the instance loss from the first step."
+        "--start-auc. --start at_once uses the instance loss from the first step." + (f" {slow}" if slow else "")
     )
 
 
@@ -196,20 +197,21 @@ def _search_advice(settings: Settings) -> list[str]:
 def _slow_rise(histories: Sequence[Sequence[Mapping]], settings: Settings) -> str | None:
     """What to change if lam rose, but the training ended before it had its value."""
     reached = [history[-1]["lam"] for history in histories if history]
-    short = [lam for lam in reached if lam < settings.lam]
+    short = [lam for lam in reached if 0 < lam < settings.lam]
     if not short or settings.start != "measured":
         return None
+    ends = f"{min(short):.3g}" + (f" to {max(short):.3g}" if max(short) > min(short) else "")
     return (
-        f"lam did not reach its value of {settings.lam:g} in {len(short)} of {len(reached)} runs: it ended at "
-        f"{min(short):.2g} to {max(short):.2g}. The training AUC was high enough for too few steps. To "
-        "change this: a smaller --rise, a smaller --batch-size, or more --epochs."
+        f"lam did not reach its value of {settings.lam:g} in {len(short)} of {len(reached)} runs: it ended at {ends}. "
+        "The training AUC was high enough for too few steps. To change this: a smaller --rise, a smaller --batch-size, "
+        "or more --epochs."
     )
 
 
 def can_learn(labels: np.ndarray, auc: float) -> bool:
     """Whether lam rises if the bags with ``labels`` (N, C) are separated perfectly: False for too few bags."""
     targets = torch.from_numpy(labels)
-    schedule = LamSchedule(1.0, auc=auc, rise=1, window=max(14, len(labels)), interval=1)
+    schedule = LamSchedule(1.0, auc=auc, rise=1, window=max(8, len(labels)), interval=1)
     return schedule.step(targets.nan_to_num(), targets) > 0
 
 

@@ -16,7 +16,7 @@ from features.geometry import Geometry, effective_centre, geometry_of, rounded_u
 
 TORCHVISION = "torchvision/"
 #: The modules of timm whose networks are vision transformers: their stages give tokens.
-TOKEN_MODULES = ("vision_transformer", "deit")
+TOKEN_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
 
 
 class Backbone(nn.Module):
@@ -187,11 +187,8 @@ def _create_timm(name: str, pretrained: bool, output_stride: int | None) -> tupl
         raise ValueError(f"output stride: {short} cannot have {output_stride} ({error})") from None
     except Exception as error:  # a download fails in many ways
         raise ValueError(f"weights: {short} could not be loaded ({error}); pass a file: --weights FILE") from None
-    if network.pretrained_cfg.get("fixed_input_size") and not is_tokens:
-        raise ValueError(
-            f"backbone: {short} needs images of one size; supported are the networks of timm for images of any size, "
-            "and its ViT and DeiT"
-        )
+    if getattr(network, "output_fmt", "NCHW") == "NHWC":
+        raise ValueError(f"backbone: {short} is not supported: its maps have the features in the last dimension")
     return network, network.pretrained_cfg, network.patch_embed.patch_size[0] if is_tokens else None
 
 

@@ -33,7 +33,11 @@ def rounded_up(n: int, step: int) -> int:
 def stage_maps(network: nn.Module, stages: Sequence[str], x: Tensor, tokens: int | None) -> list[Tensor]:
     """The outputs (N, D, h, w) of ``stages`` for images (N, 3, H, W); nothing after the last of them is computed."""
     with _outputs(network, stages) as found, contextlib.suppress(_AllFoundError):
-        network(x)
+        try:
+            network(x)
+        except AssertionError as error:  # timm: the network takes images of one size only
+            size = " x ".join(map(str, x.shape[2:]))
+            raise ValueError(f"backbone: this network does not take images of {size} pixels: {error}") from None
     return [_as_map(found[name], x, tokens) for name in stages]
 
 

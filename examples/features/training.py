@@ -251,7 +251,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(names) / settings.batch_size)
     rise = settings.rise or max(1, min(100, steps // 3))
-    schedule = LamSchedule(settings.lam, auc=settings.start_auc, rise=rise, window=max(14, len(names)), interval=5)
+    schedule = LamSchedule(settings.lam, auc=settings.start_auc, rise=rise, window=max(8, len(names)), interval=5)
     generator = torch.Generator().manual_seed(seed)
     step = 0
     model.train()

@@ -69,8 +69,11 @@ def read_dicom(path: Path) -> np.ndarray:
 
 
 def begins_as_dicom(path: Path) -> bool:
-    """Whether the first bytes are those of a DICOM file. The file DICOMDIR, a table of contents, does not count."""
-    if path.name.upper() == "DICOMDIR":
+    """Whether the first bytes are those of a DICOM file.
+
+    The file DICOMDIR, a table of contents, does not count. Neither do hidden files and copies (NAME.bak, NAME~).
+    """
+    if path.name.upper() == "DICOMDIR" or path.name.startswith(".") or path.name.endswith((".bak", "~")):
         return False
     try:
         with path.open("rb") as file:

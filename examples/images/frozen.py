@@ -99,11 +99,10 @@ class Films(NamedTuple):
 
 def read_det10(path: Path) -> Iterator[tuple[str, str, list[float]]]:
     """Image, class and box (x, y, width, height) of each row of the table of ChestX-Det10."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["class"]:
-                x0, y0, x1, y1 = (float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
-                yield row["image_index"], row["class"], [x0, y0, x1 - x0, y1 - y0]
+    for row in _rows(path, ("image_index", "class", "xmin", "ymin", "xmax", "ymax")):
+        if row["class"]:
+            x0, y0, x1, y1 = (float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
+            yield row["image_index"], row["class"], [x0, y0, x1 - x0, y1 - y0]
 
 
 def read_rsna(path: Path) -> Iterator[tuple[str, str, list[float]]]:
@@ -111,10 +110,18 @@ def read_rsna(path: Path) -> Iterator[tuple[str, str, list[float]]]:
 
     The boxes mark opacities of the lung that may be pneumonia.
     """
+    for row in _rows(path, ("image_index", "x", "y", "width", "height")):
+        if row["x"]:
+            yield row["image_index"], "Pneumonia", [float(row[key]) for key in ("x", "y", "width", "height")]
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["x"]:
-                yield row["image_index"], "Pneumonia", [float(row[key]) for key in ("x", "y", "width", "height")]
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found no {', '.join(missing)}")
+        yield from reader
 
 
 def read_films(
@@ -251,6 +258,12 @@ def grad_cam(head: Head, pooling: nn.Module, cells: Tensor) -> Tensor:
     return maps / maps.amax(2, keepdim=True).clamp(min=1e-12)
 
 
+def evaluated_boxes(films: Films, numbers: np.ndarray) -> list[str]:
+    """The sets with boxes on the images ``numbers``. The NIH boxes, for example, are all on the test list."""
+    inside = set(numbers.tolist())
+    return [name for name, found in films.boxes.items() if any(image in inside for image, _ in found)]
+
+
 @torch.no_grad()
 def evaluate(
     head: Head, pooling: nn.Module, cells: Tensor, films: Films, numbers: np.ndarray, with_grad_cam: bool = False
@@ -269,9 +282,7 @@ def evaluate(
     return {
         "auc": float(np.nanmean([aucs[name] for name in CLASSES])),
         "auc_of_classes": aucs,
-        "boxes": {  # sets without boxes on these images are left out: the NIH boxes are all on the test list
-            name: _boxes(maps, films, found) for name, found in films.boxes.items() if any(i in maps for i, _ in found)
-        },
+        "boxes": {name: _boxes(maps, films, films.boxes[name]) for name in evaluated_boxes(films, numbers)},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import disk_usage
@@ -19,7 +19,7 @@ from common.metrics import Interval, interval
 from common.weights import read_weights
 from torch import Tensor
 
-from images.frozen import FIRST, METHODS, T_IOU, evaluate, read_films, reduce_features, train_head
+from images.frozen import FIRST, METHODS, T_IOU, evaluate, evaluated_boxes, read_films, reduce_features, train_head
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -155,7 +155,7 @@ def train(args: argparse.Namespace) -> None:
         for method in methods:
             path = args.out / f"{method}-seed{seed}.json"
             if path.exists():
-                refuse_other_settings(path, settings, set(films.boxes))
+                refuse_other_settings(path, settings, evaluated_boxes(films, eval_numbers))
                 continue
             begun = time.monotonic()
             head, pooling, started = train_head(cells, films, train_numbers, METHODS[method], seed)
@@ -176,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
             print(f"{method}, seed {seed}: AUC {result['auc']:.3f}; boxes: {', '.join(shares)}", flush=True)
 
 
-def refuse_other_settings(path: Path, settings: dict, boxes: set[str]) -> None:
+def refuse_other_settings(path: Path, settings: dict, boxes: Collection[str]) -> None:
     """Raises ValueError if the run in ``path`` had other ``settings``, or other sets of ``boxes``.
 
     A run of an older version has no components, and no key "tuned" if it was not tuned.
@@ -203,7 +203,7 @@ def table(args: argparse.Namespace) -> None:
             f"runs: expected equal sets of boxes in all runs of {args.runs}; use --det10, and --rsna, for all or none"
         )
     if not runs[0]["boxes"]:
-        raise ValueError(f"runs: the runs of {args.runs} have no boxes; --validate needs --det10")
+        raise ValueError(f"runs: the runs of {args.runs} have no boxes; --validate needs --det10 or --rsna")
     rows = []
     for method in [m for m in METHODS if any(run["method"] == m for run in runs)]:
         own = sorted((run for run in runs if run["method"] == method), key=lambda run: run["seed"])

@@ -53,7 +53,8 @@ def name_among(names: Collection[str]) -> Callable[[str], str | None]:
         for part in _last_parts(path):
             here = by_part.get(part, [])
             yield [name for name in here if len({path.parent, path_of[name].parent} - {_HERE}) < 2]
-        yield by_path.get(PurePosixPath(path.stem), [])
+        if not path.suffix[1:].isdecimal():  # the last part of a number such as 1.2.840.7 is no suffix
+            yield by_path.get(PurePosixPath(path.stem), [])
 
     def name_of(cell: str) -> str | None:
         if cell in path_of:
