@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,13 @@ def draw(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Pat
     # a column may have fewer methods than others
     lines = {line.get_label(): line for axes in reversed(grid[0]) for line in axes.get_lines()}
     labels = [label for label in (label_of(method, args.figure) for method in args.methods) if label in lines]
-    lines["one seed"] = Line2D([], [], color="0.4", marker="o", ms=5, mfc="white", ls="none")
-    lines["several seeds: mean,\nand worst to best"] = Line2D([], [], color="0.4", marker="o", ms=5, ls="none")
-    labels += list(lines)[-2:]
+    numbers = Counter(run._replace(seed=0) for run in found).values()
+    for kind, shown, face in (
+        ("one seed", 1 in numbers, "white"), ("several seeds: mean,\nand worst to best", max(numbers) > 1, "0.4")
+    ):  # fmt: skip
+        if shown:
+            lines[kind] = Line2D([], [], color="0.4", marker="o", ms=5, mfc=face, ls="none")
+            labels.append(kind)
     figure.legend([lines[label] for label in labels], labels, loc="outside right upper", frameon=False)
     paths = [args.out / f"figure{args.figure}.{kind}" for kind in ("png", "svg")]
     for path in paths:
