@@ -314,6 +314,7 @@ def reproduce(args: argparse.Namespace) -> None:
         print(f"{len(found)} of {len(runs)} runs of the queue are in {args.out}")
         next_step(f"python reproduce_figures.py --figure 4 --data-dir {args.data_dir} --out {args.out} --draw-only")
         return
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.figure == "5b":
         paths = draw_examples(found, args)
     else:

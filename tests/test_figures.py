@@ -169,6 +169,20 @@ def test_a_row_without_k_is_a_run_without_a_start():
 
 @pytest.mark.examples
 @pytest.mark.usefixtures("in_this_process")
+def test_points_without_a_run_are_named(tmp_path):
+    arguments = [*TINY, "--seeds", "1", "--methods", "max", "sgl"]
+    assert figures.main([*arguments, "--bags", "8", "--out", str(tmp_path / "runs")]) == 0
+    table = ["--draw-only", "--table", str(tmp_path / "table.csv"), "--collect", str(tmp_path / "runs")]
+    assert figures.main([*arguments, *table, "--bags", "8", "12", "16", "--out", str(tmp_path / "new")]) == 0
+    lines = (tmp_path / "new" / "figure5a.md").read_text().splitlines()
+    assert lines[4:] == [
+        "", "Not computed (training bags):", "", "- bags of 6, max pooling: 12, 16",
+        "- bags of 6, + weighting (SGL): 12, 16",
+    ]  # fmt: skip
+
+
+@pytest.mark.examples
+@pytest.mark.usefixtures("in_this_process")
 def test_table_keeps_the_data_of_figure_5b(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "bags", [8])
     monkeypatch.setitem(figures.DEFAULTS_OF["5b"], "sizes", [6])
