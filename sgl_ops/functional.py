@@ -274,6 +274,7 @@ def bag_loss(
     >>> bag_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
     tensor(0.1809)
     """
+    check_check(check)
     logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
     if class_weight is not None or pos_weight is not None:
@@ -310,6 +311,7 @@ def bil_loss(
     >>> bil_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
     tensor(0.4683)
     """
+    check_check(check)
     logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
     module = make_pooling(pooling)
@@ -338,6 +340,7 @@ def mmm_loss(
     >>> mmm_loss(torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -3.0, -2.0]]), torch.tensor([1, 0]))
     tensor(0.2314)
     """
+    check_check(check)
     logits, offsets, features, traced = _validated(logits, targets, mask, offsets, features, check)
     check_group(process_group)
     call = _fused.Call(logits, targets, mask, offsets, None, None)
@@ -377,7 +380,6 @@ def _validated(
     check: bool | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     """(logits, offsets, features) without nested tensors, checked, and whether a tracer records the call."""
-    check_check(check)
     logits, offsets, features = unnest(logits, mask, offsets, features)
     check_call(logits, targets, mask, offsets)
     if features is not None:

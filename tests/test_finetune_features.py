@@ -189,7 +189,8 @@ def test_a_fine_tuned_run_predicts_its_test_bags_again(trained, tuned, tmp_path,
     np.testing.assert_allclose([found["p4"], found["p5"]], np.mean([p.bags[:, 0] for p in parts], 0), atol=1e-5)
     assert abs(parts[0].bags - parts[1].bags).max() > 1e-4
     cells = [float(row["red"]) for row in read(tmp_path / "found" / "instances.csv") if row["bag"] in ("p4", "p5")]
-    np.testing.assert_allclose(cells, np.mean([p.instances[:, 0] for p in parts], 0), atol=1e-5)
+    wanted = np.mean([p.instances[:, 0] for p in parts], 0)
+    np.testing.assert_allclose(cells, wanted, rtol=5.1e-4, atol=1e-5)  # the table has four digits
 
 
 def test_a_fine_tuned_training_is_left_out_if_the_one_before_had_failed(trained, tmp_path, capsys):
