@@ -3,12 +3,14 @@
     python frozen_cxr.py extract --data-dir DIR --weights FILE.safetensors --out FEATURES
     python frozen_cxr.py train --data-dir DIR --tables DIR --det10 chestxdet10.csv --features FEATURES --out RUNS
     python frozen_cxr.py table --runs RUNS --out films.csv
+    python frozen_cxr.py probe --data-dir DIR --tables DIR --features FEATURES --out probe.csv
 
 DIR contains images of ChestX-ray14 of any size. The official tables are in DIR or in --tables. ``extract`` computes the
 feature maps once. ``train`` trains every method of --methods with every seed on the official training list. It
 evaluates them on the official test list: the AUC, and the boxes of the NIH and of ChestX-Det10. ``table`` summarizes
 the runs with confidence intervals over patients. ``train --validate`` is for choosing settings: it evaluates on a
-quarter of the patients of the training list instead of the test list.
+quarter of the patients of the training list instead of the test list. ``probe`` cross-validates a logistic regression
+on the training list: how much about the labels the features hold.
 
 ``extract --stages`` takes other features: earlier stages, several image sizes, another network. ``train --tune N``
 trains the last N blocks of EfficientNet-Lite0 behind each trained head, together with the head. ``--tune 0`` is the
@@ -84,7 +86,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     three = commands.add_parser("table", allow_abbrev=False, help="summarize the runs in a table")
     three.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
     three.add_argument("--out", type=Path, required=True, help="csv file")
+    four = commands.add_parser("probe", allow_abbrev=False, help="cross-validate a logistic regression on the features")
+    four.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
+    four.add_argument("--tables", type=Path, help="folder with the official tables (DATA_DIR)")
+    four.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
+    four.add_argument("--regions", type=int, default=1, metavar="N", help="means of N x N regions of a film (1)")
+    four.add_argument(
+        "--c",
+        type=float,
+        nargs="+",
+        default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+        help="inverse penalties of scikit-learn (0.0003 to 0.03)",
+    )
+    four.add_argument("--partitions", type=int, nargs="+", default=[0, 1], help="seeds of folds over patients (0 1)")
+    four.add_argument("--out", type=Path, required=True, help="csv file")
     args = parser.parse_args(argv)
+    if args.command == "probe" and (args.regions < 1 or not min(args.c) > 0):
+        parser.error(f"--regions, --c: expected above 0, got {args.regions} and {min(args.c):g}")
     if args.command == "train" and args.tune is not None and args.weights is None:
         parser.error("--tune: expected --weights, too")
     if args.command == "train" and args.tune_epochs < 1:
@@ -96,6 +114,7 @@ NEXT = {
     "extract": "python frozen_cxr.py train --features FEATURES, which trains heads on them",
     "train": "python frozen_cxr.py table --runs RUNS, which joins the runs",
     "table": "docs/when-sgl-helps.md says how to read it",
+    "probe": "python frozen_cxr.py train --features FEATURES, whose AUC can be compared with this one",
 }
 
 
@@ -106,9 +125,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Does what ``args.command`` names."""
-    from images import frozen_runs
+    if args.command == "probe":
+        from images.linear_probe import probe
 
-    getattr(frozen_runs, args.command)(args)
+        probe(args)
+    else:
+        from images import frozen_runs
+
+        getattr(frozen_runs, args.command)(args)
     next_step(NEXT[args.command])
 
 

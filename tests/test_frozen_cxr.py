@@ -11,10 +11,11 @@ import frozen_cxr as example
 import numpy as np
 import pytest
 import torch
+from common import metrics
 from common.choices import LOSSES, POOLINGS
 from common.import_torchvision import import_torchvision
 from features.finetuning import load_blocks
-from images import frozen_runs
+from images import frozen_runs, linear_probe
 from images.frozen import CLASSES, METHODS, Head, evaluate, grad_cam, read_films, reduce_features, train_head
 from images.frozen_tuning import BLOCKS, Tuning, tune, with_tuned
 from images.nih import load_index
@@ -135,6 +136,31 @@ def test_boxes_of_rsna_belong_to_the_map_of_pneumonia(data, tmp_path, capsys):
     assert "official.csv: expected the columns image_index, x, y, width, height, found no image_index" in (
         capsys.readouterr().err
     )
+
+
+def test_the_probe_finds_labels_that_the_features_show(data, tmp_path):
+    given = ["probe", "--data-dir", str(data / "data"), "--features", str(data / "features"), "--partitions", "3"]
+    for regions in (1, 2):
+        out = tmp_path / f"{regions}.csv"
+        assert example.main([*given, "--regions", str(regions), "--c", "0.01", "0.1", "--out", str(out)]) == 0
+        with out.open() as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["regions"], row["c"], row["partition"]) for row in rows] == [
+            (str(regions**2), c, "3") for c in ("0.01", "0.1")
+        ]
+        assert max(float(row["auc"]) for row in rows) > 0.8
+
+
+def test_the_probe_does_not_see_the_patients_that_it_predicts():
+    """The features name the patient, whose films all have the same label, drawn at random."""
+    generator = np.random.default_rng(0)
+    patients = np.repeat(np.arange(60), 4)
+    labels = generator.integers(0, 2, (60, 1))[patients].astype(np.float32)
+    x = np.eye(60, dtype=np.float32)[patients]
+    for partition in range(3):
+        scores = linear_probe.out_of_fold(x, labels, patients, 1.0, partition)
+        assert not np.isnan(scores).any()
+        assert 0.2 < metrics.auc(scores[:, 0], labels[:, 0]) < 0.6
 
 
 def test_validation_excludes_the_test_list(data):
