@@ -88,6 +88,8 @@ def test_trainings_that_seem_to_have_failed_are_named_with_the_reason():
     text, named = failures(good, [0.4, 0.42, 0.38, 0.5])
     assert named == ["3"] and "1 of 4 trainings: fold 3 (bag loss 0.50, the median is 0.40)" in text
     assert "--restarts" not in text and "--k-start" not in text and "--repeats" in text
+    # near 0, a loss says nothing
+    assert failures(good, [0.04, 0.042, 0.038, 0.06]) == (None, [])
     # two of four: the lower median
     assert failures(good, [0.4, 0.5, 0.38, 0.5])[1] == ["1", "3"]
     text, named = failures(training_rows((0.9, 0.8), (0.6, 0.6), (0.8, 0.7), (0.9, 0.0)), [0.4] * 4)

@@ -20,6 +20,8 @@ from sgl_ops import LamSchedule
 #: A training whose last bag loss exceeds the (lower) median of all trainings by this factor seems to have failed. It
 #: compares three or more trainings. Chosen on 39 trainings of 150 blood-smear photos; see docs/own-features.md.
 HIGH_LOSS = 1.15
+#: A smaller excess is no sign: all trainings with a loss near 0 have learnt.
+LEAST_EXCESS = 0.03
 #: The test AUC is not above chance if a random order reaches it with a probability above 5 % (one-sided).
 CHANCE = 1.645
 #: The place of the reasons that concern all classes.
@@ -113,7 +115,7 @@ def failures(
     failed: dict[tuple[int, int], dict[str, list[str]]] = {}
     for row in sorted(rows, key=lambda row: (row["repeat"], row["fold"])):
         key = row["repeat"], row["fold"]
-        if losses.get(key, 0) > HIGH_LOSS * usual:
+        if losses.get(key, 0) > max(HIGH_LOSS * usual, usual + LEAST_EXCESS):
             kind = "bag loss" if settings.loss == "sgl" else "loss"
             text = f"{kind} {losses[key]:.2f}, the median is {usual:.2f}"
             failed.setdefault(key, {})[ALL_CLASSES] = [text]
