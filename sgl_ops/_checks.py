@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -323,6 +324,19 @@ def check_impl(impl: object) -> None:
 def check_check(check: object) -> None:
     if check is not None and not isinstance(check, bool):
         raise TypeError(f"check: expected True, False or None, got {check!r}")
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """``value`` as an int. It has to be an integer of any type, but not a bool, and at least ``least``."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
 
 
 def check_number(name: str, value: object) -> None:

@@ -62,6 +62,7 @@ from . import _fused
 from ._bags import Bags, bags_of
 from ._checks import (
     check_constant,
+    check_count,
     check_features,
     check_instances,
     check_number,
@@ -331,7 +332,7 @@ class GeneralizedMeanPooling(Pooling):
         self.log_r = (
             None
             if num_classes is None
-            else nn.Parameter(torch.full((_at_least_one("num_classes", num_classes),), math.log(self._r)))
+            else nn.Parameter(torch.full((check_count("num_classes", num_classes, 1),), math.log(self._r)))
         )
 
     @property
@@ -389,7 +390,7 @@ class AutoPooling(Pooling):
         _check_fixed("a", a)
         if not math.isfinite(a):
             raise ValueError(f"a: expected finite, got {a}")
-        self.a = nn.Parameter(torch.full((_at_least_one("num_classes", num_classes),), float(a)))
+        self.a = nn.Parameter(torch.full((check_count("num_classes", num_classes, 1),), float(a)))
 
     def pool(self, bags: Bags, x: Tensor, features: Tensor | None) -> Tensor:
         _match_classes("a", self.a, x)
@@ -419,8 +420,8 @@ class AttentionPooling(Pooling):
 
     def __init__(self, in_features: int, hidden_features: int = 128, *, gated: bool = False):
         super().__init__()
-        in_features = _at_least_one("in_features", in_features)
-        hidden_features = _at_least_one("hidden_features", hidden_features)
+        in_features = check_count("in_features", in_features, 1)
+        hidden_features = check_count("hidden_features", hidden_features, 1)
         self.tanh_layer = nn.Linear(in_features, hidden_features)
         self.gate_layer = nn.Linear(in_features, hidden_features) if gated else None
         self.score_layer = nn.Linear(hidden_features, 1)
@@ -552,18 +553,6 @@ def check_places(name: str, k: object) -> int | float:
         raise TypeError(f"{name}: expected an int or a float, got {k!r}") from None
     if isinstance(k, bool) or number < 1:
         raise ValueError(f"{name}: expected an int >= 1 or a fraction of the bag in (0, 1), got {k}")
-    return number
-
-
-def _at_least_one(name: str, value: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name}: expected at least 1, got {number}")
     return number
 
 

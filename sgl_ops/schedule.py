@@ -27,13 +27,12 @@ layer from the frequencies of the labels.
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_number, check_values, looks_at_values
+from ._checks import check_count, check_number, check_values, looks_at_values
 from ._ranking import Ranking, rank_bags
 from ._ranks import Group, SharesGroup, all_reduce_sum, check_group
 from .pooling import check_places
@@ -119,7 +118,7 @@ class LamSchedule(SharesGroup):
         if not 0.5 <= auc <= 1.0:
             raise ValueError(f"auc: expected 0.5 <= auc <= 1, got {auc}")
         rise, window, patience, interval = (
-            _check_count(name, number, least)
+            check_count(name, number, least)
             for name, number, least in (
             ("rise", rise, 1), ("window", window, 8), ("patience", patience, 0), ("interval", interval, 1)
             )
@@ -281,7 +280,7 @@ class TopKSchedule:
             raise TypeError(f"start: expected the type of k, {type(self.k).__name__}, got {start!r}")
         if self.start < self.k:
             raise ValueError(f"start: expected at least k = {k}, got {start}")
-        self.steps = _check_count("steps", steps, 1)
+        self.steps = check_count("steps", steps, 1)
         self.value = self.start
         self.progress = 0
 
@@ -357,15 +356,3 @@ def _check_state(state: dict[str, Any], expected: dict[str, Any]) -> None:
     missing = [name for name in expected if name not in state]
     if missing:
         raise ValueError(f"state: expected the entries of state_dict(), got no {', '.join(missing)}")
-
-
-def _check_count(name: str, number: int, least: int) -> int:
-    try:
-        if isinstance(number, bool):
-            raise TypeError
-        number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {number!r}") from None
-    if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
-    return number
