@@ -3,14 +3,16 @@
     python frozen_cxr.py extract --data-dir DIR --weights FILE.safetensors --out FEATURES
     python frozen_cxr.py train --data-dir DIR --tables DIR --det10 chestxdet10.csv --features FEATURES --out RUNS
     python frozen_cxr.py table --runs RUNS --out films.csv
+    python frozen_cxr.py compare --runs RUNS --out differences.csv
     python frozen_cxr.py probe --data-dir DIR --tables DIR --features FEATURES --out probe.csv
 
 DIR contains images of ChestX-ray14 of any size. The official tables are in DIR or in --tables. ``extract`` computes the
 feature maps once. ``train`` trains every method of --methods with every seed on the official training list. It
 evaluates them on the official test list: the AUC, and the boxes of the NIH and of ChestX-Det10. ``table`` summarizes
-the runs with confidence intervals over patients. ``train --validate`` is for choosing settings: it evaluates on a
-quarter of the patients of the training list instead of the test list. ``probe`` cross-validates a logistic regression
-on the training list: how much about the labels the features hold.
+the runs with confidence intervals over patients, and ``compare`` the differences between methods. ``train --validate``
+is for choosing settings: it evaluates on a quarter of the patients of the training list instead of the test list, and
+``--validate 0 1 2 3`` is a cross-validation over all of them. ``probe`` cross-validates a logistic regression on the
+training list: how much about the labels the features hold.
 
 ``extract --stages`` takes other features: earlier stages, several image sizes, another network. ``train --tune N``
 trains the last N blocks of EfficientNet-Lite0 behind each trained head, together with the head. ``--tune 0`` is the
@@ -81,11 +83,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     two.add_argument("--weights", type=Path, help="with --tune: the weights of extract")
     two.add_argument("--tune-epochs", type=int, default=3, help="passes over the training images with --tune (3)")
     two.add_argument("--tune-lr", type=float, default=1e-4, help="learning rate with --tune, falling to 0 (0.0001)")
-    two.add_argument("--validate", action="store_true", help="evaluate on held-out patients of the training list")
+    two.add_argument(
+        "--validate",
+        type=int,
+        nargs="*",
+        choices=range(4),
+        metavar="FOLD",
+        help="evaluate on these folds of the patients of the training list, 0 to 3; a head is trained for each, on the "
+        "other folds (off; without a number 0)",
+    )
     two.add_argument("--out", type=Path, required=True, help="folder for the runs")
     three = commands.add_parser("table", allow_abbrev=False, help="summarize the runs in a table")
     three.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
     three.add_argument("--out", type=Path, required=True, help="csv file")
+    five = commands.add_parser("compare", allow_abbrev=False, help="the differences between methods in a table")
+    five.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
+    five.add_argument(
+        "--minus", type=Path, metavar="RUNS", help="another folder, whose runs are subtracted, method by method (RUNS)"
+    )
+    five.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        metavar="METHOD",
+        help="the first method minus the second; 'centre box' is possible as the second; repeat for more pairs (SGL "
+        "minus its bag loss, mean bag, cam, grad-cam and centre box)",
+    )
+    five.add_argument("--out", type=Path, required=True, help="csv file")
     four = commands.add_parser("probe", allow_abbrev=False, help="cross-validate a logistic regression on the features")
     four.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
     four.add_argument("--tables", type=Path, help="folder with the official tables (DATA_DIR)")
@@ -105,6 +129,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--regions, --c: expected above 0, got {args.regions} and {min(args.c):g}")
     if args.command == "train" and args.tune is not None and args.weights is None:
         parser.error("--tune: expected --weights, too")
+    if args.command == "train":
+        args.validate = sorted({*args.validate} or {0}) if args.validate is not None else []
     if args.command == "train" and args.tune_epochs < 1:
         parser.error(f"--tune-epochs: expected at least 1, got {args.tune_epochs}")
     return args
@@ -113,7 +139,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 NEXT = {
     "extract": "python frozen_cxr.py train --features FEATURES, which trains heads on them",
     "train": "python frozen_cxr.py table --runs RUNS, which joins the runs",
-    "table": "docs/when-sgl-helps.md says how to read it",
+    "table": "python frozen_cxr.py compare --runs RUNS, which compares the methods",
+    "compare": "docs/when-sgl-helps.md says how to read it",
     "probe": "python frozen_cxr.py train --features FEATURES, whose AUC can be compared with this one",
 }
 
@@ -129,6 +156,10 @@ def run(args: argparse.Namespace) -> None:
         from images.linear_probe import probe
 
         probe(args)
+    elif args.command in ("table", "compare"):
+        from images import frozen_tables
+
+        getattr(frozen_tables, args.command)(args)
     else:
         from images import frozen_runs
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import train_cifar10_bags
 import train_mnist_bags
 from bags.figure_runs import BAGS, DEFAULTS, DEFAULTS_OF, FIGURES, METHODS, QUICK, QUICK_OPTIONS, Run, queue
-from bags.figures import METRICS, draw, draw_examples, write_tables
+from bags.figures import METRICS, draw, draw_examples
 from bags.run_table import merged, read_table, row_of_run, run_of_row, settings_of, text_of, write_table
 from common.choices import Config
 from common.files import read_json, write_json
@@ -318,6 +318,8 @@ def reproduce(args: argparse.Namespace) -> None:
     if args.figure == "5b":
         paths = draw_examples(found, args)
     else:
+        from bags.figure_tables import write_tables
+
         paths = [*draw(found, args), *write_tables(found, args)]
         print((args.out / f"figure{args.figure}.md").read_text(encoding="utf-8"))
     print("written:", ", ".join(map(str, paths)))

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from common.metrics import above_equal_below
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import metrics as m
@@ -116,3 +117,7 @@ def test_threshold_equals_a_calculation_by_hand():
     assert m.best_threshold(scores, np.zeros(5)) == 0.5
     assert (scores > m.best_threshold(scores, np.array([0, 1, 0, 0, 0]))).sum() == 4
     assert not (scores > m.best_threshold(scores, np.array([1, 0, 0, 0, 0]))).any()
+
+
+def test_differences_of_rounding_errors_are_equal():
+    assert above_equal_below(np.array([0.1, 0.0, 1e-12, -0.1, -0.2])) == (1, 2, 2)

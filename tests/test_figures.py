@@ -9,7 +9,7 @@ import json
 import pytest
 import reproduce_figures as figures
 import torch
-from bags import plots, run_table
+from bags import figure_tables, plots, run_table
 from bags.instances import load_instances
 from common import workers
 
@@ -114,7 +114,8 @@ def test_runs_are_computed_once_and_averaged(tmp_path, capfd):
     assert float(row["auc_worst"]) == pytest.approx(min(values), abs=1e-4)
     for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         assert (tmp_path / f"figure5a.{kind}").read_bytes().startswith(start)
-    assert (tmp_path / "figure5a.md").read_text().count("\n") == 2 + 4
+    points = (tmp_path / "figure5a.md").read_text().split("\n\n")[0]
+    assert points.count("\n") == 1 + 4
 
     (tmp_path / "size6_bags8_max_seed1.json").unlink()
     assert figures.main(arguments) == 0
@@ -175,10 +176,44 @@ def test_points_without_a_run_are_named(tmp_path):
     table = ["--draw-only", "--table", str(tmp_path / "table.csv"), "--collect", str(tmp_path / "runs")]
     assert figures.main([*arguments, *table, "--bags", "8", "12", "16", "--out", str(tmp_path / "new")]) == 0
     lines = (tmp_path / "new" / "figure5a.md").read_text().splitlines()
-    assert lines[4:] == [
-        "", "Not computed (training bags):", "", "- bags of 6, max pooling: 12, 16",
+    assert lines[-5:] == [
+        "", "## Not computed (training bags)", "", "- bags of 6, max pooling: 12, 16",
         "- bags of 6, + weighting (SGL): 12, 16",
     ]  # fmt: skip
+
+
+def made(**auc_and_iou_of_runs):
+    """Runs "METHOD_SEED" of 50 bags of 10 with a given AUC and IoU, and a training loss of 0.25 with seed 0."""
+    found = {}
+    for name, (auc, iou) in auc_and_iou_of_runs.items():
+        method, seed = name.rsplit("_", 1)
+        last = {"auc": auc, "iou": iou, "iou_pooled": iou + 0.1}
+        found[figures.Run(method, 10, 50, int(seed))] = {"result": {"last": last}} | (
+            {"training_loss": 0.25} if seed == "0" else {}
+        )
+    return found
+
+
+def test_failed_runs_and_differences_are_listed(tmp_path):
+    found = made(sgl_0=(0.9, 0.5), sgl_1=(0.69, 0.1), sgl_2=(0.8, 0.4), max_0=(0.7, 0.3), max_1=(0.5, 0.1))
+    args = figures.parse_arguments(["--figure", "4", "--sizes", "10", "--bags", "50", "--out", str(tmp_path)])
+    figure_tables.write_tables(found, args)
+    sections = (tmp_path / "figure4.md").read_text().split("\n\n")
+    titles = [text for text in sections if text.startswith("#")]
+    assert titles == ["## Failed runs", "## SGL minus the other losses", "## Not computed (training bags)"]
+    assert "below 0.7. The training loss of some older runs was not recorded." in sections[2]
+    assert sections[3].splitlines()[2:] == ["| SGL | 1 | 3 |", "| max pooling | 1 | 2 |"]
+    assert sections[4].splitlines()[2:] == [
+        "| SGL | 10 | 50 | 1 | 0.690 | 0.100 |  |", "| max pooling | 10 | 50 | 1 | 0.500 | 0.100 |  |",
+    ]  # fmt: skip
+    # seed 2 of SGL has no counterpart
+    assert sections[7].splitlines()[2:] == [
+        "| 10 | 50 | max pooling | 2 | +0.195, 2 / 0 / 0 | +0.100, 1 / 1 / 0 | +0.100, 1 / 1 / 0 |"
+    ]
+    figure_tables.write_tables(made(sgl_0=(0.6, 0.0)), args)
+    assert "| SGL | 10 | 50 | 0 | 0.600 | 0.000 | 0.250 |" in (tmp_path / "figure4.md").read_text()
+    figure_tables.write_tables(made(max_0=(0.9, 0.5)), args)
+    assert "## Failed" not in (text := (tmp_path / "figure4.md").read_text()) and "minus" not in text
 
 
 @pytest.mark.examples

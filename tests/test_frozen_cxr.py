@@ -15,8 +15,20 @@ from common import metrics
 from common.choices import LOSSES, POOLINGS
 from common.import_torchvision import import_torchvision
 from features.finetuning import load_blocks
-from images import frozen_runs, linear_probe
-from images.frozen import CLASSES, METHODS, Head, evaluate, grad_cam, read_films, reduce_features, train_head
+from images import linear_probe
+from images.frozen import (
+    CLASSES,
+    FOLDS,
+    METHODS,
+    Head,
+    evaluate,
+    grad_cam,
+    predict,
+    read_films,
+    reduce_features,
+    train_head,
+)
+from images.frozen_tables import interval_over_patients, usual_pairs
 from images.frozen_tuning import BLOCKS, Tuning, tune, with_tuned
 from images.nih import load_index
 from images.synthetic_set import write_dataset
@@ -69,7 +81,7 @@ def test_runs_are_summarized_in_the_table(data, tmp_path, capsys):
     assert len(runs) == 4
     by_method = {run["method"]: run for run in runs if run["seed"] == 0}
     assert by_method["softmax sgl 3 mask 1"]["auc"] > 0.7
-    assert by_method["softmax bag"]["lam_started_in_epoch"] is None
+    assert by_method["softmax bag"]["lam_started_in_epoch"] == [None]
     films = read_films(data / "data", None, data / "det10.csv", data / "features")
     half = by_method["softmax sgl 3 mask 1"]["boxes"]["det10"]["half"]
     assert len(half["hits"]) == sum(bool(films.test[image]) for image, _ in films.boxes["det10"])
@@ -95,10 +107,11 @@ def test_other_settings_than_those_of_existing_runs_are_errors(data, tmp_path, c
     for options, name in ((["--validate"], "validate"), (["--components", 3], "components")):
         assert run(data, runs, *method, *options) == 2
         assert f"was made with another --{name}; choose another --out" in capsys.readouterr().err
-    # a run of an older version has no components
+    # a run of an older version has no components, and true or false as validate
     (path,) = runs.glob("*.json")
     known = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in known.items() if key not in ("components", "tuned")}))
+    older = {key: value for key, value in known.items() if key not in ("components", "tuned")} | {"validate": False}
+    path.write_text(json.dumps(older))
     assert run(data, runs, *method) == 0
     # other sets of boxes
     other = known | {"seed": 1, "boxes": {"nih": known["boxes"]["det10"]}}
@@ -165,18 +178,93 @@ def test_the_probe_does_not_see_the_patients_that_it_predicts():
 
 def test_validation_excludes_the_test_list(data):
     films = read_films(data / "data", None, None, data / "features")
-    train, held = films.split(validate=True)
-    assert not films.test[train].any() and not films.test[held].any()
-    assert not set(films.patients[train]) & set(films.patients[held])
-    train, test = films.split(validate=False)
+    evaluated = []
+    for train, held in films.splits(range(FOLDS)):
+        assert not films.test[train].any() and not films.test[held].any()
+        assert not set(films.patients[train]) & set(films.patients[held])
+        assert sorted([*train, *held]) == np.flatnonzero(~films.test).tolist()
+        evaluated += held.tolist()
+    assert sorted(evaluated) == np.flatnonzero(~films.test).tolist()  # each film is in one fold
+    ((train, test),) = films.splits()
     assert films.test[test].all() and not set(films.patients[train]) & set(films.patients[test])
+    assert sorted([*train, *test]) == list(range(len(films.test)))
+
+
+def test_a_cross_validation_joins_the_predictions_of_its_folds(data, tmp_path):
+    """Each film is predicted by the head of its own fold, as the runs of single folds show."""
+    given = ("--seeds", 0, "--methods", "softmax bag", "--components", 12)
+    for name, folds in (("all", (0, 1, 2, 3)), ("first", ()), ("last", (3,))):
+        assert run(data, tmp_path / name, *given, "--validate", *folds) == 0
+    joined, first, last = (
+        json.loads((tmp_path / name / "softmax bag-seed0.json").read_text()) for name in ("all", "first", "last")
+    )
+    assert joined["validate"] == [0, 1, 2, 3] and first["validate"] == [0] and last["validate"] == [3]
+    films = read_films(data / "data", None, data / "det10.csv", data / "features")
+    held = [set(numbers.tolist()) for _, numbers in films.splits(range(FOLDS))]
+    keys = sorted(key for key in films.boxes["det10"] if not films.test[key[0]])
+    hits = joined["boxes"]["det10"]["half"]["hits"]
+    assert len(hits) == len(keys)
+    for single, fold in ((first, 0), (last, 3)):
+        assert single["boxes"]["det10"]["half"]["hits"] == [
+            hit for hit, (image, _) in zip(hits, keys, strict=True) if image in held[fold]
+        ]
+
+
+def test_differences_between_methods_are_those_of_their_runs(data, tmp_path, capsys):
+    names = ["softmax bag", "softmax sgl 20 at once"]
+    assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *names) == 0
+    assert run(data, tmp_path / "other", "--seeds", 1, "--methods", names[0], "--components", 12) == 0
+    compare = ["compare", "--runs", tmp_path / "runs", "--out", tmp_path / "differences.csv"]
+
+    def rows_of(*options):
+        assert example.main([str(o) for o in (*compare, *options)]) == 0
+        with (tmp_path / "differences.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def shares(folder, method, seeds, key="hits", k=0):
+        runs = [json.loads((tmp_path / folder / f"{method}-seed{seed}.json").read_text()) for seed in seeds]
+        return np.array([np.mean(run["boxes"]["det10"]["half"][key], 0)[k] for run in runs])
+
+    rows = rows_of()
+    assert [(row["method"], row["minus"]) for row in rows if row["rule"] == "half" and row["boxes"] == "det10"] == [
+        (names[1], names[0]), (names[1], "centre box")
+    ]  # fmt: skip
+    for row in rows:
+        if (row["rule"], row["boxes"]) != ("half", "det10"):
+            continue
+        other = (
+            shares("runs", names[0], (0, 1)) if row["minus"] == names[0] else shares("runs", names[1], (0, 1), "centre")
+        )
+        change = shares("runs", names[1], (0, 1)) - other
+        assert float(row["iou_0.1"]) == pytest.approx(change.mean(), abs=1e-4)
+        assert row["iou_0.1_seeds"] == f"{sum(change > 1e-9)} / {sum(abs(change) < 1e-9)} / {sum(change < -1e-9)}"
+        low, high = (float(x) for x in row["iou_0.1_interval"].split(" to "))
+        assert low - 0.005 <= change.mean() <= high + 0.005
+    # another folder: the same method, and the seeds that both have
+    (row,) = (r for r in rows_of("--minus", tmp_path / "other") if (r["rule"], r["boxes"]) == ("half", "det10"))
+    assert (row["method"], row["minus"], row["seeds"]) == (names[0], names[0], "1")
+    change = shares("runs", names[0], (1,)) - shares("other", names[0], (1,))
+    assert float(row["iou_0.1"]) == pytest.approx(change[0], abs=1e-4)
+    for options, message in (
+        (("--pair", names[0], "mmm"), "has no runs of 'mmm'"),
+        (("--pair", "centre box", names[0]), "has no runs of 'centre box'"),
+    ):
+        assert example.main([str(o) for o in (*compare, *options)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_sgl_is_compared_with_its_own_bag_loss():
+    pairs = usual_pairs([*METHODS])
+    assert ("mean sgl 3 mask 1", "mean bag") in pairs and ("top 30 % sgl 1", "top 30 % bag") in pairs
+    assert len(set(pairs)) == len(pairs) and {METHODS[first].loss for first, _ in pairs} == {"sgl"}
+    assert usual_pairs(["mmm", "mean bag"]) == []
 
 
 def test_table_of_validation_runs_has_no_boxes_of_the_test_list(data, tmp_path):
     assert run(data, tmp_path / "runs", "--seeds", 0, "--methods", "softmax sgl 20 at once", "--validate") == 0
     (path,) = (tmp_path / "runs").glob("*.json")
     result = json.loads(path.read_text())
-    assert set(result["boxes"]) == {"det10"} and result["lam_started_in_epoch"] is None
+    assert set(result["boxes"]) == {"det10"} and result["lam_started_in_epoch"] == [None]
     assert example.main(["table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "films.csv")]) == 0
     with (tmp_path / "films.csv").open() as file:
         assert {row["boxes"] for row in csv.DictReader(file)} == {"det10"}
@@ -197,7 +285,7 @@ def test_attention_is_trained_with_the_head(data, name):
     """The attention reads the hidden layer, and its weights change in training."""
     films = read_films(data / "data", None, data / "det10.csv", data / "features")
     cells, _ = reduce_features(films, 12)
-    numbers, test = films.split(validate=False)
+    ((numbers, test),) = films.splits()
     method = dataclasses.replace(METHODS[name], weight_decay=0.0)
     _, untrained, _ = train_head(cells, films, numbers, method, 0, epochs=1, batch_size=len(numbers) + 1)
     head, pooling, _ = train_head(cells, films, numbers, method, 0, epochs=1, batch_size=16)
@@ -205,7 +293,7 @@ def test_attention_is_trained_with_the_head(data, name):
     assert (pooling.gate_layer is not None) == name.startswith("gated")
     for before, after in zip(untrained.parameters(), pooling.parameters(), strict=True):
         assert before.numel() == 1 or not torch.equal(before, after)  # the bias of the score has no effect
-    result = evaluate(head, pooling, cells, films, test)
+    result = evaluate(films, [predict(head, pooling, cells, test)])
     assert 0 <= result["auc"] <= 1 and set(result["boxes"]) >= {"det10"}
 
 
@@ -236,8 +324,8 @@ def test_grad_cam_of_a_batch_is_that_of_each_image_and_class():
 def test_interval_is_over_patients():
     """Forty values of two patients give the interval of two values."""
     values, patients = np.repeat([0.0, 1.0], 20), np.repeat([1, 2], 20)
-    assert frozen_runs.interval_over_patients(values, patients) == (0.0, 1.0)
-    low, high = frozen_runs.interval_over_patients(values, np.arange(40))
+    assert interval_over_patients(values, patients) == "0.00 to 1.00"
+    low, high = map(float, interval_over_patients(values, np.arange(40)).split(" to "))
     assert 0.3 < low < 0.4 and 0.6 < high < 0.7
 
 
@@ -298,7 +386,7 @@ def test_tuning_trains_the_head_and_the_chosen_blocks(data, tunable, count):
     cells, transform = reduce_features(films, 20)
     weights = str(tunable / "weights.pth")
     tuning = Tuning(films, tunable, transform, "timm/tf_efficientnet_lite0", weights, count)
-    numbers, test = films.split(validate=False)
+    ((numbers, test),) = films.splits()
     method = METHODS["softmax sgl 3 mask 1"]
     head, pooling, started = train_head(cells, films, numbers, method, 0, epochs=1)
     begun = [p.clone() for p in head.parameters()]

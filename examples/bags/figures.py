@@ -1,4 +1,4 @@
-"""The figures of bags as pictures and as tables, from the results of runs."""
+"""The figures of bags as pictures, from the results of runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common.csv_table import write_rows
-from common.files import naming, write_text
+from common.files import naming
 
 from bags.figure_runs import METHODS, QUEUE, Run
 
@@ -125,38 +124,3 @@ def draw_examples(found: dict[Run, dict[str, Any]], args: argparse.Namespace) ->
     for path in paths:
         draw_bags(panels, len(contents), heading, path, shown=20)
     return paths
-
-
-def write_tables(found: dict[Run, dict[str, Any]], args: argparse.Namespace) -> list[Path]:
-    """Means, worst and best of every point, as Markdown and CSV. The Markdown also lists the points without a run."""
-    import numpy as np
-
-    axis, axis_title = X_AXIS[args.figure]
-    lines = [
-        f"| bags of | {axis_title} | loss | seeds | " + " | ".join(METRICS.values()) + " |",
-        "|---" * (4 + len(METRICS)) + "|",
-    ]
-    rows = []
-    missing: dict[tuple[int, str], list[str]] = {}
-    for size, x, method in itertools.product(args.sizes, getattr(args, axis), args.methods):
-        cells = []
-        row: dict[str, Any] = {"size": size, axis: x, "method": method}
-        for metric in METRICS:
-            values = values_of(found, metric, size=size, method=method, **{axis: x})
-            if not values:
-                missing.setdefault((size, label_of(method, args.figure)), []).append(str(x))
-                break
-            row |= {"seeds": len(values), metric: np.mean(values)}
-            row |= {f"{metric}_worst": min(values), f"{metric}_best": max(values)}
-            cells.append(f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
-        else:
-            cells = [str(size), str(x), label_of(method, args.figure), str(row["seeds"]), *cells]
-            lines.append("| " + " | ".join(cells) + " |")
-            rows.append({name: round(float(v), 4) if isinstance(v, float) else v for name, v in row.items()})
-    if missing:
-        lines += ["", f"Not computed ({axis_title}):", ""]
-        lines += [f"- bags of {size}, {label}: {', '.join(places)}" for (size, label), places in missing.items()]
-    table, numbers = (args.out / f"figure{args.figure}.{kind}" for kind in ("md", "csv"))
-    write_text("\n".join(lines) + "\n", table)
-    write_rows(rows, numbers)
-    return [table, numbers]

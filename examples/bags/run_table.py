@@ -62,6 +62,8 @@ def run_of_row(row: Row) -> dict[str, Any]:
             "best_val": {name: float(row[f"best_val_{name}"]) for name in METRICS},
         },
     }
+    if row.get("training_loss"):
+        content["training_loss"] = float(row["training_loss"])
     return content | {name: row[name] for name in ("commit", "machine", "command") if row.get(name)}
 
 

@@ -1,4 +1,4 @@
-"""Area under the ROC curve, and 95 % intervals of bootstrap draws."""
+"""Area under the ROC curve, 95 % intervals of bootstrap draws, and signs of differences."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     defined = defined[~np.isnan(defined)]
     low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (math.nan, math.nan)
     return Interval(float(low), float(high))
+
+
+def above_equal_below(differences: np.ndarray) -> tuple[int, int, int]:
+    """The number of ``differences`` (n,) above, equal to and below 0. Rounding errors up to 1e-9 count as equal."""
+    equal = np.isclose(differences, 0, atol=1e-9)
+    return int((~equal & (differences > 0)).sum()), int(equal.sum()), int((~equal & (differences < 0)).sum())
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from common.metrics import above_equal_below
 from images.metrics import draws_of_patients, interval, weighted_auc, weighted_mean
 from sklearn.metrics import average_precision_score
 
@@ -124,18 +125,7 @@ def _difference(
     drawn = [float(np.mean([one(w) - other(w) for one, other in pairs])) for w in weights]
     change = values[:, 0] - values[:, 1]
     first, second = values.mean(0).tolist()
-    equal = np.isclose(change, 0, atol=1e-9)
-    return Difference(
-        label,
-        metric,
-        first,
-        second,
-        first - second,
-        *interval(drawn),
-        int((~equal & (change > 0)).sum()),
-        int(equal.sum()),
-        int((~equal & (change < 0)).sum()),
-    )
+    return Difference(label, metric, first, second, first - second, *interval(drawn), *above_equal_below(change))
 
 
 def _measures(predictions: Predictions, run: OpenedRun, c: int) -> dict[str, Measure]:

@@ -24,6 +24,7 @@ from sgl_ops.localization import box_iou, centre_box, contains, heatmap_to_box, 
 SIDE = 256  # pixels of the image that boxes are measured in
 FIRST = 31.5 / 32  # centre of the first cell of EfficientNet-Lite0's last map, which pads as TensorFlow does
 T_IOU = (0.1, 0.3, 0.5)
+FOLDS = 4  # of a cross-validation over the patients of the training list
 
 #: Rules from map to box: title, threshold, whether relative to the maximum, and whether the map is rescaled first.
 MAPS = {"half": (0.5, True, False), "absolute": (0.5, False, False), "rescaled": (0.5, True, True)}
@@ -86,15 +87,25 @@ class Films(NamedTuple):
     boxes: dict[str, dict[tuple[int, int], np.ndarray]]
     first: float = FIRST
 
-    def split(self, validate: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the training images, and of the evaluation images: the test list, or held-out training
-        patients."""
-        if not validate:
-            return np.flatnonzero(~self.test), np.flatnonzero(self.test)
-        patients = np.unique(self.patients[~self.test])
-        held = np.random.default_rng(0).permutation(patients)[: len(patients) // 4]
-        out = np.isin(self.patients, held)
-        return np.flatnonzero(~self.test & ~out), np.flatnonzero(~self.test & out)
+    def splits(self, folds: Sequence[int] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Numbers of the training images, and of the evaluation images: of the training and the test list.
+
+        Args:
+            folds: if given, a split for each of these folds over the patients of the training list. The images of the
+                fold are evaluated, and those of the other folds are trained on.
+        """
+        train = np.flatnonzero(~self.test)
+        if not folds:
+            return [(train, np.flatnonzero(self.test))]
+        fold = fold_of(self.patients[train])
+        return [(train[fold != k], train[fold == k]) for k in folds]
+
+
+def fold_of(patients: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The fold (n,) of each image, 0 to FOLDS - 1, drawn by patient: images of a patient are in the same fold."""
+    unique, number = np.unique(patients, return_inverse=True)
+    place = np.argsort(np.random.default_rng(seed).permutation(len(unique)))
+    return np.minimum(place // max(1, len(unique) // FOLDS), FOLDS - 1)[number]
 
 
 def read_det10(path: Path) -> Iterator[tuple[str, str, list[float]]]:
@@ -264,21 +275,38 @@ def evaluated_boxes(films: Films, numbers: np.ndarray) -> list[str]:
     return [name for name, found in films.boxes.items() if any(image in inside for image, _ in found)]
 
 
-@torch.no_grad()
-def evaluate(
-    head: Head, pooling: nn.Module, cells: Tensor, films: Films, numbers: np.ndarray, with_grad_cam: bool = False
-) -> dict[str, Any]:
-    """AUC of the images ``numbers``, and the hits of their boxes by set of boxes and rule of MAPS.
+class Predicted(NamedTuple):
+    """The predictions of a trained head.
 
-    Args:
-        with_grad_cam: take the boxes from the maps of :func:`grad_cam`, not from the instance probabilities.
+    Attributes:
+        numbers: (n,), the images.
+        scores: (n, C), the pooled predictions.
+        maps: (n, C, h, w), instance probabilities, or the maps of :func:`grad_cam`.
     """
+
+    numbers: np.ndarray
+    scores: np.ndarray
+    maps: np.ndarray
+
+
+@torch.no_grad()
+def predict(
+    head: Head, pooling: nn.Module, cells: Tensor, numbers: np.ndarray, with_grad_cam: bool = False
+) -> Predicted:
+    """The predictions for the images ``numbers``, with the maps of :func:`grad_cam` on request."""
     logits, hidden = head(cells[numbers])
     logits = logits.transpose(1, 2)
-    aucs = auc_per_class(pooling(logits, features=hidden).numpy(), films.labels[numbers].numpy(), CLASSES)
     side = int(logits.shape[2] ** 0.5)
     heat = grad_cam(head, pooling, cells[numbers]) if with_grad_cam else torch.sigmoid(logits)
-    maps = dict(zip(numbers.tolist(), heat.double().unflatten(2, (side, side)).numpy(), strict=True))
+    scores = pooling(logits, features=hidden).numpy()
+    return Predicted(numbers, scores, heat.double().unflatten(2, (side, side)).numpy())
+
+
+def evaluate(films: Films, parts: Sequence[Predicted]) -> dict[str, Any]:
+    """AUC of all images of ``parts`` together, and the hits of their boxes by set of boxes and rule of MAPS."""
+    numbers, scores, heat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    aucs = auc_per_class(scores, films.labels[numbers].numpy(), CLASSES)
+    maps = dict(zip(numbers.tolist(), heat, strict=True))
     return {
         "auc": float(np.nanmean([aucs[name] for name in CLASSES])),
         "auc_of_classes": aucs,

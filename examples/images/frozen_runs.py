@@ -1,4 +1,4 @@
-"""The steps of frozen_cxr.py: features of all films, runs, and the table of runs."""
+"""The first steps of frozen_cxr.py: features of all films, and runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from shutil import disk_usage
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.csv_table import write_rows
 from common.files import naming, read_json, write_json, write_text
-from common.metrics import Interval, interval
 from common.weights import read_weights
 from torch import Tensor
 
-from images.frozen import FIRST, METHODS, T_IOU, evaluate, evaluated_boxes, read_films, reduce_features, train_head
+from images.frozen import FIRST, METHODS, evaluate, evaluated_boxes, predict, read_films, reduce_features, train_head
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -131,7 +129,8 @@ def chosen_stages(args: argparse.Namespace) -> tuple[Callable[[Tensor], list[np.
 def train(args: argparse.Namespace) -> None:
     """Writes one file per run into ``args.out``: METHOD-seedSEED.json. Existing runs are skipped.
 
-    With --tune, the head and the last blocks of the network are trained further before the evaluation.
+    With --tune, the head and the last blocks of the network are trained further before the evaluation. With several
+    folds of --validate, a run trains one head for each, and the predictions of all folds are evaluated together.
 
     Raises:
         ValueError: an unknown method, or an existing run had other settings.
@@ -147,7 +146,8 @@ def train(args: argparse.Namespace) -> None:
         from images.frozen_tuning import Tuning, tune, with_tuned
 
         tuning = Tuning(films, args.features, transform, BACKBONE, str(args.weights), args.tune)
-    train_numbers, eval_numbers = films.split(args.validate)
+    splits = films.splits(args.validate)
+    sets = evaluated_boxes(films, np.concatenate([evaluated for _, evaluated in splits]))
     tuned = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr} if tuning is not None else None
     settings = {"validate": args.validate, "components": args.components, "tuned": tuned}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -155,20 +155,24 @@ def train(args: argparse.Namespace) -> None:
         for method in methods:
             path = args.out / f"{method}-seed{seed}.json"
             if path.exists():
-                refuse_other_settings(path, settings, evaluated_boxes(films, eval_numbers))
+                refuse_other_settings(path, settings, sets)
                 continue
             begun = time.monotonic()
-            head, pooling, started = train_head(cells, films, train_numbers, METHODS[method], seed)
-            shown = cells
-            if tuning is not None:
-                blocks = tune(
-                    tuning, head, pooling, films, train_numbers, METHODS[method], started, seed, args.tune_epochs,
-                    args.tune_lr,
-                )  # fmt: skip
-                shown = with_tuned(cells, tuning, blocks, eval_numbers)
-            result = evaluate(head, pooling, shown, films, eval_numbers, METHODS[method].grad_cam)
+            parts, starts = [], []
+            for trained, evaluated in splits:
+                head, pooling, started = train_head(cells, films, trained, METHODS[method], seed)
+                shown = cells
+                if tuning is not None:
+                    blocks = tune(
+                        tuning, head, pooling, films, trained, METHODS[method], started, seed, args.tune_epochs,
+                        args.tune_lr,
+                    )  # fmt: skip
+                    shown = with_tuned(cells, tuning, blocks, evaluated)
+                parts.append(predict(head, pooling, shown, evaluated, METHODS[method].grad_cam))
+                starts.append(started)
+            result = evaluate(films, parts)
             result |= settings | {
-                "method": method, "seed": seed, "lam_started_in_epoch": started,
+                "method": method, "seed": seed, "lam_started_in_epoch": starts,
                 "seconds": round(time.monotonic() - begun, 1),
             }  # fmt: skip
             write_json(result, path)
@@ -179,66 +183,14 @@ def train(args: argparse.Namespace) -> None:
 def refuse_other_settings(path: Path, settings: dict, boxes: Collection[str]) -> None:
     """Raises ValueError if the run in ``path`` had other ``settings``, or other sets of ``boxes``.
 
-    A run of an older version has no components, and no key "tuned" if it was not tuned.
+    A run of an older version has no components, and no key "tuned" if it was not tuned. Its "validate" is true or
+    false.
     """
     known = {"components": settings["components"], "tuned": None} | read_json(path)
+    if isinstance(known["validate"], bool):
+        known["validate"] = [0] if known["validate"] else []
     changed = [name for name in settings if known[name] != settings[name]]
     changed += [name for name in ("det10", "rsna") if (name in known["boxes"]) != (name in boxes)]
     if changed:
         option = changed[0].replace("tuned", "tune")
         raise ValueError(f"out: {path} was made with another --{option}; choose another --out")
-
-
-def table(args: argparse.Namespace) -> None:
-    """films.csv: one row per method, set of boxes and rule of the box, with every seed.
-
-    Raises:
-        ValueError: there are no runs, no boxes, or the runs have different sets of boxes.
-    """
-    runs = [read_json(path) for path in sorted(args.runs.glob("*.json"))]
-    if not runs:
-        raise ValueError(f"runs: {args.runs} holds no run")
-    if any(list(run["boxes"]) != list(runs[0]["boxes"]) for run in runs):
-        raise ValueError(
-            f"runs: expected equal sets of boxes in all runs of {args.runs}; use --det10, and --rsna, for all or none"
-        )
-    if not runs[0]["boxes"]:
-        raise ValueError(f"runs: the runs of {args.runs} have no boxes; --validate needs --det10 or --rsna")
-    rows = []
-    for method in [m for m in METHODS if any(run["method"] == m for run in runs)]:
-        own = sorted((run for run in runs if run["method"] == method), key=lambda run: run["seed"])
-        aucs = [run["auc"] for run in own]
-        for boxes in own[0]["boxes"]:
-            for rule in own[0]["boxes"][boxes]:
-                found = [run["boxes"][boxes][rule] for run in own]
-                hits = np.array([f["hits"] for f in found], float)  # seeds, boxes, thresholds
-                patients = np.array(found[0]["patients"])
-                row = {
-                    "method": method, "boxes": boxes, "rule": rule, "seeds": len(own), "count": hits.shape[1],
-                    "auc": round(float(np.mean(aucs)), 4), "auc_of_seeds": " ".join(f"{a:.3f}" for a in aucs),
-                }  # fmt: skip
-                for k, least in enumerate(T_IOU):
-                    per_seed = hits[:, :, k].mean(1)
-                    low, high = interval_over_patients(hits[:, :, k].mean(0), patients)
-                    row |= {
-                        f"iou_{least}": round(float(per_seed.mean()), 4),
-                        f"iou_{least}_interval": f"{low:.2f} to {high:.2f}",
-                        f"iou_{least}_of_seeds": " ".join(f"{a:.2f}" for a in per_seed),
-                    }
-                row["pointing"] = round(float(np.mean([f["pointing"] for f in found])), 4)
-                rows.append(row)
-    for boxes, rules in runs[0]["boxes"].items():
-        centre = rules["half"]["centre"]
-        row = {"method": "centre box", "boxes": boxes, "count": len(centre)}
-        row |= {f"iou_{t}": round(float(np.mean([c[k] for c in centre])), 4) for k, t in enumerate(T_IOU)}
-        rows.append(row)
-    write_rows(rows, args.out, list(rows[0]))
-    print(f"{args.out}: {len(rows)} rows of {len(runs)} runs")
-
-
-def interval_over_patients(values: np.ndarray, patients: np.ndarray, draws: int = 2000) -> Interval:
-    """The 95 % interval of the mean of ``values`` (n,), by a bootstrap over patients."""
-    _, number = np.unique(patients, return_inverse=True)
-    sums, counts = np.bincount(number, values), np.bincount(number)
-    chosen = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
-    return interval(sums[chosen].sum(1) / counts[chosen].sum(1))

@@ -12,11 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from images.frozen import Films, read_films
+from images.frozen import FOLDS, Films, fold_of, read_films
 from images.metrics import auc_per_class
 from images.nih import CLASSES
-
-FOLDS = 4
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -50,9 +48,7 @@ def means_of_regions(films: Films, numbers: np.ndarray, regions: int) -> np.ndar
 
 def out_of_fold(x: np.ndarray, labels: np.ndarray, patients: np.ndarray, c: float, partition: int) -> np.ndarray:
     """Probabilities (n, C) of films with features ``x`` (n, D) and ``labels`` (n, C), by folds over ``patients``."""
-    unique = np.unique(patients)
-    fold_of_patient = np.random.default_rng(partition).permutation(len(unique)) % FOLDS
-    fold = fold_of_patient[np.searchsorted(unique, patients)]
+    fold = fold_of(patients, partition)
     scores = np.full(labels.shape, np.nan)
     for k in range(FOLDS):
         train, held = fold != k, fold == k
