@@ -72,6 +72,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
     two.add_argument("--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen.py (all)")
     two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of every method (0 1 2 3 4)")
+    two.add_argument(
+        "--heads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="heads of a run, whose mean predictions are evaluated (1)",
+    )
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
     two.add_argument(
         "--tune",
@@ -131,8 +138,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tune: expected --weights, too")
     if args.command == "train":
         args.validate = sorted({*args.validate} or {0}) if args.validate is not None else []
-    if args.command == "train" and args.tune_epochs < 1:
-        parser.error(f"--tune-epochs: expected at least 1, got {args.tune_epochs}")
+    if args.command == "train" and min(args.tune_epochs, args.heads) < 1:
+        parser.error(f"--tune-epochs, --heads: expected at least 1, got {args.tune_epochs} and {args.heads}")
     return args
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from common import metrics
 from common.choices import LOSSES, POOLINGS
-from common.import_torchvision import import_torchvision
+from features.backbones import import_timm
 from features.finetuning import load_blocks
 from images import linear_probe
 from images.frozen import (
@@ -66,6 +66,12 @@ def data(tmp_path_factory):
             box = "560,250,410,410" if labels[CLASSES.index("Pneumonia")] else ",,,"
             file.write(f"{name},{box},{int(box != ',,,')}\n")
     return folder
+
+
+def imported_timm():
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    return import_timm()
 
 
 def run(data, out, *options):
@@ -210,6 +216,22 @@ def test_a_cross_validation_joins_the_predictions_of_its_folds(data, tmp_path):
         ]
 
 
+def test_several_heads_are_evaluated_by_their_mean(data, tmp_path):
+    given = ("--seeds", 1, "--methods", "softmax bag", "--components", 12)
+    assert run(data, tmp_path / "two", *given, "--heads", 2) == 0
+    result = json.loads((tmp_path / "two" / "softmax bag-seed1.json").read_text())
+    assert result["heads"] == 2 and len(result["lam_started_in_epoch"]) == 2
+    films = read_films(data / "data", None, data / "det10.csv", data / "features")
+    cells, _ = reduce_features(films, 12)
+    ((trained, test),) = films.splits()
+    heads = [train_head(cells, films, trained, METHODS["softmax bag"], seed)[:2] for seed in (2, 3)]
+    first, second = (predict(*head, cells, test) for head in heads)
+    mean = first._replace(scores=(first.scores + second.scores) / 2, maps=(first.maps + second.maps) / 2)
+    expected = evaluate(films, [mean])
+    assert result["auc"] == pytest.approx(expected["auc"])
+    assert result["boxes"]["det10"]["half"]["hits"] == expected["boxes"]["det10"]["half"]["hits"]
+
+
 def test_differences_between_methods_are_those_of_their_runs(data, tmp_path, capsys):
     names = ["softmax bag", "softmax sgl 20 at once"]
     assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *names) == 0
@@ -330,9 +352,7 @@ def test_interval_is_over_patients():
 
 
 def test_extraction_writes_the_features(data, tmp_path):
-    if importlib.util.find_spec("torchvision") is not None:
-        import_torchvision()
-    timm = pytest.importorskip("timm")
+    timm = imported_timm()
     network = timm.create_model("tf_efficientnet_lite0")
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     images = tmp_path / "images"
@@ -364,7 +384,7 @@ def test_extraction_writes_the_features(data, tmp_path):
 @pytest.fixture(scope="module")
 def tunable(data, tmp_path_factory):
     """Features of the films of ``data`` by the pretrained blocks, with their input and their weights."""
-    timm = pytest.importorskip("timm")
+    timm = imported_timm()
     folder = tmp_path_factory.mktemp("tunable")
     torch.manual_seed(0)
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), folder / "weights.pth")

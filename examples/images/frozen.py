@@ -302,6 +302,12 @@ def predict(
     return Predicted(numbers, scores, heat.double().unflatten(2, (side, side)).numpy())
 
 
+def mean_of_heads(predicted: Sequence[Predicted]) -> Predicted:
+    """The mean scores and maps of several heads for the same images."""
+    numbers, *_ = predicted[0]
+    return Predicted(numbers, *(np.mean([p[k] for p in predicted], 0) for k in (1, 2)))
+
+
 def evaluate(films: Films, parts: Sequence[Predicted]) -> dict[str, Any]:
     """AUC of all images of ``parts`` together, and the hits of their boxes by set of boxes and rule of MAPS."""
     numbers, scores, heat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

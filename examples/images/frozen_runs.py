@@ -17,7 +17,17 @@ from common.files import naming, read_json, write_json, write_text
 from common.weights import read_weights
 from torch import Tensor
 
-from images.frozen import FIRST, METHODS, evaluate, evaluated_boxes, predict, read_films, reduce_features, train_head
+from images.frozen import (
+    FIRST,
+    METHODS,
+    evaluate,
+    evaluated_boxes,
+    mean_of_heads,
+    predict,
+    read_films,
+    reduce_features,
+    train_head,
+)
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -130,7 +140,8 @@ def train(args: argparse.Namespace) -> None:
     """Writes one file per run into ``args.out``: METHOD-seedSEED.json. Existing runs are skipped.
 
     With --tune, the head and the last blocks of the network are trained further before the evaluation. With several
-    folds of --validate, a run trains one head for each, and the predictions of all folds are evaluated together.
+    folds of --validate, a run trains one head for each, and the predictions of all folds are evaluated together. With
+    --heads N, it trains N heads instead of one, with the seeds N SEED to N SEED + N - 1, and evaluates their means.
 
     Raises:
         ValueError: an unknown method, or an existing run had other settings.
@@ -149,7 +160,7 @@ def train(args: argparse.Namespace) -> None:
     splits = films.splits(args.validate)
     sets = evaluated_boxes(films, np.concatenate([evaluated for _, evaluated in splits]))
     tuned = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr} if tuning is not None else None
-    settings = {"validate": args.validate, "components": args.components, "tuned": tuned}
+    settings = {"validate": args.validate, "components": args.components, "heads": args.heads, "tuned": tuned}
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for method in methods:
@@ -160,16 +171,19 @@ def train(args: argparse.Namespace) -> None:
             begun = time.monotonic()
             parts, starts = [], []
             for trained, evaluated in splits:
-                head, pooling, started = train_head(cells, films, trained, METHODS[method], seed)
-                shown = cells
-                if tuning is not None:
-                    blocks = tune(
-                        tuning, head, pooling, films, trained, METHODS[method], started, seed, args.tune_epochs,
-                        args.tune_lr,
-                    )  # fmt: skip
-                    shown = with_tuned(cells, tuning, blocks, evaluated)
-                parts.append(predict(head, pooling, shown, evaluated, METHODS[method].grad_cam))
-                starts.append(started)
+                of_heads = []
+                for number in range(seed * args.heads, (seed + 1) * args.heads):
+                    head, pooling, started = train_head(cells, films, trained, METHODS[method], number)
+                    shown = cells
+                    if tuning is not None:
+                        blocks = tune(
+                            tuning, head, pooling, films, trained, METHODS[method], started, number, args.tune_epochs,
+                            args.tune_lr,
+                        )  # fmt: skip
+                        shown = with_tuned(cells, tuning, blocks, evaluated)
+                    of_heads.append(predict(head, pooling, shown, evaluated, METHODS[method].grad_cam))
+                    starts.append(started)
+                parts.append(mean_of_heads(of_heads))
             result = evaluate(films, parts)
             result |= settings | {
                 "method": method, "seed": seed, "lam_started_in_epoch": starts,
@@ -183,10 +197,10 @@ def train(args: argparse.Namespace) -> None:
 def refuse_other_settings(path: Path, settings: dict, boxes: Collection[str]) -> None:
     """Raises ValueError if the run in ``path`` had other ``settings``, or other sets of ``boxes``.
 
-    A run of an older version has no components, and no key "tuned" if it was not tuned. Its "validate" is true or
-    false.
+    A run of an older version has one head, no components, and no key "tuned" if it was not tuned. Its "validate" is
+    true or false.
     """
-    known = {"components": settings["components"], "tuned": None} | read_json(path)
+    known = {"components": settings["components"], "heads": 1, "tuned": None} | read_json(path)
     if isinstance(known["validate"], bool):
         known["validate"] = [0] if known["validate"] else []
     changed = [name for name in settings if known[name] != settings[name]]
