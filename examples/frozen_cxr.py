@@ -126,8 +126,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--c",
         type=float,
         nargs="+",
-        default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
-        help="inverse penalties of scikit-learn (0.0003 to 0.03)",
+        default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        help="inverse penalties of scikit-learn (0.0001 to 0.01)",
     )
     four.add_argument("--partitions", type=int, nargs="+", default=[0, 1], help="seeds of folds over patients (0 1)")
     four.add_argument("--out", type=Path, required=True, help="csv file")
