@@ -39,7 +39,7 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "5a": {},
     "5b": {"bags": [150], "seeds": 1},
     "control": {"bags": [100, 150], "seeds": 3},
-    "start": {"sizes": [10, 50, 100], "bags": [50, 100, 150, 200, 300], "seeds": 3},
+    "start": {"sizes": [10, 50, 100], "bags": [50, 100, 150, 200, 300]},
     "6": {
         "data": "cifar10", "sizes": [50, 100], "bags": [2500], "positives": [1, 2, 5, 10, 20], "seeds": 5, "epochs": 50,
     },
