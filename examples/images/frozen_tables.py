@@ -62,7 +62,9 @@ def table(args: argparse.Namespace) -> None:
                         f"iou_{least}_interval": interval_over_patients(hits[:, :, k].mean(0), patients),
                         f"iou_{least}_of_seeds": " ".join(f"{a:.2f}" for a in of_seed),
                     }
-                row["pointing"] = round(float(np.mean([run["boxes"][boxes][rule]["pointing"] for run in runs])), 4)
+                pointing = [run["boxes"][boxes][rule]["pointing"] for run in runs]
+                row["pointing"] = round(float(np.mean(pointing)), 4)
+                row["pointing_of_seeds"] = " ".join(f"{p:.2f}" for p in pointing)
                 rows.append(row)
     (run, *_) = next(iter(by_method.values())).values()
     for boxes, rules in run["boxes"].items():
