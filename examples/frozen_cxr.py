@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="heads of a run, whose mean predictions are evaluated (1)",
+        help="heads that a run trains; their mean predictions are evaluated (1)",
     )
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
     two.add_argument(
@@ -94,10 +94,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--validate",
         type=int,
         nargs="*",
-        choices=range(4),
+        choices=range(4),  # images.frozen.FOLDS, which is imported later
         metavar="FOLD",
-        help="evaluate on these folds of the patients of the training list, 0 to 3; a head is trained for each, on the "
-        "other folds (off; without a number 0)",
+        help="evaluate on these folds of the patients of the training list, 0 to 3; heads are trained for each, on the "
+        "other folds (off; --validate alone: fold 0)",
     )
     two.add_argument("--out", type=Path, required=True, help="folder for the runs")
     three = commands.add_parser("table", allow_abbrev=False, help="summarize the runs in a table")
@@ -106,15 +106,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     five = commands.add_parser("compare", allow_abbrev=False, help="the differences between methods in a table")
     five.add_argument("--runs", type=Path, required=True, help="folder that train wrote")
     five.add_argument(
-        "--minus", type=Path, metavar="RUNS", help="another folder, whose runs are subtracted, method by method (RUNS)"
+        "--minus",
+        type=Path,
+        metavar="OTHER",
+        help="subtract the runs of this folder; without --pair, each method minus the same method there (the folder of "
+        "--runs)",
     )
     five.add_argument(
         "--pair",
         nargs=2,
         action="append",
         metavar="METHOD",
-        help="the first method minus the second; 'centre box' is possible as the second; repeat for more pairs (SGL "
-        "minus its bag loss, mean bag, cam, grad-cam and centre box)",
+        help="the first method, of --runs, minus the second, of --minus; the second can be 'centre box'; repeat the "
+        "option for more pairs (SGL minus its bag loss, mean bag, cam, grad-cam and centre box)",
     )
     five.add_argument("--out", type=Path, required=True, help="csv file")
     four = commands.add_parser("probe", allow_abbrev=False, help="cross-validate a logistic regression on the features")

@@ -149,6 +149,7 @@ def test_table_replaces_the_files(tmp_path, capfd):
     assert float(row["auc"]) == pytest.approx(content["result"]["last"]["auc"], abs=1e-6)
     assert (row["bag_size"], row["lam"], row["rescale"]) == ("6.0", "1.0", "true")
     assert all(row[name] == str(content[name]) for name in ("commit", "machine", "seconds", "cpu_seconds", "command"))
+    assert run_table.run_of_row(row)["training_loss"] == content["training_loss"]
 
     # the same runs add no rows; runs in the table are not computed again; other settings give other rows
     assert figures.main(command) == 0
@@ -201,7 +202,7 @@ def test_failed_runs_and_differences_are_listed(tmp_path):
     sections = (tmp_path / "figure4.md").read_text().split("\n\n")
     titles = [text for text in sections if text.startswith("#")]
     assert titles == ["## Failed runs", "## SGL minus the other losses", "## Not computed (training bags)"]
-    assert "below 0.7. The training loss of some older runs was not recorded." in sections[2]
+    assert "below 0.7.\nThe losses were not run at the same points.\nThe training loss of some" in sections[2]
     assert sections[3].splitlines()[2:] == ["| SGL | 1 | 3 |", "| max pooling | 1 | 2 |"]
     assert sections[4].splitlines()[2:] == [
         "| SGL | 10 | 50 | 1 | 0.690 | 0.100 |  |", "| max pooling | 10 | 50 | 1 | 0.500 | 0.100 |  |",
@@ -211,7 +212,10 @@ def test_failed_runs_and_differences_are_listed(tmp_path):
         "| 10 | 50 | max pooling | 2 | +0.195, 2 / 0 / 0 | +0.100, 1 / 1 / 0 | +0.100, 1 / 1 / 0 |"
     ]
     figure_tables.write_tables(made(sgl_0=(0.6, 0.0)), args)
-    assert "| SGL | 10 | 50 | 0 | 0.600 | 0.000 | 0.250 |" in (tmp_path / "figure4.md").read_text()
+    text = (tmp_path / "figure4.md").read_text()
+    assert "| SGL | 10 | 50 | 0 | 0.600 | 0.000 | 0.250 |" in text and "not recorded" not in text
+    figure_tables.write_tables(made(sgl_0=(0.6, 0.0), sgl_1=(0.9, 0.5)), args)
+    assert "not recorded" not in (tmp_path / "figure4.md").read_text()  # only of a run that did not fail
     figure_tables.write_tables(made(max_0=(0.9, 0.5)), args)
     assert "## Failed" not in (text := (tmp_path / "figure4.md").read_text()) and "minus" not in text
 

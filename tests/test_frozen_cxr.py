@@ -113,12 +113,18 @@ def test_other_settings_than_those_of_existing_runs_are_errors(data, tmp_path, c
     for options, name in ((["--validate"], "validate"), (["--components", 3], "components")):
         assert run(data, runs, *method, *options) == 2
         assert f"was made with another --{name}; choose another --out" in capsys.readouterr().err
-    # a run of an older version has no components, and true or false as validate
+    # a run of an older version has no components and no heads, and true or false as validate
     (path,) = runs.glob("*.json")
     known = json.loads(path.read_text())
-    older = {key: value for key, value in known.items() if key not in ("components", "tuned")} | {"validate": False}
-    path.write_text(json.dumps(older))
+    older = {key: value for key, value in known.items() if key not in ("components", "tuned", "heads")}
+    path.write_text(json.dumps(older | {"validate": False}))
     assert run(data, runs, *method) == 0
+    assert run(data, runs, *method, "--heads", 2) == 2
+    assert "another --heads" in capsys.readouterr().err
+    path.write_text(json.dumps(older | {"validate": True}))
+    assert run(data, runs, *method) == 2
+    assert "another --validate" in capsys.readouterr().err
+    path.write_text(json.dumps(older | {"validate": False}))
     # other sets of boxes
     other = known | {"seed": 1, "boxes": {"nih": known["boxes"]["det10"]}}
     (runs / "softmax sgl 20 at once-seed1.json").write_text(json.dumps(other))
@@ -232,47 +238,106 @@ def test_several_heads_are_evaluated_by_their_mean(data, tmp_path):
     assert result["boxes"]["det10"]["half"]["hits"] == expected["boxes"]["det10"]["half"]["hits"]
 
 
-def test_differences_between_methods_are_those_of_their_runs(data, tmp_path, capsys):
-    names = ["softmax bag", "softmax sgl 20 at once"]
-    assert run(data, tmp_path / "runs", "--seeds", 0, 1, "--methods", *names) == 0
-    assert run(data, tmp_path / "other", "--seeds", 1, "--methods", names[0], "--components", 12) == 0
-    compare = ["compare", "--runs", tmp_path / "runs", "--out", tmp_path / "differences.csv"]
+def compare(folder, *options):
+    given = ["compare", "--runs", folder / "runs", "--out", folder / "differences.csv", *options]
+    code = example.main([str(o) for o in given])
+    with (folder / "differences.csv").open() as file:
+        return code, list(csv.DictReader(file))
 
-    def rows_of(*options):
-        assert example.main([str(o) for o in (*compare, *options)]) == 0
-        with (tmp_path / "differences.csv").open() as file:
-            return list(csv.DictReader(file))
 
-    def shares(folder, method, seeds, key="hits", k=0):
-        runs = [json.loads((tmp_path / folder / f"{method}-seed{seed}.json").read_text()) for seed in seeds]
-        return np.array([np.mean(run["boxes"]["det10"]["half"][key], 0)[k] for run in runs])
+def changed(folder, name, out, **values):
+    """Writes a run of ``folder`` with other values to ``out``."""
+    run = json.loads((folder / f"{name}.json").read_text()) | values
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(run))
+    return run
 
-    rows = rows_of()
-    assert [(row["method"], row["minus"]) for row in rows if row["rule"] == "half" and row["boxes"] == "det10"] == [
-        (names[1], names[0]), (names[1], "centre box")
-    ]  # fmt: skip
-    for row in rows:
-        if (row["rule"], row["boxes"]) != ("half", "det10"):
-            continue
-        other = (
-            shares("runs", names[0], (0, 1)) if row["minus"] == names[0] else shares("runs", names[1], (0, 1), "centre")
+
+@pytest.fixture(scope="module")
+def two_methods(data, tmp_path_factory):
+    """A folder "runs" with two seeds of the bag loss and of SGL, and "other" with another bag loss."""
+    folder = tmp_path_factory.mktemp("two")
+    names = ("softmax bag", "softmax sgl 20 at once")
+    assert run(data, folder / "runs", "--seeds", 0, 1, "--methods", *names) == 0
+    assert run(data, folder / "other", "--seeds", 1, "--methods", names[0], "--components", 12) == 0
+    return folder, *names
+
+
+def test_differences_between_methods_are_those_of_their_runs(two_methods):
+    folder, bag, sgl = two_methods
+
+    def of(name, seed, key, rule="half"):
+        found = json.loads((folder / f"runs/{name}-seed{seed}.json").read_text())
+        return found["auc"] if key == "auc" else found["boxes"]["det10"][rule][key]
+
+    code, rows = compare(folder)
+    assert code == 0 and {(row["method"], row["minus"]) for row in rows} == {(sgl, bag), (sgl, "centre box")}
+    for rule in ("half", "absolute"):
+        own, centre = (
+            next(r for r in rows if (r["minus"], r["boxes"], r["rule"]) == (minus, "det10", rule))
+            for minus in (bag, "centre box")
         )
-        change = shares("runs", names[1], (0, 1)) - other
-        assert float(row["iou_0.1"]) == pytest.approx(change.mean(), abs=1e-4)
-        assert row["iou_0.1_seeds"] == f"{sum(change > 1e-9)} / {sum(abs(change) < 1e-9)} / {sum(change < -1e-9)}"
-        low, high = (float(x) for x in row["iou_0.1_interval"].split(" to "))
-        assert low - 0.005 <= change.mean() <= high + 0.005
-    # another folder: the same method, and the seeds that both have
-    (row,) = (r for r in rows_of("--minus", tmp_path / "other") if (r["rule"], r["boxes"]) == ("half", "det10"))
-    assert (row["method"], row["minus"], row["seeds"]) == (names[0], names[0], "1")
-    change = shares("runs", names[0], (1,)) - shares("other", names[0], (1,))
-    assert float(row["iou_0.1"]) == pytest.approx(change[0], abs=1e-4)
-    for options, message in (
-        (("--pair", names[0], "mmm"), "has no runs of 'mmm'"),
-        (("--pair", "centre box", names[0]), "has no runs of 'centre box'"),
+        for key, values in (("auc", "auc"), ("pointing", "pointing")):
+            change = [of(sgl, s, values, rule) - of(bag, s, values, rule) for s in (0, 1)]
+            assert float(own[key]) == pytest.approx(np.mean(change), abs=1e-4)
+            assert own[f"{key}_seeds"] == metrics.signs(np.array(change))
+            assert centre[key] == ""
+        hits = np.array([of(sgl, s, "hits", rule) for s in (0, 1)], float)
+        patients = np.array(of(sgl, 0, "patients"))
+        for row, others in ((own, [of(bag, s, "hits", rule) for s in (0, 1)]), (centre, of(sgl, 0, "centre"))):
+            change = (hits - np.array(others, float))[:, :, 0]
+            assert float(row["iou_0.1"]) == pytest.approx(change.mean(), abs=1e-4)
+            assert row["iou_0.1_seeds"] == metrics.signs(change.mean(1))
+            low, high = interval_over_patients(change.mean(0), patients)
+            assert row["iou_0.1_interval"] == f"{low:.3f} to {high:.3f}"
+    assert len(set(patients.tolist())) < len(patients)  # the interval is not that over boxes
+
+
+def test_another_folder_is_subtracted_method_by_method(two_methods, tmp_path, capsys):
+    folder, bag, _ = two_methods
+    code, rows = compare(folder, "--minus", folder / "other")
+    (row,) = (r for r in rows if (r["rule"], r["boxes"]) == ("half", "det10"))
+    assert code == 0 and (row["method"], row["minus"], row["seeds"]) == (bag, bag, "1")  # one seed in common
+    first, second = (
+        np.mean(json.loads((folder / f"{name}/{bag}-seed1.json").read_text())["boxes"]["det10"]["half"]["hits"], 0)[0]
+        for name in ("runs", "other")
+    )
+    assert float(row["iou_0.1"]) == pytest.approx(first - second, abs=1e-4)
+    boxes = changed(folder / "other", f"{bag}-seed1", tmp_path / "seed" / "a.json", seed=7)["boxes"]
+    changed(folder / "other", f"{bag}-seed1", tmp_path / "set" / "a.json", boxes={"rsna": boxes["det10"]})
+    other = {rule: found | {"patients": found["patients"][::-1]} for rule, found in boxes["det10"].items()}
+    changed(folder / "other", f"{bag}-seed1", tmp_path / "patients" / "a.json", boxes=boxes | {"det10": other})
+    changed(folder / "other", f"{bag}-seed1", tmp_path / "method" / "a.json", method="mmm")
+    for name, message in (
+        ("seed", "have no seed in common"),
+        ("set", "have no set of boxes in common"),
+        ("patients", "have different boxes of det10"),
+        ("method", "have no method in common; name the methods with --pair"),
     ):
-        assert example.main([str(o) for o in (*compare, *options)]) == 2
+        assert compare(folder, "--minus", tmp_path / name)[0] == 2
         assert message in capsys.readouterr().err
+    for pair, message in (((bag, "mmm"), "has no runs of 'mmm'"), (("centre box", bag), "has no runs of 'centre box'")):
+        assert compare(folder, "--pair", *pair)[0] == 2
+        assert message in capsys.readouterr().err
+    assert compare(folder, "--pair", bag, "centre box")[0] == 0
+
+
+def test_runs_that_do_not_belong_together_are_errors(two_methods, tmp_path, capsys):
+    folder, bag, _ = two_methods
+    for name, values, message in (
+        ("heads", {"heads": 5}, "another --heads than the other runs"),
+        ("validate", {"validate": [0]}, "another --validate than the other runs"),
+        ("tuned", {"tuned": {"blocks": 1, "epochs": 1, "lr": 1e-4}}, "another --tune than the other runs"),
+        ("method", {"method": "old method"}, "has an unknown method: 'old method'"),
+    ):
+        changed(folder / "runs", f"{bag}-seed0", tmp_path / name / "a.json")
+        changed(folder / "runs", f"{bag}-seed1", tmp_path / name / "b.json", **values)
+        table = ["table", "--runs", str(tmp_path / name), "--out", str(tmp_path / "films.csv")]
+        assert example.main(table) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "heads" / "b.json").write_text('{"backbone": "a"}')
+    assert example.main(["table", "--runs", str(tmp_path / "heads"), "--out", str(tmp_path / "films.csv")]) == 2
+    assert "b.json is not a run of frozen_cxr.py train" in capsys.readouterr().err
 
 
 def test_sgl_is_compared_with_its_own_bag_loss():
@@ -346,8 +411,8 @@ def test_grad_cam_of_a_batch_is_that_of_each_image_and_class():
 def test_interval_is_over_patients():
     """Forty values of two patients give the interval of two values."""
     values, patients = np.repeat([0.0, 1.0], 20), np.repeat([1, 2], 20)
-    assert interval_over_patients(values, patients) == "0.00 to 1.00"
-    low, high = map(float, interval_over_patients(values, np.arange(40)).split(" to "))
+    assert interval_over_patients(values, patients) == (0.0, 1.0)
+    low, high = interval_over_patients(values, np.arange(40))
     assert 0.3 < low < 0.4 and 0.6 < high < 0.7
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from common.csv_table import write_rows
 from common.files import write_text
-from common.metrics import above_equal_below
+from common.metrics import signs
 
 from bags.figure_runs import Run
 from bags.figures import METRICS, X_AXIS, label_of, values_of
@@ -27,8 +27,8 @@ Found = dict[Run, dict[str, Any]]
 def write_tables(found: Found, args: argparse.Namespace) -> list[Path]:
     """Writes the tables of a figure.
 
-    The CSV has the mean, the worst and the best seed of every point. The Markdown has these, the failed runs, the
-    differences between SGL and the other losses, and the points without a run.
+    The CSV has the mean, the worst and the best seed of every point. The Markdown has these, the failed runs (not in
+    Figure 6), the differences between SGL and the other losses, and the points without a run.
     """
     axis, axis_title = X_AXIS[args.figure]
     lines = _head("bags of", axis_title, "loss", "seeds", *METRICS.values())
@@ -70,9 +70,11 @@ def _failures(found: Found, args: argparse.Namespace) -> Iterator[str]:
     failed = {run for run, content in found.items() if content["result"]["last"]["auc"] < FAILED_AUC}
     if not failed:
         return
-    note = "The training loss of some older runs was not recorded." if any(map(_without_loss, found.values())) else ""
-    rule = f"A run failed if the AUC of its bags is below {FAILED_AUC}. {note}".rstrip()
-    yield from ("", "## Failed runs", "", rule, "")
+    yield from ("", "## Failed runs", "", f"A run failed if the AUC of its bags is below {FAILED_AUC}.")
+    yield "The losses were not run at the same points."
+    if any(_without_loss(found[run]) for run in failed):
+        yield "The training loss of some older runs was not recorded."
+    yield ""
     yield from _head("loss", "failed runs", "runs")
     for method in args.methods:
         runs = [run for run in found if run.method == method]
@@ -108,7 +110,7 @@ def _comparisons(found: Found, args: argparse.Namespace) -> Iterator[str]:
             cells = []
             for metric in METRICS:
                 change = np.array([own[metric] - minus[metric] for own, minus in pairs])
-                cells.append(f"{change.mean():+.3f}, {' / '.join(map(str, above_equal_below(change)))}")
+                cells.append(f"{change.mean():+.3f}, {signs(change)}")
             lines.append(_row(size, x, label_of(other, args.figure), len(pairs), *cells))
     if lines:
         label = label_of(first, args.figure)

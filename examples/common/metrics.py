@@ -26,9 +26,15 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def above_equal_below(differences: np.ndarray) -> tuple[int, int, int]:
-    """The number of ``differences`` (n,) above, equal to and below 0. Rounding errors up to 1e-9 count as equal."""
+    """The number of ``differences`` (n,) above, equal to and below 0. Differences up to 1e-9 count as equal; NaN is not
+    counted."""
     equal = np.isclose(differences, 0, atol=1e-9)
     return int((~equal & (differences > 0)).sum()), int(equal.sum()), int((~equal & (differences < 0)).sum())
+
+
+def signs(differences: np.ndarray) -> str:
+    """:func:`above_equal_below` as a text: "ABOVE / EQUAL / BELOW"."""
+    return " / ".join(map(str, above_equal_below(differences)))
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -88,11 +88,11 @@ class Films(NamedTuple):
     first: float = FIRST
 
     def splits(self, folds: Sequence[int] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Numbers of the training images, and of the evaluation images: of the training and the test list.
+        """Pairs of the numbers of the training and of the evaluation images: by default one pair, the official lists.
 
         Args:
-            folds: if given, a split for each of these folds over the patients of the training list. The images of the
-                fold are evaluated, and those of the other folds are trained on.
+            folds: a pair for each of these folds over the patients of the training list. The images of the fold are
+                evaluated, and those of the other folds are trained on.
         """
         train = np.flatnonzero(~self.test)
         if not folds:
@@ -102,7 +102,10 @@ class Films(NamedTuple):
 
 
 def fold_of(patients: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The fold (n,) of each image, 0 to FOLDS - 1, drawn by patient: images of a patient are in the same fold."""
+    """The fold (n,) of each image, 0 to FOLDS - 1, drawn by patient: images of a patient are in the same fold.
+
+    The folds have an equal number of patients; the last one also has the remainder.
+    """
     unique, number = np.unique(patients, return_inverse=True)
     place = np.argsort(np.random.default_rng(seed).permutation(len(unique)))
     return np.minimum(place // max(1, len(unique) // FOLDS), FOLDS - 1)[number]
@@ -314,7 +317,7 @@ def evaluate(films: Films, parts: Sequence[Predicted]) -> dict[str, Any]:
     aucs = auc_per_class(scores, films.labels[numbers].numpy(), CLASSES)
     maps = dict(zip(numbers.tolist(), heat, strict=True))
     return {
-        "auc": float(np.nanmean([aucs[name] for name in CLASSES])),
+        "auc": aucs["mean"],
         "auc_of_classes": aucs,
         "boxes": {name: _boxes(maps, films, films.boxes[name]) for name in evaluated_boxes(films, numbers)},
     }

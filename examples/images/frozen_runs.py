@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import disk_usage
@@ -13,7 +13,7 @@ from shutil import disk_usage
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.files import naming, read_json, write_json, write_text
+from common.files import naming, write_json, write_text
 from common.weights import read_weights
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from images.frozen import (
     reduce_features,
     train_head,
 )
+from images.frozen_files import refuse_other_settings
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -140,11 +141,11 @@ def train(args: argparse.Namespace) -> None:
     """Writes one file per run into ``args.out``: METHOD-seedSEED.json. Existing runs are skipped.
 
     With --tune, the head and the last blocks of the network are trained further before the evaluation. With several
-    folds of --validate, a run trains one head for each, and the predictions of all folds are evaluated together. With
-    --heads N, it trains N heads instead of one, with the seeds N SEED to N SEED + N - 1, and evaluates their means.
+    folds of --validate, a run trains heads for each fold, and the predictions of all folds are evaluated together. With
+    --heads N, it trains N heads for each fold, with the seeds N SEED to N SEED + N - 1, and evaluates their means.
 
     Raises:
-        ValueError: an unknown method, or an existing run had other settings.
+        ValueError: an unknown method, a part without images, or an existing run had other settings.
     """
     methods = args.methods or list(METHODS)
     unknown = [method for method in methods if method not in METHODS]
@@ -158,6 +159,8 @@ def train(args: argparse.Namespace) -> None:
 
         tuning = Tuning(films, args.features, transform, BACKBONE, str(args.weights), args.tune)
     splits = films.splits(args.validate)
+    if any(len(part) == 0 for split in splits for part in split):
+        raise ValueError(f"validate: a fold, or one of the official lists, has no image of {args.data_dir}")
     sets = evaluated_boxes(films, np.concatenate([evaluated for _, evaluated in splits]))
     tuned = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr} if tuning is not None else None
     settings = {"validate": args.validate, "components": args.components, "heads": args.heads, "tuned": tuned}
@@ -192,19 +195,3 @@ def train(args: argparse.Namespace) -> None:
             write_json(result, path)
             shares = [f"{name} {np.mean(found['half']['hits'], 0).round(2)}" for name, found in result["boxes"].items()]
             print(f"{method}, seed {seed}: AUC {result['auc']:.3f}; boxes: {', '.join(shares)}", flush=True)
-
-
-def refuse_other_settings(path: Path, settings: dict, boxes: Collection[str]) -> None:
-    """Raises ValueError if the run in ``path`` had other ``settings``, or other sets of ``boxes``.
-
-    A run of an older version has one head, no components, and no key "tuned" if it was not tuned. Its "validate" is
-    true or false.
-    """
-    known = {"components": settings["components"], "heads": 1, "tuned": None} | read_json(path)
-    if isinstance(known["validate"], bool):
-        known["validate"] = [0] if known["validate"] else []
-    changed = [name for name in settings if known[name] != settings[name]]
-    changed += [name for name in ("det10", "rsna") if (name in known["boxes"]) != (name in boxes)]
-    if changed:
-        option = changed[0].replace("tuned", "tune")
-        raise ValueError(f"out: {path} was made with another --{option}; choose another --out")
