@@ -50,7 +50,8 @@ LARGEST, LARGEST_SDIST = 2_000_000, 1_000_000
 #: Tracked files that are not in a source distribution: files of git, the last result, and the files that MANIFEST.in
 #: excludes.
 NOT_SHIPPED = re.compile(
-    r"\.git.*|tools/matrix.*|(examples|benchmarks|docs)/.*\.(png|svg)|examples/results/localization/other_.*"
+    r"\.git.*|tools/matrix.*|(examples|benchmarks|docs)/.*\.(png|svg)"
+    r"|examples/results/(localization/other_|real_images/films/).*"
 )
 PASSED, FAILED, MISSING = "passed", "FAILED", "not available"
 
