@@ -12,8 +12,10 @@ from images.frozen import METHODS
 
 #: The runs of a method by seed.
 Runs = dict[int, dict[str, Any]]
-#: The settings of a run by the option of frozen_cxr.py that sets them, with the values of runs of older versions.
+#: The settings of a run, with the values of runs of older versions.
 SETTINGS: dict[str, Any] = {"validate": [], "components": None, "heads": 1, "tuned": None}
+#: The options of frozen_cxr.py that set them, where the name differs.
+OPTIONS = {"tuned": "tune"}
 
 
 def settings_of(run: dict[str, Any], components: int | None = None) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def refuse_other_settings(path: Path, settings: dict[str, Any], boxes: Collectio
     changed = [name for name in settings if known[name] != settings[name]]
     changed += [name for name in ("det10", "rsna") if (name in run["boxes"]) != (name in boxes)]
     if changed:
-        option = changed[0].replace("tuned", "tune")
+        option = OPTIONS.get(changed[0], changed[0])
         raise ValueError(f"out: {path} was made with another --{option}; choose another --out")
 
 
@@ -70,7 +72,7 @@ def _refuse_unequal(path: Path, run: dict[str, Any], other: dict[str, Any], fold
     settings = settings_of(run, expected["components"])
     changed = [name for name in settings if settings[name] != expected[name]]
     if changed:
-        option = changed[0].replace("tuned", "tune")
+        option = OPTIONS.get(changed[0], changed[0])
         raise ValueError(f"runs: {path} was made with another --{option} than the other runs of {folder}")
     if list(run["boxes"]) != list(other["boxes"]):
         raise ValueError(
