@@ -14,9 +14,10 @@ is for choosing settings: it evaluates on a quarter of the patients of the train
 ``--validate 0 1 2 3`` is a cross-validation over all of them. ``probe`` cross-validates a logistic regression on the
 training list: how much about the labels the features hold.
 
-``extract --stages`` takes other features: earlier stages, several image sizes, another network. ``train --tune N``
-trains the last N blocks of EfficientNet-Lite0 behind each trained head, together with the head. ``--tune 0`` is the
-control: the head alone is trained further.
+``extract --stages`` takes other features: earlier stages, several image sizes, another network. ``--mirror`` of
+``extract`` and ``train`` adds the mirrored images to the training and to the predictions. ``train --margin``
+leaves out the cells near the edges. ``train --tune N`` trains the last N blocks of EfficientNet-Lite0 behind each
+trained head, together with the head. ``--tune 0`` is the control: the head alone is trained further.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PIXELS",
         help="width and height of resized images; with --stages, the features of several sizes are concatenated (320)",
     )
+    one.add_argument("--mirror", action="store_true", help="also the maps of the mirrored images, for train --mirror")
     one.add_argument("--out", type=Path, required=True, help="folder for the feature maps")
     two = commands.add_parser("train", allow_abbrev=False, help="train and evaluate heads")
     two.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
@@ -78,6 +80,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=1,
         metavar="N",
         help="heads that a run trains; their mean predictions are evaluated (1)",
+    )
+    two.add_argument(
+        "--mirror",
+        action="store_true",
+        help="train on the images and the mirrored images, and evaluate the mean predictions for both; needs extract "
+        "--mirror",
+    )
+    two.add_argument(
+        "--margin",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="cells whose centre is nearer to an edge than this fraction of the side of the image are not used (0)",
     )
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
     two.add_argument(
@@ -138,6 +153,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "probe" and (args.regions < 1 or not min(args.c) > 0):
         parser.error(f"--regions, --c: expected above 0, got {args.regions} and {min(args.c):g}")
+    if args.command == "train" and not 0 <= args.margin < 0.5:
+        parser.error(f"--margin: expected 0 to less than 0.5, got {args.margin:g}")
     if args.command == "train" and args.tune is not None and args.weights is None:
         parser.error("--tune: expected --weights, too")
     if args.command == "train":

@@ -28,6 +28,7 @@ from images.frozen import (
     reduce_features,
     train_head,
 )
+from images.frozen_mirrored import mean_with_mirrored
 from images.frozen_tables import interval_over_patients, usual_pairs
 from images.frozen_tuning import BLOCKS, Tuning, tune, with_tuned
 from images.nih import load_index
@@ -35,7 +36,8 @@ from images.synthetic_set import write_dataset
 
 from sgl_ops.pooling import make_pooling
 
-pytest.importorskip("PIL.Image")
+Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +233,48 @@ def test_several_heads_are_evaluated_by_their_mean(data, tmp_path):
     cells, _ = reduce_features(films, 12)
     ((trained, test),) = films.splits()
     heads = [train_head(cells, films, trained, METHODS["softmax bag"], seed)[:2] for seed in (2, 3)]
-    first, second = (predict(*head, cells, test) for head in heads)
+    first, second = (predict(*head, cells, films, test) for head in heads)
     mean = first._replace(scores=(first.scores + second.scores) / 2, maps=(first.maps + second.maps) / 2)
     expected = evaluate(films, [mean])
     assert result["auc"] == pytest.approx(expected["auc"])
     assert result["boxes"]["det10"]["half"]["hits"] == expected["boxes"]["det10"]["half"]["hits"]
+
+
+def test_mirrored_images_are_trained_on_and_evaluated(data, tmp_path, capsys):
+    features = tmp_path / "features"
+    features.mkdir()
+    for path in (data / "features").iterdir():
+        (features / path.name).write_bytes(path.read_bytes())
+    given = ("--features", features, "--seeds", 1, "--methods", "softmax bag", "--components", 12)
+    mirror = (*given, "--mirror", "--margin", 0.1)
+    assert run(data, tmp_path / "runs", *mirror) == 2
+    assert "holds no mirrored_features.npy" in capsys.readouterr().err
+    maps = np.load(features / "features.npy")
+    np.save(features / "mirrored_features.npy", maps[..., ::-1] + np.float16(0.1))
+    assert run(data, tmp_path / "runs", *mirror) == 0
+    result = json.loads((tmp_path / "runs" / "softmax bag-seed1.json").read_text())
+    assert result["mirror"] is True and result["margin"] == 0.1
+    films = read_films(data / "data", None, data / "det10.csv", features, mirrored=True, margin=0.1)
+    n = len(maps)
+    assert len(films.labels) == 2 * n and torch.equal(films.labels[:n], films.labels[n:])
+    cells, _ = reduce_features(films, 12)
+    assert cells.shape == (2 * n, 64, 12)  # 8 x 8 of 10 x 10 cells
+    ((trained, test),) = films.splits()
+    head, pooling, _ = train_head(cells, films, trained, METHODS["softmax bag"], 1)
+    expected = evaluate(films, [mean_with_mirrored(films, predict(head, pooling, cells, films, test))])
+    assert result["auc"] == pytest.approx(expected["auc"])
+    assert result["boxes"]["det10"]["half"] == expected["boxes"]["det10"]["half"]
+    assert len(expected["boxes"]["det10"]["half"]["hits"]) == sum(
+        bool(films.test[image]) for image, _ in films.boxes["det10"]
+    )
+    for options, name in ((given[2:], "mirror"), ((*mirror[2:-1], 0.2), "margin")):
+        assert run(data, tmp_path / "runs", *given[:2], *options) == 2
+        assert f"made with another --{name}" in capsys.readouterr().err
+    assert run(data, tmp_path / "none", *given, "--margin", 0.4999) == 2
+    assert "no cell is farther than 0.4999" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "none", *given, "--margin", 0.5)
+    assert "--margin: expected 0 to less than 0.5" in capsys.readouterr().err
 
 
 def compare(folder, *options):
@@ -380,7 +419,7 @@ def test_attention_is_trained_with_the_head(data, name):
     assert (pooling.gate_layer is not None) == name.startswith("gated")
     for before, after in zip(untrained.parameters(), pooling.parameters(), strict=True):
         assert before.numel() == 1 or not torch.equal(before, after)  # the bias of the score has no effect
-    result = evaluate(films, [predict(head, pooling, cells, test)])
+    result = evaluate(films, [predict(head, pooling, cells, films, test)])
     assert 0 <= result["auc"] <= 1 and set(result["boxes"]) >= {"det10"}
 
 
@@ -435,10 +474,22 @@ def test_extraction_writes_the_features(data, tmp_path):
     with torch.no_grad():
         found = blocks(torch.from_numpy(before.astype(np.float32))).numpy()
     np.testing.assert_allclose(found, features[:, :320], rtol=0.01, atol=0.01 * np.abs(found).mean())
+    assert example.main(["extract", *options, "--mirror", "--out", str(tmp_path / "out")]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "features.npy"), features)
+    mirrored = tmp_path / "mirrored"
+    mirrored.mkdir()
+    for path in images.iterdir():
+        with Image.open(path) as image:
+            ImageOps.mirror(image).save(mirrored / path.name)
+    options_of_mirrored = ["--data-dir", str(mirrored), *options[2:], "--out", str(tmp_path / "separate")]
+    assert example.main(["extract", *options_of_mirrored]) == 0
+    for name in ("features.npy", "before.npy"):
+        expected = np.load(tmp_path / "separate" / name)
+        np.testing.assert_array_equal(np.load(tmp_path / "out" / f"mirrored_{name}"), expected)
     two = ["--stages", "blocks.2", "blocks.1", "--image-size", "96", "144"]
     assert example.main(["extract", *options, *two, "--out", str(tmp_path / "out")]) == 0
     assert np.load(tmp_path / "out" / "features.npy").shape == (3, 2 * (40 + 24), 12, 12)
-    assert not (tmp_path / "out" / "before.npy").exists()
+    assert {path.name for path in (tmp_path / "out").glob("*.npy")} == {"features.npy"}
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert 0 < settings["first"] < 1 and settings["image_size"] == [96, 144]
     assert example.main(["extract", *options, "--image-size", "96", "144", "--out", str(tmp_path / "other")]) == 2

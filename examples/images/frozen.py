@@ -24,6 +24,7 @@ from sgl_ops.localization import box_iou, centre_box, contains, heatmap_to_box, 
 SIDE = 256  # pixels of the image that boxes are measured in
 FIRST = 31.5 / 32  # centre of the first cell of EfficientNet-Lite0's last map, which pads as TensorFlow does
 T_IOU = (0.1, 0.3, 0.5)
+MIRRORED = "mirrored_"  # begins the name of a file with the maps of the mirrored images
 FOLDS = 4  # of a cross-validation over the patients of the training list
 
 #: Rules from map to box: title, threshold, whether relative to the maximum, and whether the map is rescaled first.
@@ -78,6 +79,9 @@ class Films(NamedTuple):
         test: (n,) bool, those of the official test list.
         boxes: sets of boxes by name: (image, class) to boxes (k, 4) in pixels of an image of 1024 pixels.
         first: centre of the first cell of a map, in cells from the edge of the image.
+        mirrored: whether the second half of the rows are the mirrored images of the first half, in the same order.
+            ``boxes`` has the first half only.
+        margin: cells are not used if their centre is nearer to an edge than this fraction of the side of the image.
     """
 
     features: np.ndarray
@@ -86,6 +90,16 @@ class Films(NamedTuple):
     test: np.ndarray
     boxes: dict[str, dict[tuple[int, int], np.ndarray]]
     first: float = FIRST
+    mirrored: bool = False
+    margin: float = 0.0
+
+    @property
+    def inside(self) -> np.ndarray:
+        """The cells of a map that are used, (h, w) bool."""
+        rows, columns = (
+            abs((np.arange(n) + self.first) / n - 0.5) <= 0.5 - self.margin for n in self.features.shape[2:]
+        )
+        return rows[:, None] & columns
 
     def splits(self, folds: Sequence[int] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
         """Pairs of the numbers of the training and of the evaluation images: by default one pair, the official lists.
@@ -139,12 +153,22 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
 
 
 def read_films(
-    data_dir: Path, tables: Path | None, det10: Path | None, features: Path, rsna: Path | None = None
+    data_dir: Path,
+    tables: Path | None,
+    det10: Path | None,
+    features: Path,
+    rsna: Path | None = None,
+    mirrored: bool = False,
+    margin: float = 0.0,
 ) -> Films:
     """The films of a folder of frozen_cxr.py extract, with the official tables and the boxes of ChestX-Det10 and RSNA.
 
+    Args:
+        mirrored: also the mirrored images, see Films.
+        margin: see Films.
+
     Raises:
-        ValueError: a file is missing, or the features belong to other images.
+        ValueError: a file is missing, the features belong to other images, or no cell is inside of the margin.
     """
     if not (features / "names.txt").is_file():
         raise ValueError(f"features: {features} holds no names.txt; frozen_cxr.py extract writes it")
@@ -169,21 +193,42 @@ def read_films(
             for image, kind, box in read(path):
                 if kind in CLASSES and image in where:
                     boxes[name].setdefault((where[image], CLASSES.index(kind)), []).append(box)
-    return Films(
-        np.load(features / "features.npy", mmap_mode="r"),
+    if mirrored:
+        order = np.tile(order, 2)
+    films = Films(
+        load_maps(features, "features.npy", mirrored),
         torch.from_numpy(index.labels[order]).float(),
         index.patients[order],
         index.test[order],
         {name: {key: np.array(found) for key, found in some.items()} for name, some in boxes.items()},
         first,
+        mirrored,
+        margin,
     )
+    if not films.inside.any():
+        raise ValueError(f"margin: no cell is farther than {margin:g} of the side from all edges")
+    return films
+
+
+def load_maps(folder: Path, name: str, mirrored: bool) -> np.ndarray:
+    """The maps ``name`` of a folder of frozen_cxr.py extract. With ``mirrored``, those of the mirrored images follow.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = [name, MIRRORED + name] if mirrored else [name]
+    for missing in (file for file in names if not (folder / file).is_file()):
+        options = "with --mirror" if missing.startswith(MIRRORED) else "without --stages"
+        raise ValueError(f"features: {folder} holds no {missing}; frozen_cxr.py extract {options} writes it")
+    maps = [np.load(folder / file, mmap_mode="r") for file in names]
+    return np.concatenate(maps) if mirrored else maps[0]
 
 
 def reduce_features(films: Films, components: int) -> tuple[Tensor, Transform]:
-    """Principal components (n, h w, components) of the cells, and the transform of features that computes them.
+    """Principal components (n, L, components) of the L used cells, and the transform of features that computes them.
 
-    They are fitted on the training list and partly whitened: each component is divided by the square root of its
-    standard deviation. Then all are divided by their common standard deviation.
+    They are fitted on all cells of the training list and partly whitened: each component is divided by the square root
+    of its standard deviation. Then all are divided by their common standard deviation.
     """
     maps = torch.from_numpy(np.array(films.features)).float()
     cells = maps.flatten(2).transpose(1, 2)
@@ -194,7 +239,7 @@ def reduce_features(films: Films, components: int) -> tuple[Tensor, Transform]:
     project = vectors[:, -components:] / (values[-components:].clamp(min=0).sqrt() + 1e-3).sqrt()
     reduced = torch.stack([(film - mean) / deviation @ project for film in cells])
     scale = reduced.std()
-    return reduced / scale, Transform(mean, project / deviation.unsqueeze(1) / scale)
+    return (reduced / scale)[:, films.inside.ravel()], Transform(mean, project / deviation.unsqueeze(1) / scale)
 
 
 class Head(nn.Module):
@@ -294,15 +339,19 @@ class Predicted(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    head: Head, pooling: nn.Module, cells: Tensor, numbers: np.ndarray, with_grad_cam: bool = False
+    head: Head, pooling: nn.Module, cells: Tensor, films: Films, numbers: np.ndarray, with_grad_cam: bool = False
 ) -> Predicted:
-    """The predictions for the images ``numbers``, with the maps of :func:`grad_cam` on request."""
+    """The predictions for the images ``numbers``, with the maps of :func:`grad_cam` on request.
+
+    The value of a cell that is not used is 0.
+    """
     logits, hidden = head(cells[numbers])
     logits = logits.transpose(1, 2)
-    side = int(logits.shape[2] ** 0.5)
     heat = grad_cam(head, pooling, cells[numbers]) if with_grad_cam else torch.sigmoid(logits)
     scores = pooling(logits, features=hidden).numpy()
-    return Predicted(numbers, scores, heat.double().unflatten(2, (side, side)).numpy())
+    maps = np.zeros((*scores.shape, *films.inside.shape))
+    maps[:, :, films.inside] = heat.numpy()
+    return Predicted(numbers, scores, maps)
 
 
 def mean_of_heads(predicted: Sequence[Predicted]) -> Predicted:

@@ -13,7 +13,14 @@ from images.frozen import METHODS
 #: The runs of a method by seed.
 Runs = dict[int, dict[str, Any]]
 #: The settings of a run, with the values of runs of older versions.
-SETTINGS: dict[str, Any] = {"validate": [], "components": None, "heads": 1, "tuned": None}
+SETTINGS: dict[str, Any] = {
+    "validate": [],
+    "components": None,
+    "heads": 1,
+    "mirror": False,
+    "margin": 0.0,
+    "tuned": None,
+}
 #: The options of frozen_cxr.py that set them, where the name differs.
 OPTIONS = {"tuned": "tune"}
 

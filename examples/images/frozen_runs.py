@@ -20,6 +20,7 @@ from torch import Tensor
 from images.frozen import (
     FIRST,
     METHODS,
+    MIRRORED,
     evaluate,
     evaluated_boxes,
     mean_of_heads,
@@ -29,6 +30,7 @@ from images.frozen import (
     train_head,
 )
 from images.frozen_files import refuse_other_settings
+from images.frozen_mirrored import mean_with_mirrored
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -37,7 +39,8 @@ def extract(args: argparse.Namespace) -> None:
     """Writes the feature maps (n, D, h, w) float16 of all images, and their names.
 
     Without --stages, the maps of the last two stages are concatenated on the grid of the last one, see
-    :func:`last_two_stages`, and the input of the last two blocks is written for ``train --tune``.
+    :func:`last_two_stages`, and the input of the last two blocks is written for ``train --tune``. With --mirror, the
+    maps of the mirrored images are written, too.
     """
     from images.nih import find_images
 
@@ -47,11 +50,15 @@ def extract(args: argparse.Namespace) -> None:
     maps_of, first = chosen_stages(args) if args.stages else last_two_stages(args)
     shapes = [maps.shape for maps in maps_of(_gray(paths[Path(names[0]).stem]))]
     files = [args.out / name for name in ("features.npy", "before.npy")][: len(shapes)]
+    if args.mirror:
+        shapes *= 2
+        files += [path.with_name(MIRRORED + path.name) for path in files]
     needed = sum(2 * len(names) * math.prod(shape) for shape in shapes)
     free = disk_usage(args.out).free
     if needed > free:
         raise ValueError(f"{files[0]}: the features need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    (args.out / "before.npy").unlink(missing_ok=True)  # of an earlier extraction with other stages
+    for name in ("before.npy", MIRRORED + "features.npy", MIRRORED + "before.npy"):
+        (args.out / name).unlink(missing_ok=True)  # of an earlier extraction with other options
     # Written in order, not through a memory map, with which a full disk terminates the process by a signal.
     with ExitStack() as stack:
         opened = []
@@ -61,7 +68,9 @@ def extract(args: argparse.Namespace) -> None:
                 header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": (len(names), *shape)}
                 np.lib.format.write_array_header_1_0(opened[-1], header)
         for i, name in enumerate(names):
-            for path, file, maps in zip(files, opened, maps_of(_gray(paths[Path(name).stem])), strict=True):
+            image = _gray(paths[Path(name).stem])
+            written = maps_of(image) + (maps_of(image.flip(3)) if args.mirror else [])
+            for path, file, maps in zip(files, opened, written, strict=True):
                 with naming(path):
                     file.write(np.ascontiguousarray(maps, np.float16).data)
             if i % 100 == 0:
@@ -142,7 +151,8 @@ def train(args: argparse.Namespace) -> None:
 
     With --tune, the head and the last blocks of the network are trained further before the evaluation. With several
     folds of --validate, a run trains heads for each fold, and the predictions of all folds are evaluated together. With
-    --heads N, it trains N heads for each fold, with the seeds N SEED to N SEED + N - 1, and evaluates their means.
+    --heads N, it trains N heads for each fold, with the seeds N SEED to N SEED + N - 1, and evaluates their means. With
+    --mirror, it trains on all images and their mirrored images, and evaluates the means over both.
 
     Raises:
         ValueError: an unknown method, a part without images, or an existing run had other settings.
@@ -151,7 +161,7 @@ def train(args: argparse.Namespace) -> None:
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
-    films = read_films(args.data_dir, args.tables, args.det10, args.features, args.rsna)
+    films = read_films(args.data_dir, args.tables, args.det10, args.features, args.rsna, args.mirror, args.margin)
     cells, transform = reduce_features(films, args.components)
     tuning = None
     if args.tune is not None:
@@ -163,7 +173,10 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"validate: a fold, or one of the official lists, has no image of {args.data_dir}")
     sets = evaluated_boxes(films, np.concatenate([evaluated for _, evaluated in splits]))
     tuned = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr} if tuning is not None else None
-    settings = {"validate": args.validate, "components": args.components, "heads": args.heads, "tuned": tuned}
+    settings = {
+        "validate": args.validate, "components": args.components, "heads": args.heads, "mirror": args.mirror,
+        "margin": args.margin, "tuned": tuned,
+    }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for method in methods:
@@ -184,9 +197,10 @@ def train(args: argparse.Namespace) -> None:
                             args.tune_lr,
                         )  # fmt: skip
                         shown = with_tuned(cells, tuning, blocks, evaluated)
-                    of_heads.append(predict(head, pooling, shown, evaluated, METHODS[method].grad_cam))
+                    of_heads.append(predict(head, pooling, shown, films, evaluated, METHODS[method].grad_cam))
                     starts.append(started)
-                parts.append(mean_of_heads(of_heads))
+                mean = mean_of_heads(of_heads)
+                parts.append(mean_with_mirrored(films, mean) if args.mirror else mean)
             result = evaluate(films, parts)
             result |= settings | {
                 "method": method, "seed": seed, "lam_started_in_epoch": starts,

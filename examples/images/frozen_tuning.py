@@ -13,7 +13,7 @@ from features.finetuning import load_blocks
 from features.training import Transform
 from torch import Tensor, nn
 
-from images.frozen import Films, Head, Method, make_criterion
+from images.frozen import Films, Head, Method, load_maps, make_criterion
 
 #: The blocks that can be trained: the last ones. ``extract`` writes the input of the first one.
 BLOCKS = ("blocks.5.3", "blocks.6.0")
@@ -39,16 +39,12 @@ class Tuning:
     """
 
     def __init__(self, films: Films, folder: Path, transform: Transform, backbone: str, weights: str, count: int):
-        path = folder / "before.npy"
-        if not path.is_file():
-            raise ValueError(
-                f"features: {folder} holds no before.npy; frozen_cxr.py extract without --stages writes it"
-            )
+        before = load_maps(folder, "before.npy", films.mirrored)
         self.transform = transform
+        self.inside = films.inside.ravel()
         blocks = list(load_blocks(backbone, weights, BLOCKS))
         frozen = nn.Sequential(*blocks[: len(blocks) - count]).eval()
         self.blocks = nn.Sequential(*blocks[len(blocks) - count :]).eval()
-        before = np.load(path, mmap_mode="r")
         with torch.no_grad():
             self.inputs = torch.cat([frozen(as_float(before[i : i + 64])) for i in range(0, len(before), 64)])
             output = self.blocks(self.inputs[:1])
@@ -59,9 +55,9 @@ class Tuning:
         self.others = as_float(films.features[:, output.shape[1] :])
 
     def cells(self, blocks: nn.Module, numbers: Tensor) -> Tensor:
-        """The cells (n, h w, components) of the films ``numbers`` with the features of ``blocks``."""
+        """The used cells (n, L, components) of the films ``numbers`` with the features of ``blocks``."""
         maps = torch.cat([blocks(self.inputs[numbers]), self.others[numbers]], 1)
-        return self.transform(maps.flatten(2).transpose(1, 2))
+        return self.transform(maps.flatten(2)[:, :, self.inside].transpose(1, 2))
 
 
 def as_float(features: np.ndarray) -> Tensor:

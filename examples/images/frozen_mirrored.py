@@ -1,0 +1,36 @@
+"""The mean predictions for films and their mirrored images. Used by frozen_cxr.py."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from images.frozen import Films, Predicted
+
+
+def mean_with_mirrored(films: Films, predicted: Predicted) -> Predicted:
+    """The mean scores and maps of images and their mirrored images, whose maps are mirrored back.
+
+    Args:
+        predicted: the predictions of both, in the order of Films.
+    """
+    half = len(films.labels) // 2
+    numbers, scores, maps = predicted
+    first = numbers < half
+    if not np.array_equal(numbers[~first] - half, numbers[first]):
+        raise ValueError("predicted: expected the mirrored image of each image, in the same order")
+    maps = (maps[first] + mirrored_back(maps[~first], films.first)) / 2
+    return Predicted(numbers[first], (scores[first] + scores[~first]) / 2, maps)
+
+
+def mirrored_back(maps: np.ndarray, first: float) -> np.ndarray:
+    """The maps (..., h, w) of mirrored images, on the cells of the maps of the images.
+
+    Cell j of the reversed map is centred at j + 1 - first cells from the edge of the image, and cell i of the result at
+    i + first. So the result is interpolated at j = i + 2 first - 1. Beyond the outer cells, their values are repeated.
+    """
+    reverse, last = maps[..., ::-1], maps.shape[-1] - 1
+    places = np.clip(np.arange(last + 1) + 2 * first - 1, 0, last)
+    left = np.floor(places).astype(int)
+    right = np.minimum(left + 1, last)
+    share = places - left
+    return (1 - share) * reverse[..., left] + share * reverse[..., right]
