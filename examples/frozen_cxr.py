@@ -72,7 +72,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "the NIH), x, y, width, height in pixels of 1024",
     )
     two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
-    two.add_argument("--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen.py (all)")
+    two.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen_methods.py (all)"
+    )
     two.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of every method (0 1 2 3 4)")
     two.add_argument(
         "--heads",

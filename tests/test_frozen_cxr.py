@@ -19,7 +19,6 @@ from images import linear_probe
 from images.frozen import (
     CLASSES,
     FOLDS,
-    METHODS,
     Head,
     evaluate,
     grad_cam,
@@ -28,6 +27,7 @@ from images.frozen import (
     reduce_features,
     train_head,
 )
+from images.frozen_methods import METHODS
 from images.frozen_mirrored import mean_with_mirrored
 from images.frozen_tables import interval_over_patients, usual_pairs
 from images.frozen_tuning import BLOCKS, Tuning, tune, with_tuned
@@ -558,7 +558,7 @@ def test_tuned_runs_have_the_files_of_frozen_ones(data, tunable, tmp_path, capsy
 
 
 def test_every_method_has_a_loss_and_a_pooling():
-    assert len(METHODS) == 19
+    assert len(METHODS) == 24
     for name, method in METHODS.items():
         assert method.loss in LOSSES and method.pooling in (*POOLINGS, "attention", "gated"), name
         assert (method.lam > 0) == (method.loss == "sgl"), name

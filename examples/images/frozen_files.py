@@ -8,7 +8,7 @@ from typing import Any
 
 from common.files import read_json
 
-from images.frozen import METHODS
+from images.frozen_methods import METHODS
 
 #: The runs of a method by seed.
 Runs = dict[int, dict[str, Any]]

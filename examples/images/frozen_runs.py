@@ -19,7 +19,6 @@ from torch import Tensor
 
 from images.frozen import (
     FIRST,
-    METHODS,
     MIRRORED,
     evaluate,
     evaluated_boxes,
@@ -30,6 +29,7 @@ from images.frozen import (
     train_head,
 )
 from images.frozen_files import refuse_other_settings
+from images.frozen_methods import METHODS
 from images.frozen_mirrored import mean_with_mirrored
 
 BACKBONE = "timm/tf_efficientnet_lite0"

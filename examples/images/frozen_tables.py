@@ -10,8 +10,9 @@ import numpy as np
 from common.csv_table import write_rows
 from common.metrics import Interval, interval, signs
 
-from images.frozen import METHODS, T_IOU
+from images.frozen import T_IOU
 from images.frozen_files import Runs, different_boxes, read_runs
+from images.frozen_methods import METHODS
 
 CENTRE = "centre box"
 

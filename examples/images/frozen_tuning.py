@@ -13,7 +13,8 @@ from features.finetuning import load_blocks
 from features.training import Transform
 from torch import Tensor, nn
 
-from images.frozen import Films, Head, Method, load_maps, make_criterion
+from images.frozen import Films, Head, load_maps, make_criterion
+from images.frozen_methods import Method
 
 #: The blocks that can be trained: the last ones. ``extract`` writes the input of the first one.
 BLOCKS = ("blocks.5.3", "blocks.6.0")
