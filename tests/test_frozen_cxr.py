@@ -539,6 +539,23 @@ def test_tuning_trains_the_head_and_the_chosen_blocks(data, tunable, count):
     assert count == 0 or not torch.equal(with_tuned(cells, tuning, tuned, test)[test], shown[test])
 
 
+def test_tuning_uses_the_mirrored_images_and_the_cells_inside_of_the_margin(data, tunable, tmp_path):
+    for name in ("names.txt", "features.npy", "before.npy"):
+        (tmp_path / name).write_bytes((tunable / name).read_bytes())
+    np.save(tmp_path / "mirrored_features.npy", np.load(tunable / "features.npy"))
+    films = read_films(data / "data", None, None, tmp_path, mirrored=True, margin=0.25)
+    cells, transform = reduce_features(films, 20)
+    given = (films, tmp_path, transform, "timm/tf_efficientnet_lite0", str(tunable / "weights.pth"), 1)
+    with pytest.raises(ValueError, match=r"holds no mirrored_before.npy; frozen_cxr.py extract --mirror without --st"):
+        Tuning(*given)
+    np.save(tmp_path / "mirrored_before.npy", np.load(tunable / "before.npy"))
+    tuning = Tuning(*given)
+    last = len(films.labels) - 1
+    found = tuning.cells(tuning.blocks, torch.tensor([0, last]))
+    assert found.shape[1] == films.inside.sum() < 16
+    torch.testing.assert_close(found, cells[[0, last]], rtol=0.02, atol=0.02)
+
+
 @pytest.mark.examples
 def test_tuned_runs_have_the_files_of_frozen_ones(data, tunable, tmp_path, capsys):
     weights = ["--weights", tunable / "weights.pth"]

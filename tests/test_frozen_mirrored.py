@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from images.frozen import FIRST, Films, Head, Predicted, load_maps, predict, reduce_features
+from images.frozen import FIRST, Films, Head, Predicted, grad_cam, load_maps, predict, reduce_features
 from images.frozen_mirrored import mean_with_mirrored, mirrored_back
 
 from sgl_ops.pooling import make_pooling
@@ -62,7 +62,7 @@ def test_files_of_mirrored_images_follow_those_of_the_images(tmp_path):
     maps = np.arange(6).reshape(2, 3, 1, 1)
     np.save(tmp_path / "features.npy", maps)
     np.testing.assert_array_equal(load_maps(tmp_path, "features.npy", False), maps)
-    with pytest.raises(ValueError, match=r"holds no mirrored_features.npy; frozen_cxr.py extract with --mirror"):
+    with pytest.raises(ValueError, match=r"holds no mirrored_features.npy; frozen_cxr.py extract --mirror writes"):
         load_maps(tmp_path, "features.npy", True)
     np.save(tmp_path / "mirrored_features.npy", maps + 10)
     np.testing.assert_array_equal(load_maps(tmp_path, "features.npy", True), np.concatenate([maps, maps + 10]))
@@ -80,6 +80,9 @@ def test_files_of_mirrored_images_follow_those_of_the_images(tmp_path):
         (FIRST, 0.05, range(9)),
         (FIRST, 0.1, range(1, 9)),
         (FIRST, 0.15, range(1, 8)),
+        (0.5, 0.45, range(4, 6)),  # the centres are exactly 0.45 inside
+        (1.2, 0.0, range(10)),  # the centre of the last cell is outside of the image
+        (1.2, 0.05, range(9)),
     ],
 )
 def test_cells_nearer_to_an_edge_than_the_margin_are_not_used(first, margin, expected):
@@ -104,3 +107,6 @@ def test_unused_cells_have_no_influence_and_the_value_0():
     used = found.maps[:, :, given.inside]
     np.testing.assert_allclose(used, full.maps[:, :, given.inside], rtol=1e-6)
     np.testing.assert_allclose(1 / (1 + np.exp(-found.scores)), used.mean(2), rtol=1e-5)
+    shown = predict(head, pooling, cells, given, numbers, with_grad_cam=True)
+    np.testing.assert_allclose(shown.maps[:, :, given.inside], grad_cam(head, pooling, cells[numbers]), rtol=1e-6)
+    assert (shown.maps[:, :, ~given.inside] == 0).all()

@@ -57,9 +57,11 @@ class Films(NamedTuple):
 
     @property
     def inside(self) -> np.ndarray:
-        """The cells of a map that are used, (h, w) bool."""
-        rows, columns = (
-            abs((np.arange(n) + self.first) / n - 0.5) <= 0.5 - self.margin for n in self.features.shape[2:]
+        """The cells of a map that are used, (h, w) bool: all without a margin, also those with a centre outside."""
+        if not self.margin:
+            return np.ones(self.features.shape[2:], bool)
+        rows, columns = (  # 1e-9: rounding
+            abs((np.arange(n) + self.first) / n - 0.5) <= 0.5 - self.margin + 1e-9 for n in self.features.shape[2:]
         )
         return rows[:, None] & columns
 
@@ -130,7 +132,7 @@ def read_films(
         margin: see Films.
 
     Raises:
-        ValueError: a file is missing, the features belong to other images, or no cell is inside of the margin.
+        ValueError: a file is missing, the features belong to other images, or no cell is far enough from the edges.
     """
     if not (features / "names.txt").is_file():
         raise ValueError(f"features: {features} holds no names.txt; frozen_cxr.py extract writes it")
@@ -180,8 +182,9 @@ def load_maps(folder: Path, name: str, mirrored: bool) -> np.ndarray:
     """
     names = [name, MIRRORED + name] if mirrored else [name]
     for missing in (file for file in names if not (folder / file).is_file()):
-        options = "with --mirror" if missing.startswith(MIRRORED) else "without --stages"
-        raise ValueError(f"features: {folder} holds no {missing}; frozen_cxr.py extract {options} writes it")
+        options = " --mirror" if missing.startswith(MIRRORED) else ""
+        options += " without --stages" if name == "before.npy" else ""
+        raise ValueError(f"features: {folder} holds no {missing}; frozen_cxr.py extract{options} writes it")
     maps = [np.load(folder / file, mmap_mode="r") for file in names]
     return np.concatenate(maps) if mirrored else maps[0]
 
@@ -305,7 +308,7 @@ def predict(
 ) -> Predicted:
     """The predictions for the images ``numbers``, with the maps of :func:`grad_cam` on request.
 
-    The value of a cell that is not used is 0.
+    The value of a cell that is not used is 0. So with a margin, the rules "half" and "rescaled" of MAPS are equal.
     """
     logits, hidden = head(cells[numbers])
     logits = logits.transpose(1, 2)

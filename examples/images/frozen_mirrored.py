@@ -12,6 +12,9 @@ def mean_with_mirrored(films: Films, predicted: Predicted) -> Predicted:
 
     Args:
         predicted: the predictions of both, in the order of Films.
+
+    Raises:
+        ValueError: a mirrored image is missing, or the order is another one.
     """
     half = len(films.labels) // 2
     numbers, scores, maps = predicted
