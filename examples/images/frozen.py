@@ -60,7 +60,7 @@ class Films(NamedTuple):
         """The cells of a map that are used, (h, w) bool: all without a margin, also those with a centre outside."""
         if not self.margin:
             return np.ones(self.features.shape[2:], bool)
-        rows, columns = (  # 1e-9: rounding
+        rows, columns = (  # 1e-9 allows for rounding
             abs((np.arange(n) + self.first) / n - 0.5) <= 0.5 - self.margin + 1e-9 for n in self.features.shape[2:]
         )
         return rows[:, None] & columns

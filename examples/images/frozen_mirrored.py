@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from images.frozen import Films, Predicted
 
@@ -31,9 +32,4 @@ def mirrored_back(maps: np.ndarray, first: float) -> np.ndarray:
     Cell j of the reversed map is centred at j + 1 - first cells from the edge of the image, and cell i of the result at
     i + first. So the result is interpolated at j = i + 2 first - 1. Beyond the outer cells, their values are repeated.
     """
-    reverse, last = maps[..., ::-1], maps.shape[-1] - 1
-    places = np.clip(np.arange(last + 1) + 2 * first - 1, 0, last)
-    left = np.floor(places).astype(int)
-    right = np.minimum(left + 1, last)
-    share = places - left
-    return (1 - share) * reverse[..., left] + share * reverse[..., right]
+    return ndimage.shift(maps[..., ::-1], [0] * (maps.ndim - 1) + [1 - 2 * first], order=1, mode="nearest")
