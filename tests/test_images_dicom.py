@@ -207,6 +207,14 @@ def test_window_of_an_enhanced_file_with_one_frame_is_used(tmp_path):
     assert shown.tolist() == [0, 0, 64, 191, 255, 255]
 
 
+@pytest.mark.parametrize("tags", [{"BitsStored": 12, "HighBit": 11}, {"HighBit": None}, {"HighBit": 7}])
+def test_dicom_values_in_the_lowest_bits_are_read(tmp_path, tags):
+    """HighBit is not used if all bits are."""
+    write_dicom(tmp_path / "x.dcm", VALUES, **tags)
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten()
+    assert shown.tolist() == [0, 51, 102, 153, 204, 255]
+
+
 @pytest.mark.parametrize("name", ["ModalityLUTSequence", "VOILUTSequence"])
 def test_values_beyond_64_bits_meet_the_ends_of_a_table(tmp_path, name):
     tags = {name: lookup_table(0, LINEAR, 16), "RescaleSlope": "1e30" if name[0] == "V" else "1"}
@@ -274,6 +282,7 @@ def test_empty_dicom_attribute_counts_as_absent(tmp_path, tags, expected):
         ({"PhotometricInterpretation": "RGB"}, r"expected one image of 8 bits per colour, got .* \(2, 3\)"),
         ({"Rows": None, "Columns": None}, "expected an image, but this DICOM file has no Rows or Columns"),
         ({"SamplesPerPixel": []}, "its pixels cannot be read"),
+        ({"BitsStored": 12, "HighBit": 15}, "expected the HighBit 11 for BitsStored 12, got 15"),
         ({"Rows": []}, "expected an image, but this DICOM file has no Rows or Columns"),
     ],
 )  # fmt: skip

@@ -52,6 +52,7 @@ def read_dicom(path: Path) -> np.ndarray:
             f"{path}: expected the {INTERPRETATION} {', '.join((*GREY, PALETTE, *COLOURS))}, got "
             f"{interpretation or 'nothing'}; convert the image to one of them"
         )
+    _refuse_other_high_bit(data, path)
     try:
         values = data.pixel_array
     except Exception as error:  # a compression that needs another package, or a truncated file
@@ -101,6 +102,19 @@ def _size(data: Any, path: Path) -> tuple[int, int]:
     if not width or not height:
         raise ValueError(f"{path}: expected an image, but this DICOM file has no Rows or Columns")
     return int(width), int(height)
+
+
+def _refuse_other_high_bit(data: Any, path: Path) -> None:
+    """Raises ValueError if uncompressed values do not use the lowest bits, where pydicom expects them."""
+    allocated, stored, high = (_number(data, name, path) for name in ("BitsAllocated", "BitsStored", "HighBit"))
+    syntax = data.file_meta.get("TransferSyntaxUID")
+    if None in (allocated, stored, high, syntax) or syntax.is_compressed or stored == allocated:
+        return
+    if high != stored - 1:
+        raise ValueError(
+            f"{path}: expected the HighBit {stored - 1:g} for BitsStored {stored:g}, got {high:g}; shift the values to "
+            "the lowest bits and correct HighBit"
+        )
 
 
 def _palette_colours(indices: np.ndarray, data: Any, path: Path) -> np.ndarray:
