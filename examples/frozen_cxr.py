@@ -16,8 +16,10 @@ training list: how much about the labels the features hold.
 
 ``extract --stages`` takes other features: earlier stages, several image sizes, another network. ``--mirror`` of
 ``extract`` and ``train`` adds the mirrored images to the training and to the predictions. ``train --margin``
-leaves out the cells near the edges. ``train --tune N`` trains the last N blocks of EfficientNet-Lite0 behind each
-trained head, together with the head. ``--tune 0`` is the control: the head alone is trained further.
+leaves out the cells near the edges. ``train --features`` with several folders trains heads on the features of each, for
+example of two networks, and evaluates the mean predictions. ``train --tune N`` trains the last N blocks of
+EfficientNet-Lite0 behind each trained head, together with the head. ``--tune 0`` is the control: the head alone is
+trained further.
 """
 
 from __future__ import annotations
@@ -71,7 +73,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="boxes of the RSNA Pneumonia Detection Challenge, for the map of Pneumonia: csv with image_index (name of "
         "the NIH), x, y, width, height in pixels of 1024",
     )
-    two.add_argument("--features", type=Path, required=True, help="folder that extract wrote")
+    two.add_argument(
+        "--features",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="folders that extract wrote; heads are trained on each, and their mean predictions are evaluated",
+    )
     two.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="names of METHODS in images/frozen_methods.py (all)"
     )
@@ -157,6 +166,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--regions, --c: expected above 0, got {args.regions} and {min(args.c):g}")
     if args.command == "train" and not 0 <= args.margin < 0.5:
         parser.error(f"--margin: expected 0 to less than 0.5, got {args.margin:g}")
+    if args.command == "train" and args.tune is not None and len(args.features) > 1:
+        parser.error(f"--tune: expected one folder of --features, got {len(args.features)}")
     if args.command == "train" and args.tune is not None and args.weights is None:
         parser.error("--tune: expected --weights, too")
     if args.command == "train":

@@ -18,6 +18,7 @@ from features.finetuning import load_blocks
 from images import linear_probe
 from images.frozen import (
     CLASSES,
+    FIRST,
     FOLDS,
     Head,
     evaluate,
@@ -27,8 +28,8 @@ from images.frozen import (
     reduce_features,
     train_head,
 )
+from images.frozen_means import mean_of_heads, mean_with_mirrored, on_grid
 from images.frozen_methods import METHODS
-from images.frozen_mirrored import mean_with_mirrored
 from images.frozen_tables import interval_over_patients, usual_pairs
 from images.frozen_tuning import BLOCKS, Tuning, tune, with_tuned
 from images.nih import load_index
@@ -238,6 +239,42 @@ def test_several_heads_are_evaluated_by_their_mean(data, tmp_path):
     expected = evaluate(films, [mean])
     assert result["auc"] == pytest.approx(expected["auc"])
     assert result["boxes"]["det10"]["half"]["hits"] == expected["boxes"]["det10"]["half"]["hits"]
+
+
+def test_the_predictions_on_the_features_of_several_folders_are_averaged(data, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    maps = np.load(data / "features" / "features.npy")
+    np.save(other / "features.npy", np.repeat(np.repeat(maps[:, :20], 2, 2), 2, 3)[:, :, :14, :14])
+    names = (data / "features" / "names.txt").read_text()
+    (other / "names.txt").write_text(names)
+    settings = {"backbone": "another", "stages": ["last"], "image_size": [448], "first": 0.25}
+    (other / "settings.json").write_text(json.dumps(settings))
+    folders = ("--features", data / "features", other)
+    given = ("--seeds", 1, "--methods", "softmax bag", "--components", 12)
+    assert run(data, tmp_path / "both", *given, *folders) == 0
+    result = json.loads((tmp_path / "both" / "softmax bag-seed1.json").read_text())
+    assert result["further_features"] == [settings] and len(result["lam_started_in_epoch"]) == 2
+    predicted = []
+    for folder in folders[1:]:
+        films = read_films(data / "data", None, data / "det10.csv", folder)
+        cells, _ = reduce_features(films, 12)
+        ((trained, test),) = films.splits()
+        head, pooling, _ = train_head(cells, films, trained, METHODS["softmax bag"], 1)
+        predicted.append(predict(head, pooling, cells, films, test))
+    predicted[1] = predicted[1]._replace(maps=on_grid(predicted[1].maps, 0.25, (10, 10), FIRST))
+    films = read_films(data / "data", None, data / "det10.csv", data / "features")
+    expected = evaluate(films, [mean_of_heads(predicted)])
+    assert result["auc"] == pytest.approx(expected["auc"])
+    assert result["boxes"]["det10"] == expected["boxes"]["det10"]
+    assert run(data, tmp_path / "both", *given) == 2
+    assert "made with another --features" in capsys.readouterr().err
+    (other / "names.txt").write_text("\n".join(reversed(names.split())))
+    assert run(data, tmp_path / "none", *given, *folders) == 2
+    assert "hold the features of different images" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "none", *given, *folders, "--tune", 1, "--weights", other)
+    assert "--tune: expected one folder of --features, got 2" in capsys.readouterr().err
 
 
 def test_mirrored_images_are_trained_on_and_evaluated(data, tmp_path, capsys):

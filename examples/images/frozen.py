@@ -143,8 +143,7 @@ def read_films(
     if absent:
         raise ValueError(f"features: {absent[0]} is not among the images of {data_dir}")
     order = np.array([number[name] for name in names])
-    settings = features / "settings.json"
-    first = read_json(settings)["first"] if settings.is_file() else FIRST
+    first = extraction_settings(features)["first"]
     where = {name: i for i, name in enumerate(names)}
     boxes: dict[str, dict[tuple[int, int], list]] = {"nih": {}}
     for name, found in index.boxes.items():
@@ -172,6 +171,12 @@ def read_films(
     if not films.inside.any():
         raise ValueError(f"margin: no cell is farther than {margin:g} of the side from all edges")
     return films
+
+
+def extraction_settings(folder: Path) -> dict[str, Any]:
+    """The settings of frozen_cxr.py extract that made ``folder``. Older versions only had EfficientNet-Lite0."""
+    path = folder / "settings.json"
+    return read_json(path) if path.is_file() else {"first": FIRST}  # type: ignore[no-any-return]
 
 
 def load_maps(folder: Path, name: str, mirrored: bool) -> np.ndarray:
@@ -317,12 +322,6 @@ def predict(
     maps = np.zeros((*scores.shape, *films.inside.shape))
     maps[:, :, films.inside] = heat.numpy()
     return Predicted(numbers, scores, maps)
-
-
-def mean_of_heads(predicted: Sequence[Predicted]) -> Predicted:
-    """The mean scores and maps of several heads for the same images."""
-    numbers, *_ = predicted[0]
-    return Predicted(numbers, *(np.mean([p[k] for p in predicted], 0) for k in (1, 2)))
 
 
 def evaluate(films: Films, parts: Sequence[Predicted]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ SETTINGS: dict[str, Any] = {
     "heads": 1,
     "mirror": False,
     "margin": 0.0,
+    "further_features": [],
     "tuned": None,
 }
 #: The options of frozen_cxr.py that set them, where the name differs.
-OPTIONS = {"tuned": "tune"}
+OPTIONS = {"tuned": "tune", "further_features": "features"}
 
 
 def settings_of(run: dict[str, Any], components: int | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import disk_usage
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +21,22 @@ from torch import Tensor
 from images.frozen import (
     FIRST,
     MIRRORED,
+    Films,
+    Predicted,
     evaluate,
     evaluated_boxes,
-    mean_of_heads,
+    extraction_settings,
     predict,
     read_films,
     reduce_features,
     train_head,
 )
 from images.frozen_files import refuse_other_settings
-from images.frozen_methods import METHODS
-from images.frozen_mirrored import mean_with_mirrored
+from images.frozen_means import mean_of_heads, mean_with_mirrored, on_grid
+from images.frozen_methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from images.frozen_tuning import Tuning
 
 BACKBONE = "timm/tf_efficientnet_lite0"
 
@@ -152,30 +158,28 @@ def train(args: argparse.Namespace) -> None:
     With --tune, the head and the last blocks of the network are trained further before the evaluation. With several
     folds of --validate, a run trains heads for each fold, and the predictions of all folds are evaluated together. With
     --heads N, it trains N heads for each fold, with the seeds N SEED to N SEED + N - 1, and evaluates their means. With
-    --mirror, it trains on all images and their mirrored images, and evaluates the means over both.
+    --mirror, it trains on all images and their mirrored images, and evaluates the means over both. With several folders
+    of --features, it trains such heads on the features of each folder, and evaluates the means over the folders.
 
     Raises:
-        ValueError: an unknown method, a part without images, or an existing run had other settings.
+        ValueError: an unknown method, a part without images, features of other images, or an existing run had other
+            settings.
     """
     methods = args.methods or list(METHODS)
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
-    films = read_films(args.data_dir, args.tables, args.det10, args.features, args.rsna, args.mirror, args.margin)
-    cells, transform = reduce_features(films, args.components)
-    tuning = None
-    if args.tune is not None:
-        from images.frozen_tuning import Tuning, tune, with_tuned
-
-        tuning = Tuning(films, args.features, transform, BACKBONE, str(args.weights), args.tune)
+    networks = read_networks(args)
+    films = networks[0].films
     splits = films.splits(args.validate)
     if any(len(part) == 0 for split in splits for part in split):
         raise ValueError(f"validate: a fold, or one of the official lists, has no image of {args.data_dir}")
     sets = evaluated_boxes(films, np.concatenate([evaluated for _, evaluated in splits]))
-    tuned = {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr} if tuning is not None else None
+    tuned = None if args.tune is None else {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr}
     settings = {
         "validate": args.validate, "components": args.components, "heads": args.heads, "mirror": args.mirror,
-        "margin": args.margin, "tuned": tuned,
+        "margin": args.margin, "further_features": [extraction_settings(folder) for folder in args.features[1:]],
+        "tuned": tuned,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
@@ -186,21 +190,13 @@ def train(args: argparse.Namespace) -> None:
                 continue
             begun = time.monotonic()
             parts, starts = [], []
-            for trained, evaluated in splits:
-                of_heads = []
-                for number in range(seed * args.heads, (seed + 1) * args.heads):
-                    head, pooling, started = train_head(cells, films, trained, METHODS[method], number)
-                    shown = cells
-                    if tuning is not None:
-                        blocks = tune(
-                            tuning, head, pooling, films, trained, METHODS[method], started, number, args.tune_epochs,
-                            args.tune_lr,
-                        )  # fmt: skip
-                        shown = with_tuned(cells, tuning, blocks, evaluated)
-                    of_heads.append(predict(head, pooling, shown, films, evaluated, METHODS[method].grad_cam))
-                    starts.append(started)
-                mean = mean_of_heads(of_heads)
-                parts.append(mean_with_mirrored(films, mean) if args.mirror else mean)
+            for split in splits:
+                of_networks = []
+                for network in networks:
+                    predicted, started = train_and_predict(network, *split, METHODS[method], seed, args)
+                    of_networks.append(predicted)
+                    starts += started
+                parts.append(mean_of_heads(of_networks))
             result = evaluate(films, parts)
             result |= settings | {
                 "method": method, "seed": seed, "lam_started_in_epoch": starts,
@@ -209,3 +205,65 @@ def train(args: argparse.Namespace) -> None:
             write_json(result, path)
             shares = [f"{name} {np.mean(found['half']['hits'], 0).round(2)}" for name, found in result["boxes"].items()]
             print(f"{method}, seed {seed}: AUC {result['auc']:.3f}; boxes: {', '.join(shares)}", flush=True)
+
+
+class Network(NamedTuple):
+    """What the heads on the features of one folder need.
+
+    Attributes:
+        cells: (n, L, components), the used cells.
+        tuning: for --tune, otherwise None.
+        shape, first: the grid of the maps of the first folder. Predictions are interpolated on it.
+    """
+
+    films: Films
+    cells: Tensor
+    tuning: Tuning | None
+    shape: tuple[int, int]
+    first: float
+
+
+def read_networks(args: argparse.Namespace) -> list[Network]:
+    """The features of each folder of --features.
+
+    Raises:
+        ValueError: the folders hold features of different images.
+    """
+    networks: list[Network] = []
+    for folder in args.features:
+        films = read_films(args.data_dir, args.tables, args.det10, folder, args.rsna, args.mirror, args.margin)
+        if (folder / "names.txt").read_text("utf-8") != (args.features[0] / "names.txt").read_text("utf-8"):
+            raise ValueError(f"features: {args.features[0]} and {folder} hold the features of different images")
+        cells, transform = reduce_features(films, args.components)
+        tuning = None
+        if args.tune is not None:
+            from images.frozen_tuning import Tuning
+
+            tuning = Tuning(films, folder, transform, BACKBONE, str(args.weights), args.tune)
+        shown = networks[0].films if networks else films
+        networks.append(Network(films, cells, tuning, shown.inside.shape, shown.first))
+    return networks
+
+
+def train_and_predict(
+    network: Network, trained: np.ndarray, evaluated: np.ndarray, method: Method, seed: int, args: argparse.Namespace
+) -> tuple[Predicted, list[int | None]]:
+    """The mean predictions of --heads heads for the images ``evaluated``, and the epochs in which lam began to rise."""
+    films, cells = network.films, network.cells
+    of_heads, starts = [], []
+    for number in range(seed * args.heads, (seed + 1) * args.heads):
+        head, pooling, started = train_head(cells, films, trained, method, number)
+        shown = cells
+        if network.tuning is not None:
+            from images.frozen_tuning import tune, with_tuned
+
+            blocks = tune(
+                network.tuning, head, pooling, films, trained, method, started, number, args.tune_epochs, args.tune_lr
+            )
+            shown = with_tuned(cells, network.tuning, blocks, evaluated)
+        of_heads.append(predict(head, pooling, shown, films, evaluated, method.grad_cam))
+        starts.append(started)
+    mean = mean_of_heads(of_heads)
+    if args.mirror:
+        mean = mean_with_mirrored(films, mean)
+    return mean._replace(maps=on_grid(mean.maps, films.first, network.shape, network.first)), starts

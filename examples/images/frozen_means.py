@@ -1,11 +1,19 @@
-"""The mean predictions for films and their mirrored images. Used by frozen_cxr.py."""
+"""The mean predictions of several heads, for mirrored images, and of several networks. Used by frozen_cxr.py."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
 
 from images.frozen import Films, Predicted
+
+
+def mean_of_heads(predicted: Sequence[Predicted]) -> Predicted:
+    """The mean scores and maps of several heads for the same images."""
+    numbers, *_ = predicted[0]
+    return Predicted(numbers, *(np.mean([p[k] for p in predicted], 0) for k in (1, 2)))
 
 
 def mean_with_mirrored(films: Films, predicted: Predicted) -> Predicted:
@@ -33,3 +41,25 @@ def mirrored_back(maps: np.ndarray, first: float) -> np.ndarray:
     i + first. So the result is interpolated at j = i + 2 first - 1. Beyond the outer cells, their values are repeated.
     """
     return ndimage.shift(maps[..., ::-1], [0] * (maps.ndim - 1) + [1 - 2 * first], order=1, mode="nearest")
+
+
+def on_grid(maps: np.ndarray, first: float, shape: tuple[int, int], new_first: float) -> np.ndarray:
+    """The maps (..., h, w) on a grid of ``shape`` cells of the same images, interpolated linearly.
+
+    Cell i of h cells covers 1 / h of the side of the image. Beyond the outer cells, their values are repeated.
+
+    Args:
+        first, new_first: centre of the first cell of ``maps`` and of the result, each in cells from the edge.
+    """
+    if (maps.shape[-2:], first) == (shape, new_first):
+        return maps
+    ratios = np.array(maps.shape[-2:]) / shape
+    others = maps.ndim - 2
+    return ndimage.affine_transform(
+        maps,
+        [1.0] * others + ratios.tolist(),
+        [0.0] * others + (new_first * ratios - first).tolist(),
+        (*maps.shape[:-2], *shape),
+        order=1,
+        mode="nearest",
+    )

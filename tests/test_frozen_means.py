@@ -1,4 +1,4 @@
-"""frozen_cxr.py: predictions for mirrored images, and cells near the edge that are not used."""
+"""frozen_cxr.py: means of predictions (mirrored images, other grids), and cells near the edge that are not used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from images.frozen import FIRST, Films, Head, Predicted, grad_cam, load_maps, predict, reduce_features
-from images.frozen_mirrored import mean_with_mirrored, mirrored_back
+from images.frozen_means import mean_of_heads, mean_with_mirrored, mirrored_back, on_grid
 
 from sgl_ops.pooling import make_pooling
 
@@ -44,6 +44,32 @@ def test_the_mean_is_that_of_each_image_and_its_mirrored_image():
     np.testing.assert_allclose(found.maps, (maps[:2] + maps[2:, :, :, ::-1]) / 2)
     with pytest.raises(ValueError, match="mirrored image of each image"):
         mean_with_mirrored(given, Predicted(np.array([1, 3, 5, 6]), scores, maps))
+
+
+def test_the_mean_of_heads_is_that_of_scores_and_maps():
+    numbers, ones = np.array([4, 7]), np.ones((2, 14, 3, 3))
+    found = mean_of_heads([Predicted(numbers, ones[..., 0, 0] * k, ones * k) for k in (1, 2, 6)])
+    np.testing.assert_array_equal(found.numbers, numbers)
+    np.testing.assert_allclose(found.scores, 3 * ones[..., 0, 0])
+    np.testing.assert_allclose(found.maps, 3 * ones)
+
+
+@pytest.mark.parametrize(("first", "new_first"), [(0.5, 0.5), (0.29, FIRST), (FIRST, 0.5), (0.5, 1.2)])
+def test_maps_of_another_grid_keep_their_place_in_the_image(first, new_first):
+    """The value of a cell is the place of its centre, as a fraction of the side, with another slope on each axis."""
+    shape, new_shape = (8, 10), (14, 7)
+    rows, columns = ((np.arange(n) + first) / n for n in shape)
+    found = on_grid(np.tile(rows[:, None] + 10 * columns, (2, 3, 1, 1)), first, new_shape, new_first)
+    assert found.shape == (2, 3, *new_shape)
+    expected = [
+        np.clip((np.arange(n) + new_first) / n, c[0], c[-1]) for n, c in zip(new_shape, (rows, columns), strict=True)
+    ]
+    np.testing.assert_allclose(found, np.broadcast_to(expected[0][:, None] + 10 * expected[1], found.shape))
+
+
+def test_maps_on_their_own_grid_are_unchanged():
+    maps = np.random.default_rng(0).random((2, 14, 3, 4))
+    np.testing.assert_array_equal(on_grid(maps, FIRST, (3, 4), FIRST), maps)
 
 
 def test_an_image_and_its_mirrored_image_are_in_the_same_part():
