@@ -28,7 +28,7 @@ from images.frozen import (
     reduce_features,
     train_head,
 )
-from images.frozen_means import mean_of_heads, mean_with_mirrored, on_grid
+from images.frozen_means import mean_of_heads, mean_with_mirrored, on_cells_of
 from images.frozen_methods import METHODS
 from images.frozen_tables import interval_over_patients, usual_pairs
 from images.frozen_tuning import BLOCKS, Tuning, tune, with_tuned
@@ -241,39 +241,64 @@ def test_several_heads_are_evaluated_by_their_mean(data, tmp_path):
     assert result["boxes"]["det10"]["half"]["hits"] == expected["boxes"]["det10"]["half"]["hits"]
 
 
-def test_the_predictions_on_the_features_of_several_folders_are_averaged(data, tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
-    maps = np.load(data / "features" / "features.npy")
-    np.save(other / "features.npy", np.repeat(np.repeat(maps[:, :20], 2, 2), 2, 3)[:, :, :14, :14])
-    names = (data / "features" / "names.txt").read_text()
-    (other / "names.txt").write_text(names)
-    settings = {"backbone": "another", "stages": ["last"], "image_size": [448], "first": 0.25}
-    (other / "settings.json").write_text(json.dumps(settings))
-    folders = ("--features", data / "features", other)
-    given = ("--seeds", 1, "--methods", "softmax bag", "--components", 12)
-    assert run(data, tmp_path / "both", *given, *folders) == 0
-    result = json.loads((tmp_path / "both" / "softmax bag-seed1.json").read_text())
-    assert result["further_features"] == [settings] and len(result["lam_started_in_epoch"]) == 2
-    predicted = []
-    for folder in folders[1:]:
-        films = read_films(data / "data", None, data / "det10.csv", folder)
+def other_features(data, folder, first, count, cells):
+    """A folder with ``count`` other features of the films of ``data``, on ``cells`` x ``cells`` cells."""
+    folder.mkdir()
+    maps = np.load(data / "features" / "features.npy")[:, -count:]
+    maps = np.repeat(np.repeat(maps, 2, 2), 2, 3)[:, :, :cells, :cells]
+    np.save(folder / "features.npy", maps)
+    np.save(folder / "mirrored_features.npy", maps[..., ::-1] + np.float16(0.1))
+    (folder / "names.txt").write_text((data / "features" / "names.txt").read_text())
+    settings = {"backbone": f"with {count} features", "stages": ["last"], "image_size": [448], "first": first}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return settings
+
+
+@pytest.mark.parametrize("options", [(), ("--mirror", "--margin", 0.1)])
+def test_the_predictions_on_the_features_of_several_folders_are_averaged(data, tmp_path, options):
+    folders = [tmp_path / name for name in "abc"]
+    cases = ((FIRST, 30, 10), (0.25, 20, 14), (0.5, 25, 12))
+    settings = [other_features(data, folder, *case) for folder, case in zip(folders, cases, strict=True)]
+    given = ("--seeds", 1, "--methods", "softmax sgl 3", "--components", 12, *options)
+    assert run(data, tmp_path / "runs", *given, "--features", *folders) == 0
+    result = json.loads((tmp_path / "runs" / "softmax sgl 3-seed1.json").read_text())
+    assert result["features"] == settings
+    mirrored, margin = bool(options), options[-1] if options else 0.0
+    shown, predicted, starts = None, [], []
+    for folder in folders:
+        films = read_films(data / "data", None, data / "det10.csv", folder, mirrored=mirrored, margin=margin)
+        shown = shown or films
         cells, _ = reduce_features(films, 12)
         ((trained, test),) = films.splits()
-        head, pooling, _ = train_head(cells, films, trained, METHODS["softmax bag"], 1)
-        predicted.append(predict(head, pooling, cells, films, test))
-    predicted[1] = predicted[1]._replace(maps=on_grid(predicted[1].maps, 0.25, (10, 10), FIRST))
-    films = read_films(data / "data", None, data / "det10.csv", data / "features")
-    expected = evaluate(films, [mean_of_heads(predicted)])
+        head, pooling, started = train_head(cells, films, trained, METHODS["softmax sgl 3"], 1)
+        of_both = predict(head, pooling, cells, films, test)
+        mean = mean_with_mirrored(films, of_both) if mirrored else of_both
+        predicted.append(mean._replace(maps=on_cells_of(mean.maps, films, shown)))
+        starts.append(started)
+    assert result["lam_started_in_epoch"] == starts
+    expected = evaluate(shown, [mean_of_heads(predicted)])
     assert result["auc"] == pytest.approx(expected["auc"])
     assert result["boxes"]["det10"] == expected["boxes"]["det10"]
-    assert run(data, tmp_path / "both", *given) == 2
-    assert "made with another --features" in capsys.readouterr().err
-    (other / "names.txt").write_text("\n".join(reversed(names.split())))
-    assert run(data, tmp_path / "none", *given, *folders) == 2
-    assert "hold the features of different images" in capsys.readouterr().err
+
+
+def test_features_of_other_networks_and_images_are_refused(data, tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    other_features(data, a, FIRST, 30, 10)
+    other_features(data, b, 0.25, 20, 14)
+    given = ("--seeds", 1, "--methods", "softmax bag", "--components", 12, "--features")
+    assert run(data, tmp_path / "runs", *given, a, b) == 0
+    (path,) = (tmp_path / "runs").glob("*.json")
+    before = path.stat().st_mtime_ns
+    assert run(data, tmp_path / "runs", *given, a, b) == 0 and path.stat().st_mtime_ns == before
+    for folders in ([a], [b], [b, a], [a, a]):
+        capsys.readouterr()
+        assert run(data, tmp_path / "runs", *given, *folders) == 2
+        assert "made with another --features" in capsys.readouterr().err
+    (b / "names.txt").write_text("\n".join(reversed((b / "names.txt").read_text().split())))
+    assert run(data, tmp_path / "none", *given, a, b) == 2
+    assert "do not hold the features of the same images in the same order" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run(data, tmp_path / "none", *given, *folders, "--tune", 1, "--weights", other)
+        run(data, tmp_path / "none", *given, a, b, "--tune", 1, "--weights", b)
     assert "--tune: expected one folder of --features, got 2" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from images.frozen import FIRST, Films, Head, Predicted, grad_cam, load_maps, predict, reduce_features
-from images.frozen_means import mean_of_heads, mean_with_mirrored, mirrored_back, on_grid
+from images.frozen_means import mean_of_heads, mean_with_mirrored, mirrored_back, on_cells_of
 
 from sgl_ops.pooling import make_pooling
 
@@ -54,22 +54,30 @@ def test_the_mean_of_heads_is_that_of_scores_and_maps():
     np.testing.assert_allclose(found.maps, 3 * ones)
 
 
+def on_grid(shape, **values):
+    """Films whose maps have ``shape``."""
+    return films(**values)._replace(features=np.zeros((6, 5, *shape)))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.15])
 @pytest.mark.parametrize(("first", "new_first"), [(0.5, 0.5), (0.29, FIRST), (FIRST, 0.5), (0.5, 1.2)])
-def test_maps_of_another_grid_keep_their_place_in_the_image(first, new_first):
-    """The value of a cell is the place of its centre, as a fraction of the side, with another slope on each axis."""
-    shape, new_shape = (8, 10), (14, 7)
-    rows, columns = ((np.arange(n) + first) / n for n in shape)
-    found = on_grid(np.tile(rows[:, None] + 10 * columns, (2, 3, 1, 1)), first, new_shape, new_first)
-    assert found.shape == (2, 3, *new_shape)
-    expected = [
-        np.clip((np.arange(n) + new_first) / n, c[0], c[-1]) for n, c in zip(new_shape, (rows, columns), strict=True)
-    ]
-    np.testing.assert_allclose(found, np.broadcast_to(expected[0][:, None] + 10 * expected[1], found.shape))
+def test_maps_of_another_network_keep_their_place_in_the_image(first, new_first, margin):
+    """The value of a used cell is the place of its centre as a fraction of the side, with other slopes on both axes."""
+    other, shown = (on_grid(shape, first=f, margin=margin) for shape, f in (((8, 10), first), ((14, 7), new_first)))
+    rows, columns = (((np.arange(n) + first) / n) for n in (8, 10))
+    maps = np.tile((rows[:, None] + 10 * columns) * other.inside, (2, 3, 1, 1))
+    found = on_cells_of(maps, other, shown)
+    ends = [centres[other.inside.any(axis)][[0, -1]] for centres, axis in ((rows, 1), (columns, 0))]
+    places = [((np.arange(n) + new_first) / n).clip(*end) for n, end in zip((14, 7), ends, strict=True)]
+    expected = (places[0][:, None] + 10 * places[1]) * shown.inside
+    assert (found != 0).sum() == 6 * shown.inside.sum()
+    np.testing.assert_allclose(found, np.broadcast_to(expected, (2, 3, 14, 7)))
 
 
-def test_maps_on_their_own_grid_are_unchanged():
-    maps = np.random.default_rng(0).random((2, 14, 3, 4))
-    np.testing.assert_array_equal(on_grid(maps, FIRST, (3, 4), FIRST), maps)
+def test_maps_of_the_shown_network_are_unchanged():
+    given = films(first=FIRST, margin=0.15)
+    maps = np.random.default_rng(0).random((2, 14, 10, 10))
+    np.testing.assert_array_equal(on_cells_of(maps, given, given), maps)
 
 
 def test_an_image_and_its_mirrored_image_are_in_the_same_part():

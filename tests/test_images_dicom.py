@@ -240,6 +240,28 @@ def test_incomplete_lookup_table_of_dicom_is_an_error(tmp_path, table, message):
         pixels.read_image(tmp_path / "x.dcm")
 
 
+@pytest.mark.parametrize("syntax", [b"1.2.840.10008.1.2.99", b""])
+def test_error_names_the_dicom_file_with_an_unknown_transfer_syntax(tmp_path, syntax):
+    write_dicom(tmp_path / "x.dcm", VALUES, BitsStored=12, HighBit=15)
+    content = (tmp_path / "x.dcm").read_bytes()
+    known = b"1.2.840.10008.1.2.1\0"
+    (tmp_path / "x.dcm").write_bytes(content.replace(known, syntax.ljust(len(known), b"\0"), 1))
+    with pytest.raises(ValueError, match=r"x\.dcm: "):
+        pixels.read_image(tmp_path / "x.dcm")
+
+
+def test_high_bit_of_compressed_pixels_is_not_used(tmp_path):
+    """A compressed image holds its values, not their bits in a word."""
+    pydicom = pytest.importorskip("pydicom")
+    write_dicom(tmp_path / "x.dcm", VALUES)
+    data = pydicom.dcmread(tmp_path / "x.dcm")
+    data.compress(pydicom.uid.RLELossless)
+    data.BitsStored, data.HighBit = 12, 15
+    data.save_as(tmp_path / "x.dcm")
+    shown = np.asarray(pixels.read_image(tmp_path / "x.dcm")).flatten()
+    assert shown.tolist() == [0, 51, 102, 153, 204, 255]
+
+
 def test_error_names_the_unreadable_dicom_file(tmp_path):
     write_dicom(tmp_path / "x.dcm", VALUES)
     (tmp_path / "x.dcm").write_bytes((tmp_path / "x.dcm").read_bytes()[:-6])

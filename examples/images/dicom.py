@@ -108,7 +108,9 @@ def _refuse_other_high_bit(data: Any, path: Path) -> None:
     """Raises ValueError if uncompressed values do not use the lowest bits, where pydicom expects them."""
     allocated, stored, high = (_number(data, name, path) for name in ("BitsAllocated", "BitsStored", "HighBit"))
     syntax = data.file_meta.get("TransferSyntaxUID")
-    if None in (allocated, stored, high, syntax) or syntax.is_compressed or stored == allocated:
+    if None in (allocated, stored, high) or stored == allocated or not getattr(syntax, "is_transfer_syntax", False):
+        return
+    if syntax.is_compressed:
         return
     if high != stored - 1:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,25 @@ Runs = dict[int, dict[str, Any]]
 #: The settings of a run, with the values of runs of older versions.
 SETTINGS: dict[str, Any] = {
     "validate": [],
-    "components": None,
     "heads": 1,
     "mirror": False,
     "margin": 0.0,
-    "further_features": [],
     "tuned": None,
 }
 #: The options of frozen_cxr.py that set them, where the name differs.
-OPTIONS = {"tuned": "tune", "further_features": "features"}
+OPTIONS = {"tuned": "tune"}
+#: Settings that a run of an older version may not name. They count as equal.
+UNNAMED = ("components", "features")
 
 
-def settings_of(run: dict[str, Any], components: int | None = None) -> dict[str, Any]:
+def settings_of(run: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ``run``. A run of an older version lacks some, and its "validate" is true or false.
 
     Args:
-        components: the components of a run that does not name them.
+        others: the values of the settings UNNAMED in a run that does not name them.
     """
-    known = {name: run.get(name, value) for name, value in (SETTINGS | {"components": components}).items()}
+    unnamed = {name: others.get(name) for name in UNNAMED}
+    known = {name: run.get(name, value) for name, value in (SETTINGS | unnamed).items()}
     if isinstance(known["validate"], bool):
         known["validate"] = [0] if known["validate"] else []
     return known
@@ -41,7 +42,7 @@ def settings_of(run: dict[str, Any], components: int | None = None) -> dict[str,
 def refuse_other_settings(path: Path, settings: dict[str, Any], boxes: Collection[str]) -> None:
     """Raises ValueError if the run in ``path`` had other ``settings``, or other sets of ``boxes``."""
     run = read_json(path)
-    known = settings_of(run, settings["components"])
+    known = settings_of(run, settings)
     changed = [name for name in settings if known[name] != settings[name]]
     changed += [name for name in ("det10", "rsna") if (name in run["boxes"]) != (name in boxes)]
     if changed:
@@ -76,8 +77,8 @@ def read_runs(folder: Path) -> dict[str, Runs]:
 
 
 def _refuse_unequal(path: Path, run: dict[str, Any], other: dict[str, Any], folder: Path) -> None:
-    expected = settings_of(other, run.get("components"))
-    settings = settings_of(run, expected["components"])
+    expected = settings_of(other, run)
+    settings = settings_of(run, expected)
     changed = [name for name in settings if settings[name] != expected[name]]
     if changed:
         option = OPTIONS.get(changed[0], changed[0])

@@ -43,23 +43,25 @@ def mirrored_back(maps: np.ndarray, first: float) -> np.ndarray:
     return ndimage.shift(maps[..., ::-1], [0] * (maps.ndim - 1) + [1 - 2 * first], order=1, mode="nearest")
 
 
-def on_grid(maps: np.ndarray, first: float, shape: tuple[int, int], new_first: float) -> np.ndarray:
-    """The maps (..., h, w) on a grid of ``shape`` cells of the same images, interpolated linearly.
+def on_cells_of(maps: np.ndarray, films: Films, shown: Films) -> np.ndarray:
+    """The maps (..., h, w) of ``films``, interpolated linearly on the cells of ``shown``, which has the same images.
 
-    Cell i of h cells covers 1 / h of the side of the image. Beyond the outer cells, their values are repeated.
-
-    Args:
-        first, new_first: centre of the first cell of ``maps`` and of the result, each in cells from the edge.
+    Cell i of n cells is centred at (i + first) / n of the side of the image. Beyond the outer used cells, their values
+    are repeated. The value of a cell of ``shown`` that is not used is 0.
     """
-    if (maps.shape[-2:], first) == (shape, new_first):
+    if films is shown:
         return maps
-    ratios = np.array(maps.shape[-2:]) / shape
+    used = [np.flatnonzero(films.inside.any(axis)) for axis in (1, 0)]
+    rows, columns = (np.arange(n).clip(i[0], i[-1]) for n, i in zip(films.inside.shape, used, strict=True))
+    maps = maps[..., rows[:, None], columns]
+    ratios = np.array(films.inside.shape) / shown.inside.shape
     others = maps.ndim - 2
-    return ndimage.affine_transform(
+    moved = ndimage.affine_transform(
         maps,
         [1.0] * others + ratios.tolist(),
-        [0.0] * others + (new_first * ratios - first).tolist(),
-        (*maps.shape[:-2], *shape),
+        [0.0] * others + (shown.first * ratios - films.first).tolist(),
+        (*maps.shape[:-2], *shown.inside.shape),
         order=1,
         mode="nearest",
     )
+    return moved * shown.inside

@@ -32,7 +32,7 @@ from images.frozen import (
     train_head,
 )
 from images.frozen_files import refuse_other_settings
-from images.frozen_means import mean_of_heads, mean_with_mirrored, on_grid
+from images.frozen_means import mean_of_heads, mean_with_mirrored, on_cells_of
 from images.frozen_methods import METHODS, Method
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def train(args: argparse.Namespace) -> None:
     tuned = None if args.tune is None else {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr}
     settings = {
         "validate": args.validate, "components": args.components, "heads": args.heads, "mirror": args.mirror,
-        "margin": args.margin, "further_features": [extraction_settings(folder) for folder in args.features[1:]],
+        "margin": args.margin, "features": [extraction_settings(folder) for folder in args.features],
         "tuned": tuned,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
@@ -213,35 +213,36 @@ class Network(NamedTuple):
     Attributes:
         cells: (n, L, components), the used cells.
         tuning: for --tune, otherwise None.
-        shape, first: the grid of the maps of the first folder. Predictions are interpolated on it.
+        shown: the films with the features of the first folder. Maps are interpolated on their cells.
     """
 
     films: Films
     cells: Tensor
     tuning: Tuning | None
-    shape: tuple[int, int]
-    first: float
+    shown: Films
 
 
 def read_networks(args: argparse.Namespace) -> list[Network]:
     """The features of each folder of --features.
 
     Raises:
-        ValueError: the folders hold features of different images.
+        ValueError: the folders hold features of different images, or in another order.
     """
     networks: list[Network] = []
     for folder in args.features:
         films = read_films(args.data_dir, args.tables, args.det10, folder, args.rsna, args.mirror, args.margin)
         if (folder / "names.txt").read_text("utf-8") != (args.features[0] / "names.txt").read_text("utf-8"):
-            raise ValueError(f"features: {args.features[0]} and {folder} hold the features of different images")
+            raise ValueError(
+                f"features: {args.features[0]} and {folder} do not hold the features of the same images in the same "
+                "order; use extract with one --data-dir"
+            )
         cells, transform = reduce_features(films, args.components)
         tuning = None
         if args.tune is not None:
             from images.frozen_tuning import Tuning
 
             tuning = Tuning(films, folder, transform, BACKBONE, str(args.weights), args.tune)
-        shown = networks[0].films if networks else films
-        networks.append(Network(films, cells, tuning, shown.inside.shape, shown.first))
+        networks.append(Network(films, cells, tuning, networks[0].films if networks else films))
     return networks
 
 
@@ -266,4 +267,4 @@ def train_and_predict(
     mean = mean_of_heads(of_heads)
     if args.mirror:
         mean = mean_with_mirrored(films, mean)
-    return mean._replace(maps=on_grid(mean.maps, films.first, network.shape, network.first)), starts
+    return mean._replace(maps=on_cells_of(mean.maps, films, network.shown)), starts
