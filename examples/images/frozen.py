@@ -134,10 +134,8 @@ def read_films(
     Raises:
         ValueError: a file is missing, the features belong to other images, or no cell is far enough from the edges.
     """
-    if not (features / "names.txt").is_file():
-        raise ValueError(f"features: {features} holds no names.txt; frozen_cxr.py extract writes it")
+    names = film_names(features)
     index = load_index(data_dir, allow_missing=True, tables=tables)
-    names = (features / "names.txt").read_text(encoding="utf-8").split()
     number = {name: i for i, name in enumerate(index.names)}
     absent = [name for name in names if name not in number]
     if absent:
@@ -171,6 +169,14 @@ def read_films(
     if not films.inside.any():
         raise ValueError(f"margin: no cell is farther than {margin:g} of the side from all edges")
     return films
+
+
+def film_names(folder: Path) -> list[str]:
+    """The names of the images of a folder of frozen_cxr.py extract, in the order of the features."""
+    path = folder / "names.txt"
+    if not path.is_file():
+        raise ValueError(f"features: {folder} holds no names.txt; frozen_cxr.py extract writes it")
+    return path.read_text(encoding="utf-8").split()
 
 
 def extraction_settings(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from images.frozen import (
     evaluate,
     evaluated_boxes,
     extraction_settings,
+    film_names,
     predict,
     read_films,
     reduce_features,
@@ -231,7 +232,7 @@ def read_networks(args: argparse.Namespace) -> list[Network]:
     networks: list[Network] = []
     for folder in args.features:
         films = read_films(args.data_dir, args.tables, args.det10, folder, args.rsna, args.mirror, args.margin)
-        if (folder / "names.txt").read_text("utf-8") != (args.features[0] / "names.txt").read_text("utf-8"):
+        if film_names(folder) != film_names(args.features[0]):
             raise ValueError(
                 f"features: {args.features[0]} and {folder} do not hold the features of the same images in the same "
                 "order; use extract with one --data-dir"
