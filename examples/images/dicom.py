@@ -108,11 +108,8 @@ def _refuse_other_high_bit(data: Any, path: Path) -> None:
     """Raises ValueError if uncompressed values do not use the lowest bits, where pydicom expects them."""
     allocated, stored, high = (_number(data, name, path) for name in ("BitsAllocated", "BitsStored", "HighBit"))
     syntax = data.file_meta.get("TransferSyntaxUID")
-    if None in (allocated, stored, high) or stored == allocated or not getattr(syntax, "is_transfer_syntax", False):
-        return
-    if syntax.is_compressed:
-        return
-    if high != stored - 1:
+    known = None not in (allocated, stored, high) and getattr(syntax, "is_transfer_syntax", False)
+    if known and not syntax.is_compressed and stored != allocated and high != stored - 1:
         raise ValueError(
             f"{path}: expected the HighBit {stored - 1:g} for BitsStored {stored:g}, got {high:g}; shift the values to "
             "the lowest bits and correct HighBit"

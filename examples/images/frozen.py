@@ -182,7 +182,8 @@ def film_names(folder: Path) -> list[str]:
 def extraction_settings(folder: Path) -> dict[str, Any]:
     """The settings of frozen_cxr.py extract that made ``folder``. Older versions only had EfficientNet-Lite0."""
     path = folder / "settings.json"
-    return read_json(path) if path.is_file() else {"first": FIRST}  # type: ignore[no-any-return]
+    settings: dict[str, Any] = read_json(path) if path.is_file() else {"first": FIRST}
+    return settings
 
 
 def load_maps(folder: Path, name: str, mirrored: bool) -> np.ndarray:
