@@ -17,9 +17,10 @@ training list: how much about the labels the features hold.
 ``extract --stages`` takes other features: earlier stages, several image sizes, another network. ``--mirror`` of
 ``extract`` and ``train`` adds the mirrored images to the training and to the predictions. ``train --margin``
 leaves out the cells near the edges. ``train --features`` with several folders trains heads on the features of each, for
-example of two networks, and evaluates the mean predictions. ``train --tune N`` trains the last N blocks of
-EfficientNet-Lite0 behind each trained head, together with the head. ``--tune 0`` is the control: the head alone is
-trained further.
+example of two networks, and evaluates the mean predictions. ``train --fractions`` also cuts the maps at other
+fractions of their maximum than half, and ``compare --rules`` compares two cuts. ``train --tune N`` trains the last N
+blocks of EfficientNet-Lite0 behind each trained head, together with the head. ``--tune 0`` is the control: the head
+alone is trained further.
 """
 
 from __future__ import annotations
@@ -105,6 +106,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FRACTION",
         help="cells whose centre is nearer to an edge than this fraction of the side of the image are not used (0)",
     )
+    two.add_argument(
+        "--fractions",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="also boxes of maps that are cut at these fractions of their maximum, above 0 and below 1; a rule in the "
+        "tables has the fraction as its name (only half)",
+    )
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
     two.add_argument(
         "--tune",
@@ -146,6 +156,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="the first method, of --runs, minus the second, of --minus; the second can be 'centre box'; repeat the "
         "option for more pairs (SGL minus its bag loss, mean bag, cam, grad-cam and centre box)",
     )
+    five.add_argument(
+        "--rules",
+        nargs=2,
+        metavar="RULE",
+        help="the rule for the first method and that for the second, for example 0.6 and half (each rule for both)",
+    )
     five.add_argument("--out", type=Path, required=True, help="csv file")
     four = commands.add_parser("probe", allow_abbrev=False, help="cross-validate a logistic regression on the features")
     four.add_argument("--data-dir", type=Path, required=True, help="folder with the images")
@@ -166,6 +182,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--regions, --c: expected above 0, got {args.regions} and {min(args.c):g}")
     if args.command == "train" and not 0 <= args.margin < 0.5:
         parser.error(f"--margin: expected 0 to less than 0.5, got {args.margin:g}")
+    if args.command == "train" and not all(0 < fraction < 1 for fraction in args.fractions):
+        parser.error(f"--fractions: expected above 0 and below 1, got {' '.join(f'{f:g}' for f in args.fractions)}")
     if args.command == "train" and args.tune is not None and len(args.features) > 1:
         parser.error(f"--tune: expected one folder of --features, got {len(args.features)}")
     if args.command == "train" and args.tune is not None and args.weights is None:

@@ -21,6 +21,7 @@ from images.frozen import (
     FIRST,
     FOLDS,
     Head,
+    Predicted,
     evaluate,
     grad_cam,
     predict,
@@ -421,6 +422,53 @@ def test_another_folder_is_subtracted_method_by_method(two_methods, tmp_path, ca
         assert compare(folder, "--pair", *pair)[0] == 2
         assert message in capsys.readouterr().err
     assert compare(folder, "--pair", bag, "centre box")[0] == 0
+
+
+def test_maps_are_cut_at_other_fractions_of_their_maximum(data):
+    films = read_films(data / "data", None, data / "det10.csv", data / "features")
+    numbers = np.flatnonzero(films.test)
+    maps = np.full((len(numbers), len(CLASSES), 10, 10), 0.6)
+    maps[:, :, 2:6, 5:9] = 1  # the true boxes; a cut at half has the whole image
+    scores = np.random.default_rng(0).random((len(numbers), len(CLASSES)))
+    result = evaluate(films, [Predicted(numbers, scores, maps)], [0.5, 0.9])
+    rules = result["boxes"]["det10"]
+    assert list(rules) == ["half", "absolute", "rescaled", "0.5", "0.9"]
+    assert rules["0.5"] == rules["half"]
+    assert {tuple(hit) for hit in rules["half"]["hits"]} == {(True, False, False)}
+    assert {tuple(hit) for hit in rules["0.9"]["hits"]} == {(True, True, True)}
+
+
+def test_two_rules_are_compared(data, tmp_path, capsys):
+    names = ("softmax bag", "softmax sgl 20 at once")
+    given = ("--seeds", 0, 1, "--methods", *names)
+    assert run(data, tmp_path / "runs", *given, "--fractions", 0.9, 0.3) == 0
+    assert run(data, tmp_path / "other", *given) == 0
+    runs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")}
+
+    def hits(name, rule):
+        boxes = [runs[f"{name}-seed{seed}"]["boxes"]["det10"] for seed in (0, 1)]
+        return np.array([b[rule]["hits"] for b in boxes], float), np.array([b[rule]["centre"] for b in boxes], float)
+
+    code, rows = compare(tmp_path, "--rules", 0.3, 0.9)
+    rows = [row for row in rows if row["boxes"] == "det10"]
+    assert code == 0 and {(row["minus"], row["rule"]) for row in rows} == {
+        (names[0], "0.3 - 0.9"), ("centre box", "0.3 - 0.9")
+    }  # fmt: skip
+    for row, others in zip(rows, (hits(names[0], "0.9")[0], hits(names[0], "half")[1]), strict=True):
+        change = (hits(names[1], "0.3")[0] - others)[:, :, 1]
+        assert float(row["iou_0.3"]) == pytest.approx(change.mean(), abs=1e-4)
+    assert hits(names[0], "0.9")[0].mean() != hits(names[0], "0.3")[0].mean()
+    capsys.readouterr()
+    # without --rules, the rules that both folders have
+    code, rows = compare(tmp_path, "--minus", tmp_path / "other")
+    assert code == 0 and {row["rule"] for row in rows} == {"half", "absolute", "rescaled"}
+    assert compare(tmp_path, "--minus", tmp_path / "other", "--rules", "half", 0.9)[0] == 2
+    assert "have no rule '0.9', only half, absolute, rescaled; train with --fractions" in capsys.readouterr().err
+    assert run(data, tmp_path / "runs", *given, "--fractions", 0.9) == 2
+    assert "was made with another --fractions; choose another --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "runs", *given, "--fractions", 1)
+    assert "--fractions: expected above 0 and below 1, got 1" in capsys.readouterr().err
 
 
 def test_runs_that_do_not_belong_together_are_errors(two_methods, tmp_path, capsys):

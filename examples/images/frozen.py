@@ -31,6 +31,11 @@ FOLDS = 4  # of a cross-validation over the patients of the training list
 MAPS = {"half": (0.5, True, False), "absolute": (0.5, False, False), "rescaled": (0.5, True, True)}
 
 
+def rules_with(fractions: Sequence[float]) -> dict[str, tuple[float, bool, bool]]:
+    """MAPS, and a rule for each other fraction of the maximum. The title of such a rule is the fraction."""
+    return MAPS | {f"{fraction:g}": (fraction, True, False) for fraction in fractions}
+
+
 class Films(NamedTuple):
     """Images with their feature maps, labels and boxes.
 
@@ -331,22 +336,33 @@ def predict(
     return Predicted(numbers, scores, maps)
 
 
-def evaluate(films: Films, parts: Sequence[Predicted]) -> dict[str, Any]:
-    """AUC of all images of ``parts`` together, and the hits of their boxes by set of boxes and rule of MAPS."""
+def evaluate(films: Films, parts: Sequence[Predicted], fractions: Sequence[float] = ()) -> dict[str, Any]:
+    """AUC of all images of ``parts`` together, and the hits of their boxes by set of boxes and rule.
+
+    The rules are those of :func:`rules_with`.
+    """
     numbers, scores, heat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     aucs = auc_per_class(scores, films.labels[numbers].numpy(), CLASSES)
     maps = dict(zip(numbers.tolist(), heat, strict=True))
     return {
         "auc": aucs["mean"],
         "auc_of_classes": aucs,
-        "boxes": {name: _boxes(maps, films, films.boxes[name]) for name in evaluated_boxes(films, numbers)},
+        "boxes": {
+            name: _boxes(maps, films, films.boxes[name], rules_with(fractions))
+            for name in evaluated_boxes(films, numbers)
+        },
     }
 
 
-def _boxes(maps: dict[int, np.ndarray], films: Films, true: dict[tuple[int, int], np.ndarray]) -> dict[str, Any]:
+def _boxes(
+    maps: dict[int, np.ndarray],
+    films: Films,
+    true: dict[tuple[int, int], np.ndarray],
+    rules: dict[str, tuple[float, bool, bool]],
+) -> dict[str, Any]:
     keys = sorted(key for key in true if key[0] in maps)
     found: dict[str, Any] = {}
-    for title, (threshold, relative, rescaled) in MAPS.items():
+    for title, (threshold, relative, rescaled) in rules.items():
         hits, pointing, centre = [], [], []
         for image, kind in keys:
             boxes = true[image, kind] * (SIDE / 1024)

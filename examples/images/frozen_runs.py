@@ -179,8 +179,8 @@ def train(args: argparse.Namespace) -> None:
     tuned = None if args.tune is None else {"blocks": args.tune, "epochs": args.tune_epochs, "lr": args.tune_lr}
     settings = {
         "validate": args.validate, "components": args.components, "heads": args.heads, "mirror": args.mirror,
-        "margin": args.margin, "features": [extraction_settings(folder) for folder in args.features],
-        "tuned": tuned,
+        "margin": args.margin, "fractions": args.fractions, "tuned": tuned,
+        "features": [extraction_settings(folder) for folder in args.features],
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
@@ -198,7 +198,7 @@ def train(args: argparse.Namespace) -> None:
                     of_networks.append(predicted)
                     starts += started
                 parts.append(mean_of_heads(of_networks))
-            result = evaluate(films, parts)
+            result = evaluate(films, parts, args.fractions)
             result |= settings | {
                 "method": method, "seed": seed, "lam_started_in_epoch": starts,
                 "seconds": round(time.monotonic() - begun, 1),

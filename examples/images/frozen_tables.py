@@ -18,7 +18,7 @@ CENTRE = "centre box"
 
 
 def table(args: argparse.Namespace) -> None:
-    """Writes ``args.out``: a row for each method, set of boxes and rule of MAPS, with every seed."""
+    """Writes ``args.out``: a row for each method, set of boxes and rule, with every seed."""
     by_method = read_runs(args.runs)
     rows = []
     for method, of_seeds in by_method.items():
@@ -51,12 +51,15 @@ def table(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Writes ``args.out``: a row for each pair of methods, set of boxes and rule of MAPS, with their difference.
+    """Writes ``args.out``: a row for each pair of methods, set of boxes and rule, with their difference.
 
-    Runs are paired by their seed. Sets of boxes that only one of two runs has are left out.
+    Runs are paired by their seed. Sets of boxes, and rules, that only one of two runs has are left out. With --rules,
+    there is one row for each pair and set of boxes: the first method with the first rule minus the second method with
+    the second rule.
 
     Raises:
-        ValueError: a method of --pair has no runs, or two methods have no seed or no set of boxes in common.
+        ValueError: a method of --pair has no runs, two methods have no seed or no set of boxes in common, or a
+            run has no rule of --rules.
     """
     firsts = read_runs(args.runs)
     folder = args.minus or args.runs
@@ -72,14 +75,14 @@ def compare(args: argparse.Namespace) -> None:
         if second not in [*seconds, CENTRE]:
             raise ValueError(f"pair: {folder} has no runs of {second!r}")
         try:
-            rows += _differences(first, second, firsts[first], seconds.get(second))
+            rows += _differences(first, second, firsts[first], seconds.get(second), args.rules)
         except ValueError as error:
             raise ValueError(f"runs: {first!r} of {args.runs} and {second!r} of {folder} {error}") from None
     printed = []
     for row in rows:
         intervals = {name: cell for name, cell in row.items() if isinstance(cell, Interval)}
         printed.append(row | {name: f"{i.low:.3f} to {i.high:.3f}" for name, i in intervals.items()})
-        if row["rule"] == "half":
+        if args.rules or row["rule"] == "half":
             values = "; ".join(
                 f"IoU > {t}: {row[f'iou_{t}']:+.2f} ({i.low:.2f} to {i.high:.2f}), {row[f'iou_{t}_seeds']}"
                 for t, i in zip(T_IOU[:2], intervals.values(), strict=False)
@@ -100,8 +103,14 @@ def usual_pairs(methods: Sequence[str] | dict[str, Runs]) -> list[tuple[str, str
     return pairs
 
 
-def _differences(first: str, second: str, own: Runs, others: Runs | None) -> list[dict[str, Any]]:
-    """The rows of ``first`` minus ``second``; without ``others``, ``second`` is the box in the centre."""
+def _differences(
+    first: str, second: str, own: Runs, others: Runs | None, chosen: tuple[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of ``first`` minus ``second``; without ``others``, ``second`` is the box in the centre.
+
+    Args:
+        chosen: the rule of each of the two. By default, each rule that both have.
+    """
     seeds = [seed for seed in own if not others or seed in others]
     runs, minus = [own[seed] for seed in seeds], [others[seed] for seed in seeds] if others else []
     if not runs:
@@ -114,16 +123,21 @@ def _differences(first: str, second: str, own: Runs, others: Runs | None) -> lis
         rules = runs[0]["boxes"][boxes]
         if minus and different_boxes(rules, minus[0]["boxes"][boxes]):
             raise ValueError(f"have different boxes of {boxes}; use the same --validate and the same table of boxes")
-        for rule in rules:
+        of_others = minus[0]["boxes"][boxes] if minus else rules
+        for rule, other_rule in [chosen] if chosen else [(rule, rule) for rule in rules if rule in of_others]:
+            for title, known in ((rule, rules), (other_rule, of_others)):
+                if title not in known:
+                    raise ValueError(f"have no rule {title!r}, only {', '.join(known)}; train with --fractions")
             own_values = measured(runs, boxes, rule)
             row: dict[str, Any] = {
-                "method": first, "minus": second, "boxes": boxes, "rule": rule, "seeds": len(seeds),
+                "method": first, "minus": second, "boxes": boxes,
+                "rule": rule if rule == other_rule else f"{rule} - {other_rule}", "seeds": len(seeds),
                 "count": own_values.hits.shape[1],
             }  # fmt: skip
             row |= {"auc": "", "auc_seeds": "", "pointing": "", "pointing_seeds": ""}
             subtracted = own_values.centre
             if minus:
-                other_values = measured(minus, boxes, rule)
+                other_values = measured(minus, boxes, other_rule)
                 subtracted = other_values.hits
                 for name in ("auc", "pointing"):
                     change = getattr(own_values, name) - getattr(other_values, name)
@@ -140,7 +154,7 @@ def _differences(first: str, second: str, own: Runs, others: Runs | None) -> lis
 
 
 class Measured(NamedTuple):
-    """The results of runs with several seeds, for a set of boxes and a rule of MAPS.
+    """The results of runs with several seeds, for a set of boxes and a rule.
 
     Attributes:
         auc, pointing: (seeds,).
