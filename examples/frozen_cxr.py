@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="F",
         help="also boxes of maps that are cut at these fractions of their maximum, above 0 and below 1; a rule in the "
-        "tables has the fraction as its name (only half)",
+        "tables has the fraction as its name (none)",
     )
     two.add_argument("--components", type=int, default=96, help="principal components of the features (96)")
     two.add_argument(
@@ -190,6 +190,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tune: expected --weights, too")
     if args.command == "train":
         args.validate = sorted({*args.validate} or {0}) if args.validate is not None else []
+        args.fractions = sorted({*args.fractions})
     if args.command == "train" and min(args.tune_epochs, args.heads) < 1:
         parser.error(f"--tune-epochs, --heads: expected at least 1, got {args.tune_epochs} and {args.heads}")
     return args

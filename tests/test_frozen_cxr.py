@@ -427,8 +427,8 @@ def test_another_folder_is_subtracted_method_by_method(two_methods, tmp_path, ca
 def test_maps_are_cut_at_other_fractions_of_their_maximum(data):
     films = read_films(data / "data", None, data / "det10.csv", data / "features")
     numbers = np.flatnonzero(films.test)
-    maps = np.full((len(numbers), len(CLASSES), 10, 10), 0.6)
-    maps[:, :, 2:6, 5:9] = 1  # the true boxes; a cut at half has the whole image
+    maps = np.full((len(numbers), len(CLASSES), 10, 10), 0.18)
+    maps[:, :, 2:6, 5:9] = 0.3  # the true boxes; a cut at half of this maximum has the whole image
     scores = np.random.default_rng(0).random((len(numbers), len(CLASSES)))
     result = evaluate(films, [Predicted(numbers, scores, maps)], [0.5, 0.9])
     rules = result["boxes"]["det10"]
@@ -464,6 +464,7 @@ def test_two_rules_are_compared(data, tmp_path, capsys):
     assert code == 0 and {row["rule"] for row in rows} == {"half", "absolute", "rescaled"}
     assert compare(tmp_path, "--minus", tmp_path / "other", "--rules", "half", 0.9)[0] == 2
     assert "have no rule '0.9', only half, absolute, rescaled; train with --fractions" in capsys.readouterr().err
+    assert run(data, tmp_path / "runs", *given, "--fractions", 0.3, 0.9, 0.9) == 0  # the same fractions
     assert run(data, tmp_path / "runs", *given, "--fractions", 0.9) == 2
     assert "was made with another --fractions; choose another --out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
