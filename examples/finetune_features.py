@@ -26,7 +26,7 @@ from train_features import keep_settings, refuse_below
 #: Settings of the run that is continued that are kept beside those of its training.
 CONTINUED = (
     "features", "labels", "classes", "patient", "folds", "test", "repeats", "instance_labels", "boxes", "images",
-    "class_names", "extraction",
+    "class_names", "extraction", "threshold",
 )  # fmt: skip
 
 
@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"run: expected a folder of train_features.py, got {args.run} of finetune_features.py")
     known, after, labels, truth, runs = opened.settings, opened.bags, opened.labels, opened.truth, opened.runs
     settings = Settings.of_run(known)
+    if settings.margin:
+        raise ValueError(f"run: expected a run without --margin, got {args.run}: the blocks are trained on whole maps")
     extraction_of_run(args.run)  # an older run does not have it
     before = FeatureBags(args.before)
     refuse_other_view(after, before)

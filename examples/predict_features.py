@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 from common import options
-from images.thresholds import share
-from train_features import refuse_below
+from images.thresholds import map_threshold, share
+from train_features import refuse_below, threshold_text
 
 #: The value of --gate that takes the thresholds from the run.
 RUN = "run"
@@ -54,6 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="a bag is positive for a class above this probability; run: the probability that separates the positive "
         "and the negative test bags of the run best (run)",
     )
+    found.add_argument(
+        "--threshold",
+        type=threshold_text,
+        help="boxes enclose pixels above it: a probability, or a fraction of the largest one of the map such as 0.3max "
+        "(that of the run)",
+    )
     found.add_argument("--overlays", type=int, default=12, metavar="N", help="bags in the report (12)")
     found.add_argument("--threads", type=int, metavar="N", help="number of threads of torch")
     return parser
@@ -75,7 +81,9 @@ def predict(args: argparse.Namespace) -> None:
     from common.csv_table import write_csv
     from common.predicted_boxes import write_boxes
     from features.extraction import find_images
+    from features.margin import refuse_without_cells
     from features.prediction_report import write_report
+    from features.run_settings import settings_of_run, threshold_of_run
     from features.runs import predicted_boxes, refuse_empty, write_instances
     from features.store import FeatureBags
     from features.trained import bags_of_training, load_heads, mean_predictions, refuse_other_features, thresholds_of
@@ -93,6 +101,7 @@ def predict(args: argparse.Namespace) -> None:
         raise ValueError(f"images: {args.images} holds no image of the bags in {args.features}")
     refuse_other_features(run, bags)
     refuse_empty(bags, bags.names)
+    refuse_without_cells(bags, bags.names, run.margin)
     args.out.mkdir(parents=True, exist_ok=True)
     used = f"{len(run.heads)} trainings of {args.run}" if len(run.heads) > 1 else f"one training of {args.run}"
     many = len(run.classes) > 1
@@ -123,11 +132,16 @@ def predict(args: argparse.Namespace) -> None:
                 f"warning: the test bags of the run give no threshold for {label}: 0.5 is used; see --gate", flush=True
             )
     gates = [0.5 if gate is None else gate for gate in found]
-    boxes = predicted_boxes(predictions, bags, run.classes, gates)
+    threshold = (
+        map_threshold(args.threshold, labels=False)
+        if args.threshold
+        else threshold_of_run(settings_of_run(args.run)[1])
+    )
+    boxes = predicted_boxes(predictions, bags, run.classes, gates, threshold)
     maps = bags.shape(bags.names[0]).grid is not None
     if maps or (args.out / "boxes.csv").is_file():  # an older table would belong to other bags
         write_boxes(boxes, args.out / "boxes.csv")
-    write_report(args.out, predictions, run.classes, bags, files, args.overlays, used, gates, boxes)
+    write_report(args.out, predictions, run.classes, bags, files, args.overlays, used, gates, boxes, threshold)
     for c, (name, gate) in enumerate(zip(run.classes, gates, strict=True)):
         positive = int((predictions.bags[:, c] > gate).sum())
         counted = f", {sum(row[1] == name for row in boxes)} boxes" if maps else ""

@@ -25,12 +25,33 @@ from common import options
 from common.choices import LOSSES, POOLINGS
 from common.files import read_json, save_atomically, write_json
 from features.recommended import SEARCHED_HEADS, defaults_of
+from images.thresholds import map_threshold
 
 #: The poolings with the parameter r.
 WITH_R = ("lse", "generalized_mean")
 HEADS = ("linear", "mlp", "attention", "gated", "patches")
 #: Options that do not change a result.
-FREE = ("out", "resume", "threads", "cache_gb", "images", "overlays", "repeats", "instance_labels", "boxes")
+FREE = (
+    "out",
+    "resume",
+    "threads",
+    "cache_gb",
+    "images",
+    "overlays",
+    "repeats",
+    "instance_labels",
+    "boxes",
+    "threshold",
+)
+
+
+#: Values of options in the settings of a run that is older than the option.
+OLDER = {"margin": 0.0}
+
+
+def threshold_text(text: str) -> str:
+    """For argparse: a threshold of :func:`images.thresholds.map_threshold`, as text, which settings.json can hold."""
+    return str(map_threshold(text, labels=False))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,6 +67,19 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--boxes", type=Path, metavar="CSV", help="image, label, x, y, w, h in pixels of the image")
     data.add_argument("--images", type=Path, metavar="DIR", help="folder of images for the overlays in the report")
     data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    data.add_argument(
+        "--margin",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="maps of images: do not use cells whose centre is nearer to an edge than this fraction of the side (0)",
+    )
+    data.add_argument(
+        "--threshold",
+        type=threshold_text,
+        help="predicted boxes enclose pixels above it: a probability, or a fraction of the largest one of the map "
+        "such as 0.3max (0.5)",
+    )
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument(
         "--folds", type=int, metavar="K", help="folds of cross-validation; without it, the column split is used"
@@ -156,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     known = stored_options(args) if args.resume else {}
-    for name, value in {**defaults_of(args.pooling, args.head), "rise": None}.items():
+    for name, value in {**defaults_of(args.pooling, args.head), "rise": None, "threshold": "0.5"}.items():
         if getattr(args, name) is None:
             setattr(args, name, known.get(name, value))
     if not 0.0 <= args.k_start < 1.0:
@@ -173,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--r: expected a finite number above 0, got {args.r:g}")
     if args.r is None and args.pooling == "generalized_mean":
         args.r = 3.0  # the default of the library, 1, is the mean
+    if not 0 <= args.margin < 0.5:
+        parser.error(f"--margin: expected at least 0 and below 0.5, got {args.margin:g}")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout: expected at least 0 and below 1, got {args.dropout:g}")
     if args.k_start and args.pooling != "topk":
@@ -219,6 +255,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from features import labels as tables
     from features.extraction import find_images
+    from features.margin import refuse_without_cells
     from features.results import write_results
     from features.runs import Truth, digests_of, plan, refuse_empty, save_predictions, untested
     from features.store import FeatureBags
@@ -235,15 +272,17 @@ def run(args: argparse.Namespace) -> None:
         labels,
         tables.read_instance_labels(args.instance_labels, labels.classes, labels.names) if args.instance_labels else {},
         tables.read_boxes(args.boxes, labels.classes, labels.names, bags.size) if args.boxes else {},
+        map_threshold(args.threshold, labels=False),
     )
     for name, values in truth.instances.items():
         if len(values) != bags.instances(name):
             raise ValueError(f"instance labels: {name} has {len(values)} rows, but {bags.instances(name)} instances")
     refuse_empty(bags, labels.names)
+    refuse_without_cells(bags, labels.names, args.margin)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     parts = args.out / "parts"
     keep_settings(args, parts, digests_of(labels, bags), {"class_names": labels.classes, "extraction": bags.settings})
-    reader = BagReader(bags, labels.names, args.cache_gb * 1e9)
+    reader = BagReader(bags, labels.names, args.cache_gb * 1e9, args.margin)
     targets = torch.tensor(labels.values)
     runs = list(plan(labels, args.folds, args.repeats, args.test))
     for name, column in zip(labels.classes, labels.values.T, strict=True):
@@ -265,7 +304,7 @@ def run(args: argparse.Namespace) -> None:
         names = [labels.names[i] for i in one.train]
         history: list[dict] = []
         model = train(reader, names, targets[torch.from_numpy(one.train)], settings, one.seed, history.append)
-        predictions = predicted(model, reader, [labels.names[i] for i in one.test])
+        predictions = predicted(model, reader, [labels.names[i] for i in one.test], reader.filled)
         state = {"model": model.state_dict(), "transform": reader.transform._asdict(), "history": history}
         save_atomically(state, parts / f"{one.name}.pt")
         save_predictions(path, predictions)
@@ -299,7 +338,7 @@ def keep_settings(args: argparse.Namespace, parts: Path, data: dict[str, str], f
     if path.exists() and any(parts.glob("*.npz")):
         if not args.resume:
             raise ValueError(f"out: {args.out} holds runs; pass --resume to continue, or another --out")
-        known = read_json(path)
+        known = OLDER | read_json(path)
         changed = [key for key in settings if key not in FREE and not _equal(known.get(key), settings[key])]
         if changed:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)

@@ -145,7 +145,7 @@ def _measures(predictions: Predictions, run: OpenedRun, c: int) -> dict[str, Mea
         measures |= dict(_instance_measures(positive)) if positive else {}
     boxes = run.truth.boxes.get(run.labels.classes[c], {})
     maps, sizes = maps_of(predictions, run.bags, c)
-    overlaps = best_overlaps(maps, sizes, boxes, *cells_of(run.bags))
+    overlaps = best_overlaps(maps, sizes, boxes, *cells_of(run.bags), run.truth.threshold)
     if overlaps:
         places, found = np.array([row[name] for name in overlaps]), np.array(list(overlaps.values()))
         hits = pointed({name: maps[name] for name in overlaps}, sizes, boxes, *cells_of(run.bags))

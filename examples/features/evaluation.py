@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from common import metrics
+from images.thresholds import Relative
 from sklearn.metrics import average_precision_score
 
 from sgl_ops.localization import box_iou, contains, heatmap_to_box, heatmap_to_boxes, heatmap_to_point, upsample
@@ -94,14 +95,25 @@ def point_of(
     return min(x, size[1] - 0.5), min(y, size[0] - 0.5)
 
 
-def box_of(heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None) -> np.ndarray:
-    """The box (4,) of a map (h, w): bilinear, p > 0.5, component of the maximum, without opening and closing."""
-    return heatmap_to_box(pixels_of(heatmap, size, first, stride), size, side=1)
+def box_of(
+    heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None, threshold: float = 0.5
+) -> np.ndarray:
+    """The box (4,) of a map (h, w): bilinear, component of the maximum, without opening and closing.
+
+    Args:
+        first, stride: as for :func:`pixels_of`.
+        threshold: the box encloses pixels above it: a probability, or a fraction of the maximum (``Relative``).
+    """
+    relative = isinstance(threshold, Relative)
+    return heatmap_to_box(pixels_of(heatmap, size, first, stride), size, threshold, side=1, relative=relative)
 
 
-def boxes_of(heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None) -> np.ndarray:
+def boxes_of(
+    heatmap: np.ndarray, size: tuple[int, int], first: float, stride: float | None = None, threshold: float = 0.5
+) -> np.ndarray:
     """The boxes (n, 4) of all components of a map, the one of :func:`box_of` first."""
-    return heatmap_to_boxes(pixels_of(heatmap, size, first, stride), size, side=1)
+    relative = isinstance(threshold, Relative)
+    return heatmap_to_boxes(pixels_of(heatmap, size, first, stride), size, threshold, side=1, relative=relative)
 
 
 def best_overlaps(
@@ -110,10 +122,11 @@ def best_overlaps(
     truth: Mapping[str, np.ndarray],
     first: float,
     stride: float | None = None,
+    threshold: float = 0.5,
 ) -> dict[str, float]:
     """By bag, the largest IoU of the predicted box with a true box. Bags without true boxes are left out."""
     return {
-        name: float(box_iou(box_of(heatmap, sizes[name], first, stride), truth[name]).max())
+        name: float(box_iou(box_of(heatmap, sizes[name], first, stride, threshold), truth[name]).max())
         for name, heatmap in maps.items()
         if name in truth
     }
@@ -139,13 +152,14 @@ def box_metrics(
     truth: Mapping[str, np.ndarray],
     first: float,
     stride: float | None = None,
+    threshold: float = 0.5,
 ) -> dict[str, float]:
     """Fractions of the bags with true boxes that are found, with one predicted box and one point per bag.
 
     A bag counts as found at T if the predicted box has an IoU greater than T with any of its true boxes. For
     ``pointing``, the centre of the cell with the largest value must lie in one of them.
     """
-    overlaps = best_overlaps(maps, sizes, truth, first, stride)
+    overlaps = best_overlaps(maps, sizes, truth, first, stride, threshold)
     if not overlaps:
         return {}
     hits = pointed({name: maps[name] for name in overlaps}, sizes, truth, first, stride)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from features.labels import Labels, read_boxes, read_instance_labels, read_labels
-from features.run_settings import settings_of_run
+from features.run_settings import settings_of_run, threshold_of_run
 from features.runs import Predictions, Run, Truth, digests_of, joined, load_predictions, plan, refuse_other_data
 from features.store import FeatureBags
 
@@ -68,6 +68,7 @@ def open_run(folder: Path, repeats: int | None = None) -> OpenedRun:
         labels,
         read_instance_labels(instances, labels.classes, labels.names) if instances else {},
         read_boxes(boxes, labels.classes, labels.names, bags.size) if boxes else {},
+        threshold_of_run(known),
     )
     data = digests_of(labels, bags)
     refuse_other_data(folder, own.get("data", {}), data, "restore the old ones, or train again")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from common.drawing import FOUND, OPACITY, TRUE, draw_box
+from images.thresholds import Relative
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from scipy.spatial import KDTree
@@ -20,7 +21,12 @@ from features.store import FeatureBags
 from sgl_ops.localization import overlay
 
 
-def legend(unit: str, evaluated: bool = True) -> str:
+def in_words(threshold: float) -> str:
+    """Where boxes are drawn, for a page: p above a threshold of :func:`features.evaluation.box_of`."""
+    return f"p &gt; {float(threshold):g}{' of the largest p' if isinstance(threshold, Relative) else ''}"
+
+
+def legend(unit: str, evaluated: bool = True, threshold: float = 0.5) -> str:
     """What a picture shows. ``evaluated``: the boxes are compared with true boxes."""
     if unit != "image":
         return "<p>Colour, or height of a curve: the probability p of an instance.</p>"
@@ -30,7 +36,7 @@ def legend(unit: str, evaluated: bool = True) -> str:
     )
     return (
         "<p>Colour: the probability of a cell of the map, from transparent blue (low) to light green (high). <span "
-        "class=found></span> Predicted boxes, around the places with p &gt; 0.5. "
+        f"class=found></span> Predicted boxes, around the places with {in_words(threshold)}. "
         f"{meaning if evaluated else 'The thick one contains the largest probability.'}</p>"
     )
 
@@ -83,7 +89,14 @@ def figure_of(
         for axes in axes_of_image if image is not None else ():
             axes.imshow(image, extent=extent_of(image.shape[:2]))
         if is_map:
-            draw_map(right, probabilities.reshape(bag.grid).astype(float), bag.size, *cells_of(bags), boxes=with_boxes)
+            draw_map(
+                right,
+                probabilities.reshape(bag.grid).astype(float),
+                bag.size,
+                *cells_of(bags),
+                boxes=with_boxes,
+                threshold=truth.threshold,
+            )
             for box in boxes:
                 draw_box(left, box, TRUE)
             for axes in axes_of_image:
@@ -145,6 +158,7 @@ def draw_map(
     stride: float | None = None,
     width: float = 3.0,
     boxes: bool = True,
+    threshold: float = 0.5,
 ) -> None:
     """Draws a map (h, w) of probabilities over an image of ``size``, opaque where p is high, and its boxes.
 
@@ -152,5 +166,5 @@ def draw_map(
     """
     layer = overlay(pixels_of(heatmap, size, first, stride), size, opacity=OPACITY / 100)
     axes.imshow(layer, extent=extent_of(size))
-    for number, box in enumerate(boxes_of(heatmap, size, first, stride) if boxes else ()):
+    for number, box in enumerate(boxes_of(heatmap, size, first, stride, threshold) if boxes else ()):
         draw_box(axes, box, FOUND, width / 2 if number else width)

@@ -10,7 +10,7 @@ import numpy as np
 from common.files import write_text
 
 from features.labels import Labels
-from features.pictures import legend, picture_of
+from features.pictures import in_words, legend, picture_of
 from features.report import STYLE
 from features.runs import Predictions, Truth, unit_of
 from features.store import FeatureBags
@@ -20,7 +20,7 @@ NOTE = (
     "positive and the negative test bags of the training best. p is not calibrated: it is no frequency."
 )
 #: Added if the bags are maps of images.
-ABOUT_BOXES = " Boxes are drawn around cells with p &gt; 0.5; a positive {unit} without such cells has none."
+ABOUT_BOXES = " Boxes are drawn around places with {where}; a positive {unit} without such places has none."
 
 
 def write_report(
@@ -33,6 +33,7 @@ def write_report(
     trainings: str,
     gates: Sequence[float],
     boxes: Sequence[tuple],
+    threshold: float = 0.5,
 ) -> None:
     """``report.html``: the number of positive bags by class, and ``count`` bags, the most probable of each class first.
 
@@ -41,9 +42,10 @@ def write_report(
         trainings: the networks, in words.
         gates: for each class, a bag is positive above this probability.
         boxes: the rows of :func:`features.runs.predicted_boxes`.
+        threshold: that of these boxes.
     """
     unit = unit_of(bags)
-    truth = Truth(Labels([], list(classes), np.zeros((0, len(classes))), None, np.array([])), {}, {})
+    truth = Truth(Labels([], list(classes), np.zeros((0, len(classes))), None, np.array([])), {}, {}, threshold)
     with_boxes = unit == "image"
     lines = ""
     for c, (name, gate) in enumerate(zip(classes, gates, strict=True)):
@@ -65,8 +67,8 @@ def write_report(
     write_text(
         f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>Predictions</h1><p>{len(bags)} {unit}s; {escape(trainings)}.</p>"
-        f"<table><tr>{head}</tr>{lines}</table><p>{about.format(unit=unit)}</p>"
-        f"<h2>{shown}</h2>{legend(unit, evaluated=False)}{figures}",
+        f"<table><tr>{head}</tr>{lines}</table><p>{about.format(unit=unit, where=in_words(threshold))}</p>"
+        f"<h2>{shown}</h2>{legend(unit, False, threshold)}{figures}",
         folder / "report.html",
     )
 

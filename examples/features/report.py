@@ -97,7 +97,7 @@ def write_report(
     write_text(
         f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>Results</h1>{warned}<p>{escape(training)}</p>{found}{table}<ul>{notes}</ul>"
-        f"<h2>{shown}</h2>{legend(unit)}{figures}",
+        f"<h2>{shown}</h2>{legend(unit, threshold=truth.threshold)}{figures}",
         folder / "report.html",
     )
 

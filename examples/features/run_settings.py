@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.files import read_json
+from images.thresholds import map_threshold
 
 from features.store import FeatureBags
 
@@ -42,6 +43,11 @@ def settings_of_run(folder: Path) -> tuple[dict, dict]:
     if BASE not in own:
         raise ValueError(f"run: {folder} was made by an older version; fine-tune again, into another --out")
     return own, own[BASE]
+
+
+def threshold_of_run(known: dict) -> float:
+    """The option --threshold of a run, from its settings. Runs of older versions have 0.5."""
+    return map_threshold(known.get("threshold") or "0.5", labels=False)
 
 
 def extraction_of_run(folder: Path) -> dict:

@@ -67,11 +67,15 @@ class Predictions(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """The true labels and boxes that predictions are compared with. ``instances`` and ``boxes`` may be empty."""
+    """The true labels and boxes that predictions are compared with. ``instances`` and ``boxes`` may be empty.
+
+    ``threshold`` cuts a map: the predicted boxes enclose pixels above it, see :func:`features.evaluation.box_of`.
+    """
 
     labels: Labels
     instances: Mapping[str, np.ndarray]
     boxes: Mapping[str, Mapping[str, np.ndarray]]
+    threshold: float = 0.5
 
 
 def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator[Run]:
@@ -201,7 +205,7 @@ def metrics_of(predictions: Predictions, truth: Truth, bags: FeatureBags) -> dic
             )
             found |= {f"instance_{key}": value for key, value in values.items()}
         if name in truth.boxes:
-            found |= box_metrics(*maps_of(predictions, bags, c), truth.boxes[name], *cells_of(bags))
+            found |= box_metrics(*maps_of(predictions, bags, c), truth.boxes[name], *cells_of(bags), truth.threshold)
         result[name] = found
     return result
 
@@ -221,12 +225,17 @@ def maps_of(
 
 
 def predicted_boxes(
-    predictions: Predictions, bags: FeatureBags, classes: Sequence[str], gates: Sequence[float]
+    predictions: Predictions,
+    bags: FeatureBags,
+    classes: Sequence[str],
+    gates: Sequence[float],
+    threshold: float = 0.5,
 ) -> list[tuple[str, str, float, float, float, float, float]]:
     """The boxes of all maps: name of the bag, class, x, y, w, h in pixels, and the largest probability in the box.
 
     Args:
         gates: for each class, only bags with a higher probability have boxes of it.
+        threshold: as for :func:`features.evaluation.box_of`.
     """
     rows = []
     for c, (label, gate) in enumerate(zip(classes, gates, strict=True)):
@@ -235,7 +244,7 @@ def predicted_boxes(
         for name, heatmap in maps.items():
             if name in likely:
                 image = pixels_of(heatmap, sizes[name], *cells_of(bags))
-                for x, y, w, h in boxes_of(heatmap, sizes[name], *cells_of(bags)):
+                for x, y, w, h in boxes_of(heatmap, sizes[name], *cells_of(bags), threshold):
                     inside = image[int(y) : int(y + h), int(x) : int(x + w)]
                     rows.append((name, label, float(x), float(y), float(w), float(h), float(inside.max())))
     return rows
@@ -288,7 +297,7 @@ def summary(repeats: Sequence[Sequence[Predictions]], truth: Truth, bags: Featur
         stats |= auc_interval(np.array(ordered), labels)
         if "images" in own[0]:
             overlaps = [
-                best_overlaps(*maps_of(predictions, bags, c), truth.boxes[name], *cells_of(bags))
+                best_overlaps(*maps_of(predictions, bags, c), truth.boxes[name], *cells_of(bags), truth.threshold)
                 for predictions in whole
             ]
             stats |= box_intervals(overlaps)

@@ -259,6 +259,10 @@ class FeatureBags:
         with _open_h5(path) as file:
             return Bag(np.zeros((0, self.features)), None, *_view_of(file))
 
+    def places(self, name: str) -> Bag:
+        """``coords``, ``grid`` and ``size`` of a bag, without its features."""
+        return self.shape(name)._replace(coords=self.coords(name))
+
     def size(self, name: str) -> tuple[int, int] | None:
         """(height, width) of the image of a bag in pixels; None if unknown."""
         return self.shape(name).size

@@ -77,6 +77,7 @@ class TrainedHeads(NamedTuple):
         extraction: the settings of the extraction of the features; empty if unknown.
         features: the number of features of an instance.
         tuned: the input of the trained blocks; None for a run of train_features.py.
+        margin: cells nearer to an edge of their image are not used, see :func:`features.margin.used_cells`.
     """
 
     run: Path
@@ -88,6 +89,7 @@ class TrainedHeads(NamedTuple):
     extraction: dict
     features: int
     tuned: TunedBlocks | None
+    margin: float
 
 
 def load_heads(run: Path, with_failed: bool = False, before: FeatureBags | None = None) -> TrainedHeads:
@@ -151,7 +153,9 @@ def load_heads(run: Path, with_failed: bool = False, before: FeatureBags | None 
         heads.append(TrainedHead(name, transform if tuned is None else nn.Identity(), model.eval()))
     hopeless = [label for label, is_hopeless in zip(classes, none.tolist(), strict=True) if is_hopeless]
     left_out = np.where(none, 0, left_out)
-    return TrainedHeads(run, heads, used[used.any(1)], left_out, hopeless, classes, extraction, features, tuned)
+    return TrainedHeads(
+        run, heads, used[used.any(1)], left_out, hopeless, classes, extraction, features, tuned, settings.margin
+    )
 
 
 def tuned_blocks(run: Path, own: dict, extraction: dict, before: FeatureBags) -> TunedBlocks:
@@ -273,7 +277,7 @@ def mean_predictions(trained: TrainedHeads, bags: FeatureBags, names: Sequence[s
             x = input_of(name)
             each = [probabilities(head.model, head.transform(x)) for head in trained.heads]
             bag, instances = (sum(w * one[k] for w, one in zip(weights, each, strict=True)) for k in (0, 1))
-            yield bag, instances
+            yield bag, reader.filled(name, instances)
 
-    reader = BagReader(bags, names, 0)
+    reader = BagReader(bags, names, 0, trained.margin)
     return predictions_of(names, found())

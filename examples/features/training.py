@@ -14,6 +14,7 @@ from common.learning_rate import set_cosine_rate
 from torch import Tensor, nn
 
 from features.heads import Candidates, Head, PatchNetwork, make_head_pooling
+from features.margin import filled, used_cells
 from features.runs import Predictions, predictions_of
 from features.store import FeatureBags
 from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, TopKSchedule
@@ -49,6 +50,7 @@ class Settings:
     cosine: bool = True
     noise: float = 0.0
     amp: str | None = None
+    margin: float = 0.0
 
     @classmethod
     def of_run(cls, known: Mapping[str, object]) -> Settings:
@@ -71,11 +73,13 @@ class BagReader:
         bags: the bags on disk.
         names: names of the bags to read.
         cache_bytes: keep the bags in memory if all of ``names`` take at most this many bytes.
+        margin: leave out the cells near the edges of the images, see :func:`features.margin.used_cells`.
     """
 
-    def __init__(self, bags: FeatureBags, names: Sequence[str], cache_bytes: float):
+    def __init__(self, bags: FeatureBags, names: Sequence[str], cache_bytes: float, margin: float = 0.0):
         self.bags = bags
-        self.instances = sum(bags.instances(name) for name in names)
+        self.margin = margin
+        self.instances = sum(map(self.count, names))
         self.cache_bytes = cache_bytes
         self.cache: dict[str, Tensor] | None = None
         self.fitted: tuple[str, ...] = ()
@@ -91,14 +95,26 @@ class BagReader:
         return self.transform
 
     def read(self, name: str) -> Tensor:
-        """Features (L, D) without the transform, float32."""
-        features = torch.from_numpy(np.asarray(self.bags[name].features, np.float32))
+        """Features (L, D) of the used instances without the transform, float32."""
+        bag = self.bags[name]
+        features = torch.from_numpy(np.asarray(bag.features, np.float32))
+        if self.margin:
+            features = features[torch.from_numpy(used_cells(bag, self.margin))]
         if not torch.isfinite(features).all():
             raise ValueError(f"{name}: expected finite features")
         return features
 
+    def count(self, name: str) -> int:
+        """The number of used instances of a bag."""
+        count = self.bags.instances(name)  # also checks the file
+        return int(used_cells(self.bags.places(name), self.margin).sum()) if self.margin else count
+
+    def filled(self, name: str, instances: np.ndarray) -> np.ndarray:
+        """Probabilities of all instances of a bag, from those of the used ones. The others have 0."""
+        return filled(used_cells(self.bags.places(name), self.margin), instances) if self.margin else instances
+
     def __call__(self, name: str) -> Tensor:
-        """Transformed features (L, K), float32."""
+        """Transformed features (L, K) of the used instances, float32."""
         if self.cache is not None and name in self.cache:
             return self.cache[name]
         features = self.read(name)
@@ -346,7 +362,7 @@ def falling_k(reader: BagReader, names: Sequence[str], settings: Settings) -> To
     if not settings.k_start or settings.pooling != "topk":
         return None
     k = settings.k if settings.k < 1 else int(settings.k)
-    start = settings.k_start if k < 1 else round(settings.k_start * max(map(reader.bags.instances, names)))
+    start = settings.k_start if k < 1 else round(settings.k_start * max(map(reader.count, names)))
     steps = (settings.trial_epochs - 1) * math.ceil(len(names) / settings.batch_size)
     return TopKSchedule(k, start=max(start, k), steps=max(steps, 1))
 
@@ -359,6 +375,21 @@ def probabilities(model: nn.ModuleDict, x: Tensor) -> tuple[np.ndarray, np.ndarr
     return torch.sigmoid(bag_logits(model, logits, batch, hidden)[0]).numpy(), torch.sigmoid(logits).numpy()
 
 
-def predicted(model: nn.ModuleDict, reader: Callable[[str], Tensor], names: Sequence[str]) -> Predictions:
-    """Probabilities of the bags ``names`` and of their instances, computed bag by bag."""
-    return predictions_of(names, (probabilities(model, reader(name)) for name in names))
+def predicted(
+    model: nn.ModuleDict,
+    reader: Callable[[str], Tensor],
+    names: Sequence[str],
+    fill: Callable[[str, np.ndarray], np.ndarray] = lambda _, instances: instances,
+) -> Predictions:
+    """Probabilities of the bags ``names`` and of their instances, computed bag by bag.
+
+    Args:
+        fill: adds the instances that ``reader`` leaves out, see :meth:`BagReader.filled`.
+    """
+
+    def found() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for name in names:
+            bag, instances = probabilities(model, reader(name))
+            yield bag, fill(name, instances)
+
+    return predictions_of(names, found())
