@@ -106,7 +106,7 @@ def test_commands_of_own_features_run(timm, image_folder, tmp_path, monkeypatch,
 
     blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
     commands = [line.split()[1:] for line in blocks.splitlines()]
-    assert len(commands) == 16
+    assert len(commands) == 17
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
     for folder, count in ((photos, 8), (tmp_path / "new_photos", 2)):
