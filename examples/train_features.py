@@ -257,7 +257,7 @@ def run(args: argparse.Namespace) -> None:
     from features.extraction import find_images
     from features.margin import refuse_without_cells
     from features.results import write_results
-    from features.runs import Truth, digests_of, plan, refuse_empty, save_predictions, untested
+    from features.runs import Truth, digests_of, plan, refuse_empty, save_predictions, untested, untrained
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
     from images.dataset import some
@@ -296,6 +296,8 @@ def run(args: argparse.Namespace) -> None:
         )
     for line in (*tables.boxes_on_negatives(labels, truth.boxes), *(untested(labels, runs) if args.folds else ())):
         print(f"note: {line}")
+    for line in untrained(labels, runs):
+        print(f"warning: {line}", flush=True)
     print(f"first run: {len(runs[0].train)} bags for training, {len(runs[0].test)} for the test", flush=True)
     for number, one in enumerate(runs, 1):
         path = parts / f"{one.name}.npz"

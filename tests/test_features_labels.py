@@ -204,6 +204,15 @@ def test_more_folds_than_bags_of_a_kind(bag_folder):
     plan = list(runs.plan(few, 5, 2, "test"))
     assert runs.untested(few, plan) == ["4 of 10 folds test no positive bag of rare: they have no AUC"]
     assert runs.untested(table, list(runs.plan(table, 2, 1, "test"))) == []
+    # two classes, and only the first is stratified: one training of the second plan has no negative bag of "common"
+    both = np.array([[float(i % 2), float(i > 0)] for i in range(40)], np.float32)
+    pair = table._replace(values=both, classes=["half", "common"])
+    plan = list(runs.plan(pair, 2, 1, "test"))
+    (alone,) = [run.name for run in plan if both[run.train, 1].all()]
+    assert runs.untrained(pair, plan) == [
+        f"1 of 2 trainings have no negative bag of common ({alone}): do not use their probabilities of this class"
+    ]
+    assert runs.untrained(table, list(runs.plan(table, 2, 1, "test"))) == []
 
 
 def test_given_split_is_used(bag_folder):

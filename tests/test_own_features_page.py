@@ -70,12 +70,17 @@ def test_tables_of_own_features_are_read(tmp_path):
 
 def test_tables_of_slides_of_own_features_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(Path("dataset.csv"), ["case_id", "slide_id", "label"], [["p1", "s1", "tumour"], ["p1", "s2", "normal"]])
+    write(
+        Path("dataset.csv"),
+        ["case_id", "slide_id", "label"],
+        [["p1", "s1", "tumour"], ["p1", "s2", "normal"], ["p2", "s3", ""]],
+    )
     (code,) = [text for kind, text in BLOCKS if kind == "python"]
     exec(code, {})
-    found = labels.read_labels(Path("slides.csv"), None, "patient", ["s1", "s2"])
-    assert (found.names, found.classes, found.values.tolist()) == (["s1", "s2"], ["tumour"], [[1.0], [0.0]])
-    assert len(set(found.groups)) == 1
+    found = labels.read_labels(Path("slides.csv"), None, "patient", ["s1", "s2", "s3"])
+    assert (found.names, found.classes) == (["s1", "s2", "s3"], ["tumour"])
+    np.testing.assert_array_equal(found.values, [[1.0], [0.0], [np.nan]])  # an empty label is unknown
+    assert found.groups[0] == found.groups[1] != found.groups[2]
     (text,) = [text for _, text in BLOCKS if text.startswith("bag,class\n")]
     Path("tiles.csv").write_text(text)
     found = labels.read_instance_labels(Path("tiles.csv"), ["tumour"], ["slide_001"])

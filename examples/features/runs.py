@@ -115,6 +115,20 @@ def untested(labels: Labels, runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def untrained(labels: Labels, runs: Sequence[Run]) -> list[str]:
+    """A line for each class of which some runs train on no positive or no negative bag."""
+    lines = []
+    for c, name in enumerate(labels.classes):
+        for kind, value in (("positive", 1), ("negative", 0)):
+            found = [run.name for run in runs if not (labels.values[run.train, c] == value).any()]
+            if found:
+                lines.append(
+                    f"{len(found)} of {len(runs)} trainings have no {kind} bag of {name} ({some(found)}): do not use "
+                    "their probabilities of this class"
+                )
+    return lines
+
+
 def digests_of(labels: Labels, bags: FeatureBags) -> dict[str, str]:
     """Digests of the data that decide the runs and their results: a run continues only on the same data."""
     table = [labels.names, list(labels.classes), labels.values.tolist(), labels.groups.tolist()]
