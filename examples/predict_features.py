@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 from common import options
-from images.thresholds import map_threshold, share
-from train_features import refuse_below, threshold_text
+from images.thresholds import share, threshold_text
+from train_features import refuse_below
 
 #: The value of --gate that takes the thresholds from the run.
 RUN = "run"
@@ -81,7 +81,7 @@ def predict(args: argparse.Namespace) -> None:
     from common.csv_table import write_csv
     from common.predicted_boxes import write_boxes
     from features.extraction import find_images
-    from features.margin import refuse_without_cells
+    from features.margin import refuse_threshold_without_maps, refuse_without_cells
     from features.prediction_report import write_report
     from features.run_settings import settings_of_run, threshold_of_run
     from features.runs import predicted_boxes, refuse_empty, write_instances
@@ -102,6 +102,8 @@ def predict(args: argparse.Namespace) -> None:
     refuse_other_features(run, bags)
     refuse_empty(bags, bags.names)
     refuse_without_cells(bags, bags.names, run.margin)
+    threshold = threshold_of_run(vars(args) if args.threshold else settings_of_run(args.run)[1])
+    refuse_threshold_without_maps(bags, threshold)
     args.out.mkdir(parents=True, exist_ok=True)
     used = f"{len(run.heads)} trainings of {args.run}" if len(run.heads) > 1 else f"one training of {args.run}"
     many = len(run.classes) > 1
@@ -132,11 +134,6 @@ def predict(args: argparse.Namespace) -> None:
                 f"warning: the test bags of the run give no threshold for {label}: 0.5 is used; see --gate", flush=True
             )
     gates = [0.5 if gate is None else gate for gate in found]
-    threshold = (
-        map_threshold(args.threshold, labels=False)
-        if args.threshold
-        else threshold_of_run(settings_of_run(args.run)[1])
-    )
     boxes = predicted_boxes(predictions, bags, run.classes, gates, threshold)
     maps = bags.shape(bags.names[0]).grid is not None
     if maps or (args.out / "boxes.csv").is_file():  # an older table would belong to other bags

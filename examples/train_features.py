@@ -25,33 +25,17 @@ from common import options
 from common.choices import LOSSES, POOLINGS
 from common.files import read_json, save_atomically, write_json
 from features.recommended import SEARCHED_HEADS, defaults_of
-from images.thresholds import map_threshold
+from images.thresholds import threshold_text
 
 #: The poolings with the parameter r.
 WITH_R = ("lse", "generalized_mean")
 HEADS = ("linear", "mlp", "attention", "gated", "patches")
 #: Options that do not change a result.
 FREE = (
-    "out",
-    "resume",
-    "threads",
-    "cache_gb",
-    "images",
-    "overlays",
-    "repeats",
-    "instance_labels",
-    "boxes",
-    "threshold",
-)
-
-
+    "out", "resume", "threads", "cache_gb", "images", "overlays", "repeats", "instance_labels", "boxes", "threshold",
+)  # fmt: skip
 #: Values of options in the settings of a run that is older than the option.
 OLDER = {"margin": 0.0}
-
-
-def threshold_text(text: str) -> str:
-    """For argparse: a threshold of :func:`images.thresholds.map_threshold`, as text, which settings.json can hold."""
-    return str(map_threshold(text, labels=False))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -255,8 +239,9 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from features import labels as tables
     from features.extraction import find_images
-    from features.margin import refuse_without_cells
+    from features.margin import refuse_threshold_without_maps, refuse_without_cells
     from features.results import write_results
+    from features.run_settings import threshold_of_run
     from features.runs import Truth, digests_of, plan, refuse_empty, save_predictions, untested, untrained
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
@@ -272,13 +257,14 @@ def run(args: argparse.Namespace) -> None:
         labels,
         tables.read_instance_labels(args.instance_labels, labels.classes, labels.names) if args.instance_labels else {},
         tables.read_boxes(args.boxes, labels.classes, labels.names, bags.size) if args.boxes else {},
-        map_threshold(args.threshold, labels=False),
+        threshold_of_run(vars(args)),
     )
     for name, values in truth.instances.items():
         if len(values) != bags.instances(name):
             raise ValueError(f"instance labels: {name} has {len(values)} rows, but {bags.instances(name)} instances")
     refuse_empty(bags, labels.names)
     refuse_without_cells(bags, labels.names, args.margin)
+    refuse_threshold_without_maps(bags, truth.threshold)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     parts = args.out / "parts"
     keep_settings(args, parts, digests_of(labels, bags), {"class_names": labels.classes, "extraction": bags.settings})
@@ -358,7 +344,8 @@ def _differ(known: object, given: object) -> bool:
     from features.extraction_settings import changed_settings
 
     if isinstance(known, dict) and isinstance(given, dict):
-        return bool(set(changed_settings(known, given)) - set(FREE))
+        older = {name: value for name, value in OLDER.items() if name in given}
+        return bool(set(changed_settings(older | known, given)) - set(FREE))
     return known != given
 
 

@@ -11,12 +11,15 @@ import numpy as np
 import predict_features
 import pytest
 import train_features
+from common.drawing import FOUND
 from csv_files import read, write
-from features import store
-from features.evaluation import box_of, boxes_of, pixels_of
+from features import labels, prediction_report, runs, store
+from features.evaluation import best_overlaps, box_intervals, box_of, boxes_of, pixels_of
 from features.margin import filled, used_cells
+from features.pictures import figure_of
 from features.training import BagReader, Settings, falling_k
 from images.thresholds import Relative
+from matplotlib.colors import to_hex
 
 from sgl_ops.localization import box_iou
 
@@ -153,9 +156,40 @@ def test_threshold_cuts_the_maps_for_boxes(data, tmp_path):
                         hits.append(float(np.nan_to_num(box_iou(box, truth[str(bag)]).max())) > 0.3)
         shares[name] = float(np.mean(hits))
         assert metrics(data / name)["iou_0.3"] == pytest.approx(shares[name])
+        assert_intervals(data, name, truth, threshold)
     assert shares["low"] != shares["whole"]
     pages = [(data / name / "report.html").read_text(encoding="utf-8") for name in ("low", "whole")]
     assert "places with p &gt; 0.2 of the largest p" in pages[0] and "places with p &gt; 0.5. " in pages[1]
+
+
+def assert_intervals(data, name, truth, threshold):
+    """The intervals of ``metrics.json`` are those of boxes with ``threshold``."""
+    bags = store.FeatureBags(data / "features")
+    overlaps = []
+    for part in sorted((data / name / "parts").glob("*.npz")):
+        maps, sizes = runs.maps_of(runs.load_predictions(part), bags, 0)
+        overlaps.append(best_overlaps(maps, sizes, truth, 0.5, STRIDE, threshold))
+    found = metrics(data / name)
+    assert {key: found[key] for key in box_intervals(overlaps)} == pytest.approx(box_intervals(overlaps))
+
+
+def test_drawn_boxes_have_the_threshold(data, tmp_path, monkeypatch):
+    bags = store.FeatureBags(data / "features")
+    predictions = runs.load_predictions(data / "low" / "parts" / "repeat0_fold0.npz")
+    maps, sizes = runs.maps_of(predictions, bags, 0)
+    name = str(predictions.names[1])
+    table = labels.Labels(predictions.names.tolist(), ["red"], np.zeros((12, 1)), None, predictions.names)
+    for threshold in (0.5, Relative(0.2)):
+        figure = figure_of(predictions, 1, 0, runs.Truth(table, {}, {}, threshold), bags, {})
+        frames = [p for axes in figure.axes for p in axes.patches if to_hex(p.get_edgecolor()) == FOUND]
+        found = [[*frame.get_xy(), frame.get_width(), frame.get_height()] for frame in frames]
+        assert found == boxes_of(maps[name], sizes[name], 0.5, STRIDE, threshold).tolist()
+    assert len(boxes_of(maps[name], SIZE, 0.5, STRIDE)) != len(boxes_of(maps[name], SIZE, 0.5, STRIDE, Relative(0.2)))
+    # the pages of both commands draw with the threshold of the run
+    given = []
+    monkeypatch.setattr(prediction_report, "picture_of", lambda *a: given.append(a[3].threshold) or "")
+    assert predict(data / "low", data / "features", tmp_path / "found") == 0
+    assert given and {repr(threshold) for threshold in given} == {"0.2max"}
 
 
 def test_relative_threshold_is_a_fraction_of_the_maximum_of_the_map():
@@ -254,6 +288,29 @@ def test_margin_without_cells_or_maps_is_an_error(data, tmp_path, capsys):
     command = ["--features", str(tmp_path / "points"), "--labels", str(data / "labels.csv"), "--margin=0.2"]
     assert train_features.main([*command, "--out", str(tmp_path / "run")]) == 2
     assert "margin: expected feature maps of images" in capsys.readouterr().err
+
+
+def test_prediction_of_an_image_without_used_cells_is_an_error(data, tmp_path, capsys):
+    writer = store.StoreWriter(tmp_path / "new", {"stride": STRIDE, "centre": STRIDE / 2, "scales": [1.0]})
+    writer.add("small", store.Bag(np.zeros((2, 4), np.float32), PLACES[:2], (1, 2), (STRIDE, 20 * STRIDE)))
+    assert predict(data / "margin", tmp_path / "new", tmp_path / "found") == 2
+    assert "margin: no cell of small is farther than 0.2 of the side from all edges" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threshold", ["0.4", "0.5max"])
+def test_threshold_without_maps_is_an_error(data, tmp_path, capsys, threshold):
+    writer = store.StoreWriter(tmp_path / "points", {"points": "one"})
+    for i in range(32):
+        x = np.random.default_rng(i).normal(size=(3, 4)).astype(np.float32)
+        writer.add(f"b{i:02d}", store.Bag(x, np.ones((3, 2)), None, SIZE))
+    command = ["--features", str(tmp_path / "points"), "--labels", str(data / "labels.csv"), "--k=1", "--epochs=1"]
+    command += ["--out", str(tmp_path / "run"), "--trial-epochs=1", "--overlays=0"]
+    assert train_features.main([*command, "--threshold", threshold]) == 2
+    assert "threshold: expected feature maps of images" in capsys.readouterr().err
+    assert train_features.main(command) == 0
+    assert predict(tmp_path / "run", tmp_path / "points", tmp_path / "found", "--threshold", threshold) == 2
+    assert "threshold: expected feature maps of images" in capsys.readouterr().err
+    assert predict(tmp_path / "run", tmp_path / "points", tmp_path / "found") == 0
 
 
 def test_fine_tuning_of_a_run_with_a_margin_is_an_error(data, tmp_path, capsys):

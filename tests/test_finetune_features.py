@@ -16,6 +16,7 @@ import torch
 import train_features
 from csv_files import read, write
 from features import finetuning, runs, store
+from features.opened_run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,21 @@ def finetune(folder, out, *options):
 
 
 BLOCK = ("--blocks", "layer1.1")
+
+
+def test_a_fine_tuned_run_keeps_the_threshold_and_continues_one_without_a_margin(trained, tmp_path):
+    """The base run is first one of a version without --margin and --threshold, then it is resumed by this version."""
+    folder = tmp_path / "folder"
+    shutil.copytree(trained, folder)
+    path = folder / "run" / "settings.json"
+    settings = json.loads(path.read_text())
+    older = {name: value for name, value in settings.items() if name not in ("margin", "threshold")}
+    path.write_text(json.dumps(older))
+    assert finetune(folder, tmp_path / "tuned", *BLOCK, "--lr=0") == 0
+    assert open_run(tmp_path / "tuned").truth.threshold == 0.5
+    path.write_text(json.dumps(settings | {"threshold": "0.2max"}))
+    assert finetune(folder, tmp_path / "tuned", *BLOCK, "--lr=0", "--resume") == 0
+    assert repr(open_run(tmp_path / "tuned").truth.threshold) == "0.2max"
 
 
 def test_blocks_without_training_give_the_predictions_of_the_stored_features(trained, tmp_path):

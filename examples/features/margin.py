@@ -1,8 +1,11 @@
-"""The cells of a map that are used: those near the edges of the image may be left out."""
+"""The options --margin and --threshold for feature maps: the cells that are used, and bags without maps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from images.thresholds import Relative
 
 from features.store import Bag, FeatureBags
 
@@ -29,11 +32,18 @@ def used_cells(bag: Bag, margin: float) -> np.ndarray:
     return (np.abs(bag.coords / (width, height) - 0.5) <= 0.5 - margin + ROUNDING).all(1)
 
 
-def refuse_without_cells(bags: FeatureBags, names: list[str], margin: float) -> None:
+def refuse_without_cells(bags: FeatureBags, names: Sequence[str], margin: float) -> None:
     """Raises ValueError if a margin leaves no cell of one of the bags ``names``, or if one of them is no map."""
     for name in names if margin else ():
         if not used_cells(bags.places(name), margin).any():
             raise ValueError(f"margin: no cell of {name} is farther than {margin:g} of the side from all edges")
+
+
+def refuse_threshold_without_maps(bags: FeatureBags, threshold: float) -> None:
+    """Raises ValueError if a threshold for boxes is given, and the bags are no maps, so that they have no boxes."""
+    given = threshold != 0.5 or isinstance(threshold, Relative)
+    if given and any(bags.shape(name).grid is None for name in bags.names[:1]):
+        raise ValueError("threshold: expected feature maps of images, got points, slides or other instances")
 
 
 def filled(used: np.ndarray, instances: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def settings_of_run(folder: Path) -> tuple[dict, dict]:
 
 
 def threshold_of_run(known: dict) -> float:
-    """The option --threshold of a run, from its settings. Runs of older versions have 0.5."""
+    """The option --threshold, from the settings of a run. Runs of older versions have 0.5."""
     return map_threshold(known.get("threshold") or "0.5", labels=False)
 
 

@@ -106,27 +106,32 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
 
 def untested(labels: Labels, runs: Sequence[Run]) -> list[str]:
     """A line for each class of which some runs test no positive or no negative bag."""
-    lines = []
-    for c, name in enumerate(labels.classes):
-        for kind, value in (("positive", 1), ("negative", 0)):
-            count = sum(not (labels.values[run.test, c] == value).any() for run in runs)
-            if count:
-                lines.append(f"{count} of {len(runs)} folds test no {kind} bag of {name}: they have no AUC")
-    return lines
+    return [
+        f"{len(found)} of {len(runs)} folds test no {kind}: they have no AUC"
+        for kind, found in _runs_without(labels, [(run.name, run.test) for run in runs])
+    ]
 
 
 def untrained(labels: Labels, runs: Sequence[Run]) -> list[str]:
     """A line for each class of which some runs train on no positive or no negative bag."""
-    lines = []
-    for c, name in enumerate(labels.classes):
+    return [
+        f"{len(found)} of {len(runs)} trainings have no {kind} ({some(found)}): do not use their probabilities of this "
+        "class"
+        for kind, found in _runs_without(labels, [(run.name, run.train) for run in runs])
+    ]
+
+
+def _runs_without(labels: Labels, parts: Sequence[tuple[str, np.ndarray]]) -> Iterator[tuple[str, list[str]]]:
+    """For each class, "positive bag of CLASS" or "negative bag of CLASS", and the names of the runs without one.
+
+    Args:
+        parts: the name of each run, and the indices of its bags that are examined.
+    """
+    for c, label in enumerate(labels.classes):
         for kind, value in (("positive", 1), ("negative", 0)):
-            found = [run.name for run in runs if not (labels.values[run.train, c] == value).any()]
+            found = [name for name, part in parts if not (labels.values[part, c] == value).any()]
             if found:
-                lines.append(
-                    f"{len(found)} of {len(runs)} trainings have no {kind} bag of {name} ({some(found)}): do not use "
-                    "their probabilities of this class"
-                )
-    return lines
+                yield f"{kind} bag of {label}", found
 
 
 def digests_of(labels: Labels, bags: FeatureBags) -> dict[str, str]:

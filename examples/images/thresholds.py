@@ -44,6 +44,11 @@ def map_threshold(text: str, labels: bool = True) -> float | str:
     return share(text, expected)
 
 
+def threshold_text(text: str) -> str:
+    """For argparse: a threshold of :func:`map_threshold` without labels, as text, which a JSON file can hold."""
+    return str(map_threshold(text, labels=False))
+
+
 def share(text: str, expected: str, suffix: str = "") -> float:
     """For argparse: the number of at least 0 and below 1 in ``text``, which ends with ``suffix``."""
     try:
