@@ -162,7 +162,8 @@ def list_stages(args: argparse.Namespace) -> None:
     """Prints the stages of ``args.backbone``."""
     from features.backbones import stage_table
 
-    print(stage_table(args.backbone))
+    for line in stage_table(args.backbone):
+        print(line, flush=True)
 
 
 def extract(args: argparse.Namespace) -> list[str]:

@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
     from features.run_settings import BASE, extraction_of_run
     from features.runs import save_predictions
     from features.store import FeatureBags
-    from features.training import Settings, Transform, fit, make_model, predicted
+    from features.training import Settings, fit, make_model, predicted
+    from features.transform import Transform
 
     opened = open_run(args.run, args.repeats)
     if opened.tuned:

@@ -35,7 +35,7 @@ FREE = (
     "out", "resume", "threads", "cache_gb", "images", "overlays", "repeats", "instance_labels", "boxes", "threshold",
 )  # fmt: skip
 #: Values of options in the settings of a run that is older than the option.
-OLDER = {"margin": 0.0}
+OLDER = {"margin": 0.0, "allow_missing": False}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--patient", default="patient", metavar="COLUMN", help="column with the patient of a bag (patient)"
     )
+    data.add_argument("--allow-missing", action="store_true", help="leave out the bags of --labels without features")
     data.add_argument("--instance-labels", type=Path, metavar="CSV", help="image (or bag), class: one row per instance")
     data.add_argument("--boxes", type=Path, metavar="CSV", help="image, label, x, y, w, h in pixels of the image")
     data.add_argument("--images", type=Path, metavar="DIR", help="folder of images for the overlays in the report")
@@ -240,9 +241,10 @@ def run(args: argparse.Namespace) -> None:
     from features import labels as tables
     from features.extraction import find_images
     from features.margin import refuse_threshold_without_maps, refuse_without_cells
+    from features.plan import plan, untested, untrained
     from features.results import write_results
     from features.run_settings import threshold_of_run
-    from features.runs import Truth, digests_of, plan, refuse_empty, save_predictions, untested, untrained
+    from features.runs import Truth, digests_of, refuse_empty, refuse_other_folds, save_predictions
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
     from images.dataset import some
@@ -252,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
     if args.images is not None:
         find_images(args.images)  # a wrong folder is an error before the training
     bags = FeatureBags(args.features)
-    labels = tables.read_labels(args.labels, args.classes, args.patient, bags.names, args.folds is None)
+    labels = tables.labels_of_run(vars(args), bags.names)
     truth = Truth(
         labels,
         tables.read_instance_labels(args.instance_labels, labels.classes, labels.names) if args.instance_labels else {},
@@ -271,15 +273,24 @@ def run(args: argparse.Namespace) -> None:
     reader = BagReader(bags, labels.names, args.cache_gb * 1e9, args.margin)
     targets = torch.tensor(labels.values)
     runs = list(plan(labels, args.folds, args.repeats, args.test))
+    refuse_other_folds(parts, runs, labels)
     for name, column in zip(labels.classes, labels.values.T, strict=True):
         counts = f"{(column == 1).sum()} positive, {(column == 0).sum()} negative, {np.isnan(column).sum()} unknown"
         print(f"{name}: {len(column)} bags, {counts}")
+    if labels.absent:
+        count = len(labels.absent)
+        print(f"note: {count} bags of {args.labels.name} have no features and are left out ({some(labels.absent)})")
     unlabelled = sorted(set(bags.names) - set(labels.names))
     if unlabelled:
         print(
             f"note: {len(unlabelled)} of {len(bags.names)} bags with features are not in {args.labels.name} "
             f"and are not used ({some(unlabelled)})"
         )
+    patients = len(set(labels.groups))
+    if (labels.groups != np.array(labels.names)).any():
+        print(f"{len(labels.names)} bags of {patients} patients (column {args.patient})")
+    elif args.folds:
+        print(f"note: {args.labels.name} has no column {args.patient}: bags of one patient may be in several folds")
     for line in (*tables.boxes_on_negatives(labels, truth.boxes), *(untested(labels, runs) if args.folds else ())):
         print(f"note: {line}")
     for line in untrained(labels, runs):

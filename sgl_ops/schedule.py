@@ -180,6 +180,31 @@ class LamSchedule(SharesGroup):
             self.value = self.lam
         return self.value
 
+    def needed_auc(self, targets: Tensor) -> Tensor:
+        r"""The AUC that each class needs if the window has these targets: (C,) float64, max(a, 1/2 + 3 sigma_c).
+
+        NaN for a class that does not count, because it has too few positive or too few negative bags.
+
+        Args:
+            targets: bag labels, (N, C) or (N,): 0, 1, or NaN = unknown.
+
+        >>> import torch
+        >>> from sgl_ops import LamSchedule
+        >>> LamSchedule(auc=0.75).needed_auc(torch.tensor([0.0, 1.0]).repeat(50))
+        tensor([0.7500], dtype=torch.float64)
+        >>> LamSchedule(auc=0.75).needed_auc(torch.tensor([0.0, 1.0]).repeat(8))
+        tensor([0.9463], dtype=torch.float64)
+        >>> LamSchedule(auc=0.75).needed_auc(torch.tensor([0.0, 1.0]).repeat(3))
+        tensor([nan], dtype=torch.float64)
+        """
+        labels = _per_class("targets", targets)
+        check_values(labels, None, 0)
+        return self._needed(rank_bags(torch.zeros_like(labels), labels))
+
+    def _needed(self, ranking: Ranking) -> Tensor:
+        bound = 0.5 + 3 * ranking.chance_deviation
+        return torch.where(bound < 1, bound.clamp(min=self.auc), torch.nan)
+
     def _remember(self, scores: Tensor, labels: Tensor) -> None:
         if self._bags and self._bags[-1][0].device != scores.device:  # of a checkpoint on another device
             self._bags = [(bags.to(scores.device), known.to(scores.device)) for bags, known in self._bags]
@@ -195,9 +220,8 @@ class LamSchedule(SharesGroup):
         counts = torch.stack(ranking).to(scores.device, torch.float32 if scores.device.type == "mps" else torch.float64)
         ranking = Ranking(*all_reduce_sum(counts, self.process_group).cpu().double().unbind())
         self.class_auc = ranking.auc
-        bound = 0.5 + 3 * ranking.chance_deviation
-        counting = bound < 1  # False for NaN
-        learnt = counting & (ranking.auc >= bound.clamp(min=self.auc))
+        needed = self._needed(ranking)
+        counting, learnt = ~needed.isnan(), ranking.auc >= needed  # False for NaN
         if self._since_first is None and bool(learnt.any()):
             self._since_first = 0
         enough = bool(learnt.any()) and 2 * int(learnt.sum()) >= int(counting.sum())

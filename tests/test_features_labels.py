@@ -6,7 +6,8 @@ import feature_packages  # noqa: F401
 import numpy as np
 import pytest
 from csv_files import write
-from features import extraction, labels, runs
+from features import extraction, labels
+from features.plan import plan, untested, untrained
 
 
 def read_text(tmp_path, text, bags=("x", "y", "z.1"), **options):
@@ -189,47 +190,92 @@ def test_unknown_labels_and_named_classes(bag_folder):
 def test_folds_keep_patients_together_and_test_each_bag_once(bag_folder):
     table = labels.read_labels(bag_folder / "labels.csv", None, "patient", BAGS)
     tested = []
-    for one in runs.plan(table, 5, 2, "test"):
+    for one in plan(table, 5, 2, "test"):
         assert not set(table.groups[one.train]) & set(table.groups[one.test])
         tested += one.test.tolist()
     assert sorted(tested) == sorted([*range(40), *range(40)])
 
 
 def test_more_folds_than_bags_of_a_kind(bag_folder):
-    table = labels.read_labels(bag_folder / "labels.csv", None, "patient", BAGS)
+    table = labels.read_labels(bag_folder / "labels.csv", ["lesion"], "patient", BAGS)
     table = table._replace(groups=np.array(table.names))
     with pytest.raises(ValueError, match=r"--folds: expected at most 20 .* lesion has 20 negative, 20 positive bags"):
-        list(runs.plan(table, 21, 1, "test"))
+        list(plan(table, 21, 1, "test"))
     few = table._replace(values=np.array([[float(i < 3)] for i in range(40)], np.float32), classes=["rare"])
-    plan = list(runs.plan(few, 5, 2, "test"))
-    assert runs.untested(few, plan) == ["4 of 10 folds test no positive bag of rare: they have no AUC"]
-    assert runs.untested(table, list(runs.plan(table, 2, 1, "test"))) == []
-    # two classes, and only the first is stratified: one training of the second plan has no negative bag of "common"
-    both = np.array([[float(i % 2), float(i > 0)] for i in range(40)], np.float32)
-    pair = table._replace(values=both, classes=["half", "common"])
-    plan = list(runs.plan(pair, 2, 1, "test"))
-    (alone,) = [run.name for run in plan if both[run.train, 1].all()]
-    assert runs.untrained(pair, plan) == [
-        f"1 of 2 trainings have no negative bag of common ({alone}): do not use their probabilities of this class"
+    planned = list(plan(few, 5, 2, "test"))
+    assert untested(few, planned) == ["4 of 10 folds test no positive bag of rare: they have no AUC"]
+    assert untested(table, list(plan(table, 2, 1, "test"))) == []
+    assert untrained(few, planned) == []
+    alone = table._replace(values=(np.arange(40) > 0).astype(np.float32)[:, None], classes=["common"])
+    planned = list(plan(alone, 2, 1, "test"))
+    (name,) = [run.name for run in planned if alone.values[run.train].all()]
+    assert untrained(alone, planned) == [
+        f"1 of 2 trainings have no negative bag of common ({name}): predict_features.py does not use their "
+        "probabilities of this class"
     ]
-    assert runs.untrained(table, list(runs.plan(table, 2, 1, "test"))) == []
+    assert untrained(table, list(plan(table, 2, 1, "test"))) == []
+
+
+def spread(values, groups, count, seed):
+    """The fractions (count, 2, C) of the positive and of the negative bags of each class in each of the folds."""
+    table = labels.Labels(
+        [f"b{i}" for i in range(len(values))], [f"c{c}" for c in range(values.shape[1])], values, None, groups
+    )
+    found = []
+    for one in plan(table, count, seed + 1, "test"):
+        if one.repeat == seed:
+            assert sorted([*one.train, *one.test]) == list(range(len(values)))
+            assert not set(groups[one.train]) & set(groups[one.test])
+            found.append([(values[one.test] == kind).sum(0) / (values == kind).sum(0) for kind in (1, 0)])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_class_is_spread_evenly_over_the_folds(seed):
+    """Three classes, of which one has 8 positive bags, and another one 8 negative bags; 20 % of the labels unknown."""
+    generator = np.random.default_rng(seed)
+    values = np.zeros((200, 3), np.float32)
+    for c, positive in enumerate((100, 8, 192)):
+        values[generator.permutation(200)[:positive], c] = 1
+    alone = np.arange(200).astype(str)
+    parts = spread(values, alone, 4, seed)
+    assert parts.min() == parts.max() == 0.25  # as even as possible
+    values[generator.random(values.shape) < 0.2] = np.nan
+    patients = (np.arange(200) // 3).astype(str)  # three bags each
+    parts = spread(values, patients, 4, seed)
+    kinds = [(values == kind).sum(0) for kind in (1, 0)]
+    for kind in (0, 1):
+        for c in range(3):
+            assert abs(parts[:, kind, c] - 0.25).max() <= max(3 / kinds[kind][c], 0.05)  # one patient, or 5 %
+
+
+def test_folds_differ_by_the_seed_and_not_otherwise():
+    values = np.random.default_rng(0).integers(0, 2, (60, 2)).astype(np.float32)
+    table = labels.Labels([f"b{i}" for i in range(60)], ["a", "b"], values, None, np.arange(60).astype(str))
+    first, again = (list(plan(table, 3, 2, "test")) for _ in range(2))
+    assert all((a.test == b.test).all() for a, b in zip(first, again, strict=True))
+    assert any(
+        (a.test != b.test).any() for a, b in zip(first[:3], first[3:], strict=True) if len(a.test) == len(b.test)
+    )
+    with pytest.raises(ValueError, match=r"--folds: expected at most 60, the number of patients \(or bags\), got 61"):
+        list(plan(table, 61, 1, "test"))
 
 
 def test_given_split_is_used(bag_folder):
     table = labels.read_labels(bag_folder / "labels.csv", None, "patient", BAGS)
-    ((_, _, train, test),) = runs.plan(table, None, 1, "test")
+    ((_, _, train, test),) = plan(table, None, 1, "test")
     assert set(table.split[train]) == {"train", "val"} and set(table.split[test]) == {"test"}
-    ((_, _, train, test),) = runs.plan(table, None, 1, "val")
+    ((_, _, train, test),) = plan(table, None, 1, "val")
     assert set(table.split[train]) == {"train"} and set(table.split[test]) == {"val"}
 
 
 def test_errors_of_the_split(tmp_path):
     table = read_text(tmp_path, "bag,a\nx,1\ny,0\n")
     with pytest.raises(ValueError, match=r"expected --folds, or a column split in labels\.csv .* or a split\.csv"):
-        list(runs.plan(table, None, 1, "test"))
+        list(plan(table, None, 1, "test"))
     table = read_text(tmp_path, "bag,patient,split,a\nx,p,train,1\ny,p,test,0\n")
     with pytest.raises(ValueError, match=r"1 patients are in more than one part of the split \(p\)"):
-        list(runs.plan(table, None, 1, "test"))
+        list(plan(table, None, 1, "test"))
     (tmp_path / "split.csv").write_text("image,split\nx.png,train\n")
     with pytest.raises(ValueError, match=r"1 images of labels\.csv have no split there \(y\)"):
         read_text(tmp_path, "bag,a\nx,1\ny,0\n")

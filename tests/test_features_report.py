@@ -24,6 +24,7 @@ from features.evaluation import (
     point_of,
 )
 from features.pictures import draw_map
+from features.plan import Run
 from features.report import write_report
 from features.results import write_results
 from matplotlib.colors import to_hex
@@ -31,15 +32,11 @@ from matplotlib.colors import to_hex
 
 def test_advice_names_the_cause_and_what_is_not_yet_used():
     history = [{"epoch": 1, "loss": 0.5, "lam": 0.0, "auc": [math.nan, 0.61]}, {"epoch": 2, "lam": 0.0, "auc": []}]
-    labels = np.repeat([[0.0, 0.0], [1.0, 1.0]], 20, 0).astype(np.float32)
+    labels = np.repeat([[math.nan, 0.0], [math.nan, 1.0]], 20, 0).astype(np.float32)
     settings = training.Settings(k_start=0.2, restarts=4)
     text = advice.lam_advice([history, [], [{"lam": 0.5, "auc": [0.9]}]], [labels] * 3, settings)
-    assert "lam stayed 0 in 1 of 3 runs" in text and "The highest AUC of a class with enough bags was 0.61" in text
-    # a class with three positive bags cannot start lam, however high its AUC is
-    rare = np.where(np.arange(40)[:, None] < 37, labels * [1, 0], labels)
-    unlucky = [{"epoch": 1, "loss": 0.5, "lam": 0.0, "auc": [0.61, 1.0]}]
-    assert "with enough bags was 0.61" in advice.lam_advice([unlucky], [rare.astype(np.float32)], settings)
-    assert "--k-start" not in text and "--pooling topk" not in text
+    assert "lam stayed 0 in 1 of 3 runs" in text
+    assert "In the best epoch of these runs, this AUC was 0.61; it needs 0.80." in text
     # features of other programs have no stages
     other = advice.lam_advice([history], [labels], settings, extracted=False)
     assert "use the features of another network" in other and "--stages" not in other
@@ -52,6 +49,38 @@ def test_advice_names_the_cause_and_what_is_not_yet_used():
             targets = np.repeat([[1.0], [0.0]], [positive - fewer, negative], 0).astype(np.float32)
             assert advice.can_learn(targets, settings.start_auc) == (not fewer)
     assert advice.lam_advice([[{"lam": 0.5, "auc": [0.9]}, {"lam": 1.0, "auc": [0.9]}]], [labels], settings) is None
+
+
+def test_metrics_of_instances_are_nan_without_a_positive_instance():
+    """A class that no instance label names has no IoU: 0 would mean that its instances are not found."""
+    p = [np.array([0.9, 0.2]), np.array([0.8])]
+    found = instance_metrics(p, [np.zeros(2), np.zeros(1)], [True, False])
+    assert all(math.isnan(found[key]) for key in ("auc", "ap", "iou", "auc_all"))
+    found = instance_metrics(p, [np.zeros(2), np.ones(1)], [True, True])
+    assert found["iou"] == 0.5 and found["auc"] == 0.5
+
+
+def deciding(aucs, labels, start_auc=0.8):
+    """The AUC that the advice names, and the AUC that is needed; None if it names none."""
+    history = [{"epoch": 1, "lam": 0.0, "auc": values} for values in aucs]
+    text = advice.lam_advice([history], [np.array(labels, np.float32)], training.Settings(start_auc=start_auc))
+    found = re.search(r"(this AUC|the AUC of the class that decides) was ([\d.]+); it needs ([\d.]+)\.", text)
+    return found and (float(found[2]), float(found[3]))
+
+
+def test_advice_names_the_auc_that_decides_and_the_needed_one():
+    many = np.repeat([[0.0], [1.0]], 100, 0)
+    assert deciding([[0.5], [0.77], [0.7]], many) == (0.77, 0.8)
+    # with few bags, more than --start-auc: 1/2 + 3 sqrt(17 / (12 * 64))
+    assert deciding([[0.9]], np.repeat([[0.0], [1.0]], 8, 0)) == (0.9, 0.95)
+    # the better half of the classes: the second of three or four, the first of two
+    assert deciding([[0.9, 0.7, 0.6]], np.tile(many, 3)) == (0.7, 0.8)
+    assert deciding([[0.5, 0.9, 0.6, 0.7]], np.tile(many, 4)) == (0.7, 0.8)
+    assert deciding([[0.6, 0.7]], np.tile(many, 2)) == (0.7, 0.8)
+    # a class with three positive bags does not count, even if its AUC is 1
+    rare = np.where(np.arange(200) < 3, 1.0, 0.0)[:, None]
+    assert deciding([[0.61, 1.0]], np.concatenate([many, rare], 1)) == (0.61, 0.8)
+    assert deciding([[]], many) is None
 
 
 def test_lam_that_does_not_reach_its_value_is_named():
@@ -127,13 +156,13 @@ def test_report_says_how_often_the_boxes_are_right(tmp_path, capsys):
     box = box_of(p.reshape(4, 4).astype(float), (64, 64), 0.5)[None]
     known = labels.Labels(["a", "b"], ["cat"], np.ones((2, 1), np.float32), None, np.array(["a", "b"]))
     truth = runs.Truth(known, {}, {"cat": {"a": box, "b": box + np.array([20.0, 0.0, 0.0, 0.0])}})
-    plan = [runs.Run(0, fold, np.array([1 - fold]), np.array([fold])) for fold in range(2)]
+    planned = [Run(0, fold, np.array([1 - fold]), np.array([fold])) for fold in range(2)]
     (tmp_path / "parts").mkdir()
-    for run, name in zip(plan, ("a", "b"), strict=True):
+    for run, name in zip(planned, ("a", "b"), strict=True):
         found = runs.Predictions(np.array([name]), np.array([[0.9]], np.float32), p, np.array([0, 16]))
         runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
     bags = store.FeatureBags(tmp_path / "features")
-    write_results(tmp_path, plan, truth, bags, None, 2, "Loss: sgl", training.Settings(), [[]] * len(plan))
+    write_results(tmp_path, planned, truth, bags, None, 2, "Loss: sgl", training.Settings(), [[]] * len(planned))
     page = (tmp_path / "report.html").read_text()
     assert (
         "2 test images have true boxes of cat. In 1 of them (50%), the predicted box overlaps a true box with IoU &gt; "
@@ -146,12 +175,12 @@ def test_report_says_how_often_the_boxes_are_right(tmp_path, capsys):
     with (tmp_path / "folds.csv").open() as file:
         assert [(row["fold"], row["iou_0.3"]) for row in csv.DictReader(file)] == [("0", "1.0"), ("1", "0.0")]
     # a second repeat that finds no box: the mean over the repeats, and its interval
-    second = [run._replace(repeat=1) for run in plan]
+    second = [run._replace(repeat=1) for run in planned]
     for run, name in zip(second, ("a", "b"), strict=True):
         found = runs.Predictions(np.array([name]), np.array([[0.1]], np.float32), 0 * p, np.array([0, 16]))
         runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
     write_results(
-        tmp_path, plan + second, truth, bags, None, 2, "Loss: sgl", training.Settings(), [[]] * len(plan + second)
+        tmp_path, planned + second, truth, bags, None, 2, "Loss: sgl", training.Settings(), [[]] * len(planned + second)
     )
     page = (tmp_path / "report.html").read_text()
     assert (
@@ -171,12 +200,12 @@ def test_failed_training_is_named_in_the_report_and_on_the_terminal(tmp_path, ca
     for name in names:
         writer.add(name, store.Bag(np.zeros((1, 1), np.float32), None, None, None))
     (tmp_path / "parts").mkdir()
-    plan = [runs.Run(0, fold, np.arange(16) + 16 * (1 - fold), np.arange(16) + 16 * fold) for fold in range(2)]
-    for run, score in zip(plan, (values[:16], np.full((16, 1), 0.5)), strict=True):
+    planned = [Run(0, fold, np.arange(16) + 16 * (1 - fold), np.arange(16) + 16 * fold) for fold in range(2)]
+    for run, score in zip(planned, (values[:16], np.full((16, 1), 0.5)), strict=True):
         found = runs.Predictions(names[run.test], score, score, np.arange(17))
         runs.save_predictions(tmp_path / "parts" / f"{run.name}.npz", found)
     bags = store.FeatureBags(tmp_path / "features")
-    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings(), [[]] * len(plan))
+    write_results(tmp_path, planned, truth, bags, None, 1, "Loss: sgl", training.Settings(), [[]] * len(planned))
     text = "The network seems not to have found the object in 1 of 2 trainings: fold 1 (test AUC 0.50, not clearly"
     assert f"warning: {text}" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
@@ -266,15 +295,15 @@ def test_mean_probabilities_have_own_metrics_in_the_report(tmp_path, capsys):
     truth = runs.Truth(labels.Labels(["a", "b"], ["cat"], values, None, np.array(["a", "b"])), {}, corner)
     right, wrong, unsure = [0.9, 0, 0, 0], [0, 0, 0, 0.7], [0.3, 0, 0, 0.1]
     (tmp_path / "parts").mkdir()
-    plan = []
+    planned = []
     for repeat, names in enumerate((["a", "b"], ["b", "a"])):
-        plan.append(runs.Run(repeat, 0, np.array([0]), np.array([0, 1])))
+        planned.append(Run(repeat, 0, np.array([0]), np.array([0, 1])))
         found = [
             (np.array([0.5]), np.array(cells)[:, None]) for cells in ((right, wrong) if repeat else (right, unsure))
         ]
-        runs.save_predictions(tmp_path / "parts" / f"{plan[-1].name}.npz", runs.predictions_of(names, found))
+        runs.save_predictions(tmp_path / "parts" / f"{planned[-1].name}.npz", runs.predictions_of(names, found))
     settings = training.Settings(loss="bag")
-    write_results(tmp_path, plan, truth, bags, None, 0, "Loss: bag", settings, [[]] * len(plan))
+    write_results(tmp_path, planned, truth, bags, None, 0, "Loss: bag", settings, [[]] * len(planned))
     # means: a (0.9 + 0.0, 0.7) / 2, b (0.3 + 0.9, 0.1) / 2: the maximum is right in both
     result = json.loads((tmp_path / "metrics.json").read_text())["cat"]
     assert result["pointing"] == 0.75 and result["of_means"]["pointing"] == 1
@@ -297,14 +326,14 @@ def test_auc_within_the_folds_is_shown(tmp_path, capsys):
     for name in names:
         writer.add(name, store.Bag(np.zeros((1, 1), np.float32), None, None, None))
     (tmp_path / "parts").mkdir()
-    plan = [runs.Run(0, fold, np.arange(4) + 4 * (1 - fold), np.arange(4) + 4 * fold) for fold in range(2)]
-    for run in plan:
+    planned = [Run(0, fold, np.arange(4) + 4 * (1 - fold), np.arange(4) + 4 * fold) for fold in range(2)]
+    for run in planned:
         score = 0.1 * values[run.test] + 0.5 - 0.3 * run.fold
         runs.save_predictions(
             tmp_path / "parts" / f"{run.name}.npz", runs.Predictions(names[run.test], score, score, np.arange(5))
         )
     bags = store.FeatureBags(tmp_path / "features")
-    write_results(tmp_path, plan, truth, bags, None, 1, "Loss: sgl", training.Settings(), [[]] * len(plan))
+    write_results(tmp_path, planned, truth, bags, None, 1, "Loss: sgl", training.Settings(), [[]] * len(planned))
     assert "cat: auc 0.750 (folds: 1.000 to 1.000), auc_of_folds 1.000" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert page.count("<th>AUC in folds</th>") == 1 and "AUC in folds: the mean" in page

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from features import extraction, store, training
+from features import extraction, store, training, transform
 from features.heads import Candidates, Head, PatchNetwork
 
 EXAMPLES = ROOT / "examples"
@@ -23,15 +23,15 @@ def test_standardization_and_principal_components():
     x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1]) + 100
     x = torch.cat([x, x[:, :1] * 2], 1)
     parts = [x[:7], x[7:7], x[7:]]
-    plain = training.fit_transform(parts, 0)(x)
+    plain = transform.fit_transform(parts, 0)(x)
     torch.testing.assert_close(plain.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(plain.std(0), torch.ones(4), atol=1e-2, rtol=0)
-    few = training.fit_transform(parts, 2)(x)
+    few = transform.fit_transform(parts, 2)(x)
     torch.testing.assert_close(few.T.cov(), torch.eye(2), atol=1e-2, rtol=0)
     # the first feature and its double are one direction, the first component
     assert abs(torch.corrcoef(torch.stack([few[:, 0], x[:, 0]]))[0, 1]) > 0.99
     with pytest.raises(ValueError, match="expected at most the 4 features, got 5"):
-        training.fit_transform(parts, 5)
+        transform.fit_transform(parts, 5)
 
 
 @pytest.mark.parametrize("patches", [0, 1, 128, 300])
@@ -190,6 +190,17 @@ def test_lam_stays_zero_for_random_labels(bag_folder):
     settings = training.Settings(epochs=3, batch_size=10, lr=1e-5, share=0.3)
     training.train(reader, bags.names, values, settings, 0, history.append)
     assert [row["lam"] for row in history] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("size", "first"), [(10, 2), (20, 3), (40, 1), (2, 2)])
+def test_training_auc_is_logged_when_it_covers_all_bags(bag_folder, size, first):
+    """It is measured in the steps 0, 5, 10, ...: in the first epoch, over a part of the bags. ``size``: of a batch."""
+    bags = store.FeatureBags(bag_folder / "features")
+    reader = training.BagReader(bags, bags.names, 1e9)
+    values = (torch.arange(40) % 2).float().unsqueeze(1)
+    history = []
+    training.train(reader, bags.names, values, training.Settings(epochs=4, batch_size=size, lr=1e-5), 0, history.append)
+    assert [row["epoch"] for row in history if row["auc"]] == list(range(first, 5))
 
 
 def test_initial_probability_of_the_head_is_the_prior():

@@ -145,6 +145,31 @@ def test_a_training_names_its_failures_in_a_file(data, tmp_path, capsys):
     assert set(named) <= {"repeat0_fold0", "repeat0_fold1"}
 
 
+def test_a_training_without_a_positive_bag_of_a_class_is_not_used_for_it(data, tmp_path, capsys):
+    """One positive bag of green: the training that tests it has none, and says nothing about this class."""
+    rows = read(data / "labels.csv")
+    only = next(row for row in rows if row["split"] == "train")
+    table = tmp_path / "labels.csv"
+    lines = [f"{row['bag']},{row['red']},{int(row is only)}" for row in rows]
+    table.write_text("bag,red,green\n" + "\n".join(lines) + "\n")
+    out = tmp_path / "run"
+    command = ["--features", str(data / "features"), "--labels", str(table), "--overlays=0", "--epochs=1"]
+    assert train_features.main([*command, "--folds=2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    (fold,) = [int(row["fold"]) for row in read(out / "bags.csv") if row["bag"] == only["bag"]]
+    name = f"repeat0_fold{fold}"
+    assert f"warning: 1 of 2 trainings have no positive bag of green ({name})" in printed
+    assert f"fold {fold} (" in printed and "trained without positive labels of green" in printed
+    assert "use more labels, or fewer folds" in printed
+    named = json.loads((out / "failed.json").read_text())
+    assert named[name]["green"] == ["trained without positive labels"]
+    (out / "failed.json").write_text(json.dumps({name: {"green": named[name]["green"]}}))  # a short training may fail
+    assert predict(out, data / "features", tmp_path / "found") == 0
+    found = {row["bag"]: float(row["green"]) for row in read(tmp_path / "found" / "bags.csv")}
+    part = np.load(out / "parts" / f"repeat0_fold{1 - fold}.npz")  # it tested these bags
+    np.testing.assert_allclose([found[n] for n in part["names"].tolist()], part["bags"][:, 1], atol=1e-6)
+
+
 def test_folders_that_do_not_fit_are_errors(data, run, tmp_path, capsys):
     def message(folder, features):
         assert predict(folder, features, tmp_path / "out") == 2

@@ -119,6 +119,36 @@ def test_few_positive_bags_need_a_higher_auc():
     assert schedule.class_auc.item() == pytest.approx(0.8)
 
 
+def test_needed_auc_is_the_one_from_which_lam_rises():
+    """Scores with an AUC just below and just above the needed one, for several numbers of bags and thresholds."""
+    rises = []
+    for positives, negatives in ((7, 7), (4, 16), (8, 24), (50, 150)):
+        labels = (torch.arange(positives + negatives) < positives).double()
+        for auc in (0.6, 0.95):
+            needed = LamSchedule(auc=auc).needed_auc(labels).item()
+            sigma = math.sqrt((positives + negatives + 1) / (12 * positives * negatives))
+            assert needed == pytest.approx(max(auc, 0.5 + 3 * sigma))
+            for wrong in range(positives * negatives + 1):  # pairs in the wrong order
+                found = 1 - wrong / (positives * negatives)
+                if abs(found - needed) < 2 / (positives * negatives):
+                    # how many negative bags are above each positive bag
+                    above = [min(max(wrong - p * negatives, 0), negatives) for p in range(positives)]
+                    scores = torch.cat([0.5 - torch.tensor(above).double(), -torch.arange(negatives).double()])
+                    schedule = LamSchedule(auc=auc, rise=1, interval=1)
+                    rises.append((found >= needed, schedule.step(scores, labels) > 0))
+                    assert schedule.class_auc.item() == pytest.approx(found)
+    assert {one for one, _ in rises} == {True, False}
+    assert all(expected == found for expected, found in rises)
+
+
+def test_needed_auc_of_classes_that_do_not_count():
+    nan = math.nan
+    labels = torch.tensor([[0.0, 0.0, nan, 1.0], [1.0, 0.0, nan, nan]]).repeat(20, 1)
+    assert LamSchedule(auc=0.9).needed_auc(labels).isnan().tolist() == [False, True, True, True]
+    with pytest.raises(ValueError, match="targets: expected 0, 1 or NaN"):
+        LamSchedule().needed_auc(torch.full((4, 1), 0.5))
+
+
 def test_batch_larger_than_the_window_counts_as_a_whole():
     """The batch is larger than the window and sorted: its last bags are all positive."""
     labels = (torch.arange(200) >= 100).float()

@@ -26,6 +26,8 @@ LEAST_EXCESS = 0.03
 CHANCE = 1.645
 #: The place of the reasons that concern all classes.
 ALL_CLASSES = "all classes"
+#: The beginning of a reason: the labels of a class are all negative, or all positive, in the training.
+TRAINED_WITHOUT = "trained without"
 #: Fewer test bags of a kind, or fewer images with boxes, give no warning: their metrics are too uncertain.
 FEWEST = 8
 
@@ -73,14 +75,7 @@ def lam_advice(
     slow = _slow_rise(histories, settings)
     if not idle:
         return slow
-    found = [
-        value
-        for run in idle
-        for row in histories[run]
-        for c, value in enumerate(row["auc"])
-        if not math.isnan(value) and can_learn(labels[run][:, [c]], settings.start_auc)
-    ]
-    best = f" The highest AUC of a class with enough bags was {max(found):.2f}." if found else ""
+    best = _best_deciding_auc([(histories[run], labels[run]) for run in idle], settings.start_auc)
     text = (
         f"lam stayed 0 in {len(idle)} of {len(histories)} runs. These runs trained with the bag loss only: SGL had no "
         f"effect. The instance loss starts when the training AUC of half of the classes reaches --start-auc "
@@ -92,7 +87,7 @@ def lam_advice(
     changes += _search_advice(settings)
     changes.append(_other_features(extracted))
     return (
-        text + f"To change this: {'; '.join(changes)}. If the highest AUC is close to the threshold, lower "
+        text + f"To change this: {'; '.join(changes)}. If the AUC is close to the needed value, lower "
         "--start-auc. --start at_once uses the instance loss from the first step." + (f" {slow}" if slow else "")
     )
 
@@ -151,7 +146,13 @@ def failure_advice(
         name += f" of repeat {repeat}" if many_folds and many_repeats else ""
         lines.append(f"{name} ({'; '.join(reasons)})")
     changes = []
-    if fine_tuned:
+    every = [text for by_class in failed.values() for texts in by_class.values() for text in texts]
+    untrained = [text for text in every if text.startswith(TRAINED_WITHOUT)]
+    if untrained:
+        changes.append("use more labels, or fewer folds, so that each training has positive and negative ones")
+    if len(untrained) == len(every):
+        pass  # other options do not help
+    elif fine_tuned:
         changes.append("train the run of --run again with other options; its report names them")
     else:
         changes += _search_advice(settings)
@@ -210,18 +211,48 @@ def _slow_rise(histories: Sequence[Sequence[Mapping]], settings: Settings) -> st
     )
 
 
-def can_learn(labels: np.ndarray, auc: float) -> bool:
-    """Whether lam rises if the bags with ``labels`` (N, C) are separated perfectly: False for too few bags."""
-    targets = torch.from_numpy(labels)
-    schedule = LamSchedule(1.0, auc=auc, rise=1, window=max(8, len(labels)), interval=1)
-    return schedule.step(targets.nan_to_num(), targets) > 0
+def _best_deciding_auc(runs: Sequence[tuple[Sequence[Mapping], np.ndarray]], start_auc: float) -> str:
+    """A sentence on the highest AUC of the class that decides, and the AUC that it needs. Empty if no class counts.
+
+    lam rises if half of the classes that count have their AUC. So the class that decides has the median distance to
+    its needed AUC; with an even number of classes, the larger one of the two.
+
+    Args:
+        runs: for each run, the rows of its epochs and the labels (N, C) of its training bags.
+    """
+    found: list[tuple[float, float]] = []
+    classes = 0
+    for history, labels in runs:
+        needed = needed_auc(labels, start_auc)
+        counting = ~np.isnan(needed)
+        classes = max(classes, int(counting.sum()))
+        for row in history:
+            if len(row["auc"]) and counting.any():
+                pairs = zip(np.array(row["auc"])[counting].tolist(), needed[counting].tolist(), strict=True)
+                ranked = sorted((pair for pair in pairs if not math.isnan(pair[0])), key=lambda pair: pair[1] - pair[0])
+                found += ranked[(int(counting.sum()) + 1) // 2 - 1 :][:1]
+    if not found:
+        return ""
+    value, wanted = max(found, key=lambda pair: pair[0] - pair[1])
+    which = "this AUC" if classes == 1 else "the AUC of the class that decides"
+    return f" In the best epoch of these runs, {which} was {value:.2f}; it needs {wanted:.2f}."
 
 
-def fewest_bags(auc: float) -> str:
+def needed_auc(labels: np.ndarray, start_auc: float) -> np.ndarray:
+    """The training AUC (C,) that each class needs, for the labels (N, C). NaN for a class with too few bags."""
+    return LamSchedule(1.0, auc=start_auc).needed_auc(torch.from_numpy(labels)).numpy()
+
+
+def can_learn(labels: np.ndarray, start_auc: float) -> bool:
+    """Whether one of the classes has enough bags, for the labels (N, C)."""
+    return not np.isnan(needed_auc(labels, start_auc)).all()
+
+
+def fewest_bags(start_auc: float) -> str:
     """The numbers of bags from which lam can rise, in words."""
 
     def enough(positive: int, negative: int) -> bool:
-        return can_learn(np.repeat(np.array([[1.0], [0.0]], np.float32), [positive, negative], 0), auc)
+        return can_learn(np.repeat(np.array([[1.0], [0.0]], np.float32), [positive, negative], 0), start_auc)
 
     equal = next(n for n in itertools.count(1) if enough(n, n))
     few, many = next((a, b) for a in range(1, equal + 1) for b in range(equal, 100) if enough(a, b))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -246,8 +246,10 @@ def stages_in(network: nn.Module) -> list[str]:
     ]
 
 
-def stage_table(name: str) -> str:
-    """The stages of a model of timm as a text table: name, number, features, stride and receptive field.
+def stage_table(name: str) -> Iterator[str]:
+    """The lines of a table of the stages of a model of timm: name, number, features, stride and receptive field.
+
+    The receptive fields are measured line by line. This takes up to a minute for a large network.
 
     Raises:
         ValueError: timm is missing, or has no such model.
@@ -257,14 +259,18 @@ def stage_table(name: str) -> str:
     names, listed = stages_in(network), stage_names(network)
     with torch.no_grad():
         maps = stage_maps(network, names, torch.zeros(1, 3, size, size), backbone.tokens)
-    rows = [("stage", "number", "features", "stride", "receptive field in pixels")]
+    width = max(map(len, ("stage", *names)))
+
+    def line(stage: str, *cells: str) -> str:
+        number, features, stride, field = cells
+        return f"{stage:{width}}  {number:>6}  {features:>8}  {stride:>6}  {field}"
+
+    yield line("stage", "number", "features", "stride", "receptive field in pixels")
     for stage, features in zip(names, maps, strict=True):
         geometry = geometry_of(network, stage, size, backbone.tokens)
         number = str(listed.index(stage)) if stage in listed else ""
         field = "the whole image" if geometry.field is None else str(geometry.field)
-        rows.append((stage, number, str(features.shape[1]), str(geometry.stride), field))
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{row[0]:{width}}  {row[1]:>6}  {row[2]:>8}  {row[3]:>6}  {row[4]}" for row in rows)
+        yield line(stage, number, str(features.shape[1]), str(geometry.stride), field)
 
 
 def field_warning(field: float | None, width: int, height: int) -> str | None:

@@ -36,6 +36,7 @@ def instance_metrics(
 
     ``auc_all`` is the AUC of all instances. ``auc`` and ``ap`` are over the instances of all positive bags together.
     ``iou`` is the mean over the positive bags of the IoU of the instances with p > 0.5 and the positive instances.
+    A metric is NaN if the labels do not define it: without a positive instance, all but ``auc_all``.
     """
     everything = np.concatenate(found), np.concatenate(truth)
     inside = [i for i, is_positive in enumerate(positive) if is_positive]
@@ -45,8 +46,9 @@ def instance_metrics(
     p, y = (np.concatenate([x[i] for i in inside]) for x in (found, truth))
     known = ~np.isnan(y)
     result["auc"] = auc(p, y)
-    if y[known].sum() > 0:
-        result["ap"] = float(average_precision_score(y[known], p[known]))
+    if not (y[known] == 1).any():
+        return result
+    result["ap"] = float(average_precision_score(y[known], p[known]))
     overlaps = [value for i in inside if not math.isnan(value := instance_overlap(found[i], truth[i]))]
     result["iou"] = float(np.mean(overlaps)) if overlaps else math.nan
     return result

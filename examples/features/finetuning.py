@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from features.backbones import load_backbone
 from features.heads import Head
 from features.store import Bag, FeatureBags
-from features.training import Transform
+from features.training import finite
+from features.transform import Transform
 
 #: The file of a run with the blocks before the fine-tuning.
 BLOCKS = "blocks.pt"
@@ -59,9 +60,7 @@ def rows_of(name: str, before: Bag, after: Bag, width: int, frozen: nn.Module) -
     """
     others = torch.from_numpy(after.features[:, width:].astype(np.float32))
     rows = torch.cat([_applied(frozen, before.features, before.grid), others], 1)
-    if not torch.isfinite(rows).all():
-        raise ValueError(f"{name}: expected finite features")
-    return rows
+    return finite(rows, name)
 
 
 class BlocksHead(nn.Module):

@@ -1,14 +1,13 @@
-"""Reads labels of bags and instances, and boxes, from CSV files. Divides bags into training and test.
+"""Reads labels of bags and instances, and boxes, from CSV files.
 
 The tables are those of images.label_tables. They name a bag by its name, or by its file with or without suffix.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from images import label_tables
@@ -17,7 +16,7 @@ from images.label_tables import CLASSES, NAMES, name_among, same
 
 PATIENT = "patient"
 #: Columns of the tables of results, which also have a column per class, and a column label_CLASS.
-RESERVED = ("bag", "instance", "x", "y")
+RESERVED = ("bag", "instance", "x", "y", "fold")
 
 
 class Labels(NamedTuple):
@@ -29,6 +28,7 @@ class Labels(NamedTuple):
         values: (N, C) float32: 0, 1, or NaN = unknown.
         split: (N,) train, val or test; None without a split.
         groups: (N,) patients; without such a column, the names of the bags.
+        absent: the bags of the table that were left out, because they have no features.
     """
 
     names: list[str]
@@ -36,10 +36,16 @@ class Labels(NamedTuple):
     values: np.ndarray
     split: np.ndarray | None
     groups: np.ndarray
+    absent: Sequence[str] = ()
 
 
 def read_labels(
-    path: Path, classes: Sequence[str] | None, group: str, bags: Sequence[str], with_split: bool = True
+    path: Path,
+    classes: Sequence[str] | None,
+    group: str,
+    bags: Sequence[str],
+    with_split: bool = True,
+    allow_missing: bool = False,
 ) -> Labels:
     """Labels of a csv file: the columns of images.label_tables.
 
@@ -48,10 +54,11 @@ def read_labels(
         group: the column with the patients.
         bags: the names of the bags that have features.
         with_split: read the split.
+        allow_missing: leave out the rows of bags without features.
 
     Raises:
-        ValueError: a file or column is missing, two columns disagree, a bag occurs twice or has no features, or a cell
-            has another value.
+        ValueError: a file or column is missing, two columns disagree, a bag occurs twice, a cell has another value, no
+            bag has features, or some do not have them without ``allow_missing``.
     """
     header, records = records_of(path, [NAMES])
     if group not in header and group != PATIENT:
@@ -62,11 +69,14 @@ def read_labels(
     names = [cell if name is None else name for name, cell in zip(found, given, strict=True)]
     label_tables.refuse_twice(names, records)
     absent = [name for name, bag in zip(names, found, strict=True) if bag is None]
-    if absent:
+    if absent and (len(absent) == len(names) or not allow_missing):
         raise ValueError(
             f"labels: {len(absent)} of the {len(names)} bags of {path} have no features ({some(absent)}); bags "
-            f"with features: {some(bags)}. The name of a bag is that of its file, without the suffix"
+            f"with features: {some(bags)}. The name of a bag is that of its file, without the suffix. "
+            "--allow-missing leaves out the bags without features"
         )
+    rows = [number for number, bag in enumerate(found) if bag is not None]
+    records, names = [records[n] for n in rows], [names[n] for n in rows]
     try:
         known, values = label_tables.read_labels(header, records, (*NAMES, group, "split"), classes)
     except ValueError as error:
@@ -77,7 +87,23 @@ def read_labels(
         raise ValueError(f"classes: {taken[0]} is the name of a column in the tables of results; rename this class")
     split = label_tables.read_split(header, records, names, path.parent, name_of) if with_split else None
     groups = label_tables.groups_of(records, group, names)
-    return Labels(names, list(known), values, None if split is None else split[0], groups)
+    return Labels(names, list(known), values, None if split is None else split[0], groups, absent)
+
+
+def labels_of_run(known: Mapping[str, Any], bags: Sequence[str]) -> Labels:
+    """The labels of a run of train_features.py with the options ``known``.
+
+    Args:
+        bags: as for :func:`read_labels`, which also says what is raised.
+    """
+    return read_labels(
+        Path(known["labels"]),
+        known["classes"],
+        known["patient"],
+        bags,
+        known["folds"] is None,
+        known.get("allow_missing", False),
+    )
 
 
 def read_instance_labels(path: Path, classes: Sequence[str], bags: Sequence[str]) -> dict[str, np.ndarray]:
@@ -163,26 +189,3 @@ def boxes_on_negatives(labels: Labels, boxes: Mapping[str, Mapping[str, np.ndarr
                 f"{count} boxes of {label} are in {len(names)} bags whose label of {label} is 0 ({some(names)})"
             )
     return lines
-
-
-def folds(labels: Labels, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``count`` folds as pairs (training, test) of bag indices. Groups stay together; stratified by the first class.
-
-    Raises:
-        ValueError: there are more folds than groups, or than bags of each kind.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    if count > len(set(labels.groups)):
-        raise ValueError(f"folds: expected at most {len(set(labels.groups))}, the number of groups, got {count}")
-    target = np.nan_to_num(labels.values[:, 0], nan=-1).astype(int)
-    kinds = {"negative": 0, "positive": 1, "unknown": -1}
-    counts = {kind: int((target == value).sum()) for kind, value in kinds.items() if (target == value).any()}
-    if count > max(counts.values()):
-        found = f"{labels.classes[0]} has {', '.join(f'{number} {kind}' for kind, number in counts.items())} bags"
-        raise ValueError(f"--folds: expected at most {max(counts.values())} because {found}, got {count}")
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # fewer bags of a kind than folds: see runs.untested
-        parts = list(splitter.split(target, target, labels.groups))
-    yield from parts

@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from features.labels import Labels, read_boxes, read_instance_labels, read_labels
+from features.labels import Labels, labels_of_run, read_boxes, read_instance_labels
+from features.plan import Run, plan
 from features.run_settings import settings_of_run, threshold_of_run
-from features.runs import Predictions, Run, Truth, digests_of, joined, load_predictions, plan, refuse_other_data
+from features.runs import (
+    Predictions,
+    Truth,
+    digests_of,
+    joined,
+    load_predictions,
+    refuse_other_data,
+    refuse_other_folds,
+)
 from features.store import FeatureBags
 
 
@@ -56,13 +65,13 @@ def open_run(folder: Path, repeats: int | None = None) -> OpenedRun:
         repeats: use only the first repeats.
 
     Raises:
-        ValueError: it is no run, or its labels or features have changed.
+        ValueError: it is no run, or its labels, features or folds have changed.
     """
     own, known = settings_of_run(folder)
     if own is not known:  # a fine-tuned run
         repeats = min(own["repeats"] or known["repeats"], repeats or known["repeats"])
     bags = FeatureBags(Path(known["features"]))
-    labels = read_labels(Path(known["labels"]), known["classes"], known["patient"], bags.names, known["folds"] is None)
+    labels = labels_of_run(known, bags.names)
     instances, boxes = (Path(known[key]) if known[key] else None for key in ("instance_labels", "boxes"))
     truth = Truth(
         labels,
@@ -74,4 +83,5 @@ def open_run(folder: Path, repeats: int | None = None) -> OpenedRun:
     refuse_other_data(folder, own.get("data", {}), data, "restore the old ones, or train again")
     count = min(repeats or known["repeats"], known["repeats"])
     runs = list(plan(labels, known["folds"], count, known["test"]))
+    refuse_other_folds(folder / "parts", runs, labels)
     return OpenedRun(folder, known, bags, labels, truth, runs, data, own is not known)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from common.files import write_json
 
-from features.advice import failures, training_warnings
+from features.advice import TRAINED_WITHOUT, failures, training_warnings
+from features.plan import Run, missing_kinds
 from features.report import MEANS, range_of_folds, write_report
-from features.runs import Predictions, Run, Truth, load_predictions, rows_of_trainings, summary, unit_of, write_tables
+from features.runs import Predictions, Truth, load_predictions, rows_of_trainings, summary, unit_of, write_tables
 from features.store import FeatureBags
 from features.training import Settings
 
@@ -55,6 +56,10 @@ def write_results(
         for label, reasons in (failed_before or {}).get(run.name, {}).items():
             before = [f"before fine-tuning: {reason}" for reason in reasons]
             failed.setdefault(key, {})[label] = [*before, *failed.get(key, {}).get(label, [])]
+    for key, run in by_key.items():
+        for label, kinds in missing_kinds(truth.labels, run.train).items():
+            reason = f"{TRAINED_WITHOUT} {' or '.join(kinds)} labels"
+            failed.setdefault(key, {}).setdefault(label, []).append(reason)
     failed = dict(sorted(failed.items()))
     write_json({by_key[key].name: reasons for key, reasons in failed.items()}, out / FAILED)
     warnings = training_warnings(

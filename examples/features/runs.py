@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from common.csv_table import write_rows
 from common.files import new_file, without_nan, write_json
-from images.dataset import refuse_shared_patients, some
+from images.dataset import some
 
 from features.evaluation import (
     auc,
@@ -23,34 +23,12 @@ from features.evaluation import (
     instance_metrics,
     pixels_of,
 )
-from features.labels import Labels, folds
+from features.labels import Labels
+from features.plan import Run
 from features.store import FeatureBags, digest
 
 #: The table with the labels and the probabilities of the test bags.
 BAGS_OF_RUN = "bags.csv"
-
-
-def run_name(repeat: int, fold: int) -> str:
-    """The name of the files of a training."""
-    return f"repeat{repeat}_fold{fold}"
-
-
-class Run(NamedTuple):
-    """One training: number of the repeat (or seed), number of the fold (0 with a given split), indices of bags."""
-
-    repeat: int
-    fold: int
-    train: np.ndarray
-    test: np.ndarray
-
-    @property
-    def name(self) -> str:
-        return run_name(self.repeat, self.fold)
-
-    @property
-    def seed(self) -> int:
-        """The seed of the training, a different one for every repeat and fold."""
-        return self.repeat * 1000 + self.fold
 
 
 class Predictions(NamedTuple):
@@ -78,62 +56,6 @@ class Truth(NamedTuple):
     threshold: float = 0.5
 
 
-def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator[Run]:
-    """The runs: ``repeats`` times ``count`` folds, or ``repeats`` seeds with the given split.
-
-    Args:
-        count: number of folds; None: use the split of ``labels``.
-        test: ``"test"`` trains on train and val and tests on test. ``"val"`` trains on train and tests on val; it does
-            not read the test bags.
-    """
-    if count is None:
-        if labels.split is None:
-            raise ValueError(
-                "split: expected --folds, or a column split in labels.csv (train, val, test), or a split.csv beside it"
-            )
-        refuse_shared_patients(labels.groups, labels.split, "split")
-        chosen = labels.split == test
-        train = (labels.split == "train") | ((labels.split == "val") & (test == "test"))
-        if not chosen.any() or not train.any():
-            raise ValueError(f"split: expected bags of train and {test}, found {train.sum()} and {chosen.sum()}")
-        for seed in range(repeats):
-            yield Run(seed, 0, train.nonzero()[0], chosen.nonzero()[0])
-        return
-    for repeat in range(repeats):
-        for fold, (train, tested) in enumerate(folds(labels, count, repeat)):
-            yield Run(repeat, fold, train, tested)
-
-
-def untested(labels: Labels, runs: Sequence[Run]) -> list[str]:
-    """A line for each class of which some runs test no positive or no negative bag."""
-    return [
-        f"{len(found)} of {len(runs)} folds test no {kind}: they have no AUC"
-        for kind, found in _runs_without(labels, [(run.name, run.test) for run in runs])
-    ]
-
-
-def untrained(labels: Labels, runs: Sequence[Run]) -> list[str]:
-    """A line for each class of which some runs train on no positive or no negative bag."""
-    return [
-        f"{len(found)} of {len(runs)} trainings have no {kind} ({some(found)}): do not use their probabilities of this "
-        "class"
-        for kind, found in _runs_without(labels, [(run.name, run.train) for run in runs])
-    ]
-
-
-def _runs_without(labels: Labels, parts: Sequence[tuple[str, np.ndarray]]) -> Iterator[tuple[str, list[str]]]:
-    """For each class, "positive bag of CLASS" or "negative bag of CLASS", and the names of the runs without one.
-
-    Args:
-        parts: the name of each run, and the indices of its bags that are examined.
-    """
-    for c, label in enumerate(labels.classes):
-        for kind, value in (("positive", 1), ("negative", 0)):
-            found = [name for name, part in parts if not (labels.values[part, c] == value).any()]
-            if found:
-                yield f"{kind} bag of {label}", found
-
-
 def digests_of(labels: Labels, bags: FeatureBags) -> dict[str, str]:
     """Digests of the data that decide the runs and their results: a run continues only on the same data."""
     table = [labels.names, list(labels.classes), labels.values.tolist(), labels.groups.tolist()]
@@ -143,6 +65,20 @@ def digests_of(labels: Labels, bags: FeatureBags) -> dict[str, str]:
         "split": digest(None if labels.split is None else labels.split.tolist()),
         "features": digest([bags.features, bags.settings, sizes]),
     }
+
+
+def refuse_other_folds(parts: Path, runs: Sequence[Run], labels: Labels) -> None:
+    """Raises ValueError if a finished run in ``parts`` tested other bags than the same run of ``runs``."""
+    for run in runs:
+        path = parts / f"{run.name}.npz"
+        if path.is_file():
+            with np.load(path) as file:
+                tested = set(file["names"].tolist())
+            if tested != {labels.names[i] for i in run.test}:
+                raise ValueError(
+                    f"{parts.parent}: {run.name} tested other bags than it would now, because an older version divided "
+                    "the bags differently. Train again, into another --out"
+                )
 
 
 def refuse_empty(bags: FeatureBags, names: Sequence[str]) -> None:
@@ -357,7 +293,11 @@ def write_tables(
     rows: list[dict],
     folds: list[dict],
 ) -> None:
-    """``metrics.json``, ``runs.csv``, ``folds.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats)."""
+    """``metrics.json``, ``runs.csv``, ``folds.csv``, ``bags.csv`` and ``instances.csv`` (means over the repeats).
+
+    With folds, the last column of ``bags.csv`` has the fold that tested the bag; with several repeats, those of all
+    repeats, joined by |.
+    """
     write_json(without_nan(result), folder / "metrics.json")
     for name, lines in (("runs.csv", rows), ("folds.csv", folds)):
         if lines:
@@ -366,10 +306,13 @@ def write_tables(
     order = {name: i for i, name in enumerate(labels.names)}
     with new_file(folder / BAGS_OF_RUN) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes])
+        tested = [{name: fold for fold, part in enumerate(parts) for name in part.names.tolist()} for parts in repeats]
+        own = ["fold"] if len(repeats[0]) > 1 else []
+        writer.writerow(["bag", *(f"label_{c}" for c in labels.classes), *labels.classes, *own])
         for name, score in zip(means.names.tolist(), means.bags, strict=True):
             truth = ["" if math.isnan(v) else int(v) for v in labels.values[order[name]]]
-            writer.writerow([name, *truth, *(f"{v:.6g}" for v in score)])
+            fold = ["|".join(str(folds_of[name]) for folds_of in tested)] if own else []
+            writer.writerow([name, *truth, *(f"{v:.6g}" for v in score), *fold])
     write_instances(folder, means.by_bag(), labels.classes, bags)
 
 

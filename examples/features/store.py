@@ -365,7 +365,8 @@ def _read_pt(path: Path) -> Bag:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading another kind of file raises many types
-        raise ValueError(f"{path}: not a readable file of tensors ({type(error).__name__})") from None
+        hint = "save NumPy arrays as torch.from_numpy(array)"  # torch.load refuses other objects than tensors
+        raise ValueError(f"{path}: not a readable file of tensors ({type(error).__name__}); {hint}") from None
     content = content if isinstance(content, dict) else {"features": content}
     if not isinstance(content.get("features"), torch.Tensor):
         raise ValueError(f"{path}: expected a tensor, or a dict with a tensor 'features'")

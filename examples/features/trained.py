@@ -25,12 +25,14 @@ from features.finetuning import (
     split_blocks,
     width_of_output,
 )
-from features.labels import read_labels
+from features.labels import labels_of_run
+from features.plan import run_name
 from features.results import FAILED
 from features.run_settings import extraction_of_run, settings_of_run
-from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of, run_name
+from features.runs import BAGS_OF_RUN, Predictions, load_predictions, predictions_of
 from features.store import FeatureBags
-from features.training import BagReader, Settings, Transform, make_model, probabilities
+from features.training import BagReader, Settings, make_model, probabilities
+from features.transform import Transform
 
 
 class TrainedHead(NamedTuple):
@@ -191,8 +193,7 @@ def bags_of_training(trained: TrainedHeads) -> set[str] | None:
     _, known = settings_of_run(trained.run)
     try:
         bags = FeatureBags(Path(known["features"]))
-        table = known["labels"], known["classes"], known["patient"]
-        return set(read_labels(Path(table[0]), *table[1:], bags.names, known["folds"] is None).names)
+        return set(labels_of_run(known, bags.names).names)
     except (ValueError, OSError):
         return None
 

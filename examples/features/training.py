@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,11 @@ from features.heads import Candidates, Head, PatchNetwork, make_head_pooling
 from features.margin import filled, used_cells
 from features.runs import Predictions, predictions_of
 from features.store import FeatureBags
+from features.transform import Transform, fit_transform
 from sgl_ops import BagLoss, BILLoss, LamSchedule, MMMLoss, SGLLoss, TopKSchedule
+
+#: Steps between two measurements of the training AUC.
+INTERVAL = 5
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,7 @@ class BagReader:
         features = torch.from_numpy(np.asarray(bag.features, np.float32))
         if self.margin:
             features = features[torch.from_numpy(used_cells(bag, self.margin))]
-        if not torch.isfinite(features).all():
-            raise ValueError(f"{name}: expected finite features")
-        return features
+        return finite(features, f"{name} in {self.bags.folder}")
 
     def count(self, name: str) -> int:
         """The number of used instances of a bag."""
@@ -125,49 +127,15 @@ class BagReader:
         return features
 
 
-class Transform(NamedTuple):
-    """``(x - mean) @ weight`` for features x (L, D), with ``mean`` (D,) and ``weight`` (D, K)."""
-
-    mean: Tensor
-    weight: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x - self.mean) @ self.weight if self.weight.shape[0] > 1 else (x - self.mean) * self.weight
-
-
-def fit_transform(bags: Iterable[Tensor], components: int) -> Transform:
-    """Fits the transform on all instances of ``bags`` (L_i, D), in one pass: standardization and principal components.
-
-    Every feature is standardized. With ``components`` K > 0, the result is the first K principal components of the
-    standardized features, each divided by its standard deviation.
-
-    Raises:
-        ValueError: there are no instances, or more components than features.
-    """
-    count = 0
-    total = products = torch.zeros((), dtype=torch.float64)
-    origin = None
-    for x in bags:
-        if not len(x):
-            continue
-        origin = x.mean(0) if origin is None else origin  # near the mean, for precise products
-        x = x - origin
-        count += len(x)
-        total = total + x.sum(0).double()
-        products = products + (x.T @ x if components else x.square().sum(0)).double()
-    if origin is None:
-        raise ValueError("features: the training bags hold no instances")
-    if components > len(origin):
-        raise ValueError(f"components: expected at most the {len(origin)} features, got {components}")
-    shift = total / count
-    if not components:
-        std = (products / count - shift.square()).clamp(min=1e-8).sqrt()
-        return Transform(origin + shift.float(), (1 / std).float().unsqueeze(0))
-    covariance = products / count - shift.outer(shift)
-    std = covariance.diagonal().clamp(min=1e-8).sqrt()
-    values, vectors = torch.linalg.eigh(covariance / std.outer(std))
-    vectors = (vectors / values.clamp(min=1e-6).sqrt())[:, -components:].flip(1) / std.unsqueeze(1)
-    return Transform(origin + shift.float(), vectors.float())
+def finite(features: Tensor, bag: str) -> Tensor:
+    """The ``features`` (L, D) of a ``bag``. Raises ValueError if one is NaN or infinite."""
+    broken = ~torch.isfinite(features).all(1)
+    if broken.any():
+        raise ValueError(
+            f"{bag}: expected finite features, found NaN or infinite ones in {int(broken.sum())} of "
+            f"{len(broken)} instances (the first is number {int(broken.nonzero()[0])}, from 0). Extract this bag again"
+        )
+    return features
 
 
 def batches(
@@ -243,7 +211,8 @@ def train(
 
     Args:
         log: called after each epoch with ``epoch``, ``loss``, ``bag_loss`` (its part without the instance loss),
-            ``lam``, and ``auc``: the training AUC of each class, or nothing if the start of lam is not measured.
+            ``lam``, and ``auc``: the training AUC of each class over all training bags, or nothing before it is
+            measured over all of them.
     """
     transform = reader.fit(names, settings.components)
     model = make_model(settings, transform.weight.shape[1], labels.shape[1], seed)
@@ -265,9 +234,12 @@ def fit(
     """Trains ``model`` (``head`` and ``loss``) for ``settings.epochs``. For the arguments see :func:`train`."""
     head, criterion = model["head"], model["loss"]
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    steps = settings.epochs * math.ceil(len(names) / settings.batch_size)
+    per_epoch = math.ceil(len(names) / settings.batch_size)
+    steps = settings.epochs * per_epoch
     rise = settings.rise or max(1, min(100, steps // 3))
-    schedule = LamSchedule(settings.lam, auc=settings.start_auc, rise=rise, window=max(8, len(names)), interval=5)
+    schedule = LamSchedule(
+        settings.lam, auc=settings.start_auc, rise=rise, window=max(8, len(names)), interval=INTERVAL
+    )
     generator = torch.Generator().manual_seed(seed)
     step = 0
     model.train()
@@ -299,7 +271,8 @@ def fit(
                 total += loss.item() * (len(batch.offsets) - 1)
                 bag_total += bag_loss.item() * (len(batch.offsets) - 1)
                 step += 1
-            auc = [] if schedule.class_auc is None else schedule.class_auc.tolist()
+            of_all = (step - 1) // INTERVAL * INTERVAL + 1 >= per_epoch  # the steps at the last measurement
+            auc = schedule.class_auc.tolist() if schedule.class_auc is not None and of_all else []
             means = {"loss": total / len(names), "bag_loss": bag_total / len(names)}
             log({"epoch": epoch, **means, "lam": getattr(criterion, "lam", 0.0), "auc": auc})
     return model.eval()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from common.files import read_json
 from features.heads import make_head_pooling
-from features.training import Transform
+from features.transform import Transform
 from torch import Tensor, nn
 
 from images.frozen_methods import Method

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from common.learning_rate import set_cosine_rate
 from features.finetuning import load_blocks
-from features.training import Transform
+from features.transform import Transform
 from torch import Tensor, nn
 
 from images.frozen import Films, Head, load_maps, make_criterion
