@@ -20,6 +20,11 @@ import sys
 from common.options import make_parser, next_step
 from images.options import add_data_options, given_data_options
 
+#: With fewer images for training, pretrained features with a small head are better than training a network.
+FEW_IMAGES = 1000
+#: The first command of docs/own-features.md.
+FIRST_STEP = "python extract_features.py --backbone timm/tf_efficientnet_lite0 --list-stages"
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
@@ -32,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from images.check import CHECKED, inspect
+    from images.check import ADVICE, CHECKED, inspect
 
     try:
         found = inspect(args, None if args.decode else CHECKED)
@@ -61,8 +66,17 @@ def main(argv: list[str] | None = None) -> int:
         wrong.append(f"{len(found.constant)} images outside the test part are constant")
     if wrong:
         print(f"\nwrong: {'; '.join(wrong)}")
+        if found.broken:
+            print(ADVICE)
         return 1
-    next_step(f"python train_cxr.py {given_data_options(args)} --out RUN")
+    images, train = found.index, f"python train_cxr.py {given_data_options(args)} --out RUN"
+    if images.about.kind == "folder" and (~images.test).sum() < FEW_IMAGES:
+        next_step(
+            f"with fewer than {FEW_IMAGES} images for training, use pretrained features (docs/own-features.md, first "
+            f"{FIRST_STEP}); to train the whole network: {train}"
+        )
+    else:
+        next_step(train)
     count = len(found.index.paths)
     print("ok" if found.decoded == count else f"ok: {found.decoded} of {count} images decoded; --decode decodes all")
     return 0

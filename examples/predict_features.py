@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from common import options
-from images.thresholds import share, threshold_text
+from images.thresholds import share, shown, threshold_text
 from train_features import refuse_below
 
 #: The value of --gate that takes the thresholds from the run.
@@ -142,7 +142,7 @@ def predict(args: argparse.Namespace) -> None:
     for c, (name, gate) in enumerate(zip(run.classes, gates, strict=True)):
         positive = int((predictions.bags[:, c] > gate).sum())
         counted = f", {sum(row[1] == name for row in boxes)} boxes" if maps else ""
-        print(f"{name}: p > {gate:.3g} in {positive} of {len(bags)} bags{counted}")
+        print(f"{name}: p > {shown(gate)} in {positive} of {len(bags)} bags{counted}")
     options.next_step(f"open {args.out / 'report.html'}")
 
 

@@ -145,7 +145,7 @@ def train(args: argparse.Namespace, config: Config, processes: Processes) -> Non
             row, better = finish_epoch(training, eval_data, sources.split.val, args, speed)
             if folder is not None:
                 folder.save_epoch(training, row, better)
-        if processes.first and (warning := lam_warning(config, training.history)) is not None:
+        if processes.first and (warning := lam_warning(config, training.history, training.lam_schedule)) is not None:
             print(f"\n{warning}", flush=True)
 
 

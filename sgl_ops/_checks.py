@@ -111,7 +111,8 @@ def check_instances(logits: Tensor, mask: Tensor | None, offsets: Tensor | None)
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask: expected torch.bool (True = real instance), got {mask.dtype}")
     if bags == 0 or classes == 0:
-        raise ValueError(f"logits: expected at least one bag and one class, got shape {tuple(shape)}")
+        advice = "leave out a step without bags"
+        raise ValueError(f"logits: expected at least one bag and one class, got shape {tuple(shape)}; {advice}")
     return bags, classes
 
 

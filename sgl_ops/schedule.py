@@ -87,6 +87,8 @@ class LamSchedule(SharesGroup):
         progress: steps of the rise that are done, 0 to ``rise``.
         class_auc: (C,) float64, the AUC of each class at the last measurement. NaN for a class without positive or
             without negative bags in the window. None before the first measurement.
+        class_needed: (C,) float64, the AUC that each class needed at the last measurement, see :meth:`needed_auc`. None
+            before the first measurement after the construction or :meth:`load_state_dict`.
 
     :meth:`pretrained` and :meth:`from_scratch` have settings to begin with.
 
@@ -134,6 +136,7 @@ class LamSchedule(SharesGroup):
         self.value = 0.0
         self.progress = 0
         self.class_auc: Tensor | None = None
+        self.class_needed: Tensor | None = None
         self._steps = 0
         self._since_first: int | None = None  # steps since the first class had learnt
         self._rising = False  # the outcome of the last measurement
@@ -220,7 +223,7 @@ class LamSchedule(SharesGroup):
         counts = torch.stack(ranking).to(scores.device, torch.float32 if scores.device.type == "mps" else torch.float64)
         ranking = Ranking(*all_reduce_sum(counts, self.process_group).cpu().double().unbind())
         self.class_auc = ranking.auc
-        needed = self._needed(ranking)
+        self.class_needed = needed = self._needed(ranking)
         counting, learnt = ~needed.isnan(), ranking.auc >= needed  # False for NaN
         if self._since_first is None and bool(learnt.any()):
             self._since_first = 0
@@ -252,7 +255,7 @@ class LamSchedule(SharesGroup):
         _check_state(state, self.state_dict())
         self.value = state["value"]
         self.progress = state["progress"]
-        self.class_auc = state["class_auc"]
+        self.class_auc, self.class_needed = state["class_auc"], None
         self._steps = state["steps"]
         self._since_first = state["since_first"]
         self._rising = state["rising"]
@@ -301,7 +304,8 @@ class TopKSchedule:
     def __init__(self, k: int | float = 8, *, start: int | float, steps: int):
         self.k, self.start = check_places("k", k), check_places("start", start)
         if isinstance(self.k, int) != isinstance(self.start, int):
-            raise TypeError(f"start: expected the type of k, {type(self.k).__name__}, got {start!r}")
+            kind = "a number of instances" if isinstance(self.k, int) else "a fraction of the bag"
+            raise TypeError(f"start: expected {kind} ({type(self.k).__name__}), as k = {self.k}, got {start!r}")
         if self.start < self.k:
             raise ValueError(f"start: expected at least k = {k}, got {start}")
         self.steps = check_count("steps", steps, 1)

@@ -31,6 +31,7 @@ from images.models import PatchClassifier
 from images.nih import CLASSES
 from images.synthetic_set import write_dataset
 
+from sgl_ops import LamSchedule
 from sgl_ops import localization as boxes
 
 Image = pytest.importorskip("PIL.Image")
@@ -297,6 +298,10 @@ def test_warning_if_the_measured_start_never_occurs():
         "warning: lam stayed 0, because the AUC of the training images did not reach --start-auc 0.9"
     )
     assert "--k-start" in found and "--k-start" not in losses.lam_warning(config | {"k_start": 0.2}, idle)
+    schedule = LamSchedule(auc=0.9, interval=1)
+    labels = torch.tensor([0.0, 1.0]).repeat(32)
+    schedule.step(torch.where(torch.arange(64) < 16, -labels, labels), labels)  # 8 of 32 positive bags are below all
+    assert "This AUC was 0.75 at the end, and it needs 0.90. The run" in losses.lam_warning(config, idle, schedule)
     assert losses.lam_warning(config, [*idle, {"lam": 0.5}]) is None
     assert losses.lam_warning(config, []) is None
     for change in ({"loss": "bag"}, {"lam": 0.0}):
@@ -830,7 +835,8 @@ def test_wrong_data_is_an_error_before_training(drawn, tmp_path, capsys):
     path = next(path for path in nih.load_index(other).paths if "images_003" in str(path))
     path.write_bytes(path.read_bytes()[:-30])
     assert run(other, tmp_path / "out") == 2
-    assert f"1 images cannot be read:\n{path}: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"1 images cannot be read:\n{path}: " in error and "move them away and pass --allow-missing" in error
     path.unlink()
     assert run(other, tmp_path / "out") == 2
     assert f"images of the tables are missing ({path.name})" in capsys.readouterr().err

@@ -41,6 +41,12 @@ def test_means_of_the_paper_are_those_of_its_rows():
     ]  # fmt: skip
 
 
+def test_a_threshold_below_1_is_not_shown_as_1():
+    shown = {0.5: "0.5", 0.8125: "0.812", 0.999: "0.999", 0.99996: "1 - 4e-05", 1 - 2**-20: "1 - 9.5e-07", 1.0: "1"}
+    assert {value: thresholds.shown(value) for value in shown} == shown
+    assert thresholds.shown(thresholds.Relative(0.5)) == "0.5max"
+
+
 def test_thresholds_are_parsed():
     assert thresholds.map_threshold("0.25") == 0.25
     assert not isinstance(thresholds.map_threshold("0.25"), thresholds.Relative)

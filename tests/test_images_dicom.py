@@ -306,6 +306,7 @@ def test_empty_dicom_attribute_counts_as_absent(tmp_path, tags, expected):
         ({"SamplesPerPixel": []}, "its pixels cannot be read"),
         ({"BitsStored": 12, "HighBit": 15}, "expected the HighBit 11 for BitsStored 12, got 15"),
         ({"Rows": []}, "expected an image, but this DICOM file has no Rows or Columns"),
+        ({"NumberOfFrames": 12}, "expected one image, but the file has 12 frames; save each frame as a file"),
     ],
 )  # fmt: skip
 def test_error_names_the_unsupported_dicom_attribute(tmp_path, tags, message):

@@ -111,7 +111,7 @@ def test_labels_in_columns_may_be_unknown(images):
 
 
 def test_labels_in_one_column_may_be_unknown(images):
-    cells = ["cat", "dog|cat", "", "NaN", "nan", "none", "None", "dog"]
+    cells = ["cat", "dog|cat", "", "NaN", "nan", "none", "No Finding", "dog"]
     write_csv(images / "labels.csv", ["image", "labels"], *zip(names_of(images), cells, strict=True))
     index = open_with(images)
     assert index.classes == ("cat", "dog")
@@ -129,7 +129,7 @@ def test_labels_in_one_column_may_be_unknown(images):
         open_with(images)
 
 
-@pytest.mark.parametrize("cell", ["0", "-1", "1", "1.0", "0.5", "cat|1", "cat|none", "NaN|cat"])
+@pytest.mark.parametrize("cell", ["0", "-1", "1", "1.0", "0.5", "cat|1", "cat|none", "No finding|cat", "NaN|cat"])
 def test_number_in_the_column_labels_is_an_error(images, cell):
     write_csv(images / "labels.csv", ["image", "labels"], ["0.png", "cat"], ["1.jpg", cell])
     message = rf"line 3: labels: expected .*, got '{re.escape(cell)}'; .* one column per class"
@@ -317,7 +317,7 @@ def test_check_lists_dicom_files_that_are_no_images(images, capsys):
     write_csv(images / "labels.csv", ["image", "cat"], *([name, k % 2] for k, name in enumerate(names)))
     assert check_cxr.main(["--data-dir", str(images)]) == 1
     printed = capsys.readouterr().out
-    assert "1 images cannot be read:" in printed
+    assert "1 images cannot be read:" in printed and "move them away and pass --allow-missing" in printed
     assert "report.dcm: expected an image, but this DICOM file has no Rows or Columns" in printed
 
 

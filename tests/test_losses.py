@@ -255,6 +255,16 @@ def test_training_with_bag_labels_finds_the_positive_instances(device):
     assert (found & bright).sum() / (found | bright).sum() > 0.9
 
 
+@pytest.mark.parametrize("pooling", ["max", "mean", "softmax"])
+def test_mean_over_batches_is_the_loss_of_all_bags_if_counts_are_those_of_bags(pooling):
+    """Gradient accumulation. With counts over the batch, every batch has its own denominators."""
+    x, labels = torch.randn(8, 3, 30, dtype=torch.float64), torch.randint(0, 2, (8, 3)).double()
+    for normalize, equal in (("bag", True), ("batch", False)):
+        criterion = SGLLoss(normalize=normalize, mask_weight=0.5, pooling=pooling)
+        halves = (criterion(x[:4], labels[:4]) + criterion(x[4:], labels[4:])) / 2
+        assert torch.isclose(halves, criterion(x, labels), rtol=1e-9, atol=0).item() == equal
+
+
 @needs_kernel
 def test_step_calls_few_python_functions():
     """Most of a step on small bags is the time of Python calls. More of them slow every user with small bags down."""

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from images.folder import load_folder
 
@@ -28,8 +29,9 @@ def blocks(kind):
     return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S)
 
 
-#: The code that converts VOC and COCO boxes, and boxes to labels; and the code that reads a map.
-*CONVERSIONS, READING = sorted(blocks("python"), key=lambda code: "np.load" in code)
+#: The code that reads a map, applies the network, and exports it; and that converts VOC and COCO boxes, and boxes to
+#: labels.
+READING, APPLYING, EXPORT, *CONVERSIONS = blocks("python")
 
 
 @pytest.fixture
@@ -130,3 +132,9 @@ def test_commands_of_the_page_run(photos, tmp_path):
     exec(READING.replace("photo_001.jpg", "photo_0.png").replace("(480, 640)", "(30, 40)"), found)
     assert found["red"].shape == (30, 40)
     assert found["red"].max() == pytest.approx(float(rows[0]["p_red"]), abs=1e-5)  # max pooling
+    exec(APPLYING.replace("photo_001.jpg", "photo_0.png"), found)
+    assert found["p"][0].tolist() == pytest.approx([float(rows[0][f"p_{c}"]) for c in found["classes"]], abs=1e-5)
+    assert found["maps"][0].max((1, 2)).tolist() == pytest.approx(found["p"][0].tolist(), abs=1e-5)
+    exec(EXPORT, found)
+    again = torch.export.load("network.pt2").module()(found["to_input"](found["pixels"]))
+    torch.testing.assert_close(again, found["model"](found["to_input"](found["pixels"])), rtol=1e-4, atol=1e-4)

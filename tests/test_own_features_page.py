@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import check_cxr
 import compare_features
 import extract_features
 import feature_packages  # noqa: F401
@@ -89,6 +90,7 @@ def test_tables_of_slides_of_own_features_are_read(tmp_path, monkeypatch):
 
 def test_printed_training_command_is_that_of_own_features(tmp_path, monkeypatch):
     blocks = "".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+    assert blocks.splitlines()[0] == check_cxr.FIRST_STEP
     first = next(line for line in blocks.splitlines() if "train_features.py" in line)
     monkeypatch.chdir(tmp_path)
     photos = Path("photos")

@@ -115,8 +115,10 @@ def test_few_positive_bags_need_a_higher_auc():
     scores = labels.clone()
     scores[4] = -1.0  # AUC 0.8 of five positives: above auc, below 1/2 + 3 sigma = 0.91
     schedule = LamSchedule(1.0, interval=1, auc=0.75)
+    assert schedule.class_needed is None
     assert schedule.step(scores, labels) == 0.0
     assert schedule.class_auc.item() == pytest.approx(0.8)
+    assert schedule.class_needed.item() == schedule.needed_auc(labels).item() == pytest.approx(0.906, abs=0.001)
 
 
 def test_needed_auc_is_the_one_from_which_lam_rises():
@@ -418,8 +420,16 @@ def test_every_k_is_valid_for_the_pooling():
     [
         ({"k": 0, "start": 4, "steps": 1}, ValueError, "k: "),
         ({"k": 8, "start": 4, "steps": 1}, ValueError, "start: expected at least k = 8"),
-        ({"k": 8, "start": 0.2, "steps": 1}, TypeError, "start: expected the type of k, int"),
-        ({"k": 0.1, "start": 8, "steps": 1}, TypeError, "start: expected the type of k, float"),
+        (
+            {"k": 8, "start": 0.2, "steps": 1},
+            TypeError,
+            r"a number of instances \(int\), as k = 8, got 0\.2",
+        ),
+        (
+            {"k": 0.1, "start": 8, "steps": 1},
+            TypeError,
+            r"a fraction of the bag \(float\), as k = 0\.1, got 8",
+        ),
         ({"k": 8, "start": 16, "steps": 0}, ValueError, "steps: "),
         ({"k": 8, "start": 16, "steps": 2.0}, TypeError, "steps: "),
     ],

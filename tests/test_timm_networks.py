@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ safetensors = pytest.importorskip("safetensors.torch")
 import train_cxr as example  # noqa: E402
 from images import options as settings  # noqa: E402
 from images.checkpoint import load_run  # noqa: E402
+from images.initial_head import deviation_of_logits, set_initial_head  # noqa: E402
 from images.models import PatchClassifier, load_weights  # noqa: E402
-from images.pixels import MEAN, STD, to_input  # noqa: E402
+from images.pixels import MEAN, STD, load_image, to_input  # noqa: E402
 from images.synthetic_set import write_dataset  # noqa: E402
 from images.timm_networks import TimmFeatures, defaults_of  # noqa: E402
 
@@ -219,3 +221,45 @@ def test_real_weights(data_dir):
     stem = safetensors.load_file(path)["conv_stem.weight"].float()
     assert torch.equal(model.features.network.conv_stem.weight, stem)
     assert model.grid == (31.5, 32)  # with the padding of TensorFlow, the cells lie further from the upper left edge
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_initial_probabilities_of_a_pretrained_network_are_near_the_prior(data_dir, stage):
+    """The features of the early stages of this network are large: without scaling, the logits deviate by 3 to 4."""
+    weights = data_dir / "backbones" / "tf_efficientnet_lite0.fp16.safetensors"
+    paths = sorted((data_dir / "chestxray14_256" / "images").rglob("*.png"))[:4]
+    if not weights.is_file() or not paths:
+        pytest.skip("SGL_OPS_DATA has no backbones or no chest films")
+    name = "timm/tf_efficientnet_lite0"
+    torch.manual_seed(0)
+    model = PatchClassifier(name, defaults_of(name, stage).stride, 14, stage).eval()
+    load_weights(model, name, str(weights))
+    images = to_input(torch.stack([torch.from_numpy(load_image(path, 256, 3)) for path in paths]))
+    with torch.no_grad():
+        assert (model(images) - model.head.bias.view(-1, 1, 1)).std() > 3
+        set_initial_head(model, 0.05)
+        logits = model(images)
+    assert (logits - model.head.bias.view(-1, 1, 1)).std() < 1.3
+    assert 0.02 < torch.sigmoid(logits).median() < 0.12  # 0.05 plus the same features
+
+
+def test_initial_head_changes_only_large_weights():
+    torch.manual_seed(0)
+    model = PatchClassifier(SMALL, 32, 3).train()
+    weight, bias = (parameter.detach().clone() for parameter in (model.head.weight, model.head.bias))
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    before = torch.get_rng_state()
+    assert deviation_of_logits(model) < 1
+    set_initial_head(model, 0.5)
+    assert torch.equal(model.head.weight, weight) and torch.equal(model.head.bias, bias)
+    with torch.no_grad():
+        model.head.weight.mul_(1000)
+    assert deviation_of_logits(model) > 1
+    set_initial_head(model, 0.2)
+    assert deviation_of_logits(model) == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(model.head.bias, bias + math.log(0.25))
+    # the direction of the weights, the statistics of batch norm, the mode and the random numbers do not change
+    ratio = model.head.weight / weight
+    torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.mean())))
+    assert all(torch.equal(one, other) for one, other in zip(buffers, model.buffers(), strict=True))
+    assert model.training and torch.equal(before, torch.get_rng_state())

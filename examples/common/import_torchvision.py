@@ -22,6 +22,9 @@ def import_torchvision() -> types.ModuleType:
         import torchvision
         import torchvision.datasets
     except ModuleNotFoundError:
-        raise ValueError("data: this needs torchvision, which is not installed: pip install torchvision") from None
+        raise ValueError(
+            "data: this needs torchvision, which is not installed: pip install torchvision (with --no-deps, it keeps a "
+            "CPU build of torch; the version must belong to that of torch)"
+        ) from None
 
     return torchvision

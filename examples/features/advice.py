@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from common.losses import deciding_auc
 
 from features.recommended import SEARCHED_HEADS, search_options
 from features.training import Settings
@@ -212,25 +213,18 @@ def _slow_rise(histories: Sequence[Sequence[Mapping]], settings: Settings) -> st
 
 
 def _best_deciding_auc(runs: Sequence[tuple[Sequence[Mapping], np.ndarray]], start_auc: float) -> str:
-    """A sentence on the highest AUC of the class that decides, and the AUC that it needs. Empty if no class counts.
-
-    lam rises if half of the classes that count have their AUC. So the class that decides has the median distance to
-    its needed AUC; with an even number of classes, the larger one of the two.
+    """A sentence on the highest AUC of the class that decides, and the AUC that it needs. Empty if there is none.
 
     Args:
         runs: for each run, the rows of its epochs and the labels (N, C) of its training bags.
     """
-    found: list[tuple[float, float]] = []
+    found = []
     classes = 0
     for history, labels in runs:
         needed = needed_auc(labels, start_auc)
-        counting = ~np.isnan(needed)
-        classes = max(classes, int(counting.sum()))
-        for row in history:
-            if len(row["auc"]) and counting.any():
-                pairs = zip(np.array(row["auc"])[counting].tolist(), needed[counting].tolist(), strict=True)
-                ranked = sorted((pair for pair in pairs if not math.isnan(pair[0])), key=lambda pair: pair[1] - pair[0])
-                found += ranked[(int(counting.sum()) + 1) // 2 - 1 :][:1]
+        classes = max(classes, int((~np.isnan(needed)).sum()))
+        measured = (deciding_auc(row["auc"], needed.tolist()) for row in history if len(row["auc"]))
+        found += [pair for pair in measured if pair is not None]
     if not found:
         return ""
     value, wanted = max(found, key=lambda pair: pair[0] - pair[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from common.files import write_text
+from images.thresholds import shown as shown_threshold
 
 from features.labels import Labels
 from features.pictures import in_words, legend, picture_of
@@ -50,7 +51,7 @@ def write_report(
     lines = ""
     for c, (name, gate) in enumerate(zip(classes, gates, strict=True)):
         positive = int((predictions.bags[:, c] > gate).sum())
-        cells = [escape(name), f"{gate:.3g}", positive, len(bags) - positive]
+        cells = [escape(name), shown_threshold(gate), positive, len(bags) - positive]
         cells += [sum(row[1] == name for row in boxes)] if with_boxes else []
         lines += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     titles = ["class", "threshold", f"{unit}s with a higher p", f"other {unit}s", *(["boxes"] if with_boxes else [])]

@@ -39,6 +39,13 @@ class Findings(NamedTuple):
     decoded: int
 
 
+#: What to do with images that cannot be read.
+ADVICE = (
+    "Replace these files, or move them away and pass --allow-missing, which leaves out missing images. "
+    "check_cxr.py --decode finds all of them"
+)
+
+
 def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
     """Checks the first and last bytes of all images, and the pixels of ``sample`` of them.
 
@@ -79,7 +86,7 @@ def checked_index(args: argparse.Namespace) -> tuple[Index, str]:
     if not args.allow_missing:
         refuse_missing(args.data_dir, found.index.missing, len(found.index.names) + len(found.index.missing))
     if found.broken:
-        raise ValueError("\n".join([f"{len(found.broken)} images cannot be read:", *found.broken[:20]]))
+        raise ValueError("\n".join([f"{len(found.broken)} images cannot be read:", *found.broken[:20], ADVICE]))
     if found.constant:
         raise ValueError(
             f"{len(found.constant)} images for training or validation are constant: all pixels are equal "

@@ -46,6 +46,9 @@ def read_dicom(path: Path) -> np.ndarray:
     """
     data = _open(path)
     _size(data, path)
+    frames = _number(data, "NumberOfFrames", path) or 1
+    if frames > 1:
+        raise ValueError(f"{path}: expected one image, but the file has {frames:g} frames; save each frame as a file")
     interpretation = _value(data, INTERPRETATION, path)
     if interpretation not in (*GREY, PALETTE, *COLOURS):
         raise ValueError(

@@ -1,7 +1,8 @@
 """The tables of your own data: labels.csv, split.csv and boxes.csv, of images and of bags of features.
 
 labels.csv has the column ``image``, and optionally ``patient`` and ``split`` (train, val, test). The labels are either
-in the column ``labels`` (class names joined by ``|``; nothing or ``none`` for none of the classes, NaN for unknown), or
+in the column ``labels`` (class names joined by ``|``; nothing, ``none`` or ``No Finding`` for none of the
+classes, NaN for unknown), or
 in one column per class (1 or 0; nothing, NaN or -1 for unknown). In every table, ``image`` may also be named ``bag``,
 ``file`` or ``filename``.
 
@@ -26,6 +27,8 @@ LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
 PARTS = ("train", "val", "test")
 VALUES = {"1": 1.0, "0": 0.0, "-1": math.nan, "": math.nan, "nan": math.nan}
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+#: Cells of the column ``labels`` for none of the classes, in lower case.
+NOTHING = ("none", "no finding")
 NAMES, CLASSES = ("image", "bag", "file", "filename"), ("label", "class")
 SIDES, CORNERS = ("x", "y", "w", "h"), ("xmin", "ymin", "xmax", "ymax")
 
@@ -120,12 +123,12 @@ def _listed(cell: str, at: str) -> list[str] | None:
     """The names of classes in a cell of the column ``labels``; None: unknown."""
     names = [name.strip() for name in cell.split("|") if name.strip()]
     words = [name.lower() for name in names]
-    if words in (["nan"], ["none"]):
+    if len(words) == 1 and words[0] in ("nan", *NOTHING):
         return None if words == ["nan"] else []
-    if {"nan", "none"} & set(words) or any(NUMBER.fullmatch(word) for word in words):
+    if {"nan", *NOTHING} & set(words) or any(NUMBER.fullmatch(word) for word in words):
         raise ValueError(
-            f"{at}: labels: expected names of classes joined by |, or only none (no class) or NaN (unknown), got "
-            f"{cell!r}; a number is no name: for labels 1, 0 and -1, use one column per class"
+            f"{at}: labels: expected names of classes joined by |, or only none or No Finding (no class) or NaN (unknown), "
+            f"got {cell!r}; a number is no name: for labels 1, 0 and -1, use one column per class"
         )
     return names
 

@@ -16,7 +16,7 @@ from images.new_images import Found, Results, limits_of, title_of
 from images.pixels import load_image
 from images.prediction import first_cell, name_of
 from images.report import settings_table
-from images.thresholds import Relative
+from images.thresholds import shown
 
 
 def caption_of(found: Found) -> str:
@@ -96,8 +96,7 @@ def gallery_section(
 def settings_section(networks: Sequence[Network], classes: Sequence[str], args: argparse.Namespace) -> page.Markup:
     names = ("images", "upsampling", "raster", "morphology", *(["like"] if args.like is not None else []))
     limits = [
-        (label, t_p if isinstance(t_p, Relative) else f"{t_p:.3g}", f"{gate:.3g}")
-        for label, (t_p, gate) in zip(classes, limits_of(args, classes), strict=True)
+        (label, shown(t_p), shown(gate)) for label, (t_p, gate) in zip(classes, limits_of(args, classes), strict=True)
     ]
     runs = []
     for run, network in zip(args.run, networks, strict=True):

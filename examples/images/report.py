@@ -18,7 +18,7 @@ from images.evaluation import Evaluated, boxes_at, trivial_of
 from images.figure import caption_of, first_of_each_class
 from images.metrics import FEW_PATIENTS
 from images.pixels import load_image
-from images.thresholds import HALF, VALIDATION
+from images.thresholds import HALF, VALIDATION, shown
 from images.truth import SQUARE, Truth
 from images.verdict import compare_boxes, verdict
 from sgl_ops.localization import T_IOU, per_class
@@ -309,7 +309,7 @@ def write_report(runs: Sequence[Evaluated], truth: Truth, args: argparse.Namespa
                 run.name,
                 settings_table(run.details, run.details["config"]),
                 page.table(
-                    ["class", "T_p", "gate"], [[c, *(f"{v[c]:.3g}" for v in of_class)] for c in truth.class_names]
+                    ["class", "T_p", "gate"], [[c, *(shown(v[c]) for v in of_class)] for c in truth.class_names]
                 ),
             )
         )

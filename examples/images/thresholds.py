@@ -23,6 +23,14 @@ class Relative(float):
 HALF = Relative(0.5)
 
 
+def shown(value: float) -> str:
+    """A threshold as text. A probability below 1 that three digits would round to 1 is shown as ``1 - 3.4e-05``."""
+    if isinstance(value, Relative):
+        return str(value)
+    text = f"{value:.3g}"
+    return f"1 - {1 - value:.2g}" if value < 1 and float(text) == 1 else text
+
+
 def probability(text: str, labels: bool = True) -> float | str:
     """For argparse: a probability below 1, or ``validation`` if there are ``labels``."""
     if labels and text == VALIDATION:

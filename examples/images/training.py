@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from images.batches import batches_of, crop_of, loader_of
 from images.checkpoint import OLDER, make_model
 from images.frames import cell_mask
+from images.initial_head import set_initial_head
 from images.items import LabelledImages
 from images.models import load_weights
 from images.options import EXTENDABLE
@@ -68,8 +69,7 @@ class Training:
             load_weights(self.network, self.config["backbone"], self.config["weights"])
         if self.config["freeze"]:
             self.network.features.freeze(self.config["freeze"])
-        with torch.no_grad():
-            self.network.head.bias.add_(math.log(self.config["prior"] / (1 - self.config["prior"])))
+        set_initial_head(self.network, self.config["prior"])
         if self.config["batch_norm"] == "sync" and processes.group is not None:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.network.to(processes.device, memory_format=torch.channels_last)
