@@ -20,6 +20,7 @@ from images import check, chexpert, folder, items, label_tables, nih, provenance
 from images import options as settings
 from images.checkpoint import OLDER, load_run
 from images.dataset import with_classes
+from images.identical import identical_files
 from images.open_dataset import open_dataset
 from images.synthetic_set import write_dataset
 
@@ -683,3 +684,34 @@ def test_whole_pipeline_runs_on_a_folder(tmp_path, capsys, fit):
     (data / "split.csv").write_text(swapped)
     assert localize_cxr.main(base) == 2
     assert "images of the test part" in capsys.readouterr().err
+
+
+# identical images
+
+
+def test_identical_files_are_found_by_their_content(tmp_path):
+    contents = [b"a" * 9000, b"b", b"a" * 9000, b"", b"", b"c", b"b", b"a" * 9000, b"a" * 4999 + b"x" + b"a" * 4000]
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    # the last one differs only in the middle; empty and missing files are equal to nothing
+    assert identical_files([*paths, tmp_path / "missing", tmp_path / "missing"]) == [[0, 2, 7], [1, 6]]
+
+
+def test_check_names_copies_in_two_parts_and_with_other_labels(images, capsys):
+    names = names_of(images)
+    rows = [[name, "train" if k < 5 else "test", k % 2] for k, name in enumerate(names)]
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *rows)
+    assert check_cxr.main(["--data-dir", str(images)]) == 0
+    assert "identical" not in capsys.readouterr().out
+    for number, copy in ((0, "copy_0.png"), (1, "copy_1.jpg")):
+        (original,) = images.rglob(names[number])
+        (images / copy).write_bytes(original.read_bytes())
+    rows += [["copy_0.png", "test", 0], ["copy_1.jpg", "train", 0]]  # a copy in another part; a copy with another label
+    write_csv(images / "labels.csv", ["image", "split", "cat"], *rows)
+    assert check_cxr.main(["--data-dir", str(images)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " = copy" in line]
+    first, second = (f"{names[k]} = copy_{k}" for k in (0, 1))
+    assert lines[0].startswith("identical 2 groups of images with the same content: ")
+    assert lines[1] == f"          1 groups in two parts: the test is not independent: {first}.png"
+    assert lines[2] == f"          1 groups with different labels: {second}.jpg"

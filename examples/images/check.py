@@ -13,6 +13,7 @@ from common.progress import Progress
 
 from images.dataset import Index, refuse_missing, some
 from images.depth import bits_used
+from images.identical import identical_files
 from images.metrics import FEW_PATIENTS, patients_with
 from images.open_dataset import open_dataset
 from images.pixels import is_dicom, load_image, read_header, read_image
@@ -63,6 +64,7 @@ def inspect(args: argparse.Namespace, sample: int | None = SAMPLE) -> Findings:
         *_about_files(index),
         f"decoded   {'all' if decoded == len(index.paths) else f'{decoded} of {len(index.paths)}, drawn at random'}",
         *_about_splits(index),
+        *_about_identical(index),
         *_about_boxes(index),
         *_about_classes(index),
         *_about_learning(index),
@@ -198,6 +200,34 @@ def _about_splits(index: Index) -> list[str]:
     if index.about.units == "images":
         return [*lines, "leaks     unknown: there is no column patient, so each image counts as a separate patient"]
     return [*lines, "leaks     no patient is in two parts"]  # otherwise open_dataset raises an error
+
+
+def _about_identical(index: Index) -> list[str]:
+    """The groups of images with the same content: all, those in two parts of the split, and those with other labels."""
+    groups = identical_files(index.paths)
+    if not groups:
+        return []
+    part = np.zeros(len(index.paths), int)
+    for number, (_, rows) in enumerate(_parts(index)):
+        part[rows] = number
+    across = [group for group in groups if len(set(part[group])) > 1]
+    differ = [group for group in groups if not all(_same(index.labels[group[0]], index.labels[row]) for row in group)]
+    found = [("of images with the same content", groups), ("in two parts: the test is not independent", across)]
+    found += [("with different labels", differ)]
+    heads = ["identical", "", ""]
+    return [
+        f"{head:10}{len(some_groups)} groups {words}{_examples(index, some_groups)}"
+        for head, (words, some_groups) in zip(heads, found, strict=True)
+        if some_groups
+    ]
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    return np.array_equal(first, second, equal_nan=True)
+
+
+def _examples(index: Index, groups: list[list[int]]) -> str:
+    return ": " + some([" = ".join(index.names[row] for row in group[:3]) for group in groups], 3)
 
 
 def _about_boxes(index: Index) -> list[str]:

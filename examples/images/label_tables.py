@@ -127,8 +127,8 @@ def _listed(cell: str, at: str) -> list[str] | None:
         return None if words == ["nan"] else []
     if {"nan", *NOTHING} & set(words) or any(NUMBER.fullmatch(word) for word in words):
         raise ValueError(
-            f"{at}: labels: expected names of classes joined by |, or only none or No Finding (no class) or NaN (unknown), "
-            f"got {cell!r}; a number is no name: for labels 1, 0 and -1, use one column per class"
+            f"{at}: labels: expected names of classes joined by |, or only none or No Finding (no class) or NaN "
+            f"(unknown), got {cell!r}; a number is no name: for labels 1, 0 and -1, use one column per class"
         )
     return names
 
