@@ -22,7 +22,7 @@ from images.folder import load_folder, without_labels
 from images.models import Grid
 from images.prediction import predict
 from images.provenance import digest_of
-from images.thresholds import Relative
+from images.thresholds import Relative, shown
 from test_images_dicom import write_dicom
 
 from sgl_ops.localization import upsample
@@ -238,7 +238,8 @@ def test_options_of_an_evaluation_are_used(tmp_path, photos, capsys, threshold, 
     assert least <= len(found) < len(known)
     assert first == {pair: pytest.approx(box, abs=1e-3) for pair, box in found.items()}
     text = (out / "report.html").read_text()
-    assert f"<td>{details['threshold_of_class']['red']:.3g}</td><td>{details['gate_of_class']['red']:.3g}</td>" in text
+    limits_of_red = [shown(details[f"{name}_of_class"]["red"]) for name in ("threshold", "gate")]
+    assert "".join(f"<td>{limit}</td>" for limit in limits_of_red) in text
     # options of the command have priority
     base = ["--run", str(run), "--images", str(photos), "--out", str(out), "--like", str(report)]
     args = predict_cxr.parse([*base, "--gate", "0.5", "--raster", "network"])
