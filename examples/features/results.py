@@ -54,8 +54,10 @@ def write_results(
     failed = failures(trainings, known, settings)
     for key, run in sorted(by_key.items()):
         for label, reasons in (failed_before or {}).get(run.name, {}).items():
-            before = [f"before fine-tuning: {reason}" for reason in reasons]
-            failed.setdefault(key, {})[label] = [*before, *failed.get(key, {}).get(label, [])]
+            # missing labels are added below: they are the same ones
+            before = [f"before fine-tuning: {text}" for text in reasons if not text.startswith(TRAINED_WITHOUT)]
+            if before:
+                failed.setdefault(key, {})[label] = [*before, *failed.get(key, {}).get(label, [])]
     for key, run in by_key.items():
         for label, kinds in missing_kinds(truth.labels, run.train).items():
             reason = f"{TRAINED_WITHOUT} {' or '.join(kinds)} labels"
