@@ -213,10 +213,12 @@ def extract(args: argparse.Namespace) -> list[str]:
             left = (time.monotonic() - begun) / done * (len(todo) - done)
             written = done + len(images) - len(todo) - len(problems)
             print(f"{written} of {len(images)} bags, {left:.0f} s left", flush=True)
-    advice = "Replace them and repeat the command, or remove them from the tables: a label without a bag is an error."
+    advice = "Replace them and repeat the command, or pass --allow-missing to train_features.py."
     options.warn_of_unreadable(problems, advice if args.like is None else "")
     if args.like is None:
-        options.next_step(training_command(args.out, args.images, points is None, args.backbone == "pixels"))
+        options.next_step(
+            training_command(args.out, args.images, points is None, args.backbone == "pixels", bool(problems))
+        )
     else:
         own, known = settings_of_run(args.like) if (args.like / SETTINGS).is_file() else ({}, {})
         run = args.like if own else Path("runs") / "sgl"

@@ -81,6 +81,7 @@ def predict(args: argparse.Namespace) -> None:
     from common.csv_table import write_csv
     from common.predicted_boxes import write_boxes
     from features.extraction import find_images
+    from features.images_of_bags import missing_images
     from features.margin import refuse_threshold_without_maps, refuse_without_cells
     from features.prediction_report import write_report
     from features.run_settings import settings_of_run, threshold_of_run
@@ -99,6 +100,8 @@ def predict(args: argparse.Namespace) -> None:
     bags = FeatureBags(args.features)
     if files and not set(files) & set(bags.names):
         raise ValueError(f"images: {args.images} holds no image of the bags in {args.features}")
+    if files and (note := missing_images(files, bags, bags.names)) is not None:
+        print(f"note: {note}", flush=True)
     refuse_other_features(run, bags)
     refuse_empty(bags, bags.names)
     refuse_without_cells(bags, bags.names, run.margin)

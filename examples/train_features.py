@@ -240,6 +240,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from features import labels as tables
     from features.extraction import find_images
+    from features.images_of_bags import missing_images
     from features.margin import refuse_threshold_without_maps, refuse_without_cells
     from features.plan import plan, untested, untrained
     from features.results import write_results
@@ -248,11 +249,11 @@ def run(args: argparse.Namespace) -> None:
     from features.store import FeatureBags
     from features.training import BagReader, Settings, predicted, train
     from images.dataset import some
+    from images.label_tables import notes_of_classes
 
     if args.features.resolve() == args.out.resolve():
         raise ValueError(f"out: expected another folder than --features, got {args.out}")
-    if args.images is not None:
-        find_images(args.images)  # a wrong folder is an error before the training
+    files = {} if args.images is None else find_images(args.images)  # a wrong folder is an error before the training
     bags = FeatureBags(args.features)
     labels = tables.labels_of_run(vars(args), bags.names)
     truth = Truth(
@@ -272,6 +273,11 @@ def run(args: argparse.Namespace) -> None:
     keep_settings(args, parts, digests_of(labels, bags), {"class_names": labels.classes, "extraction": bags.settings})
     reader = BagReader(bags, labels.names, args.cache_gb * 1e9, args.margin)
     targets = torch.tensor(labels.values)
+    notes = [
+        missing_images(files, bags, labels.names) if files else None,
+        tables.unknown_boxes(args.boxes, bags.names) if args.boxes else None,
+        *notes_of_classes(labels.classes, labels.values),
+    ]
     runs = list(plan(labels, args.folds, args.repeats, args.test))
     refuse_other_folds(parts, runs, labels)
     for name, column in zip(labels.classes, labels.values.T, strict=True):
@@ -279,7 +285,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: {len(column)} bags, {counts}")
     if labels.absent:
         count = len(labels.absent)
-        print(f"note: {count} bags of {args.labels.name} have no features and are left out ({some(labels.absent)})")
+        print(f"note: {count} bags of {args.labels.name} have no features and are left out ({some(labels.absent, 10)})")
     unlabelled = sorted(set(bags.names) - set(labels.names))
     if unlabelled:
         print(
@@ -291,7 +297,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(labels.names)} bags of {patients} patients (column {args.patient})")
     elif args.folds:
         print(f"note: {args.labels.name} has no column {args.patient}: bags of one patient may be in several folds")
-    for line in (*tables.boxes_on_negatives(labels, truth.boxes), *(untested(labels, runs) if args.folds else ())):
+    notes += [*tables.boxes_on_negatives(labels, truth.boxes), *(untested(labels, runs) if args.folds else ())]
+    for line in filter(None, notes):
         print(f"note: {line}")
     for line in untrained(labels, runs):
         print(f"warning: {line}", flush=True)

@@ -301,7 +301,7 @@ def test_warning_if_the_measured_start_never_occurs():
     schedule = LamSchedule(auc=0.9, interval=1)
     labels = torch.tensor([0.0, 1.0]).repeat(32)
     schedule.step(torch.where(torch.arange(64) < 16, -labels, labels), labels)  # 8 of 32 positive bags are below all
-    assert "This AUC was 0.75 at the end, and it needs 0.90. The run" in losses.lam_warning(config, idle, schedule)
+    assert "This AUC was 0.750 at the end, and it needs 0.900. The run" in losses.lam_warning(config, idle, schedule)
     assert losses.lam_warning(config, [*idle, {"lam": 0.5}]) is None
     assert losses.lam_warning(config, []) is None
     for change in ({"loss": "bag"}, {"lam": 0.0}):

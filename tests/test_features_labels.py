@@ -27,7 +27,10 @@ BAGS = [f"b{i:02d}" for i in range(40)]
         ("bag,a\nx,1\nx,0\n", "line 3: x is already in .*line 2"),
         ("image,a\nx.png,1\nsub/x.png,0\n", "line 3: x is already in .*line 2"),
         ("slide,a\nx,1\n", r"expected a column image or bag or file or filename, found the columns \['slide', 'a'\]"),
-        ("bag,a\nx,red\n", "line 2: a: expected 1, 0, or nothing, .* got 'red'; --classes names the columns"),
+        (
+            "bag,a\nx,red\n",
+            "line 2: a: expected 1, 0, or nothing, .* got 'red'; a column .*; --classes names the columns",
+        ),
         ("bag,a,split\nx,1,holdout\n", "line 2: expected a split train, val, test, got 'holdout'"),
         ("bag,a\nq.png,1\nx,1\n", r"1 of the 2 bags of .* have no features \(q\.png\); bags with features: x, y, z\.1"),
         ("bag,image,a\nx,y.png,1\n", r"line 2: expected equal values in .*, got image 'y\.png' and bag 'x'"),

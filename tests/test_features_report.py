@@ -36,7 +36,7 @@ def test_advice_names_the_cause_and_what_is_not_yet_used():
     settings = training.Settings(k_start=0.2, restarts=4)
     text = advice.lam_advice([history, [], [{"lam": 0.5, "auc": [0.9]}]], [labels] * 3, settings)
     assert "lam stayed 0 in 1 of 3 runs" in text
-    assert "In the best epoch of these runs, this AUC was 0.61; it needs 0.80." in text
+    assert "In the best epoch of these runs, this AUC was 0.610; it needs 0.800." in text
     # features of other programs have no stages
     other = advice.lam_advice([history], [labels], settings, extracted=False)
     assert "use the features of another network" in other and "--stages" not in other
@@ -60,6 +60,22 @@ def test_metrics_of_instances_are_nan_without_a_positive_instance():
     assert found["iou"] == 0.5 and found["auc"] == 0.5
 
 
+def test_advice_names_boxes_of_another_size():
+    def advised(ratio, found=0.1, images=20, **options):
+        values = {"images": images, "iou_0.3": found, "area_ratio": ratio}
+        return advice.box_size_advice({"cat": values, "dog": {"auc": 1.0}}, training.Settings(**options))
+
+    (text,) = advised(5.2)
+    assert "The predicted boxes of cat are too large: the median of their area is 5.2 times that" in text
+    assert "--threshold 0.8" in text and "an earlier stage" in text and "--loss bag" in text
+    assert "--loss bag" not in advised(5.2, loss="bag")[0]
+    (text,) = advised(0.1)
+    assert "too small" in text and "--threshold 0.3" in text and "stage" not in text
+    assert advised(2.9) == advised(0.4) == advised(9.0, found=0.6) == advised(9.0, images=7) == []
+    values = {"cat": {"images": 20, "iou_0.3": 0.1, "area_ratio": 5.0}}
+    assert "an earlier stage" not in advice.box_size_advice(values, training.Settings(), extracted=False)[0]
+
+
 def deciding(aucs, labels, start_auc=0.8):
     """The AUC that the advice names, and the AUC that is needed; None if it names none."""
     history = [{"epoch": 1, "lam": 0.0, "auc": values} for values in aucs]
@@ -72,7 +88,7 @@ def test_advice_names_the_auc_that_decides_and_the_needed_one():
     many = np.repeat([[0.0], [1.0]], 100, 0)
     assert deciding([[0.5], [0.77], [0.7]], many) == (0.77, 0.8)
     # with few bags, more than --start-auc: 1/2 + 3 sqrt(17 / (12 * 64))
-    assert deciding([[0.9]], np.repeat([[0.0], [1.0]], 8, 0)) == (0.9, 0.95)
+    assert deciding([[0.9]], np.repeat([[0.0], [1.0]], 8, 0)) == (0.9, 0.946)
     # the better half of the classes: the second of three or four, the first of two
     assert deciding([[0.9, 0.7, 0.6]], np.tile(many, 3)) == (0.7, 0.8)
     assert deciding([[0.5, 0.9, 0.6, 0.7]], np.tile(many, 4)) == (0.7, 0.8)
@@ -356,6 +372,8 @@ def test_box_metrics_equal_a_calculation_by_hand():
     truth = {"hit": np.array([[24.0, 16, 8, 8]]), "miss": np.array([[0.0, 0, 8, 8], [8, 8, 8, 8]])}
     result = box_metrics(maps, dict.fromkeys(maps, (64, 64)), truth, 0.5)
     assert (result["images"], result["pointing"], result["iou_0.5"]) == (2, 0.5, 0.5)
+    areas = [np.prod(box_of(maps[name], (64, 64), 0.5)[2:]) / 64 for name in truth]  # the true boxes have 64 pixels
+    assert result["area_ratio"] == pytest.approx(np.mean(areas)) and min(areas) > 0
 
 
 def test_maps_of_an_unknown_extraction_divide_the_image_evenly(tmp_path):

@@ -715,3 +715,23 @@ def test_check_names_copies_in_two_parts_and_with_other_labels(images, capsys):
     assert lines[0].startswith("identical 2 groups of images with the same content: ")
     assert lines[1] == f"          1 groups in two parts: the test is not independent: {first}.png"
     assert lines[2] == f"          1 groups with different labels: {second}.jpg"
+
+
+def test_split_that_was_drawn_before_the_table_had_patients(images, capsys):
+    names = names_of(images)
+    write_csv(images / "labels.csv", ["image", "cat"], *([name, k % 2] for k, name in enumerate(names)))
+    assert check_cxr.main(["--data-dir", str(images)]) == 0
+    write_csv(images / "labels.csv", ["image", "patient", "cat"], *([name, "p", k % 2] for k, name in enumerate(names)))
+    capsys.readouterr()
+    assert check_cxr.main(["--data-dir", str(images)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "1 patients are in more than one part of the split (p); correct the column split, or split.csv. Delete" in error
+    )
+
+
+def test_check_names_opposite_classes(images, capsys):
+    rows = [[name, ("ok", "defect")[k % 2]] for k, name in enumerate(names_of(images))]
+    write_csv(images / "labels.csv", ["image", "labels"], *rows)
+    assert check_cxr.main(["--data-dir", str(images)]) == 0
+    assert "note      every bag or image has exactly one of defect and ok: " in capsys.readouterr().out

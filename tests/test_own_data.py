@@ -136,5 +136,7 @@ def test_commands_of_the_page_run(photos, tmp_path):
     assert found["p"][0].tolist() == pytest.approx([float(rows[0][f"p_{c}"]) for c in found["classes"]], abs=1e-5)
     assert found["maps"][0].max((1, 2)).tolist() == pytest.approx(found["p"][0].tolist(), abs=1e-5)
     exec(EXPORT, found)
-    again = torch.export.load("network.pt2").module()(found["to_input"](found["pixels"]))
-    torch.testing.assert_close(again, found["model"](found["to_input"](found["pixels"])), rtol=1e-4, atol=1e-4)
+    program = torch.export.load("network.pt2").module()
+    for count in (1, 3):
+        batch = found["to_input"](found["pixels"]).repeat(count, 1, 1, 1)
+        torch.testing.assert_close(program(batch), found["model"](batch), rtol=1e-4, atol=1e-4)

@@ -102,6 +102,9 @@ def test_printed_training_command_is_that_of_own_features(tmp_path, monkeypatch)
     (photos / "boxes.csv").unlink()
     command = recommended.training_command(Path("my features"), photos, True, False)
     assert "--boxes" not in command and "--features 'my features'" in command
+    assert recommended.training_command(Path("features"), photos, True, False, True).endswith(
+        " --allow-missing --out runs/sgl"
+    )
     patches = recommended.training_command(Path("features"), photos, False, True)
     assert "--head patches" in patches and "--k-start" not in patches
 

@@ -260,6 +260,6 @@ def test_initial_head_changes_only_large_weights():
     torch.testing.assert_close(model.head.bias, bias + math.log(0.25))
     # the direction of the weights, the statistics of batch norm, the mode and the random numbers do not change
     ratio = model.head.weight / weight
-    torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio.mean())))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, ratio.mean().item()))
     assert all(torch.equal(one, other) for one, other in zip(buffers, model.buffers(), strict=True))
     assert model.training and torch.equal(before, torch.get_rng_state())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import shutil
 
+import extract_features
 import feature_packages  # noqa: F401
 import numpy as np
+import predict_features
 import pytest
 from csv_files import read, write
-from feature_runs import command
+from feature_runs import NETWORK, command
 from features import store
 from features.opened_run import open_run
 from features.trained import bags_of_training, load_heads
@@ -106,3 +108,59 @@ def test_tables_hold_every_bag_and_instance(bag_folder, tmp_path):
                 row["bag"] for row in sorted(rows, key=lambda r: r["bag"]) if row["fold"] == str(fold)
             ]
     assert "<img" in (tmp_path / "report.html").read_text()
+
+
+def test_command_names_boxes_of_no_bag_and_bags_without_an_image(timm, image_folder, tmp_path, capsys):
+    given = ["--images", str(image_folder), "--out", str(tmp_path / "features"), *NETWORK]
+    assert extract_features.main(given) == 0
+    rows = [[f"im{k}", k % 2, ("train", "train", "test")[k]] for k in range(3)]
+    write(tmp_path / "labels.csv", ["image", "lesion", "split"], rows)
+    boxes = [[name, "lesion", 8, 8, 20, 20] for name in ("im1.png", "pic_1.png", "pic_2.png", "pic_2.png")]
+    write(tmp_path / "boxes.csv", ["image", "label", *"xywh"], boxes)
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "im2.png").unlink()
+    options = (
+        tmp_path,
+        tmp_path / "out",
+        "--epochs=1",
+        "--boxes",
+        str(tmp_path / "boxes.csv"),
+        "--images",
+        str(images),
+    )
+    assert command(*options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "note: 3 of 4 boxes of boxes.csv are of no bag (pic_1.png, pic_2.png)" in lines
+    assert "note: 1 of 3 bags have no image in --images (im2)" in lines
+    # other images with the same names
+    shutil.copy(images / "im1.png", images / "im0.png")
+    assert command(*options, "--resume") == 2
+    text = "im0.png has 80x48 pixels, but the features of im0 are those of an image of 64x48 pixels"
+    assert text in capsys.readouterr().err
+    found = ["--run", str(tmp_path / "out"), "--features", str(tmp_path / "features"), "--with-failed"]
+    found += ["--out", str(tmp_path / "found"), "--images"]
+    assert predict_features.main([*found, str(images)]) == 2
+    assert text in capsys.readouterr().err
+    (images / "im0.png").unlink()
+    assert predict_features.main([*found, str(images)]) == 0
+    assert "note: 2 of 3 bags have no image in --images (im0, im2)" in capsys.readouterr().out.splitlines()
+
+
+def test_command_names_classes_that_are_probably_mistakes(bag_folder, tmp_path, capsys):
+    words = ["scratch" if int(row["lesion"]) else "ok" for row in read(bag_folder / "labels.csv")]
+    words[1] = "Scratch"
+    rows = [[f"b{k:02d}", word] for k, word in enumerate(words)]
+    table = str(write(tmp_path / "labels.csv", ["bag", "labels"], rows))
+    assert command(bag_folder, tmp_path / "out", "--epochs=1", "--folds=2", "--labels", table) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "note: Scratch and scratch are two classes, because their names differ in capitals or spaces" in lines
+    words[1] = "scratch"
+    write(tmp_path / "labels.csv", ["bag", "labels"], [[f"b{k:02d}", word] for k, word in enumerate(words)])
+    assert command(bag_folder, tmp_path / "again", "--epochs=1", "--folds=2", "--labels", table) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "exactly one of" in line]
+    assert line.startswith("note: every bag or image has exactly one of ok and scratch: ")
+    # words in a column of a class
+    write(tmp_path / "labels.csv", ["bag", "defect"], rows)
+    assert command(bag_folder, tmp_path / "words", "--epochs=1", "--folds=2", "--labels", table) == 2
+    assert "a column with names of classes is called labels (none: no class)" in capsys.readouterr().err

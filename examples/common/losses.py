@@ -81,7 +81,7 @@ def lam_warning(
         auc, needed = (None, None) if schedule is None else (schedule.class_auc, schedule.class_needed)
         decides = None if auc is None or needed is None else deciding_auc(auc.tolist(), needed.tolist())
         which = "This AUC was" if auc is not None and len(auc) == 1 else "The AUC of the class that decides was"
-        found = f" {which} {decides[0]:.2f} at the end, and it needs {decides[1]:.2f}." if decides else ""
+        found = f" {which} {decides[0]:.3f} at the end, and it needs {decides[1]:.3f}." if decides else ""
         better = "" if config["k_start"] else ", or start with --pooling topk --k-start 0.2"
         return (
             "warning: lam stayed 0, because the AUC of the training images did not reach --start-auc "

@@ -29,6 +29,9 @@ CHANCE = 1.645
 ALL_CLASSES = "all classes"
 #: The beginning of a reason: the labels of a class are all negative, or all positive, in the training.
 TRAINED_WITHOUT = "trained without"
+#: Boxes are called too large or too small if their area differs from that of the true boxes by more than this factor,
+#: and if fewer images than this fraction have a box with IoU > 0.3.
+OTHER_SIZE, ENOUGH_BOXES = 3.0, 0.5
 #: Fewer test bags of a kind, or fewer images with boxes, give no warning: their metrics are too uncertain.
 FEWEST = 8
 
@@ -169,6 +172,34 @@ def failure_advice(
     )
 
 
+def box_size_advice(result: Mapping[str, Mapping[str, float]], settings: Settings, extracted: bool = True) -> list[str]:
+    """What to change for each class whose predicted boxes are much larger or smaller than the true ones: paragraphs.
+
+    Args:
+        result: the metrics by class.
+        extracted: as in :func:`training_warnings`.
+    """
+    found = []
+    for label, values in result.items():
+        if values.get("images", 0) < FEWEST or values["iou_0.3"] >= ENOUGH_BOXES:
+            continue
+        ratio = values["area_ratio"]
+        if not (ratio > OTHER_SIZE or ratio < 1 / OTHER_SIZE):
+            continue
+        size, cut = ("large", "higher (--threshold 0.8)") if ratio > 1 else ("small", "lower (--threshold 0.3)")
+        changes = [f"cut the maps {cut}, chosen on other images than those of the test; --resume does not train again"]
+        if ratio > 1 and extracted:
+            changes.append("extract features with a smaller receptive field (an earlier stage, or --scales 2)")
+        if ratio > 1 and settings.loss == "sgl":
+            changes.append("compare with --loss bag")
+        found.append(
+            f"The predicted boxes of {label} are too {size}: the median of their area is {ratio:.2g} times that of the "
+            f"true boxes, and {values['iou_0.3']:.0%} of the images have a box with IoU > 0.3. To change this: "
+            f"{'; '.join(changes)}."
+        )
+    return found
+
+
 def _signs(row: Mapping) -> list[str]:
     """What shows in the metrics of a training, for one class, that its network has not found the object."""
     signs = []
@@ -229,7 +260,7 @@ def _best_deciding_auc(runs: Sequence[tuple[Sequence[Mapping], np.ndarray]], sta
         return ""
     value, wanted = max(found, key=lambda pair: pair[0] - pair[1])
     which = "this AUC" if classes == 1 else "the AUC of the class that decides"
-    return f" In the best epoch of these runs, {which} was {value:.2f}; it needs {wanted:.2f}."
+    return f" In the best epoch of these runs, {which} was {value:.3f}; it needs {wanted:.3f}."
 
 
 def needed_auc(labels: np.ndarray, start_auc: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -172,7 +173,7 @@ def _create_timm(name: str, pretrained: bool, output_stride: int | None) -> tupl
     timm = import_timm()
     short = name.removeprefix("timm/")
     if not timm.is_model(short.partition(".")[0]):
-        near = timm.list_models(f"*{short[:6]}*")[:5]
+        near = difflib.get_close_matches(short, timm.list_models(), 5)
         raise ValueError(
             f"backbone: timm has no model {short!r}" + (f"; similar names: {', '.join(near)}" if near else "")
         )

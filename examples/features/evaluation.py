@@ -148,6 +148,11 @@ def pointed(
     ]
 
 
+def _area_ratio(box: np.ndarray, truth: np.ndarray) -> float:
+    """The area of ``box`` (4,) divided by the median area of ``truth`` (n, 4). 0 if there is no box (NaN)."""
+    return float(np.nan_to_num(box[2] * box[3]) / np.median(truth[:, 2] * truth[:, 3]))
+
+
 def box_metrics(
     maps: Mapping[str, np.ndarray],
     sizes: Mapping[str, tuple[int, int]],
@@ -159,13 +164,16 @@ def box_metrics(
     """Fractions of the bags with true boxes that are found, with one predicted box and one point per bag.
 
     A bag counts as found at T if the predicted box has an IoU greater than T with any of its true boxes. For
-    ``pointing``, the centre of the cell with the largest value must lie in one of them.
+    ``pointing``, the centre of the cell with the largest value must lie in one of them. ``area_ratio`` is the median
+    over the bags of the area of the predicted box, divided by the median area of the true boxes of the bag.
     """
     overlaps = best_overlaps(maps, sizes, truth, first, stride, threshold)
     if not overlaps:
         return {}
     hits = pointed({name: maps[name] for name in overlaps}, sizes, truth, first, stride)
     result = {"images": len(overlaps), "pointing": float(np.mean(hits))}
+    boxes = {name: box_of(maps[name], sizes[name], first, stride, threshold) for name in overlaps}
+    result["area_ratio"] = float(np.median([_area_ratio(box, truth[name]) for name, box in boxes.items()]))
     for t in T_IOU:
         result[f"iou_{t:g}"] = float(np.mean([overlap > t for overlap in overlaps.values()]))
     return result | box_intervals([overlaps])

@@ -71,7 +71,7 @@ def read_labels(
     absent = [name for name, bag in zip(names, found, strict=True) if bag is None]
     if absent and (len(absent) == len(names) or not allow_missing):
         raise ValueError(
-            f"labels: {len(absent)} of the {len(names)} bags of {path} have no features ({some(absent)}); bags "
+            f"labels: {len(absent)} of the {len(names)} bags of {path} have no features ({some(absent, 10)}); bags "
             f"with features: {some(bags)}. The name of a bag is that of its file, without the suffix. "
             "--allow-missing leaves out the bags without features"
         )
@@ -162,6 +162,22 @@ def read_boxes(
         found = f"has boxes of {some(present, 20)} in these bags" if present else "has no box in these bags"
         raise ValueError(f"boxes: expected boxes of {some(classes, 20)} in bags such as {some(bags)}; {path} {found}")
     return {label: {name: np.array(places) for name, places in found.items()} for label, found in boxes.items()}
+
+
+def unknown_boxes(path: Path, bags: Sequence[str]) -> str | None:
+    """A line with the number of boxes that belong to none of the ``bags``, and their first names; None without any."""
+    name_of, unknown = name_among(bags), []
+
+    def known(cell: str) -> str | None:
+        found = name_of(cell)
+        if found is None:
+            unknown.append(cell)
+        return found
+
+    count = sum(1 for _ in records_of(path, [NAMES])[1])
+    list(label_tables.read_boxes(path, lambda *_: True, known))
+    names = dict.fromkeys(unknown)
+    return f"{len(unknown)} of {count} boxes of {path.name} are of no bag ({some(names)})" if names else None
 
 
 def _refuse_outside(

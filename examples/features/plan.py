@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from images.dataset import refuse_shared_patients, some
+from images.label_tables import SPLIT_ADVICE
 
 from features.labels import Labels
 
@@ -48,7 +49,7 @@ def plan(labels: Labels, count: int | None, repeats: int, test: str) -> Iterator
             raise ValueError(
                 "split: expected --folds, or a column split in labels.csv (train, val, test), or a split.csv beside it"
             )
-        refuse_shared_patients(labels.groups, labels.split, "split")
+        refuse_shared_patients(labels.groups, labels.split, "split", SPLIT_ADVICE)
         chosen = labels.split == test
         train = (labels.split == "train") | ((labels.split == "val") & (test == "test"))
         if not chosen.any() or not train.any():

@@ -24,12 +24,13 @@ def search_options() -> str:
     return " ".join(f"--{name.replace('_', '-')} {SEARCH[name]:g}" for name in names)
 
 
-def training_command(features: Path, images: Path, maps: bool, patches: bool) -> str:
+def training_command(features: Path, images: Path, maps: bool, patches: bool, missing: bool = False) -> str:
     """The command that trains on ``features`` of ``images``: with boxes.csv if it lies beside the images.
 
     Args:
         maps: the bags are maps of the images: their boxes can be evaluated.
         patches: the bags hold pixels of patches.
+        missing: images were left out.
     """
     labels, boxes = images / "labels.csv", images / "boxes.csv"
     words = ["python", "train_features.py", "--features", features]
@@ -37,6 +38,7 @@ def training_command(features: Path, images: Path, maps: bool, patches: bool) ->
     words += ["--boxes", boxes] if maps and boxes.is_file() else []
     words += ["--images", images, *FOLDS]
     words += ["--head", "patches"] if patches else []
+    words += ["--allow-missing"] if missing else []
     return shlex.join(map(str, [*words, "--out", Path("runs") / "sgl"]))
 
 

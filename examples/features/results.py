@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.files import write_json
 
-from features.advice import TRAINED_WITHOUT, failures, training_warnings
+from features.advice import TRAINED_WITHOUT, box_size_advice, failures, training_warnings
 from features.plan import Run, missing_kinds
 from features.report import MEANS, range_of_folds, write_report
 from features.runs import Predictions, Truth, load_predictions, rows_of_trainings, summary, unit_of, write_tables
@@ -74,6 +74,7 @@ def write_results(
         fine_tuned=failed_before is not None,
         extracted=bool(bags.settings),
     )
+    warnings += box_size_advice(result, settings, bool(bags.settings))
     folds = trainings if many_folds else []
     write_tables(out, finished, truth.labels, bags, result, rows, folds)
     counted = f"{training}; {trainings_in_words(runs, unit_of(bags))}."

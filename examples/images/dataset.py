@@ -109,13 +109,15 @@ def refuse_missing(data_dir: Path, missing: list[str], count: int) -> None:
         )
 
 
-def refuse_shared_patients(patients: np.ndarray, parts: np.ndarray, where: object) -> None:
-    """Raises ValueError if a patient of ``patients`` (n,) is in two of the ``parts`` (n,)."""
+def refuse_shared_patients(patients: np.ndarray, parts: np.ndarray, where: object, advice: str = "") -> None:
+    """Raises ValueError if a patient of ``patients`` (n,) is in two of the ``parts`` (n,). ``advice``: what to do."""
     pairs = np.unique(np.stack([patients.astype(str), parts.astype(str)]), axis=1)
     both, counts = np.unique(pairs[0], return_counts=True)
     if (counts > 1).any():
         shared = both[counts > 1]
-        raise ValueError(f"{where}: {len(shared)} patients are in more than one part of the split ({some(shared)})")
+        raise ValueError(
+            f"{where}: {len(shared)} patients are in more than one part of the split ({some(shared)}){advice}"
+        )
 
 
 # tables

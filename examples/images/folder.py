@@ -30,8 +30,10 @@ from images.label_tables import (
     NAMES,
     PARTS,
     SPLIT,
+    SPLIT_ADVICE,
     groups_of,
     name_among,
+    notes_of_classes,
     place_of,
     read_boxes,
     read_labels,
@@ -69,7 +71,7 @@ def load_folder(
     refuse_twice(names, records)
     patients = groups_of(records, "patient", names)
     parts, split_note = parts_of(header, records, names, patients, tables, seed)
-    refuse_shared_patients(patients, parts, tables)
+    refuse_shared_patients(patients, parts, tables, SPLIT_ADVICE)
     boxes = boxes_of(tables / BOXES, classes, names) if (tables / BOXES).is_file() else {}
     found, unlisted = find_files(Path(data_dir), names)
     missing = [name for name in names if name not in found]
@@ -88,6 +90,7 @@ def load_folder(
         units="patients" if "patient" in header else "images",
     )  # fmt: skip
     notes = [f"table     {path.name}, {len(names)} rows, {len(classes)} classes", split_note]
+    notes += [f"note      {line}" for line in notes_of_classes(classes, labels)]
     if unlisted:
         notes.append(f"unlisted  {len(unlisted)} images that are not in the table: {some(unlisted, 5)}")
     everything = Index(

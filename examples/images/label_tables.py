@@ -12,6 +12,7 @@ upper left corner. split.csv has ``image`` and ``split``.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
@@ -26,6 +27,11 @@ from images.pixels import name_without_suffix
 LABELS, BOXES, SPLIT = "labels.csv", "boxes.csv", "split.csv"
 PARTS = ("train", "val", "test")
 VALUES = {"1": 1.0, "0": 0.0, "-1": math.nan, "": math.nan, "nan": math.nan}
+#: What to do if a patient is in two parts of the split.
+SPLIT_ADVICE = (
+    f"; correct the column split, or {SPLIT}. Delete this file if check_cxr.py or train_cxr.py drew it before the "
+    "table had patients"
+)
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 #: Cells of the column ``labels`` for none of the classes, in lower case.
 NOTHING = ("none", "no finding")
@@ -137,7 +143,8 @@ def value_of(cells: dict[str, str], name: str, at: str) -> float:
     """The label in the column ``name``: 0, 1, or NaN = unknown. Raises ValueError for another value."""
     text = cells[name].lower().removesuffix(".0")
     if text not in VALUES:
-        raise ValueError(f"{at}: {name}: expected 1, 0, or nothing, NaN or -1 for unknown, got {cells[name]!r}")
+        words = "" if NUMBER.fullmatch(text) else "; a column with names of classes is called labels (none: no class)"
+        raise ValueError(f"{at}: {name}: expected 1, 0, or nothing, NaN or -1 for unknown, got {cells[name]!r}{words}")
     return VALUES[text]
 
 
@@ -156,6 +163,26 @@ def _refuse_contradiction(records: Sequence[Record], name: str, listed: np.ndarr
                 f"{at}: the column labels is {cells['labels']!r}, but the column {name} is {cells[name]!r}; keep one "
                 "of the two columns"
             )
+
+
+def notes_of_classes(classes: Sequence[str], labels: np.ndarray) -> list[str]:
+    """Lines on classes that are probably mistakes: equal but for capitals, and opposite ones such as ok and defect.
+
+    Args:
+        labels: (rows, C): 0, 1, or NaN = unknown.
+    """
+    notes = []
+    for first, second in itertools.combinations(range(len(classes)), 2):
+        pair = f"{classes[first]} and {classes[second]}"
+        if classes[first].split() == classes[second].split() or classes[first].casefold() == classes[second].casefold():
+            notes.append(f"{pair} are two classes, because their names differ in capitals or spaces")
+        known = labels[:, [first, second]][~np.isnan(labels[:, [first, second]]).any(1)]
+        if len(known) and (known.sum(1) == 1).all() and known.any(0).all():
+            notes.append(
+                f"every bag or image has exactly one of {pair}: if one of them means none of the classes, write none "
+                "in its place, or leave out its column"
+            )
+    return notes
 
 
 def groups_of(records: Sequence[Record], column: str, names: Sequence[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +115,7 @@ def _create(
     timm = import_timm()
     short = name.removeprefix(PREFIX)
     if not timm.is_model(short.partition(".")[0]):
-        near = timm.list_models(f"*{short[:6]}*")[:5]
+        near = difflib.get_close_matches(short, timm.list_models(), 5)
         raise ValueError(f"backbone: timm has no model {short!r}" + (f"; similar: {', '.join(near)}" if near else ""))
     options = {} if stages is None else {"out_indices": stages}
     if output_stride is not None:
