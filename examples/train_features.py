@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     from features.extraction import find_images
     from features.images_of_bags import missing_images
     from features.margin import refuse_threshold_without_maps, refuse_without_cells
-    from features.plan import plan, untested, untrained
+    from features.plan import plan, refuse_one_kind, untested, untrained
     from features.results import write_results
     from features.run_settings import threshold_of_run
     from features.runs import Truth, digests_of, refuse_empty, refuse_other_folds, save_predictions
@@ -280,6 +280,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     runs = list(plan(labels, args.folds, args.repeats, args.test))
     refuse_other_folds(parts, runs, labels)
+    refuse_one_kind(labels, runs)
     for name, column in zip(labels.classes, labels.values.T, strict=True):
         counts = f"{(column == 1).sum()} positive, {(column == 0).sum()} negative, {np.isnan(column).sum()} unknown"
         print(f"{name}: {len(column)} bags, {counts}")

@@ -121,7 +121,7 @@ def test_tensors_of_every_kind_are_read(tmp_path, content):
 def test_subfolders_of_clam_are_found(tmp_path):
     for folder in ("pt_files", "h5_files"):
         (tmp_path / folder).mkdir()
-    with pytest.raises(ValueError, match=r"expected bags\.csv or files BAG\.h5 or BAG\.pt, found none"):
+    with pytest.raises(ValueError, match=r"expected features \(bags\.csv, or files BAG\.h5 or BAG\.pt\), found none"):
         store.FeatureBags(tmp_path)
     torch.save(FEATURES, tmp_path / "pt_files" / "s1.pt")
     assert store.FeatureBags(tmp_path)["s1"].coords is None

@@ -48,7 +48,7 @@ def test_errors_of_options_that_name_columns(tmp_path):
     for text, among in (("bag,a\nx,1\n", "columns of classes"), ("bag,labels\nx,a\n", "names in the column labels")):
         with pytest.raises(ValueError, match=f"expected {among} among a, got b"):
             read_text(tmp_path, text, classes=["b"])
-    with pytest.raises(ValueError, match=r"expected the column who in .*, found bag, a"):
+    with pytest.raises(ValueError, match=r"expected the column who \(--patient\) in .*, found bag, a"):
         read_text(tmp_path, "bag,a\nx,1\n", group="who")
 
 

@@ -177,7 +177,7 @@ def test_folders_that_do_not_fit_are_errors(data, run, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert f"found no {tmp_path / 'settings.json'}" in message(tmp_path, data / "features")
-    assert "expected bags.csv" in message(run, tmp_path)
+    assert "expected features (bags.csv, or files BAG.h5 or BAG.pt), found none" in message(run, tmp_path)
     for settings, words in (
         (
             {"backbone": "pixels", "patch": 13, "points": "two"},

@@ -11,7 +11,7 @@ import numpy as np
 import predict_features
 import pytest
 from csv_files import read, write
-from feature_runs import NETWORK, command
+from feature_runs import NETWORK, change, command
 from features import store
 from features.opened_run import open_run
 from features.trained import bags_of_training, load_heads
@@ -164,3 +164,24 @@ def test_command_names_classes_that_are_probably_mistakes(bag_folder, tmp_path, 
     write(tmp_path / "labels.csv", ["bag", "defect"], rows)
     assert command(bag_folder, tmp_path / "words", "--epochs=1", "--folds=2", "--labels", table) == 2
     assert "a column with names of classes is called labels (none: no class)" in capsys.readouterr().err
+
+
+def test_labels_of_one_kind_are_an_error(bag_folder, tmp_path, capsys):
+    rows = [[row["bag"], 1] for row in read(bag_folder / "labels.csv")]
+    table = str(write(tmp_path / "labels.csv", ["bag", "lesion"], rows))
+    assert command(bag_folder, tmp_path / "out", "--epochs=1", "--folds=2", "--labels", table) == 2
+    error = capsys.readouterr().err
+    assert "labels: expected positive and negative bags of a class in a training" in error
+    assert "lesion has 40 positive and 0 negative bags" in error
+    # the class with both kinds is trained
+    rows = [[name, 1, k % 2] for k, (name, _) in enumerate(rows)]
+    write(tmp_path / "labels.csv", ["bag", "lesion", "other"], rows)
+    assert command(bag_folder, tmp_path / "out", "--epochs=1", "--folds=2", "--labels", table) == 0
+
+
+def test_changed_table_of_a_finished_run_is_named(bag_folder, tmp_path):
+    shutil.copytree(bag_folder, tmp_path / "data")
+    assert command(tmp_path / "data", tmp_path / "out", "--epochs=1", "--folds=2", "--classes=lesion") == 0
+    change(tmp_path / "data" / "labels.csv", "lesion", "defect")
+    with pytest.raises(ValueError, match=r"out: its table .*labels\.csv has changed: .* got lesion"):
+        open_run(tmp_path / "out")

@@ -62,7 +62,7 @@ def read_labels(
     """
     header, records = records_of(path, [NAMES])
     if group not in header and group != PATIENT:
-        raise ValueError(f"labels: expected the column {group} in {path}, found {', '.join(header)}")
+        raise ValueError(f"labels: expected the column {group} (--patient) in {path}, found {', '.join(header)}")
     name_of = name_among(bags)
     found = [same(cells, NAMES, at, name_of) for at, cells in records]
     given = [next(cells[key] for key in NAMES if key in cells) for _, cells in records]

@@ -71,7 +71,10 @@ def open_run(folder: Path, repeats: int | None = None) -> OpenedRun:
     if own is not known:  # a fine-tuned run
         repeats = min(own["repeats"] or known["repeats"], repeats or known["repeats"])
     bags = FeatureBags(Path(known["features"]))
-    labels = labels_of_run(known, bags.names)
+    try:
+        labels = labels_of_run(known, bags.names)
+    except ValueError as error:
+        raise ValueError(f"{folder}: its table {known['labels']} has changed: {error}") from None
     instances, boxes = (Path(known[key]) if known[key] else None for key in ("instance_labels", "boxes"))
     truth = Truth(
         labels,

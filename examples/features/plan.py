@@ -79,6 +79,19 @@ def untrained(labels: Labels, runs: Sequence[Run]) -> list[str]:
     ]
 
 
+def refuse_one_kind(labels: Labels, runs: Sequence[Run]) -> None:
+    """Raises ValueError if no run has both positive and negative bags of a class for its training."""
+    if all(len(missing_kinds(labels, run.train)) == len(labels.classes) for run in runs):
+        counts = ", ".join(
+            f"{label} has {(values == 1).sum()} positive and {(values == 0).sum()} negative"
+            for label, values in zip(labels.classes, labels.values.T, strict=True)
+        )
+        raise ValueError(
+            f"labels: expected positive and negative bags of a class in a training, but {counts} bags; add bags, or "
+            "use fewer folds"
+        )
+
+
 def missing_kinds(labels: Labels, part: np.ndarray) -> dict[str, list[str]]:
     """The classes without a positive or without a negative bag among the bags ``part``, and these kinds."""
     found: dict[str, list[str]] = {}

@@ -202,7 +202,7 @@ class FeatureBags:
             self.names = sorted(self._paths)
         if not self.names:
             found = "none" if self.folder.is_dir() else "no such folder"
-            raise ValueError(f"{self.folder}: expected bags.csv or files BAG.h5 or BAG.pt, found {found}")
+            raise ValueError(f"{self.folder}: expected features (bags.csv, or files BAG.h5 or BAG.pt), found {found}")
         self._counts: dict[str, int] = {}
         if not self._rows:
             self.features = self[self.names[0]].features.shape[1]

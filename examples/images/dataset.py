@@ -126,7 +126,7 @@ def refuse_shared_patients(patients: np.ndarray, parts: np.ndarray, where: objec
 def text_of(path: Path) -> str:
     """The content of a text file. Raises ValueError if it does not exist or is not text."""
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise ValueError(f"{path}: {'expected a file, got a folder' if path.is_dir() else 'there is no such file'}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
